@@ -1,0 +1,1 @@
+"""The model room. Importing it teaches `AutoConfig` and `AutoModelForCausalLM` what a moonwhale is."""

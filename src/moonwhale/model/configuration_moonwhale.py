@@ -1,0 +1,182 @@
+"""The configuration: DeepSeek-V3's own names, plus what MoBA, the balance losses and the MTP chain need."""
+
+import math
+
+from transformers import PreTrainedConfig
+
+BALANCE_LOSSES = ("sequence", "expert", "device", "none")
+SCORING_FUNCS = ("sigmoid", "softmax")
+
+
+class MoonwhaleConfig(PreTrainedConfig):
+    """Every dimension of a moonwhale model. Lengths are in tokens, widths in numbers.
+
+    Names that DeepSeek-V3 has are DeepSeek-V3's; the others are explained where they are declared.
+
+    Raises:
+        ValueError: one line naming the field, its value and the fix, for any combination that cannot work.
+    """
+
+    model_type = "moonwhale"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012 (the base class wants a plain dict)
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    }
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704  # of the dense blocks, when first_k_dense_replace > 0
+    num_hidden_layers: int = 4
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+
+    # Multi-head latent attention
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    q_lora_rank: int | None = 128
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    rope_interleave: bool = True
+    rope_parameters: dict | None = None
+
+    # Mixture of block attention: attention over `moba_topk` blocks of `moba_block_size` keys, the query's own one included
+    moba_block_size: int = 128
+    moba_topk: int = 0  # 0 switches MoBA off
+    moba_full_attention_layers: list[int] | None = None  # indices of blocks that keep full attention
+    moba_key_conv: int = 0  # width of the short causal convolution on keys (arXiv 2511.11571); 0 switches it off
+
+    # DeepSeekMoE
+    n_routed_experts: int = 8
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 128
+    first_k_dense_replace: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    scoring_func: str = "sigmoid"
+    bias_update_speed: float = 0.001  # γ of the auxiliary-loss-free balancing; 0 switches it off
+    balance_loss: str = "sequence"
+    aux_loss_alpha: float = 1e-4  # α of the balance loss
+    n_device_groups: int = 1  # groups of experts that the device-level loss balances
+
+    # Multi-token prediction
+    num_nextn_predict_layers: int = 0
+    mtp_num_blocks: int | list[int] = 1  # blocks of each module, one number for all or one for each
+    mtp_loss_weight: float = 0.3  # λ
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.moba_full_attention_layers = sorted(self.moba_full_attention_layers or [])
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions split
+        if isinstance(self.rope_parameters, dict) and self.rope_parameters.get("rope_type") == "yarn":
+            self.rope_parameters.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        super().__post_init__(**kwargs)
+        self.auto_map = getattr(self, "auto_map", None) or {}  # TRL's reference model reads it
+        self._check()
+
+    @property
+    def mtp_blocks(self) -> list[int]:
+        """Blocks of each MTP module, `num_nextn_predict_layers` numbers."""
+        if isinstance(self.mtp_num_blocks, int):
+            return [self.mtp_num_blocks] * self.num_nextn_predict_layers
+        return list(self.mtp_num_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks in all: the main model's and the MTP modules'."""
+        return self.num_hidden_layers + sum(self.mtp_blocks)
+
+    @property
+    def kv_cache_numbers_per_token(self) -> int:
+        """Numbers a token leaves in one block's cache: the latent and the shared rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def is_moba_layer(self, layer_idx: int) -> bool:
+        """Whether the block of that index attends to chosen key blocks only."""
+        return self.moba_topk > 0 and layer_idx not in self.moba_full_attention_layers
+
+    def attention_scale(self) -> float:
+        """Softmax scale: 1/sqrt(d_nope + d_rope), times YaRN's mscale² where it asks for one (DeepSeek-V2 §3.1.4)."""
+        scale, rope = self.qk_head_dim**-0.5, self.rope_parameters
+        mscale, factor = rope.get("mscale_all_dim") or 0.0, rope.get("factor") or 1.0
+        if rope.get("rope_type", "default") != "default" and mscale and factor > 1:
+            scale *= (0.1 * mscale * math.log(factor) + 1.0) ** 2
+        return scale
+
+    def _check(self) -> None:
+        def require(ok: bool, field: str, fix: str) -> None:
+            if not ok:
+                raise ValueError(f"{field}={getattr(self, field)!r} is impossible: {fix}")
+
+        for field in (
+            "vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings num_attention_heads kv_lora_rank "
+            "qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok moe_intermediate_size"
+        ).split():
+            require(getattr(self, field) >= 1, field, "it must be at least 1")
+        for field in "first_k_dense_replace moba_topk moba_key_conv num_nextn_predict_layers n_shared_experts bias_update_speed".split():
+            require(getattr(self, field) >= 0, field, "it must not be negative")
+        require(self.q_lora_rank is None or self.q_lora_rank >= 1, "q_lora_rank", "give a width, or null for uncompressed queries")
+        require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
+        require(
+            self.num_key_value_heads == self.num_attention_heads,
+            "num_key_value_heads",
+            f"latent attention has as many key heads as query heads ({self.num_attention_heads})",
+        )
+        require(self.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
+        require(self.moba_block_size >= 1, "moba_block_size", "a block holds at least one key; moba_topk=0 switches MoBA off")
+        require(
+            all(0 <= i < self.num_blocks for i in self.moba_full_attention_layers),
+            "moba_full_attention_layers",
+            f"block indices go from 0 to {self.num_blocks - 1}",
+        )
+        require(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            "num_experts_per_tok",
+            f"a token can't choose more than all n_routed_experts={self.n_routed_experts} experts",
+        )
+        require(self.scoring_func in SCORING_FUNCS, "scoring_func", f"choose one of {', '.join(SCORING_FUNCS)}")
+        require(self.balance_loss in BALANCE_LOSSES, "balance_loss", f"choose one of {', '.join(BALANCE_LOSSES)}")
+        for field in ("n_group", "n_device_groups"):
+            groups = getattr(self, field)
+            require(
+                groups >= 1 and self.n_routed_experts % groups == 0,
+                field,
+                f"it must divide n_routed_experts={self.n_routed_experts}",
+            )
+        require(1 <= self.topk_group <= self.n_group, "topk_group", f"it lies between 1 and n_group={self.n_group}")
+        require(
+            self.n_group == 1 or self.n_routed_experts // self.n_group >= 2,
+            "n_group",
+            "a group is scored by its two best experts, so it needs at least two",
+        )
+        require(
+            self.num_experts_per_tok <= self.topk_group * self.n_routed_experts // self.n_group,
+            "num_experts_per_tok",
+            f"topk_group={self.topk_group} of n_group={self.n_group} groups hold fewer experts than that",
+        )
+        require(
+            len(self.mtp_blocks) == self.num_nextn_predict_layers and all(n >= 1 for n in self.mtp_blocks),
+            "mtp_num_blocks",
+            f"give one number >= 1, or one for each of num_nextn_predict_layers={self.num_nextn_predict_layers} modules",
+        )
+        require(self.mtp_loss_weight >= 0, "mtp_loss_weight", "λ must not be negative")
+
+
+__all__ = ["MoonwhaleConfig"]
