@@ -1,0 +1,261 @@
+"""MuonClip (Kimi K2, arXiv 2507.20534 §2.1): Muon for matrices, AdamW for the rest, and QK-Clip after every step.
+
+optimizer = MuonClip(param_groups(model, lr=3e-4, weight_decay=0.1))
+hooks = attach_hooks(optimizer, model, qk_clip_tau=100.0)
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from moonwhale.errors import UserError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int = 5) -> Tensor:
+    """Bring every matrix of a stack (n, A, B) close to its nearest semi-orthogonal one, U Vᵀ of its SVD.
+
+    The quintic iteration of Muon, all matrices at once, computed and returned in `dtype` (by default bf16 where the
+    device multiplies it faster, else fp32). Singular values end between about 0.7 and 1.2; a zero matrix stays zero.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.to(dtype or _fast_dtype(matrices.device))
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the Gram matrix of the shorter side is the smaller one
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+class MuonClip(torch.optim.Optimizer):
+    """Muon and AdamW in one optimizer, with AdamW-sized learning rates for both (Moonlight, arXiv 2502.16982 §2.2).
+
+    A group with `muon=True` holds 2-D weights and 3-D stacks of them (E, A, B), each matrix orthogonalised by itself:
+    M ← μM + G,  O = NewtonSchulz(G + μM),  W ← W − η(0.2·√max(A, B)·O + λW).
+    Its `split` says how many matrices are fused along A (2 for a `gate_up_proj`): they count as matrices of their own.
+    A group with `muon=False` follows `torch.optim.AdamW`. `param_groups` makes these groups from a model.
+
+    `lr` and `momentum` are read from the group at each step, so schedules set them there. Parameters without a gradient
+    are left alone. The state is kept in the parameters' dtype, at least fp32, hence `state_dict` resumes bit for bit.
+
+    Raises UserError for a setting out of range or a parameter that does not fit its group.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 3e-4,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        newton_schulz_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            params,
+            {
+                "muon": True,
+                "split": 1,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "betas": betas,
+                "eps": eps,
+                "newton_schulz_dtype": newton_schulz_dtype,
+                "fused": True,  # makes load_state_dict bring the step counters to the parameters' device
+            },
+        )
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_settings(group)
+        for p in group["params"]:
+            _check_parameter(p, group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise UserError("MuonClip: a gradient is sparse (build the embedding with sparse=False)")
+            if params:
+                (self._muon if group["muon"] else self._adamw)(group, params, [p.grad for p in params])
+        return loss
+
+    def _muon(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, grads)
+        updates = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov's look ahead
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+        batches = defaultdict(list)
+        for p, update in zip(params, updates, strict=True):
+            matrices = update.reshape(-1, p.size(-2) // group["split"], p.size(-1))
+            batches[p.device, p.dtype, matrices.shape[1:]].append((p, matrices))
+        for (_, _, shape), batch in batches.items():
+            stack = torch.cat([matrices for _, matrices in batch])
+            directions = newton_schulz(stack, group["newton_schulz_dtype"]).split([len(m) for _, m in batch])
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+            for (p, _), direction in zip(batch, directions, strict=True):
+                p.add_(direction.reshape(p.shape), alpha=-rate)
+
+    def _adamw(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _check_settings(group: dict) -> None:
+    for name in ("lr", "weight_decay", "eps"):
+        if not 0 <= group[name] < math.inf:
+            raise UserError(f"MuonClip: {name} {group[name]} is out of range (give a number of at least 0)")
+    for name, value in (("momentum", group["momentum"]), *(("betas", beta) for beta in group["betas"])):
+        if not 0 <= value < 1:
+            raise UserError(f"MuonClip: {name} {value} is out of range (give a number from 0 to below 1)")
+
+
+def _check_parameter(p: Tensor, group: dict) -> None:
+    shape = tuple(p.shape)
+    if p.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"MuonClip: a parameter of shape {shape} is {p.dtype} (keep the weights in float32, compute under autocast)"
+        )
+    if group["muon"] and p.ndim not in (2, 3):
+        raise UserError(f"MuonClip: Muon takes 2-D and 3-D weights, not shape {shape} (use param_groups(model))")
+    if group["muon"] and p.size(-2) % group["split"]:
+        raise UserError(f"MuonClip: split {group['split']} does not divide the rows of a weight of shape {shape}")
+
+
+def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1) -> list[dict]:
+    """Sort a model's trainable parameters into MuonClip's groups, each parameter into exactly one.
+
+    Muon: every 2-D weight but embeddings and the head (the router is one, as in Moonlight), and 3-D stacks in a module
+    named `experts`, a fused `gate_up_proj` as two matrices. AdamW: all else. Embeddings and 1-D have no weight decay.
+    """
+    muon, muon_fused, adamw_decay, adamw_plain, seen = [], [], [], [], set()
+    for module_name, module in model.named_modules():
+        leaf = module_name.rpartition(".")[2]
+        embedding, head = isinstance(module, nn.Embedding), leaf in ("lm_head", "head")
+        for name, p in module.named_parameters(recurse=False):
+            if not p.requires_grad or p in seen:
+                continue
+            seen.add(p)
+            if (p.ndim == 2 and not embedding and not head) or (p.ndim == 3 and leaf == "experts"):
+                (muon_fused if "gate_up_proj" in (leaf, name) else muon).append(p)
+            else:
+                (adamw_plain if embedding or p.ndim < 2 else adamw_decay).append(p)
+    groups = [
+        {"params": muon, "muon": True, "split": 1, "weight_decay": weight_decay},
+        {"params": muon_fused, "muon": True, "split": 2, "weight_decay": weight_decay},
+        {"params": adamw_decay, "muon": False, "weight_decay": weight_decay},
+        {"params": adamw_plain, "muon": False, "weight_decay": 0.0},
+    ]
+    return [group | {"lr": lr} for group in groups if group["params"]]
+
+
+class StepHooks:
+    """QK-Clip and the router-bias update after every optimizer step, in any training loop (see `attach_hooks`).
+
+    `last` holds what the latest step saw, as tensors on the model's device so that nothing waits for them:
+    `max_logits` (layers, heads), −inf where nothing was seen; `clipped_heads` (), their number; `loads` (layers,
+    experts), tokens over all micro-batches and ranks. A model without such modules lacks the entries.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None):
+        if qk_clip_tau is not None and not qk_clip_tau > 0:
+            raise UserError(f"qk_clip_tau: {qk_clip_tau} is out of range (give a number above 0, or None for no clip)")
+        self.qk_clip_tau = qk_clip_tau
+        self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
+        self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
+        self.last: dict[str, Tensor] = {}
+        self._handle = optimizer.register_step_post_hook(self)
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.attentions:
+            logits = [attention.max_logit for attention in self.attentions]
+            _all_reduce(logits, "MAX")
+            self.last["max_logits"] = torch.stack(logits)
+            if self.qk_clip_tau is not None:
+                clipped = [attention.clip_qk_(self.qk_clip_tau) for attention in self.attentions]
+                self.last["clipped_heads"] = torch.stack(clipped).sum()
+            for logit in logits:
+                logit.fill_(-math.inf)
+        if self.moes:
+            loads = [moe.load for moe in self.moes]
+            _all_reduce(loads, "SUM")
+            self.last["loads"] = torch.stack(loads)
+            for moe in self.moes:
+                moe.update_bias_()
+                moe.load.zero_()
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def attach_hooks(optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0) -> StepHooks:
+    """Let every step of `optimizer` (any optimizer) end with QK-Clip and the router-bias update of `model`.
+
+    Acts on modules by what they offer. An attention: the buffer `max_logit` (heads,), fp32, the largest causal
+    pre-softmax logit, scale included, since the last step, −inf for none; `clip_qk_(tau)`, which rescales the heads
+    above tau and returns their number as a tensor. An MoE: the buffer `load` (experts,), fp32, the tokens each expert
+    got since the last step; `update_bias_()`. Both buffers are reduced over ranks first, and reset in the end.
+    Under DDP, accumulate in `no_sync` or with `broadcast_buffers=False`, else rank 0's buffers overwrite the others'.
+
+    `qk_clip_tau=None` only watches the logits. Raises UserError for a tau that is not positive.
+    """
+    return StepHooks(optimizer, model, qk_clip_tau)
+
+
+def _all_reduce(tensors: list[Tensor], op: str) -> None:
+    """In place over all ranks, in one collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    flat = torch.cat(tensors)
+    dist.all_reduce(flat, getattr(dist.ReduceOp, op))
+    for tensor, reduced in zip(tensors, flat.split([len(t) for t in tensors]), strict=True):
+        tensor.copy_(reduced)
