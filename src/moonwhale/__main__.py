@@ -1,0 +1,7 @@
+"""`python -m moonwhale` is `moonwhale`."""
+
+import sys
+
+from moonwhale.cli import main
+
+sys.exit(main())

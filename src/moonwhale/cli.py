@@ -1,0 +1,72 @@
+"""The command line: a verb names a function, and only that function's module is imported."""
+
+import os
+import sys
+from importlib import import_module
+
+from moonwhale import __version__
+from moonwhale.errors import UserError, did_you_mean
+
+VERBS = {
+    "train": ("moonwhale.train.pretrain:main", "train a model on text"),
+    "generate": ("moonwhale.infer.commands:main_generate", "continue a text, or answer one"),
+    "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
+    "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
+    "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
+    "info": ("moonwhale.info:main", "count what a preset or a checkpoint costs"),
+    "doctor": ("moonwhale.doctor:main", "say what this machine can do, and why not more"),
+}
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:<11}{summary}" for verb, (_, summary) in VERBS.items())
+    return (
+        "usage: moonwhale VERB [options]\n\n"
+        "A small language model with MLA, MoBA, DeepSeekMoE, multi-token prediction and MuonClip.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "`moonwhale VERB --help` lists a verb's options; `moonwhale --version` prints the version.\n"
+        "MOONWHALE_DEBUG=1 in the environment shows where an error came from."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns its exit status: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output."""
+    debug = os.environ.get("MOONWHALE_DEBUG") == "1"
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        # Writers of other libraries report a full disk as exceptions of their own, so the text decides.
+        no_space = "No space left on device" in str(error)
+        if debug or not (no_space or isinstance(error, UserError)):
+            raise
+        return _fail(f"error: {error}" + (": free some, or give another --out" if no_space else ""), 2)
+
+
+def _run(argv: list[str]) -> int:
+    verb, *rest = argv or ["--help"]
+    try:
+        if verb in VERBS:
+            module, function = VERBS[verb][0].split(":")
+            return getattr(import_module(module), function)(rest) or 0
+        if verb in ("-h", "--help", "help"):
+            print(usage())
+        elif verb in ("-V", "--version"):
+            print(f"moonwhale {__version__}")
+        else:
+            kind = "option" if verb.startswith("-") else "verb"
+            raise UserError(f"unknown {kind} {verb!r}{did_you_mean(verb, VERBS)}; see `moonwhale --help`")
+        return 0
+    finally:
+        sys.stdout.flush()  # a closed pipe must show here, where it is handled, not at interpreter exit
+
+
+def _fail(message: str, status: int) -> int:
+    print("moonwhale: " + message.replace("\n", " "), file=sys.stderr)
+    return status

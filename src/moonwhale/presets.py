@@ -1,0 +1,153 @@
+"""Named sizes. A preset sets model fields and run options; a YAML file and the command line override both."""
+
+import ast
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from moonwhale.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`model` holds fields of `MoonwhaleConfig`, `train` those of `TrainConfig`; what is missing keeps its default."""
+
+    summary: str
+    model: dict
+    train: dict
+
+
+PRESETS = {
+    "demo": Preset(
+        summary="every mechanism at work on a CPU in minutes",
+        model={
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "q_lora_rank": 128,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "moba_block_size": 64,
+            "moba_topk": 2,
+            "moba_full_attention_layers": [3],
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "num_nextn_predict_layers": 2,
+            "mtp_num_blocks": 1,
+        },
+        train={"context": 256, "batch_size": 8, "tokens_per_step": 4096, "steps": 600, "lr": 4e-3, "warmup_steps": 20},
+    ),
+    "small": Preset(
+        summary="a laptop or one small GPU",
+        model={
+            "vocab_size": 16384,
+            "hidden_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "q_lora_rank": 256,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "moba_block_size": 64,
+            "moba_topk": 3,
+            "moba_full_attention_layers": [5],
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 192,
+            "num_nextn_predict_layers": 2,
+            "mtp_num_blocks": 1,
+        },
+        train={
+            "context": 512,
+            "batch_size": 16,
+            "tokens_per_step": 65_536,
+            "steps": 8_000,
+            "lr": 2e-3,
+            "warmup_steps": 200,
+            "mtp_loss_weight_final": 0.1,
+        },
+    ),
+    "seed_190m": Preset(
+        summary="the seed: 12 MoE blocks, 4 of them in two MTP modules; one data-centre GPU",
+        model={
+            "vocab_size": 50_304,
+            "hidden_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 12,
+            "q_lora_rank": 384,
+            "kv_lora_rank": 192,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "moba_block_size": 128,
+            "moba_topk": 3,
+            "moba_full_attention_layers": [7],
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 256,
+            "num_nextn_predict_layers": 2,
+            "mtp_num_blocks": 2,
+        },
+        train={
+            "context": 1024,
+            "batch_size": 16,
+            "tokens_per_step": 491_520,
+            "steps": 10_000,
+            "lr": 1.5e-3,
+            "warmup_steps": 200,
+            "mtp_loss_weight_final": 0.1,
+        },
+    ),
+    "large": Preset(
+        summary="900 M, with the latent of 512 and rotary width of 64 that fast MLA decoding kernels are made for",
+        model={
+            "vocab_size": 50_304,
+            "hidden_size": 1280,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 10,
+            "q_lora_rank": 768,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "moba_block_size": 128,
+            "moba_topk": 8,
+            "moba_full_attention_layers": [11],
+            "n_routed_experts": 32,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 384,
+            "num_nextn_predict_layers": 2,
+            "mtp_num_blocks": 1,
+        },
+        train={
+            "context": 4096,
+            "batch_size": 4,
+            "tokens_per_step": 1_048_576,
+            "steps": 20_000,
+            "lr": 8e-4,
+            "warmup_steps": 500,
+            "mtp_loss_weight_final": 0.1,
+        },
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name, or a UserError that lists them."""
+    if name not in PRESETS:
+        raise UserError(f"--preset: {name!r} is none of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def model_fields() -> dict[str, typing.Any]:
+    """Names and annotations of MoonwhaleConfig's own fields, read from its source: importing it takes seconds."""
+    source = Path(__file__).with_name("model") / "configuration_moonwhale.py"
+    classes = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign)]
+    annotations = {node.target.id: ast.unparse(node.annotation) for node in fields}
+    return typing.get_type_hints(type("Fields", (), {"__annotations__": annotations}))

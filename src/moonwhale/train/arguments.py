@@ -1,0 +1,187 @@
+"""What a training run is told: typed options, their four sources, and the file that replays the run.
+
+Later sources win: defaults, the preset, a YAML file (`--config`), the command line.
+"""
+
+import dataclasses
+import os
+import textwrap
+import typing
+from dataclasses import dataclass
+
+from moonwhale import options
+from moonwhale.errors import UserError
+from moonwhale.options import option
+from moonwhale.presets import PRESETS, get_preset, model_fields
+
+if typing.TYPE_CHECKING:
+    from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
+
+AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
+NOT_NEGATIVE = (
+    "seed",
+    "workers",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
+    "qk_clip_tau",
+    "eval_every",
+    "save_every",
+)
+
+
+@dataclass
+class TrainConfig:
+    """Every option of a run. Rates are per optimizer step; lengths are in tokens.
+
+    Raises:
+        UserError: one line naming the option, its value and the fix.
+    """
+
+    preset: str = option("demo", "where model and options start from: " + ", ".join(PRESETS), group="run")
+    out: str | None = option(None, "folder of the run (runs/PRESET)", group="run")
+    resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
+    seed: int = option(0, "of the weights, the shuffling and the held-out documents", group="run")
+
+    data: str = option("chitchat", "file, folder, glob, hub set, or built in: chitchat, python", group="data")
+    data_split: str = option("train", "split of a hub set", group="data")
+    data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="data")
+    tokenizer: str | None = option(
+        None, "folder, hub id, or a packaged one: deepseek-v3, gpt2; left out, one is trained on the data", group="data"
+    )
+    context: int = option(1024, "tokens of a row", group="data")
+    workers: int = option(2, "processes that tokenise and load", group="data")
+
+    batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
+    tokens_per_step: int = option(
+        8192, "tokens of one optimizer step; micro-batches add up to it", group="optimization"
+    )
+    steps: int = option(1000, "optimizer steps", group="optimization")
+    lr: float = option(2e-3, "peak learning rate, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    schedule: str = option(
+        "wsd", "warm-up, plateau, decay; or warm-up and cosine", group="optimization", choices=("wsd", "cosine")
+    )
+    warmup_steps: int = option(100, "steps in which the rate rises to its peak", group="optimization")
+    decay_fraction: float = option(0.2, "part of the steps in which wsd decays", group="optimization")
+    min_lr_ratio: float = option(0.0, "last learning rate over the peak", group="optimization")
+    weight_decay: float = option(0.1, "decoupled, on matrices", group="optimization")
+    momentum: float = option(0.95, "of Muon", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
+    qk_clip_tau: float = option(
+        100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+    )
+    mtp_loss_weight_final: float | None = option(
+        None,
+        "weight λ of the MTP loss in the decay phase; left out, it stays model.mtp_loss_weight",
+        group="optimization",
+    )
+
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
+    precision: str = option("auto", "of the matrix products", group="device", choices=("auto", "fp32", "bf16"))
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
+    compile: bool = option(False, "torch.compile the model", group="device")
+
+    eval_every: int = option(100, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
+    eval_rows: int = option(64, "held-out rows of an evaluation", group="reports and checkpoints")
+    save_every: int = option(200, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept", group="reports and checkpoints")
+    log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
+    report_to: list[str] = option(
+        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
+    )
+
+    model: dict = option({}, "fields of MoonwhaleConfig that differ from its defaults", fields=model_fields)
+
+    def __post_init__(self):
+        def require(ok: bool, name: str, fix: str) -> None:
+            if not ok:
+                raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
+
+        self.out = self.out or os.path.join("runs", self.preset)
+        for name in AT_LEAST_ONE:
+            require(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in NOT_NEGATIVE:
+            require(getattr(self, name) >= 0, name, "it must not be negative")
+        require(self.lr > 0, "lr", "it must be above 0")
+        require(0 <= self.momentum < 1, "momentum", "it lies in [0, 1)")
+        for name in ("decay_fraction", "min_lr_ratio"):
+            require(0 <= getattr(self, name) <= 1, name, "it lies in [0, 1]")
+        decay = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
+        room = f"--steps {self.steps}" + (f" less {decay} of decay" if decay else "")
+        require(
+            self.warmup_steps + decay <= self.steps, "warmup_steps", f"{room} leave {self.steps - decay} for warm-up"
+        )
+        require((self.mtp_loss_weight_final or 0) >= 0, "mtp_loss_weight_final", "it must not be negative")
+        self.accumulation()
+
+    def accumulation(self, world: int = 1) -> int:
+        """Micro-batches of one optimizer step on each of `world` devices."""
+        at_once = self.batch_size * self.context * world
+        count, rest = divmod(self.tokens_per_step, at_once)
+        if rest or not count:
+            nearest = " or ".join(str(n * at_once) for n in (count, count + 1) if n)
+            devices = f" x {world} devices" if world > 1 else ""
+            raise UserError(
+                f"--tokens-per-step: {self.tokens_per_step} is no multiple of --batch-size {self.batch_size} x "
+                f"--context {self.context}{devices} = {at_once} tokens: give {nearest}"
+            )
+        return count
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """A run's configuration from `moonwhale train`'s arguments."""
+    fields = textwrap.fill(", ".join(model_fields()), 100, initial_indent="  ", subsequent_indent="  ")
+    parser = options.Parser(
+        prog="moonwhale train",
+        description="Train a model on text. The preset, --config and the command line: a later one wins.",
+        epilog="--model.FIELD VALUE overrides the model's configuration, here as in `moonwhale info`, which says "
+        f"what it costs. Fields:\n{fields}",
+    )
+    options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
+    parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
+    given, rest = options.read_argv(parser, TrainConfig, argv)
+    return resolve(given, rest.config)
+
+
+def resolve(given: dict, path: str | None = None) -> TrainConfig:
+    """Defaults < preset < the YAML file at `path` < `given`, a dict of options by name."""
+    filed = options.read_yaml(path, TrainConfig) if path else {}
+    if "preset" in filed and given.get("preset", filed["preset"]) != filed["preset"]:
+        raise UserError(
+            f"--preset: {given['preset']!r} contradicts {path}, whose values come from preset {filed['preset']!r}: "
+            "leave --preset out, or take `preset` and the values it should decide out of the file"
+        )
+    preset = get_preset(given.get("preset", filed.get("preset", TrainConfig.preset)))
+    return TrainConfig(**options.merge(preset.train, {"model": preset.model}, filed, given))
+
+
+def write(config: TrainConfig, path: str | os.PathLike) -> None:
+    """Writes the resolved values, which `moonwhale train --config PATH` replays; --resume belongs to one call."""
+    values = dataclasses.asdict(config)
+    del values["resume"]
+    options.write_yaml(path, values, "Replay with: moonwhale train --config THIS_FILE --out NEW_FOLDER")
+
+
+def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: int | None) -> "MoonwhaleConfig":
+    """The model's configuration. `vocab_size` is the tokenizer's; `token_ids` are `bos_token_id` and the like.
+
+    Raises:
+        UserError: naming `--model.FIELD`, for dimensions that cannot work, or cannot hold the tokenizer or the context.
+    """
+    from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
+
+    try:
+        model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | token_ids | config.model)
+    except ValueError as error:
+        raise UserError(f"--model.{error}") from error
+    if model.vocab_size < vocab_size:
+        raise UserError(
+            f"--model.vocab_size: {model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
+            f"give at least that, e.g. --model.vocab_size {-(-vocab_size // 64) * 64}"
+        )
+    if model.max_position_embeddings < config.context:
+        raise UserError(
+            f"--context: {config.context} is longer than --model.max_position_embeddings "
+            f"{model.max_position_embeddings}: raise the one or lower the other"
+        )
+    return model
