@@ -1,0 +1,140 @@
+"""Multi-head Latent Attention with decoupled RoPE (DeepSeek-V2 §2.1), full or over MoBA's blocks.
+
+One compressed latent a token, `c`, makes every head's content key and value; one small rotary key is shared by all heads. Only these
+two are cached. Training and prefill *expand* the latent into keys and values; decoding *absorbs* the expansion into the queries and
+works on latents. Both give the same numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attend
+from .layout import Layout
+from .moba import moba_attention, moba_mask
+from .norm import RMSNorm
+from .rope import rotate
+
+
+class MultiheadLatentAttention(nn.Module):
+    """The attention of one block. Parameters are named as in DeepSeek-V3's checkpoints.
+
+    `max_logit` (heads,) collects each head's largest scaled logit since the last optimizer step; `clip_qk_` acts on it.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.rank = config.kv_lora_rank
+        self.interleaved = config.rope_interleave
+        self.scale = config.attention_scale()
+        self.block_size = config.moba_block_size
+        self.topk = config.moba_topk if config.is_moba_layer(layer_idx) else 0
+
+        hidden, bias, q_width = config.hidden_size, config.attention_bias, self.heads * (self.nope + self.rope)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
+        # (rank, 1, width) taps, the newest last; zero-initialised, so that it starts as no convolution at all
+        self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
+        self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf), persistent=False)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None) -> tuple[Tensor, Tensor | None]:
+        """Attention of the newest tokens x (B, Tq, hidden) over all Tk tokens that `layout` describes.
+
+        `cache`, a transformers cache, holds (latents (B, 1, Tk, rank), rotary keys (B, 1, Tk, rope)) of this layer.
+
+        Returns:
+            (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache.
+        """
+        q = self._queries(x)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), rotate(k_rope.unsqueeze(1), table, self.interleaved)
+        q_rope = rotate(q_rope, table, self.interleaved)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+
+        if latent.shape[2] == x.shape[1]:
+            out, top = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, layout)
+            top = top.detach().masked_fill(~layout.valid[:, None], -torch.inf).amax((0, 2))
+        else:
+            out, top = self._absorbed(q_nope, q_rope, latent, k_rope, layout), None
+        return self.o_proj(out.transpose(1, 2).flatten(2)), top
+
+    def _queries(self, x: Tensor) -> Tensor:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
+        return q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
+
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head from the latents: the cheaper form when every token is a query."""
+        k_nope, v = self._up(latent, self.kv_b_proj.weight).split([self.nope, self.v_dim], dim=-1)
+        if self.key_conv is not None:
+            k_nope = self._up(self._convolved(latent, layout), self._split_up()[0].flatten(0, 1))
+        k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
+        if self.topk:
+            return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
+        out, _, top = attend(q, k, v, self.scale, causal=True, segment=None if layout.plain else layout.segment)
+        return out, top
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
+        """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is expanded."""
+        w_k, w_v = (w.to(q_nope.dtype) for w in self._split_up())  # (heads, nope | v, rank)
+        key_latent = latent if self.key_conv is None else self._convolved(latent, layout)
+        products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
+        n_queries, n_keys = products.shape[-2:]
+        if self.topk:
+            mask = moba_mask(products, layout, self.block_size, self.topk)
+        else:
+            segment, index = layout.segment, torch.arange(n_keys, device=products.device)
+            mask = (segment[:, -n_queries:, None] == segment[:, None]) & (index[-n_queries:, None] >= index)
+            mask = mask[:, None]
+        probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
+        return probs @ latent @ w_v.transpose(-1, -2)
+
+    def _up(self, latent: Tensor, weight: Tensor) -> Tensor:
+        """(B, 1, T, rank) through (heads * width, rank) to (B, heads, T, width)."""
+        return F.linear(latent.squeeze(1), weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _split_up(self) -> tuple[Tensor, Tensor]:
+        """W_UK (heads, nope, rank) and W_UV (heads, v, rank), views of `kv_b_proj.weight`."""
+        return self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
+
+    def _convolved(self, latent: Tensor, layout: Layout) -> Tensor:
+        """The latents keys are made of: `c + silu(causal depthwise convolution of c)` inside each sequence (arXiv 2511.11571).
+
+        Values keep the plain latent. What is cached is the plain latent too, and this is recomputed on reading.
+        """
+        c, mixed = latent.squeeze(1), 0.0
+        for back in range(self.key_conv.shape[-1]):
+            tap = F.pad(c, (0, 0, back, 0))[:, : c.shape[1]]
+            inside = (layout.offset >= back).unsqueeze(-1)
+            mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(c.dtype)
+        return (c + F.silu(mixed)).unsqueeze(1)
+
+    @torch.no_grad()
+    def clip_qk_(self, tau: float) -> Tensor:
+        """QK-Clip (Kimi K2, §2.1): shrinks the heads whose `max_logit` exceeds tau, so that the same batch would just reach it.
+
+        With γ = min(1, tau / max_logit): a head's rows of W_UQ and of W_UK by √γ, its rows of W_QR by γ. The shared rotary key and
+        the values are not a head's own and stay.
+
+        Returns:
+            the number of heads clipped, a 0-d tensor.
+        """
+        gamma = (tau / self.max_logit.clamp(min=tau)).to(self.kv_b_proj.weight.dtype)
+        query = self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
+        q_rows = query.weight.view(self.heads, self.nope + self.rope, -1)
+        q_rows[:, : self.nope] *= gamma.sqrt()[:, None, None]
+        q_rows[:, self.nope :] *= gamma[:, None, None]
+        self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, -1)[:, : self.nope] *= gamma.sqrt()[:, None, None]
+        return (gamma < 1).sum()

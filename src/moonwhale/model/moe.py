@@ -1,0 +1,152 @@
+"""DeepSeekMoE (arXiv 2401.06066; DeepSeek-V3 §2.1.2): many small routed experts, shared ones, and a router kept balanced."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class MLP(nn.Module):
+    """A gated feed-forward network: a dense block's, or the shared experts'."""
+
+    def __init__(self, config, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Routing(NamedTuple):
+    """What the router decided for N tokens."""
+
+    scores: Tensor  # (N, E) fp32 affinities, before the bias
+    index: Tensor  # (N, K) experts chosen
+    gates: Tensor  # (N, K) fp32 weights of their outputs
+
+
+class Router(nn.Module):
+    """Scores the experts, chooses K of them by score + bias, and weighs them by score alone.
+
+    `e_score_correction_bias` is a buffer, not a parameter: it steers the choice, never the output, and has no gradient.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_experts, self.topk = config.n_routed_experts, config.num_experts_per_tok
+        self.groups, self.topk_groups = config.n_group, config.topk_group
+        self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.sigmoid = config.scoring_func == "sigmoid"
+        self.weight = nn.Parameter(torch.empty(self.n_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.n_experts))
+
+    def forward(self, x: Tensor) -> Routing:
+        """Routes (N, hidden), in fp32 whatever the precision around it."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+        index = self.choose(scores + self.e_score_correction_bias)
+        gates = scores.gather(1, index)
+        if self.normalise:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return Routing(scores, index, gates * self.factor)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The K best of (N, E) scores, (N, K), from the groups whose two best experts score highest (V3 §2.1.2, node-limited)."""
+        if self.groups > 1:
+            grouped = scores.view(-1, self.groups, self.n_experts // self.groups)
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
+            shut = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
+            scores = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
+        return scores.topk(self.topk, dim=-1, sorted=False).indices
+
+
+class Experts(nn.Module):
+    """E gated feed-forward networks as two stacks of matrices; every token reaches all its K experts (dropless)."""
+
+    def __init__(self, config):
+        super().__init__()
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K): sort by expert, two grouped products, unsort."""
+        n_tokens, topk = index.shape
+        expert, order = index.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(len(self.down_proj), device=x.device), right=True).to(torch.int32)
+        inner = F.grouped_mm(x[order // topk], self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends)
+        gate, up = inner.chunk(2, dim=-1)
+        out = F.grouped_mm(self.act(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+        home = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        return (out[home].view(n_tokens, topk, -1) * gates.to(x.dtype).unsqueeze(-1)).sum(1)
+
+
+class DeepseekMoE(nn.Module):
+    """Shared experts for every token and routed ones for those that choose them.
+
+    `load` (E,) collects how many tokens chose each expert since the last optimizer step; `update_bias_` acts on it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.experts = Experts(config)
+        self.gate = Router(config)
+        self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts) if config.n_shared_experts else None
+        self.balance, self.alpha = config.balance_loss, config.aux_loss_alpha
+        self.device_groups, self.bias_speed = config.n_device_groups, config.bias_update_speed
+        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
+
+    def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, hidden) to the same; only tokens of `valid` (B, T) count in the statistics.
+
+        Returns:
+            the output, the weighted balance loss (0-d), and how many tokens chose each expert (E,).
+        """
+        flat = x.flatten(0, 1)
+        routing = self.gate(flat)
+        out = self.experts(flat, routing.index, routing.gates).view_as(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out, self.balance_loss(routing, valid), self.count(routing.index, valid.flatten()).sum(0)
+
+    def count(self, index: Tensor, valid: Tensor) -> Tensor:
+        """(N, E) ones where a token that counts chose an expert, from (N, K) choices."""
+        chosen = torch.zeros(len(index), self.gate.n_experts, device=index.device)
+        return chosen.scatter_(1, index, valid[:, None].to(chosen.dtype).expand_as(index))
+
+    def balance_loss(self, routing: Routing, valid: Tensor) -> Tensor:
+        """α Σ f_i P_i in fp32, f_i an expert's share of the choices (1 when even) and P_i its mean score.
+
+        "sequence": DeepSeek-V3 eq. 17-20, a sequence at a time, scores normalised over experts and choices made without the bias.
+        "expert": DeepSeekMoE eq. 12-14, over the whole batch. "device": eq. 15-17, over groups of experts.
+        """
+        if self.balance == "none" or self.alpha == 0:
+            return routing.scores.new_zeros(())
+        scores, index = routing.scores, routing.index
+        if self.balance == "sequence":
+            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            index = self.gate.choose(routing.scores)
+            rows = valid.shape
+        else:
+            rows = (1, valid.numel())
+        n_experts, topk = self.gate.n_experts, self.gate.topk
+        weight = valid.reshape(*rows, 1).to(scores.dtype)
+        tokens = weight.sum(1).clamp(min=1)  # (rows, 1)
+        f = self.count(index, valid.flatten()).view(*rows, n_experts).sum(1) * n_experts / (topk * tokens)
+        p = (scores.view(*rows, n_experts) * weight).sum(1) / tokens
+        if self.balance == "device":
+            f = f.unflatten(1, (self.device_groups, -1)).mean(-1)
+            p = p.unflatten(1, (self.device_groups, -1)).sum(-1)
+        return self.alpha * (f * p).sum(1).mean()
+
+    @torch.no_grad()
+    def update_bias_(self) -> None:
+        """Auxiliary-loss-free balancing (V3 §2.1.2): raises the bias of experts chosen too little, lowers that of the others."""
+        self.gate.e_score_correction_bias += self.bias_speed * torch.sign(self.load.mean() - self.load)

@@ -1,0 +1,27 @@
+"""Rotary position embedding on the decoupled part of MLA's queries and keys. Stateless: nothing to save, nothing to restore."""
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (B, 1, T, qk_rope_head_dim / 2), at (B, T) positions; YaRN's frequencies where configured."""
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        exponents = torch.arange(0, config.qk_rope_head_dim, 2, device=position_ids.device) / config.qk_rope_head_dim
+        frequencies, factor = 1.0 / rope["rope_theta"] ** exponents, 1.0
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, position_ids.device)
+    angles = position_ids[:, None, :, None].float() * frequencies
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotates the pairs of (B, heads, T, D): neighbours when `interleaved`, halves otherwise.
+
+    The rotated pairs come out as halves either way. Queries and keys share the order, so their products do not see it.
+    """
+    cos, sin = table
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
