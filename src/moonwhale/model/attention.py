@@ -1,4 +1,5 @@
-"""Exact softmax attention, a chunk of queries at a time: never the whole score matrix, and its row maxima for QK-clip."""
+"""Exact softmax attention, a chunk of queries at a time: never the whole score matrix, and its row maxima for QK-clip.
+"""
 
 import torch
 from torch import Tensor
@@ -7,14 +8,16 @@ from torch.autograd.function import once_differentiable
 CHUNK = 128  # queries a step; a causal chunk computes only the keys up to its own end
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segment: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segment: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of q (B, H, Tq, D) to k (B, H, Tk, D) and v (B, H, Tk, Dv); the width of v is its own (MLA).
 
     With `segment` (B, T), a token sees only tokens of the same number. Causal attention needs Tq = Tk.
 
     Returns:
-        out (B, H, Tq, Dv); the log-sum-exp of each row (B, H, Tq) in fp32, differentiable, which is what merging partial
-        attentions needs; and the largest scaled logit of each row (B, H, Tq) in fp32, not differentiable.
+        out (B, H, Tq, Dv); the log-sum-exp of each row (B, H, Tq) in fp32, differentiable, which is what merging
+        partial attentions needs; and the largest scaled logit of each row (B, H, Tq) in fp32, not differentiable.
     """
     return _Attend.apply(q, k, v, scale, causal, segment)
 
@@ -57,7 +60,11 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, d_out, d_lse, _):
         q, k, v, out, lse, segment = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out.to(v.dtype)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        dq, dk, dv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=torch.float32),
+            torch.zeros_like(v, dtype=torch.float32),
+        )
         # dS = P * (dP - rowsum(dO * O) + dLSE): the log-sum-exp's own gradient joins the row term.
         row = (d_out.float() * out.float()).sum(-1, keepdim=True)
         if d_lse is not None:

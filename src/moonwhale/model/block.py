@@ -1,4 +1,6 @@
-"""One transformer block: latent attention, then a mixture of experts (or a dense network), each behind a norm and a residual."""
+"""One transformer block: latent attention, then a mixture of experts (or a dense network), each behind a norm and a
+residual.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +14,9 @@ from .norm import RMSNorm
 
 
 class Stats(NamedTuple):
-    """What a block measured on the way. Returned, not stored, so that recomputing under activation checkpointing counts nothing twice."""
+    """What a block measured on the way. Returned, not stored, so that recomputing under activation checkpointing counts
+    nothing twice.
+    """
 
     max_logit: Tensor | None  # (heads,) largest scaled attention logit; None when decoding
     balance: Tensor | None  # 0-d weighted balance loss; None for a dense block
@@ -41,7 +45,8 @@ class Block(GradientCheckpointingLayer):
         return x + out, Stats(max_logit, balance, load)
 
     def collect(self, stats: Stats) -> None:
-        """Adds statistics of a training batch to what QK-clip and the bias update will read at the next optimizer step."""
+        """Adds statistics of a training batch to what QK-clip and the bias update will read at the next optimizer step.
+        """
         if stats.max_logit is not None:
             self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(stats.max_logit))
         if stats.load is not None:

@@ -52,7 +52,8 @@ class MoonwhaleConfig(PreTrainedConfig):
     rope_interleave: bool = True
     rope_parameters: dict | None = None
 
-    # Mixture of block attention: attention over `moba_topk` blocks of `moba_block_size` keys, the query's own one included
+    # Mixture of block attention: attention over `moba_topk` blocks of `moba_block_size` keys, the query's own one
+    # included
     moba_block_size: int = 128
     moba_topk: int = 0  # 0 switches MoBA off
     moba_full_attention_layers: list[int] | None = None  # indices of blocks that keep full attention
@@ -125,14 +126,36 @@ class MoonwhaleConfig(PreTrainedConfig):
             if not ok:
                 raise ValueError(f"{field}={getattr(self, field)!r} is impossible: {fix}")
 
-        for field in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings num_attention_heads kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok moe_intermediate_size"
-        ).split():
+        for field in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+        ]:
             require(getattr(self, field) >= 1, field, "it must be at least 1")
-        for field in "first_k_dense_replace moba_topk moba_key_conv num_nextn_predict_layers n_shared_experts bias_update_speed".split():
+        for field in [
+            "first_k_dense_replace",
+            "moba_topk",
+            "moba_key_conv",
+            "num_nextn_predict_layers",
+            "n_shared_experts",
+            "bias_update_speed",
+        ]:
             require(getattr(self, field) >= 0, field, "it must not be negative")
-        require(self.q_lora_rank is None or self.q_lora_rank >= 1, "q_lora_rank", "give a width, or null for uncompressed queries")
+        require(
+            self.q_lora_rank is None or self.q_lora_rank >= 1,
+            "q_lora_rank",
+            "give a width, or null for uncompressed queries",
+        )
         require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
         require(
             self.num_key_value_heads == self.num_attention_heads,
@@ -140,7 +163,11 @@ class MoonwhaleConfig(PreTrainedConfig):
             f"latent attention has as many key heads as query heads ({self.num_attention_heads})",
         )
         require(self.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
-        require(self.moba_block_size >= 1, "moba_block_size", "a block holds at least one key; moba_topk=0 switches MoBA off")
+        require(
+            self.moba_block_size >= 1,
+            "moba_block_size",
+            "a block holds at least one key; moba_topk=0 switches MoBA off",
+        )
         require(
             all(0 <= i < self.num_blocks for i in self.moba_full_attention_layers),
             "moba_full_attention_layers",

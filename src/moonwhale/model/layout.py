@@ -11,8 +11,8 @@ from torch import Tensor
 class BlockTable:
     """The blocks of a batch, in slot order: block n of a row owns the slots `n * size … (n + 1) * size - 1`.
 
-    A sequence's first token opens a block, so a block never spans two sequences, its tokens fill it from the front, and every
-    block but a sequence's last is full. That is why neither padding nor packing needs a mask inside a block.
+    A sequence's first token opens a block, so a block never spans two sequences, its tokens fill it from the front, and
+    every block but a sequence's last is full. That is why neither padding nor packing needs a mask inside a block.
     """
 
     size: int
@@ -57,8 +57,11 @@ class Layout:
     _tables: dict[int, BlockTable] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: int, length: int, device, attention_mask: Tensor | None, position_ids: Tensor | None) -> "Layout":
-        """Reads padding from a (B, T) `attention_mask` (0 = padding) and document starts from (B, T) `position_ids` that restart.
+    def of(
+        cls, batch: int, length: int, device, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Layout":
+        """Reads padding from a (B, T) `attention_mask` (0 = padding) and document starts from (B, T) `position_ids`
+        that restart.
 
         Raises:
             ValueError: the mask is not (B, T).
@@ -107,5 +110,7 @@ class Layout:
         token = torch.zeros(batch, count * size + 1, dtype=torch.long, device=device)
         token.scatter_(1, torch.where(real, slot, count * size), index)
         first = torch.zeros(batch, count + 1, dtype=torch.long, device=device)
-        first.scatter_(1, torch.where(opens, block, count), torch.where(opens & (self.offset == 0), block, 0).cummax(1).values)
+        first.scatter_(
+            1, torch.where(opens, block, count), torch.where(opens & (self.offset == 0), block, 0).cummax(1).values
+        )
         return BlockTable(size, count, slot, token[:, :-1], first[:, :-1])

@@ -8,15 +8,17 @@ IGNORE = -100
 CHUNK = 1024  # rows of logits held at once
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`sum_i row_weight_i * CE(hidden_i @ weight.T, labels_i)` over the rows whose label is not -100.
 
-    hidden (N, H), weight (V, H), labels (N,), row_weight (N,) fp32. The gradient is computed along with the value, while a chunk's
-    logits are at hand, so they are made once and never kept.
+    hidden (N, H), weight (V, H), labels (N,), row_weight (N,) fp32. The gradient is computed along with the value,
+    while a chunk's logits are at hand, so they are made once and never kept.
 
     Returns:
-        the weighted sum (0-d, differentiable); each row's cross-entropy in nats (N,), 0 where ignored; whether the label was the most
-        likely token (N,).
+        the weighted sum (0-d, differentiable); each row's cross-entropy in nats (N,), 0 where ignored; whether the
+        label was the most likely token (N,).
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, row_weight)
 

@@ -1,8 +1,8 @@
 """Multi-head Latent Attention with decoupled RoPE (DeepSeek-V2 §2.1), full or over MoBA's blocks.
 
-One compressed latent a token, `c`, makes every head's content key and value; one small rotary key is shared by all heads. Only these
-two are cached. Training and prefill *expand* the latent into keys and values; decoding *absorbs* the expansion into the queries and
-works on latents. Both give the same numbers.
+One compressed latent a token, `c`, makes every head's content key and value; one small rotary key is shared by all
+heads. Only these two are cached. Training and prefill *expand* the latent into keys and values; decoding *absorbs* the
+expansion into the queries and works on latents. Both give the same numbers.
 """
 
 import torch
@@ -48,7 +48,9 @@ class MultiheadLatentAttention(nn.Module):
         self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf), persistent=False)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of the newest tokens x (B, Tq, hidden) over all Tk tokens that `layout` describes.
 
         `cache`, a transformers cache, holds (latents (B, 1, Tk, rank), rotary keys (B, 1, Tk, rope)) of this layer.
@@ -87,7 +89,9 @@ class MultiheadLatentAttention(nn.Module):
         return out, top
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
-        """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is expanded."""
+        """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is
+        expanded.
+        """
         w_k, w_v = (w.to(q_nope.dtype) for w in self._split_up())  # (heads, nope | v, rank)
         key_latent = latent if self.key_conv is None else self._convolved(latent, layout)
         products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
@@ -110,7 +114,8 @@ class MultiheadLatentAttention(nn.Module):
         return self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
 
     def _convolved(self, latent: Tensor, layout: Layout) -> Tensor:
-        """The latents keys are made of: `c + silu(causal depthwise convolution of c)` inside each sequence (arXiv 2511.11571).
+        """The latents keys are made of: `c + silu(causal depthwise convolution of c)` inside each sequence (arXiv
+        2511.11571).
 
         Values keep the plain latent. What is cached is the plain latent too, and this is recomputed on reading.
         """
@@ -123,10 +128,11 @@ class MultiheadLatentAttention(nn.Module):
 
     @torch.no_grad()
     def clip_qk_(self, tau: float) -> Tensor:
-        """QK-Clip (Kimi K2, §2.1): shrinks the heads whose `max_logit` exceeds tau, so that the same batch would just reach it.
+        """QK-Clip (Kimi K2, §2.1): shrinks the heads whose `max_logit` exceeds tau, so that the same batch would just
+        reach it.
 
-        With γ = min(1, tau / max_logit): a head's rows of W_UQ and of W_UK by √γ, its rows of W_QR by γ. The shared rotary key and
-        the values are not a head's own and stay.
+        With γ = min(1, tau / max_logit): a head's rows of W_UQ and of W_UK by √γ, its rows of W_QR by γ. The shared
+        rotary key and the values are not a head's own and stay.
 
         Returns:
             the number of heads clipped, a 0-d tensor.
@@ -136,5 +142,7 @@ class MultiheadLatentAttention(nn.Module):
         q_rows = query.weight.view(self.heads, self.nope + self.rope, -1)
         q_rows[:, : self.nope] *= gamma.sqrt()[:, None, None]
         q_rows[:, self.nope :] *= gamma[:, None, None]
-        self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, -1)[:, : self.nope] *= gamma.sqrt()[:, None, None]
+        self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, -1)[:, : self.nope] *= gamma.sqrt()[
+            :, None, None
+        ]
         return (gamma < 1).sum()

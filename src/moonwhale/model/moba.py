@@ -1,8 +1,9 @@
-"""Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and to the few earlier ones its gate chooses.
+"""Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and to the few earlier ones its
+gate chooses.
 
-The gate of a query to a block is its product with the block's mean key, has no parameters, and chooses per head. The fast path does
-only the chosen work: own blocks as one causal batch, chosen earlier blocks as chunks of the queries that chose them, and both merged
-by their log-sum-exp. `moba_mask` is its dense twin, which decoding uses as well.
+The gate of a query to a block is its product with the block's mean key, has no parameters, and chooses per head. The
+fast path does only the chosen work: own blocks as one causal batch, chosen earlier blocks as chunks of the queries that
+chose them, and both merged by their log-sum-exp. `moba_mask` is its dense twin, which decoding uses as well.
 """
 
 import torch
@@ -14,7 +15,9 @@ from .layout import BlockTable, Layout
 QUERIES = 64  # queries of one chunk of the sparse path
 
 
-def moba_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int) -> tuple[Tensor, Tensor]:
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int
+) -> tuple[Tensor, Tensor]:
     """Sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv), both work and memory linear in T * topk * block_size.
 
     Returns:
@@ -32,7 +35,10 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout
     def blocked(x: Tensor) -> Tensor:
         return x.reshape(batch, heads * count, size, -1)
 
-    out, lse, top = (x.reshape(batch, heads, slots, *x.shape[3:]) for x in attend(blocked(q), blocked(k), blocked(v), scale, causal=True))
+    out, lse, top = (
+        x.reshape(batch, heads, slots, *x.shape[3:])
+        for x in attend(blocked(q), blocked(k), blocked(v), scale, causal=True)
+    )
     if topk > 1:
         chosen = choose_blocks(q, k, table, topk - 1)
         out, top = _merge_history(q, k, v, scale, table, chosen, out, lse, top)
@@ -97,10 +103,11 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
 
 @torch.no_grad()
 def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> Tensor:
-    """Which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk), from all products q·k (B, H, Tq, Tk) before scaling.
+    """Which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk), from all products q·k (B, H, Tq, Tk) before
+    scaling.
 
-    The mean over a block of q·k is q·mean(k), so the gate needs nothing but the products, whether they were taken with keys or,
-    absorbed, with latents.
+    The mean over a block of q·k is q·mean(k), so the gate needs nothing but the products, whether they were taken with
+    keys or, absorbed, with latents.
     """
     batch, heads, n_queries, n_keys = products.shape
     table = layout.blocks(block_size)

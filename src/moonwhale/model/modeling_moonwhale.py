@@ -23,7 +23,9 @@ from .rope import rotation_table
 
 @dataclass
 class MoonwhaleModelOutput(ModelOutput):
-    """What the body gives: normed hidden states (B, T, hidden), those of each MTP module, and the summed balance losses."""
+    """What the body gives: normed hidden states (B, T, hidden), those of each MTP module, and the summed balance
+    losses.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
@@ -34,7 +36,8 @@ class MoonwhaleModelOutput(ModelOutput):
 
 @dataclass
 class MoonwhaleOutput(ModelOutput):
-    """What the model gives. With labels, the parts of the loss; a depth's index is 0 for the main head and k for MTP module k.
+    """What the model gives. With labels, the parts of the loss; a depth's index is 0 for the main head and k for MTP
+    module k.
 
     loss: 0-d, what to differentiate: main + λ/D Σ MTP + balance.
     losses: (1 + D,) mean cross-entropy in nats of each depth over this batch.
@@ -120,8 +123,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
     ) -> MoonwhaleModelOutput:
         """Runs T tokens a row, after those already in the cache.
 
-        attention_mask (B, cached + T): 0 for padding. position_ids (B, T): where they restart, a new document begins, which sees
-        nothing of the one before. `with_mtp` runs the MTP modules as well, which needs no cache.
+        attention_mask (B, cached + T): 0 for padding. position_ids (B, T): where they restart, a new document begins,
+        which sees nothing of the one before. `with_mtp` runs the MTP modules as well, which needs no cache.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, or a mask of another shape.
@@ -183,7 +186,9 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp_loss_weight = config.mtp_loss_weight  # λ, which a schedule may lower (V3 §4.2: 0.3, then 0.1)
         # DDP would overwrite every rank's own statistics with rank 0's.
-        self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if n.endswith(("max_logit", "load"))]
+        self._ddp_params_and_buffers_to_ignore = [
+            n for n, _ in self.named_buffers() if n.endswith(("max_logit", "load"))
+        ]
         self.post_init()
 
     def forward(
@@ -199,10 +204,11 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> MoonwhaleOutput:
-        """Logits of (B, T) tokens; with `labels` (B, T), shifted here and -100 where there is none, the loss and its parts too.
+        """Logits of (B, T) tokens; with `labels` (B, T), shifted here and -100 where there is none, the loss and its
+        parts too.
 
-        num_items_in_batch: targets of the whole optimizer step, one number or (1 + D,) for each depth, when this is one of its
-        micro-batches; the sum over micro-batches is then the loss of the large batch.
+        num_items_in_batch: targets of the whole optimizer step, one number or (1 + D,) for each depth, when this is one
+        of its micro-batches; the sum over micro-batches is then the loss of the large batch.
 
         While training with labels no logits are returned: they are made and dropped a chunk at a time.
         """
@@ -231,13 +237,19 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             out.logits = self.lm_head(body.last_hidden_state[:, keep])
         return out
 
-    def _add_loss(self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, labels: Tensor, layout: Layout, num_items) -> None:
+    def _add_loss(
+        self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, labels: Tensor, layout: Layout, num_items
+    ) -> None:
         """Fills in main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy."""
         hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])
         targets = torch.stack([shifted_labels(labels, layout, depth) for depth in range(len(hidden))])
         counts = (targets != IGNORE).sum((1, 2))
         own = counts.clamp(min=1).float()
-        total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().expand(len(hidden)).clamp(min=1)
+        total = (
+            own
+            if num_items is None
+            else torch.as_tensor(num_items, device=own.device).float().expand(len(hidden)).clamp(min=1)
+        )
         weights = torch.ones_like(own)
         weights[1:] = self.mtp_loss_weight / max(len(hidden) - 1, 1)
         row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)

@@ -1,4 +1,6 @@
-"""DeepSeekMoE (arXiv 2401.06066; DeepSeek-V3 §2.1.2): many small routed experts, shared ones, and a router kept balanced."""
+"""DeepSeekMoE (arXiv 2401.06066; DeepSeek-V3 §2.1.2): many small routed experts, shared ones, and a router kept
+balanced.
+"""
 
 from typing import NamedTuple
 
@@ -57,7 +59,9 @@ class Router(nn.Module):
         return Routing(scores, index, gates * self.factor)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """The K best of (N, E) scores, (N, K), from the groups whose two best experts score highest (V3 §2.1.2, node-limited)."""
+        """The K best of (N, E) scores, (N, K), from the groups whose two best experts score highest (V3 §2.1.2, node-
+        limited).
+        """
         if self.groups > 1:
             grouped = scores.view(-1, self.groups, self.n_experts // self.groups)
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
@@ -77,10 +81,14 @@ class Experts(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-        """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K): sort by expert, two grouped products, unsort."""
+        """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K): sort by expert, two grouped
+        products, unsort.
+        """
         n_tokens, topk = index.shape
         expert, order = index.flatten().sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(len(self.down_proj), device=x.device), right=True).to(torch.int32)
+        ends = torch.searchsorted(expert, torch.arange(len(self.down_proj), device=x.device), right=True).to(
+            torch.int32
+        )
         inner = F.grouped_mm(x[order // topk], self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends)
         gate, up = inner.chunk(2, dim=-1)
         out = F.grouped_mm(self.act(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
@@ -98,7 +106,9 @@ class DeepseekMoE(nn.Module):
         super().__init__()
         self.experts = Experts(config)
         self.gate = Router(config)
-        self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts) if config.n_shared_experts else None
+        self.shared_experts = (
+            MLP(config, config.moe_intermediate_size * config.n_shared_experts) if config.n_shared_experts else None
+        )
         self.balance, self.alpha = config.balance_loss, config.aux_loss_alpha
         self.device_groups, self.bias_speed = config.n_device_groups, config.bias_update_speed
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
@@ -124,8 +134,8 @@ class DeepseekMoE(nn.Module):
     def balance_loss(self, routing: Routing, valid: Tensor) -> Tensor:
         """α Σ f_i P_i in fp32, f_i an expert's share of the choices (1 when even) and P_i its mean score.
 
-        "sequence": DeepSeek-V3 eq. 17-20, a sequence at a time, scores normalised over experts and choices made without the bias.
-        "expert": DeepSeekMoE eq. 12-14, over the whole batch. "device": eq. 15-17, over groups of experts.
+        "sequence": DeepSeek-V3 eq. 17-20, a sequence at a time, scores normalised over experts and choices made without
+        the bias. "expert": DeepSeekMoE eq. 12-14, over the whole batch. "device": eq. 15-17, over groups of experts.
         """
         if self.balance == "none" or self.alpha == 0:
             return routing.scores.new_zeros(())
@@ -148,5 +158,7 @@ class DeepseekMoE(nn.Module):
 
     @torch.no_grad()
     def update_bias_(self) -> None:
-        """Auxiliary-loss-free balancing (V3 §2.1.2): raises the bias of experts chosen too little, lowers that of the others."""
+        """Auxiliary-loss-free balancing (V3 §2.1.2): raises the bias of experts chosen too little, lowers that of the
+        others.
+        """
         self.gate.e_score_correction_bias += self.bias_speed * torch.sign(self.load.mean() - self.load)

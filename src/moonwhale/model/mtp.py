@@ -1,4 +1,6 @@
-"""Multi-token prediction (DeepSeek-V3 §2.2): a causal chain of modules, the k-th of which predicts the (k+1)-th next token."""
+"""Multi-token prediction (DeepSeek-V3 §2.2): a causal chain of modules, the k-th of which predicts the (k+1)-th next
+token.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,11 @@ from .norm import RMSNorm
 
 
 class MTPModule(Block):
-    """Module k of the chain. It is itself its first block, as in DeepSeek's checkpoints, where it sits at `model.layers.{N + k - 1}`.
+    """Module k of the chain. It is itself its first block, as in DeepSeek's checkpoints, where it sits at
+    `model.layers.{N + k - 1}`.
 
-    Embedding and head are the main model's. `blocks` are those beyond the first, which the released format does not know.
+    Embedding and head are the main model's. `blocks` are those beyond the first, which the released format does not
+    know.
     """
 
     def __init__(self, config, first_layer_idx: int, n_blocks: int):
@@ -28,8 +32,8 @@ class MTPModule(Block):
     ) -> tuple[Tensor, tuple[Stats, ...]]:
         """One link of the chain (V3 eq. 21-23).
 
-        hidden (B, T, hidden): the previous link's normed output at each position i. ahead (B, T, hidden): the embedding of token
-        i + k. Positions stay those of i.
+        hidden (B, T, hidden): the previous link's normed output at each position i. ahead (B, T, hidden): the embedding
+        of token i + k. Positions stay those of i.
 
         Returns:
             the normed output (B, T, hidden), ready for the head and for the next link; the statistics of each block.

@@ -1,4 +1,6 @@
-"""Rotary position embedding on the decoupled part of MLA's queries and keys. Stateless: nothing to save, nothing to restore."""
+"""Rotary position embedding on the decoupled part of MLA's queries and keys. Stateless: nothing to save, nothing to
+restore.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +8,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (B, 1, T, qk_rope_head_dim / 2), at (B, T) positions; YaRN's frequencies where configured."""
+    """Cosines and sines, each (B, 1, T, qk_rope_head_dim / 2), at (B, T) positions; YaRN's frequencies where
+    configured.
+    """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
         exponents = torch.arange(0, config.qk_rope_head_dim, 2, device=position_ids.device) / config.qk_rope_head_dim

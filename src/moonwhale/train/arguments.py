@@ -44,7 +44,7 @@ class TrainConfig:
     seed: int = option(0, "of the weights, the shuffling and the held-out documents", group="run")
 
     data: str = option("chitchat", "file, folder, glob, hub set, or built in: chitchat, python", group="data")
-    data_split: str = option("train", "split of a hub set", group="data")
+    data_split: str | None = option(None, "split of a hub set (train)", group="data")
     data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="data")
     tokenizer: str | None = option(
         None, "folder, hub id, or a packaged one: deepseek-v3, gpt2; left out, one is trained on the data", group="data"

@@ -1,0 +1,142 @@
+"""Which device and which dtype, and why; how fast that device can go; and an allocator that keeps its memory."""
+
+import ctypes
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from moonwhale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Weights stay fp32; matrix products run in `dtype`, under autocast where that is not fp32 itself."""
+
+    device: torch.device
+    dtype: torch.dtype
+    autocast: bool
+    reason: str
+
+
+def choose(device: str = "auto", precision: str = "auto") -> Choice:
+    """The device (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`) and the precision (`auto`, `fp32`, `bf16`) to compute with.
+
+    Raises UserError for a device or precision that is unknown, or that this machine does not have.
+    """
+    chosen, why_device = _choose_device(device)
+    slow = why_not_bf16(chosen)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision: unknown precision {precision!r} (give auto, fp32 or bf16)")
+    if precision == "bf16" and slow and chosen.type == "cuda":
+        raise UserError(f"--precision: no bf16 on {chosen}, {slow} (give --precision fp32)")
+    if precision == "auto":
+        bf16 = not slow
+        why_dtype = f"fp32, since {slow}" if slow else f"bf16, since {_bf16_unit(chosen)}"
+    else:
+        bf16 = precision == "bf16"
+        why_dtype = f"{precision} as asked" + (f", though {slow}" if bf16 and slow else "")
+    return Choice(chosen, torch.bfloat16 if bf16 else torch.float32, bf16, f"{why_device}; {why_dtype}")
+
+
+def _choose_device(name: str) -> tuple[torch.device, str]:
+    if name == "auto":
+        found = next((kind for kind in ("cuda", "mps") if not why_no_device(kind)), "cpu")
+        return torch.device(found), f"{found}, the {'only' if found == 'cpu' else 'fastest'} device here"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device: unknown device {name!r} (give auto, cpu, cuda, cuda:N or mps)")
+    device = torch.device(name)
+    if why := why_no_device(device.type):
+        raise UserError(f"--device: no {device.type} here, {why} (give --device auto or cpu)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device: no {name} here, devices are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return device, f"{name} as asked"
+
+
+def why_no_device(kind: str) -> str:
+    """Why `cpu`, `cuda` or `mps` can't be used here, or nothing if it can."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "no NVIDIA driver or GPU is found" if torch.version.cuda else "this torch is built without CUDA"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "Metal is not available" if torch.backends.mps.is_built() else "this torch is built without Metal"
+    return ""
+
+
+def why_not_bf16(device: torch.device) -> str:
+    """Why bf16 does not pay on a device, or nothing if it does."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "" if fast else "the GPU is older than Ampere"
+    if device.type == "mps":
+        return "a gain from bf16 is not certain on every Apple chip"
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "" if fast else "the CPU has neither AMX nor AVX512-BF16"
+
+
+def _bf16_unit(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "the GPU has bf16 tensor cores"
+    return f"the CPU has {'AMX' if torch.cpu._is_amx_tile_supported() else 'AVX512-BF16'}"
+
+
+def tune_allocator() -> bool:
+    """Make glibc's malloc keep freed memory; False where it is another allocator, and nothing was done.
+
+    By default every large tensor is mapped afresh and each of its pages faults in again: about a fifth of a CPU step.
+    The price is that the process holds on to its peak memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    mmap_threshold, trim_threshold, never = -3, -1, -1
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, never))
+
+
+# Dense tensor-core bf16 and plain fp32 in TFLOP/s, from NVIDIA's data sheets; laptop parts and slices of a GPU differ.
+GPU_TFLOPS = {
+    r"A100\b": (312, 19.5),
+    r"H100 PCIe$": (756, 51),
+    r"H100 80GB HBM3$": (989, 67),
+    r"H200$": (989, 67),
+    r"L4$": (121, 30.3),
+    r"L40S$": (362, 91.6),
+    r"RTX 3090$": (71, 35.6),
+    r"RTX 4090$": (165, 82.6),
+}
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a device can reach in `dtype`: the data sheet's figure for a known GPU, else a measured product's.
+
+    Measures for about a fifth of a second, once a process.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float32):
+        name = torch.cuda.get_device_name(device)
+        for pattern, tflops in GPU_TFLOPS.items():
+            if re.search(rf"\b{pattern}", name) and "MIG" not in name:
+                return 1e12 * tflops[dtype is torch.float32]
+    return measured_flops(device, dtype)
+
+
+@cache
+def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of the best of several square matrix products."""
+    size = 1024 if device.type == "cpu" else 4096
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out, best, deadline = a @ b, float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

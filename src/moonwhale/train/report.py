@@ -1,0 +1,125 @@
+"""What a run shows of itself: a progress bar, a line now and then, and a picture at the end."""
+
+import signal
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class Progress(TrainerCallback):
+    """A bar over the steps, and a line at each log and evaluation."""
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, leave=False
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        line = evaluation_line(logs) if "eval_loss_main" in logs else training_line(logs) if "loss" in logs else None
+        if line:
+            tqdm.write(f"step {state.global_step:>6}  {line}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def training_line(logs: dict) -> str:
+    """One line of what matters; everything else is in TensorBoard."""
+    mtp = " ".join(f"{value:.3f}" for name, value in logs.items() if name.startswith("loss_mtp_"))
+    parts = [f"loss {logs['loss_main']:.3f}"]
+    parts += [f"mtp {mtp}"] if mtp else []
+    parts += [f"lr {logs['learning_rate']:.1e}", f"grad {logs['grad_norm']:.2f}"]
+    if "max_attention_logit" in logs:
+        clipped = f" ({logs['clipped_heads']:.0f} clipped)" if logs["clipped_heads"] else ""
+        parts.append(f"logit {logs['max_attention_logit']:.1f}{clipped}")
+    if "expert_imbalance" in logs:
+        parts.append(f"imbalance {logs['expert_imbalance']:.2f}")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tok/s, MFU {logs['mfu']:.0%}")
+    return "  ".join(parts)
+
+
+def evaluation_line(logs: dict) -> str:
+    """One line of an evaluation."""
+    parts = [f"held out: loss {logs['eval_loss_main']:.3f}"]
+    if "eval_bits_per_byte" in logs:
+        parts.append(f"{logs['eval_bits_per_byte']:.3f} bits per byte")
+    accuracies = [f"{value:.0%}" for name, value in logs.items() if name.startswith("eval_accuracy_")]
+    parts.append(
+        "next token right "
+        + ", ".join(accuracies[:1])
+        + (f", those after it {' '.join(accuracies[1:])}" if accuracies[1:] else "")
+    )
+    return "  ".join(parts)
+
+
+def plot_loss(history: list[dict], path: str | Path) -> None:
+    """Draws the loss of every depth and the held-out one over the steps, and the learning rate, from the Trainer's log
+    history.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(4, 1), layout="constrained")
+    train = [entry for entry in history if "loss_main" in entry]
+    held_out = [entry for entry in history if "eval_loss_main" in entry]
+    depths = sorted({name for entry in train for name in entry if name.startswith("loss_mtp_")})
+    for name, label in [("loss_main", "next token"), *((d, f"MTP module {d[9:]}") for d in depths)]:
+        top.plot([e["step"] for e in train], [e[name] for e in train], label=label, linewidth=1.2)
+    if held_out:
+        top.plot(
+            [e["step"] for e in held_out], [e["eval_loss_main"] for e in held_out], "k.--", label="next token, held out"
+        )
+    top.set_ylabel("cross-entropy, nats per token")
+    top.grid(alpha=0.3)
+    top.legend(frameon=False)
+    bottom.plot([e["step"] for e in train], [e["learning_rate"] for e in train], color="gray")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    bottom.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+class StopAtStepEnd(TrainerCallback):
+    """As a context, turns the first Ctrl-C (or SIGTERM) into a checkpoint and a stop at the end of the step; a second
+    one stops at once.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step (again to stop at once, without saving)", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_training_stop = control.should_save = True
+        return control
