@@ -1,0 +1,98 @@
+"""From a document to token ids: the chat template, and where a document begins and ends."""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from moonwhale.data.sources import ROLES, Document
+from moonwhale.errors import UserError
+
+ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
+
+# Everything the assistant has to produce, its end-of-message token included, stands inside `generation`, so that
+# fine-tuning can put the loss on just that.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    f"{{% if message['role'] not in {ROLES} %}}"
+    "{{ raise_exception('unknown role ' ~ message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' ~ message['role'] ~ '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim ~ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] | trim ~ eos_token }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+PIECE = 1 << 16  # characters; pieces of a long text are encoded in parallel and in bounded memory
+BATCH = 256  # pieces at a time
+
+
+def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> np.ndarray:
+    """Ids (n,) uint32 of one document: bos + text + eos, or the chat template's rendering of messages.
+
+    A control token's name inside the text or a message ("<|eos|>" in a web page) is encoded as ordinary characters.
+    Raises UserError when the tokenizer's chat template refuses the messages.
+    """
+    return encode_documents(tokenizer, [document])[0]
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[np.ndarray]:
+    """`encode_document` of each, on all cores: the tokenizer's threads, which TOKENIZERS_PARALLELISM=false stops."""
+    encoded: list[np.ndarray] = []
+    for is_text, group in groupby(documents, key=lambda document: isinstance(document, str)):
+        encoded += (_encode_texts if is_text else _encode_chats)(tokenizer, list(group))
+    return encoded
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text to be continued: what `encode_document` gives, without the eos."""
+    return encode_document(tokenizer, text)[:-1].tolist()
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    pieces = [list(_pieces(text)) for text in texts]
+    flat = [piece for of_text in pieces for piece in of_text]
+    ids: list[np.ndarray] = []
+    for start in range(0, len(flat), BATCH):
+        # verbose=False: rows are cut later, so a text beyond `model_max_length` is no cause for a warning.
+        batch = tokenizer(
+            flat[start : start + BATCH], add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        ids += [np.array(piece, np.uint32) for piece in batch["input_ids"]]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    remaining = iter(ids)
+    return [
+        np.concatenate([bos, *(next(remaining) for _ in of_text), [tokenizer.eos_token_id]]).astype(np.uint32)
+        for of_text in pieces
+    ]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long text after the last line end within every PIECE characters (anywhere, if there is none)."""
+    start = 0
+    while len(text) - start > PIECE:
+        stop = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _encode_chats(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[np.ndarray]:
+    control = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+    forged = any(control.search(message["content"]) for chat in chats for message in chat)
+    try:
+        # Sanitizing takes twice as long, and hardly any batch needs it.
+        ids = tokenizer.apply_chat_template(chats, sanitize_control_tokens=forged, tokenizer_kwargs={"verbose": False})[
+            "input_ids"
+        ]
+    except jinja2.TemplateError as error:
+        raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+    return [np.array(chat, np.uint32) for chat in ids]
