@@ -81,12 +81,12 @@ def training_bytes(config, tokens: int, number_bytes: int = 4) -> dict[str, int]
     counts = count(config)
     saved = sum(_saved(config, i) for i in range(config.num_blocks))
     saved += 4 * config.hidden_size * (1 + 4 * config.num_nextn_predict_layers)  # around the blocks
+    head_gradient = 4 * counts.embedding  # the chunked loss makes it in the forward pass
     return {
         "weights": 4 * counts.parameters,
         "gradients": 4 * counts.parameters,
         "optimizer": 8 * counts.parameters - 4 * counts.matrices,
-        "activations": number_bytes * tokens * saved
-        + 4 * counts.embedding,  # the head's gradient is made in the forward pass
+        "activations": number_bytes * tokens * saved + head_gradient,
     }
 
 

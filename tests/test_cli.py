@@ -1,0 +1,128 @@
+"""The command line itself: what it prints, how it exits, and how little it imports."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from moonwhale import __version__, cli
+from moonwhale.errors import UserError
+
+HEAVY = {"torch", "transformers", "datasets", "tokenizers", "numpy", "matplotlib", "accelerate"}
+
+
+def moonwhale(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "moonwhale", *argv], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Replaces the verbs by one, `do`, that is the given function."""
+
+    def make(function):
+        monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(main=function))
+        monkeypatch.setattr(cli, "VERBS", {"do": ("stand_in:main", "")})
+
+    return make
+
+
+def test_help_and_version():
+    assert moonwhale().stdout == moonwhale("--help").stdout == cli.usage() + "\n"
+    for name in cli.VERBS:
+        assert f"  {name} " in cli.usage()
+    assert moonwhale("--version").stdout == f"moonwhale {__version__}\n"
+
+
+def test_unknown_verb():
+    result = moonwhale("trian")
+    assert result.returncode == 2
+    assert result.stderr == "moonwhale: error: unknown verb 'trian' (did you mean train?); see `moonwhale --help`\n"
+
+
+@pytest.mark.parametrize("name", [None, *cli.VERBS])
+def test_help_is_light(name):
+    """`moonwhale [VERB] --help` succeeds, and imports nothing heavy."""
+    code = (
+        "import sys; from moonwhale.cli import main\n"
+        f"try: status = main({[name, '--help'] if name else ['--help']})\n"
+        "except SystemExit as leaving: status = leaving.code\n"
+        f"print('HEAVY', *sorted({HEAVY} & sys.modules.keys())); sys.exit(status)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage: moonwhale" in result.stdout
+    assert result.stdout.splitlines()[-1] == "HEAVY"
+
+
+def test_help_is_quick():
+    def once() -> float:
+        start = time.perf_counter()
+        moonwhale("--help", check=True)
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(3)) < 0.5
+
+
+def test_arguments_and_status_pass_through(verb):
+    seen = []
+    verb(lambda argv: seen.append(argv))
+    assert cli.main(["do", "--a", "b"]) == 0
+    assert seen == [["--a", "b"]]
+    verb(lambda argv: 3)
+    assert cli.main(["do"]) == 3
+
+
+def failing(error: BaseException):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("--data: no such file"), 2, "moonwhale: error: --data: no such file\n"),
+        (UserError("two\nlines"), 2, "moonwhale: error: two lines\n"),
+        (KeyboardInterrupt(), 130, "moonwhale: interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            2,
+            "moonwhale: error: [Errno 28] No space left on device: 'runs/x': free some, or give another --out\n",
+        ),
+    ],
+)
+def test_failures_are_one_line(verb, capsys, error, status, line):
+    verb(failing(error))
+    assert cli.main(["do"]) == status
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "I/O error")])
+def test_faults_of_the_program_keep_their_traceback(verb, error):
+    verb(failing(error))
+    with pytest.raises(type(error)):
+        cli.main(["do"])
+
+
+@pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()])
+def test_debug_shows_where(verb, monkeypatch, error):
+    monkeypatch.setenv("MOONWHALE_DEBUG", "1")
+    verb(failing(error))
+    with pytest.raises(type(error)):
+        cli.main(["do"])
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_a_closed_pipe_is_no_news(argv):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "moonwhale", *argv]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode in (0, 141)  # argparse itself keeps quiet about it
+    assert result.stderr == ""

@@ -1,0 +1,68 @@
+"""The presets: sizes as documented, and every key a real field."""
+
+import dataclasses
+
+import pytest
+
+from moonwhale.counts import count
+from moonwhale.errors import UserError
+from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
+from moonwhale.presets import PRESETS, get_preset, model_fields
+from moonwhale.train.arguments import TrainConfig, build_model_config, resolve
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_a_run_that_can_start(name):
+    config = resolve({"preset": name})
+    assert config.accumulation() * config.batch_size * config.context == config.tokens_per_step
+    model = build_model_config(config)
+    assert model.max_position_embeddings == config.context
+    assert any(model.is_moba_layer(i) for i in range(model.num_hidden_layers))
+    assert model.moba_topk * model.moba_block_size < config.context, "MoBA would be full attention"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_set_the_same_options(name):
+    assert PRESETS[name].model.keys() == PRESETS["demo"].model.keys() <= model_fields().keys()
+    # `moonwhale train --help` calls these "the preset's"
+    assert PRESETS["demo"].train.keys() <= PRESETS[name].train.keys()
+    assert PRESETS[name].train.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_seed_has_the_documented_figures():
+    model = build_model_config(resolve({"preset": "seed_190m"}))
+    counts = count(model)
+    assert counts.parameters_per_block == pytest.approx(9.45e6, rel=0.005)
+    assert counts.active_parameters_per_block == pytest.approx(7.08e6, rel=0.005)
+    assert counts.parameters == pytest.approx(190e6, rel=0.02)
+    assert (model.num_hidden_layers, model.mtp_blocks, model.num_blocks) == (8, [2, 2], 12)
+    assert model.first_k_dense_replace == 0
+    assert (model.vocab_size, model.hidden_size, model.num_attention_heads) == (50_304, 768, 12)
+    assert not model.tie_word_embeddings
+    run = resolve({"preset": "seed_190m"})
+    assert (run.context, run.tokens_per_step) == (1024, 491_520)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("demo", 5e6, 8e6), ("small", 50e6, 60e6), ("large", 0.7e9, 1e9)])
+def test_sizes(name, low, high):
+    assert low <= count(build_model_config(resolve({"preset": name}))).parameters <= high
+
+
+def test_large_has_the_widths_of_mla_kernels():
+    model = PRESETS["large"].model
+    assert (model["kv_lora_rank"], model["qk_rope_head_dim"]) == (512, 64)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match=r"'seed_190' is none of demo, .*did you mean seed_190m\?"):
+        get_preset("seed_190")
+
+
+def test_model_fields_are_the_configuration_s_own():
+    defaults = {field.name: field.default for field in dataclasses.fields(MoonwhaleConfig)}
+    fields = model_fields()
+    assert fields["hidden_size"] is int
+    assert fields["q_lora_rank"] == int | None
+    assert fields["mtp_num_blocks"] == int | list[int]
+    inherited = {field.name for field in dataclasses.fields(MoonwhaleConfig.__mro__[1])}
+    assert defaults.keys() - inherited == fields.keys() - inherited
