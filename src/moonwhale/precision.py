@@ -52,7 +52,8 @@ def _choose_device(name: str) -> tuple[torch.device, str]:
     if why := why_no_device(device.type):
         raise UserError(f"--device: no {device.type} here, {why} (give --device auto or cpu)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device: no {name} here, devices are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        last = torch.cuda.device_count() - 1
+        raise UserError(f"--device: no {name} here, the last one is cuda:{last} (give --device auto or cuda:{last})")
     return device, f"{name} as asked"
 
 
