@@ -18,16 +18,7 @@ if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
-NOT_NEGATIVE = (
-    "seed",
-    "workers",
-    "warmup_steps",
-    "weight_decay",
-    "grad_clip",
-    "qk_clip_tau",
-    "eval_every",
-    "save_every",
-)
+NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
 
 
 @dataclass
@@ -50,7 +41,6 @@ class TrainConfig:
         None, "folder, hub id, or a packaged one: deepseek-v3, gpt2; left out, one is trained on the data", group="data"
     )
     context: int = option(1024, "tokens of a row", group="data")
-    workers: int = option(2, "processes that tokenise and load", group="data")
 
     batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
     tokens_per_step: int = option(
@@ -72,7 +62,7 @@ class TrainConfig:
     )
     mtp_loss_weight_final: float | None = option(
         None,
-        "weight λ of the MTP loss in the decay phase; left out, it stays model.mtp_loss_weight",
+        "weight λ of the MTP loss in the last --decay-fraction of steps; left out, it stays model.mtp_loss_weight",
         group="optimization",
     )
 
