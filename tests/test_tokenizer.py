@@ -140,11 +140,20 @@ def test_training_is_deterministic_and_cached(tmp_path, monkeypatch):
         trained_tokenizer(Source("whale", "another print", source.read), 300, tmp_path)
 
 
+def test_a_damaged_trained_tokenizer_is_trained_again(tmp_path, caplog):
+    source = Source("whale", "print", lambda: iter([TEXT, CHAT]))
+    first = trained_tokenizer(source, 300, tmp_path)
+    (file,) = tmp_path.glob("tokenizers/*/tokenizer.json")
+    file.write_text(file.read_text()[:500])
+    assert fingerprint(trained_tokenizer(source, 300, tmp_path)) == fingerprint(first)
+    assert "training it again" in caplog.text
+
+
 def test_fingerprint_sees_vocabulary_and_template_but_not_padding(ours):
     before = fingerprint(ours)
     ours(["a", "a b c"], padding=True, truncation=True, max_length=2)
     assert fingerprint(ours) == before
-    assert fingerprint(train_tokenizer([TEXT] * 3, 319)) != before
+    assert fingerprint(train_tokenizer([TEXT] * 3, 300)) != before
     other = train_tokenizer([TEXT] * 3, 320)
     assert fingerprint(other) == before
     other.chat_template += " "
@@ -155,6 +164,11 @@ def test_vocabulary_too_small():
     with pytest.raises(UserError, match=r"--vocab-size 200 is too small.*266"):
         train_tokenizer([TEXT], 200)
     assert len(train_tokenizer([TEXT], 266)) == 266
+
+
+def test_a_vocabulary_the_text_cannot_fill_is_said(caplog):
+    assert len(train_tokenizer(["aa"], 400)) < 400
+    assert "not 400" in caplog.text
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -57,4 +57,4 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
     reason = error.strerror or str(error)
-    return UserError(f"cannot write the cache in {folder}: {reason} (free some space or choose another with --cache)")
+    return UserError(f"cannot write in {folder}: {reason} (free some space; --cache moves what is built from data)")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from moonwhale.data.cache import cache_folder, locked, new_folder
 from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
 from moonwhale.data.sources import Source, texts_of
 from moonwhale.errors import UserError
+
+log = logging.getLogger(__name__)
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # Not "special": they are part of what the model writes, so decoding must keep them.
@@ -45,7 +48,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
     backend.train_from_iterator(texts, trainer)
-    return _complete(_wrap(backend, BOS, EOS, PAD))
+    tokenizer = _complete(_wrap(backend, BOS, EOS, PAD))
+    if len(tokenizer) < vocab_size:
+        log.warning("the text has repetitions for a vocabulary of %d only, not %d", len(tokenizer), vocab_size)
+    return tokenizer
 
 
 def trained_tokenizer(source: Source, vocab_size: int, cache_dir: str | Path | None = None) -> PreTrainedTokenizerFast:
@@ -53,10 +59,13 @@ def trained_tokenizer(source: Source, vocab_size: int, cache_dir: str | Path | N
     key = hashlib.sha256(f"1 {source.fingerprint} {vocab_size}".encode()).hexdigest()[:16]
     folder = cache_folder(cache_dir) / "tokenizers" / f"{source.slug}-{vocab_size}-{key}"
     with locked(folder):
-        if not folder.is_dir():
-            tokenizer = train_tokenizer(_texts(source), vocab_size)
-            with new_folder(folder) as building:
-                tokenizer.save_pretrained(building)
+        if folder.is_dir():
+            try:
+                return load_tokenizer(str(folder))
+            except UserError as error:
+                log.warning("%s: training it again", error)
+        with new_folder(folder) as building:
+            train_tokenizer(_texts(source), vocab_size).save_pretrained(building)
         return load_tokenizer(str(folder))
 
 
