@@ -1,5 +1,4 @@
-"""Exact softmax attention, a chunk of queries at a time: never the whole score matrix, and its row maxima for QK-clip.
-"""
+"""Exact softmax attention, a chunk of queries at a time: never the whole score matrix; with row maxima, for QK-clip."""
 
 import torch
 from torch import Tensor

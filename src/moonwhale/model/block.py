@@ -45,8 +45,7 @@ class Block(GradientCheckpointingLayer):
         return x + out, Stats(max_logit, balance, load)
 
     def collect(self, stats: Stats) -> None:
-        """Adds statistics of a training batch to what QK-clip and the bias update will read at the next optimizer step.
-        """
+        """Adds a training batch's statistics to what QK-clip and the bias update read at the next optimizer step."""
         if stats.max_logit is not None:
             self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(stats.max_logit))
         if stats.load is not None:

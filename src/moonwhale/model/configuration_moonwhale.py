@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 BALANCE_LOSSES = ("sequence", "expert", "device", "none")
 SCORING_FUNCS = ("sigmoid", "softmax")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose frequencies do not change with the length
 
 
 class MoonwhaleConfig(PreTrainedConfig):
@@ -158,6 +159,11 @@ class MoonwhaleConfig(PreTrainedConfig):
         )
         require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
         require(
+            self.rope_parameters.get("rope_type") in ROPE_TYPES,
+            "rope_parameters",
+            f"choose a rope_type from {', '.join(ROPE_TYPES)}",
+        )
+        require(
             self.num_key_value_heads == self.num_attention_heads,
             "num_key_value_heads",
             f"latent attention has as many key heads as query heads ({self.num_attention_heads})",
@@ -201,7 +207,7 @@ class MoonwhaleConfig(PreTrainedConfig):
         require(
             len(self.mtp_blocks) == self.num_nextn_predict_layers and all(n >= 1 for n in self.mtp_blocks),
             "mtp_num_blocks",
-            f"give one number >= 1, or one for each of num_nextn_predict_layers={self.num_nextn_predict_layers} modules",
+            f"give one number >= 1, or one for each of the num_nextn_predict_layers={self.num_nextn_predict_layers}",
         )
         require(self.mtp_loss_weight >= 0, "mtp_loss_weight", "λ must not be negative")
 

@@ -64,11 +64,12 @@ class Layout:
         that restart.
 
         Raises:
-            ValueError: the mask is not (B, T).
+            ValueError: the mask is not (B, T), or has padding between tokens where no document ends.
         """
         if attention_mask is not None and attention_mask.shape != (batch, length):
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, length)}: 0 for padding, 1 for a token"
+                f"attention_mask has shape {tuple(attention_mask.shape)}, not {(batch, length)}: "
+                "give 0 for padding and 1 for a token"
             )
         index = torch.arange(length, device=device).expand(batch, length)
         real = torch.ones_like(index, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -80,7 +81,15 @@ class Layout:
         starts &= real
         segment = (starts.cumsum(1) - 1).masked_fill(~real, -1)
         begin = torch.where(starts, index, 0).cummax(1).values
-        return cls(segment, (index - begin).masked_fill(~real, 0), real, plain=not bool(segment.any()))
+        plain = not bool(segment.any())
+        if not plain:
+            reopened = starts[:, 1:] & ~real[:, :-1] & (segment[:, 1:] > 0)
+            if bool((reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)).any()):
+                raise ValueError(
+                    "attention_mask has padding between tokens: pad at one end (the left, to generate), "
+                    "or let position_ids restart at 0 behind it"
+                )
+        return cls(segment, (index - begin).masked_fill(~real, 0), real, plain)
 
     def ahead(self, k: int) -> "Layout":
         """The layout of MTP module k, where a token counts only if the k-th token after it is of its own sequence."""

@@ -20,6 +20,8 @@ def linear_cross_entropy(
         the weighted sum (0-d, differentiable); each row's cross-entropy in nats (N,), 0 where ignored; whether the
         label was the most likely token (N,).
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, row_weight)
 
 

@@ -46,7 +46,7 @@ class MultiheadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
         # (rank, 1, width) taps, the newest last; zero-initialised, so that it starts as no convolution at all
         self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
-        self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf), persistent=False)
+        self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None

@@ -48,7 +48,7 @@ def moba_attention(
 @torch.no_grad()
 def choose_blocks(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Tensor:
     """The `n` earlier blocks with the best gates, (B, H, count * size, n) by slot; -1 where there are fewer."""
-    batch, heads, slots, width = q.shape
+    batch, heads, _, width = q.shape
     means = k.float().view(batch, heads, table.count, table.size, width).mean(3)
     gates = q.float() @ means.transpose(-1, -2)
     block = torch.arange(table.count, device=q.device)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
@@ -65,6 +66,8 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
     _no_split_modules = ("Block", "MTPModule")
     _skip_keys_device_placement = ("past_key_values",)
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    # DeepSeek's MTP modules carry copies of the main model's embedding and head.
+    _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -84,6 +87,10 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
             init.constant_(module.max_logit, -torch.inf)
             if module.key_conv is not None:
                 init.zeros_(module.key_conv)
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
+        """Saves experts as stacks, all that a resuming Trainer can read; in the original format, DeepSeek's, singly."""
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
 
 class MoonwhaleModel(MoonwhalePreTrainedModel):
@@ -207,8 +214,9 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         """Logits of (B, T) tokens; with `labels` (B, T), shifted here and -100 where there is none, the loss and its
         parts too.
 
-        num_items_in_batch: targets of the whole optimizer step, one number or (1 + D,) for each depth, when this is one
-        of its micro-batches; the sum over micro-batches is then the loss of the large batch.
+        num_items_in_batch: targets of the whole optimizer step when this is one of its micro-batches, (1 + D,) for each
+        depth; the sum over micro-batches is then the loss of the large batch. One number counts the main head's alone,
+        and gives the micro-batch the same share of every depth.
 
         While training with labels no logits are returned: they are made and dropped a chunk at a time.
         """
@@ -245,11 +253,9 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         targets = torch.stack([shifted_labels(labels, layout, depth) for depth in range(len(hidden))])
         counts = (targets != IGNORE).sum((1, 2))
         own = counts.clamp(min=1).float()
-        total = (
-            own
-            if num_items is None
-            else torch.as_tensor(num_items, device=own.device).float().expand(len(hidden)).clamp(min=1)
-        )
+        total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().clamp(min=1)
+        if total.dim() == 0:
+            total = total * own / own[0]
         weights = torch.ones_like(own)
         weights[1:] = self.mtp_loss_weight / max(len(hidden) - 1, 1)
         row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)
@@ -266,5 +272,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
 AutoConfig.register("moonwhale", MoonwhaleConfig)
 AutoModel.register(MoonwhaleConfig, MoonwhaleModel)
 AutoModelForCausalLM.register(MoonwhaleConfig, MoonwhaleForCausalLM)
+for name in ("MoonwhaleModel", "MoonwhaleForCausalLM"):  # DeepSeek's checkpoints hold every expert by itself
+    register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True)
 
 __all__ = ["MoonwhaleForCausalLM", "MoonwhaleModel"]

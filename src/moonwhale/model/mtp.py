@@ -50,8 +50,8 @@ class MTPModule(Block):
 def shifted_labels(labels: Tensor, layout: Layout, depth: int) -> Tensor:
     """Targets of depth d, (B, T): position i predicts label i + 1 + d. Depth 0 is the main model.
 
-    The last positions have no target, and an MTP module none that lies in another document.
+    The last positions have no target, padding has none, and none lies in another document.
     """
     targets = torch.full_like(labels, IGNORE)
     targets[:, : -1 - depth] = labels[:, 1 + depth :]
-    return targets.masked_fill(~layout.ahead(1 + depth).valid, IGNORE) if depth else targets
+    return targets.masked_fill(~layout.ahead(1 + depth).valid, IGNORE)
