@@ -1,0 +1,456 @@
+"""MoBA against its algorithm taken word by word (arXiv 2502.13189 §2.2), alone and inside the model."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moonwhale.model import MoonwhaleForCausalLM, attention, moba
+from moonwhale.model.layout import BlockTable, Layout
+from moonwhale.model.mla import MultiheadLatentAttention
+
+SIZE = 4  # keys in a block
+HEADS, WIDTH, V_WIDTH, SCALE = 2, 6, 5, 0.7
+TOPK = [1, 2, 3, 99]
+
+# The sequences of each row: how many tokens each has, and how much padding there is (negative).
+ROWS = {
+    "ragged": [[13], [13]],
+    "whole blocks": [[16], [16]],
+    "shorter than a block": [[3], [3]],
+    "one token": [[1], [1]],
+    "padded on the left": [[17], [-4, 13], [-14, 3]],
+    "padded on the right": [[17], [13, -4], [1, -16]],
+    "packed": [[5, 9, 4], [18], [1, 16, 1]],
+    "packed and padded": [[-2, 6, 9, -3], [5, -1, 13, -1]],
+}
+
+
+def read(rows) -> tuple[Layout, list[list[range]]]:
+    """The layout of those rows, and where in each row its sequences lie."""
+    mask = torch.tensor([[int(n > 0) for n in row for _ in range(abs(n))] for row in rows])
+    position_ids = torch.tensor([[i for n in row for i in range(abs(n))] for row in rows])
+    documents = []
+    for row in rows:
+        ends = torch.tensor(row).abs().cumsum(0).tolist()
+        documents.append([range(end - n, end) for n, end in zip(row, ends, strict=True) if n > 0])
+    return Layout.of(*mask.shape, mask.device, mask, position_ids), documents
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def heads_of(layout: Layout):
+    batch, length = layout.segment.shape
+    return [normal(batch, HEADS, length, width, seed=width) for width in (WIDTH, WIDTH + 1, V_WIDTH)]
+
+
+def naive_mask(q, k, documents, size, topk):
+    """Which keys (B, H, T, T) every query attends to, one query of one head of one sequence at a time."""
+    mask = torch.eye(q.shape[2], dtype=torch.bool).repeat(*q.shape[:2], 1, 1)
+    for row, sequences in enumerate(documents):
+        for tokens in sequences:
+            blocks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+            for head in range(q.shape[1]):
+                keys = k[row, head]
+                for i, token in enumerate(tokens):
+                    own = i // size
+                    gates = [(q[row, head, token] @ keys[list(block)].mean(0)).item() for block in blocks[:own]]
+                    history = sorted(range(own), key=lambda j: gates[j], reverse=True)[: topk - 1]  # the own one counts
+                    for j in history:
+                        mask[row, head, token, list(blocks[j])] = True
+                    mask[row, head, token, blocks[own][0] : token + 1] = True
+    return mask
+
+
+def naive(q, k, v, documents, topk):
+    logits = (q @ k.mT * SCALE).masked_fill(~naive_mask(q, k, documents, SIZE, topk), -torch.inf)
+    return logits.softmax(-1) @ v, logits.amax(-1)
+
+
+def close(ours, oracle):
+    return torch.allclose(ours.double(), oracle, rtol=1e-5, atol=1e-5)
+
+
+def assert_naive(rows, topk):
+    """Output, largest logits and all three gradients, at every token that is not padding."""
+    layout, documents = read(rows)
+    real = layout.valid[:, None].expand(-1, HEADS, -1)
+    q, k, v = heads_of(layout)
+    k = k[..., :WIDTH]
+    results = []
+    for function, dtype in (
+        (lambda *qkv: moba.moba_attention(*qkv, SCALE, layout, SIZE, topk), torch.float32),
+        (lambda *qkv: naive(*qkv, documents, topk), torch.float64),
+    ):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, top = function(*inputs)
+        (out * normal(*out.shape, seed=9).to(dtype))[real].sum().backward()
+        results.append([out[real], top[real], *(x.grad for x in inputs)])
+    for name, ours, oracle in zip(("out", "top", "dq", "dk", "dv"), *results, strict=True):
+        assert close(ours, oracle), name
+
+
+def assert_naive_mask(rows, topk, newest=None):
+    """The dense twin, for all queries or for the newest ones."""
+    layout, documents = read(rows)
+    q, k, _ = heads_of(layout)
+    k = k[..., :WIDTH]
+    newest = newest or q.shape[2]
+    ours = moba.moba_mask((q @ k.mT)[:, :, -newest:], layout, SIZE, topk)
+    real = layout.valid[:, None, -newest:].expand(-1, HEADS, -1)
+    assert torch.equal(ours[real], naive_mask(q, k, documents, SIZE, topk)[:, :, -newest:][real])
+
+
+@pytest.fixture(params=["chunks as they are", "small chunks"])
+def chunks(request, monkeypatch):
+    if request.param == "small chunks":
+        monkeypatch.setattr(attention, "CHUNK", 3)
+        monkeypatch.setattr(moba, "QUERIES", 2)
+
+
+@pytest.mark.parametrize("topk", TOPK)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+class TestNaive:
+    def test_the_sparse_path(self, rows, topk, chunks):
+        assert_naive(rows, topk)
+
+    def test_the_dense_mask(self, rows, topk):
+        assert_naive_mask(rows, topk)
+        assert_naive_mask(rows, topk, newest=1)
+        assert_naive_mask(rows, topk, newest=-(-len(rows[0]) // 2))
+
+
+def test_blocks_that_cover_everything_are_full_attention():
+    """Also on the sparse path itself: three sequences of two blocks each, which a top-k of 2 covers."""
+    layout, _ = read([[8, 7, 5]])
+    q, k, v = (x.float() for x in heads_of(layout))
+    k = k[..., :WIDTH]
+    full = [attention.attend(q, k, v, SCALE, True, layout.segment)[i] for i in (0, 2)]
+    for topk in (2, 99):
+        ours = moba.moba_attention(q, k, v, SCALE, layout, SIZE, topk)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, full, strict=True))
+
+
+def count_scores(monkeypatch, length, topk, size=16):
+    """How many scores q·k the attention of one head computes."""
+    computed = 0
+
+    def attend(q, k, v, scale, causal, segment=None):
+        nonlocal computed
+        computed += q.shape[:2].numel() * q.shape[2] * k.shape[2]
+        return attention.attend(q, k, v, scale, causal, segment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moba, "attend", attend)
+        q, k, v = (normal(1, 1, length, 4, seed=i).float() for i in range(3))
+        moba.moba_attention(q, k, v, 0.5, Layout.of(1, length, q.device, None, None), size, topk)
+    return computed
+
+
+def test_work_is_sparse_and_linear(monkeypatch):
+    assert count_scores(monkeypatch, 1024, 1) == 1024 * 16
+    needed = 1024 * 3 * 16
+    assert count_scores(monkeypatch, 1024, 3) < 2.5 * needed < 0.13 * 1024**2  # chunks of queries are not all full
+    assert count_scores(monkeypatch, 4096, 3) < 4.5 * count_scores(monkeypatch, 1024, 3)
+    assert count_scores(monkeypatch, 1024, 64) == 1024**2  # the full attention that the mutant below falls back to
+
+
+# --- exact attention itself ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segment", [None, [[0] * 11, [-1, -1, 0, 0, 0, 1, 1, 1, 1, 2, 2]]], ids=["plain", "packed"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunk", [3, 128])
+def test_attend_is_softmax_attention(segment, causal, chunk, monkeypatch):
+    """Output, log-sum-exp, row maxima; and the gradients, with the log-sum-exp in the loss."""
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    n_queries = 11 if causal or segment else 7
+    segment = None if segment is None else torch.tensor(segment)
+    inputs = [normal(2, 3, n, d, seed=d) for n, d in ((n_queries, WIDTH), (11, WIDTH), (11, V_WIDTH))]
+
+    def plain(q, k, v):
+        logits = q @ k.mT * SCALE
+        if segment is not None:
+            logits = logits.masked_fill((segment[:, :, None] != segment[:, None])[:, None], -torch.inf)
+        if causal:
+            logits = logits.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1), logits.amax(-1)
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out, lse, top = function(*leaves)
+        ((out * normal(*out.shape).to(dtype)).sum() + (lse * normal(*lse.shape, seed=1)).sum()).backward()
+        return [out, lse, top.detach(), *(x.grad for x in leaves)]
+
+    ours = run(lambda *qkv: attention.attend(*qkv, SCALE, causal, segment), torch.float32)
+    for a, b in zip(ours, run(plain, torch.float64), strict=True):
+        assert close(a, b)
+    assert not ours[2].requires_grad
+
+
+# --- inside the model ------------------------------------------------------------------------------------------------
+
+SPARSE = {
+    "num_hidden_layers": 3,
+    "moba_topk": 2,
+    "moba_block_size": SIZE,
+    "moba_full_attention_layers": [1],
+    "moba_key_conv": 3,
+}
+DOCUMENTS = [torch.randint(61, (n,), generator=torch.Generator().manual_seed(n)) for n in (22, 17, 5)]
+
+
+@pytest.fixture
+def sparse_model(tiny_model):
+    return tiny_model(**SPARSE)
+
+
+def alone(model):
+    with torch.no_grad():
+        return [model(ids[None], use_cache=False).logits[0] for ids in DOCUMENTS]
+
+
+def padded(side):
+    width = max(len(ids) for ids in DOCUMENTS)
+    rows, masks = [], []
+    for ids in DOCUMENTS:
+        gap = (width - len(ids), 0) if side == "left" else (0, width - len(ids))
+        rows.append(F.pad(ids, gap, value=7))
+        masks.append(F.pad(torch.ones_like(ids), gap))
+    return torch.stack(rows), torch.stack(masks)
+
+
+def assert_close_rows(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def assert_padding_changes_nothing(model, side):
+    ids, mask = padded(side)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_close_rows([row[m.bool()] for row, m in zip(logits, mask, strict=True)], alone(model))
+
+
+def assert_packing_changes_nothing(model):
+    position_ids = torch.cat([torch.arange(len(ids)) for ids in DOCUMENTS])[None]
+    with torch.no_grad():
+        logits = model(torch.cat(DOCUMENTS)[None], position_ids=position_ids, use_cache=False).logits[0]
+    assert_close_rows(logits.split([len(ids) for ids in DOCUMENTS]), alone(model))
+
+
+def assert_decoding_is_prefill(model, pieces):
+    """The padded batch in pieces of some lengths through the cache, against all of it in one go."""
+    ids, mask = padded("left")
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        cache, logits, stop = None, [], 0
+        for start, stop in zip([0, *torch.tensor(pieces).cumsum(0)], torch.tensor(pieces).cumsum(0), strict=False):
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+    assert stop == ids.shape[1]
+    assert_close_rows([torch.cat(logits, dim=1)[mask.bool()]], [whole[mask.bool()]])
+
+
+PIECES = [[18, 1, 1, 1, 1], [19, 3], [17, 5], [1] * 22]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side, sparse_model):
+    assert_padding_changes_nothing(sparse_model, side)
+
+
+def test_packing_changes_nothing(sparse_model):
+    assert_packing_changes_nothing(sparse_model)
+
+
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+def test_decoding_is_prefill(pieces, sparse_model):
+    assert_decoding_is_prefill(sparse_model, pieces)
+
+
+def test_topk_and_full_layers_count(tiny_model):
+    """Else the tests above would hold for a model without MoBA, too."""
+    ids = DOCUMENTS[0][None]
+    outs = [
+        tiny_model(**SPARSE | changed)(ids).logits
+        for changed in ({}, {"moba_topk": 0}, {"moba_topk": 1}, {"moba_topk": 3}, {"moba_full_attention_layers": []})
+    ]
+    for i, a in enumerate(outs):
+        for b in outs[:i]:
+            assert torch.allclose(a[:, :SIZE], b[:, :SIZE], atol=1e-5) and not torch.allclose(a, b, atol=1e-3)
+
+
+# --- the short convolution on keys -----------------------------------------------------------------------------------
+
+
+def assert_key_conv_is_causal(model):
+    ids = DOCUMENTS[0][None].clone()
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        ids[0, 9] += 1
+        after = model(ids, use_cache=False).logits
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
+
+
+def test_key_conv_is_causal(sparse_model):
+    assert_key_conv_is_causal(sparse_model)
+
+
+def test_key_conv_starts_as_nothing_and_learns(tiny_config):
+    with_conv = MoonwhaleForCausalLM(tiny_config(**SPARSE)).train()
+    without = MoonwhaleForCausalLM(tiny_config(**SPARSE | {"moba_key_conv": 0})).train()
+    without.load_state_dict(with_conv.state_dict(), strict=False)
+    ids = DOCUMENTS[0][None]
+    loss = with_conv(ids, labels=ids).loss
+    assert torch.equal(loss, without(ids, labels=ids).loss)
+    loss.backward()
+    for layer in with_conv.model.layers:
+        assert layer.self_attn.key_conv.grad.abs().min() > 0
+
+
+def test_key_conv_by_hand(tiny_model):
+    """Keys are made of c + silu(Σ w_j c_{t-j}); values of c."""
+    module = tiny_model(**SPARSE).model.layers[0].self_attn
+    c = normal(1, 1, 6, 14).float()
+    layout, _ = read([[4, 2]])
+    expected = c.clone()
+    for start, stop in ((0, 4), (4, 6)):
+        for t in range(start, stop):
+            taps = [c[0, 0, t - back] * module.key_conv[:, 0, 2 - back] for back in range(min(3, t - start + 1))]
+            expected[0, 0, t] += F.silu(sum(taps))
+    assert torch.allclose(module._convolved(c, layout), expected, atol=1e-6)
+
+
+# --- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def caught(check, *args):
+    with pytest.raises(AssertionError):
+        check(*args)
+
+
+def mutate_topk(monkeypatch, change):
+    right = moba.moba_attention
+    monkeypatch.setattr(moba, "moba_attention", lambda *args: right(*args[:-1], change(args[-1])))
+
+
+def test_mutant_topk_1_becomes_full_attention(monkeypatch):
+    mutate_topk(monkeypatch, lambda topk: 99 if topk == 1 else topk)
+    assert_naive(ROWS["ragged"], 2)
+    caught(assert_naive, ROWS["ragged"], 1)
+
+
+def test_mutant_topk_does_not_count_the_own_block(monkeypatch):
+    mutate_topk(monkeypatch, lambda topk: topk + 1)
+    caught(assert_naive, ROWS["ragged"], 1)
+    caught(assert_naive, ROWS["ragged"], 2)
+
+
+def blocks_by_column(layout, size):
+    length = layout.segment.shape[1]
+    count = -(-length // size)
+    return BlockTable(size, count, None, None, torch.zeros(1, count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("rows", ["padded on the left", "packed"])
+def test_mutant_padding_shifts_the_blocks(rows, monkeypatch):
+    monkeypatch.setattr(Layout, "blocks", blocks_by_column)
+    assert_naive(ROWS["ragged"], 2)
+    assert_naive_mask(ROWS["ragged"], 2)
+    caught(assert_naive, ROWS[rows], 2)
+    caught(assert_naive_mask, ROWS[rows], 2)
+
+
+def test_mutant_padding_shifts_the_blocks_of_the_model(sparse_model, monkeypatch):
+    monkeypatch.setattr(Layout, "blocks", blocks_by_column)
+    caught(assert_padding_changes_nothing, sparse_model, "left")
+    caught(assert_packing_changes_nothing, sparse_model)
+
+
+def choose_any_block(q, k, table, n):
+    means = k.unflatten(2, (table.count, table.size)).mean(3)
+    return (q @ means.mT).topk(min(n, table.count), dim=-1).indices
+
+
+def choose_other_sequences(q, k, table, n):
+    table = dataclasses.replace(table, first=torch.zeros_like(table.first))
+    return right_choose_blocks(q, k, table, n)
+
+
+right_choose_blocks = moba.choose_blocks
+
+
+def test_mutant_gates_open_to_the_future_and_to_other_documents(monkeypatch):
+    monkeypatch.setattr(moba, "choose_blocks", choose_any_block)
+    caught(assert_naive, ROWS["ragged"], 2)
+    monkeypatch.setattr(moba, "choose_blocks", choose_other_sequences)
+    assert_naive(ROWS["ragged"], 2)
+    caught(assert_naive, ROWS["packed"], 2)
+
+
+def test_mutant_merged_without_log_sum_exp(monkeypatch):
+    def attend(*args, **kwargs):
+        out, lse, top = attention.attend(*args, **kwargs)
+        return out, torch.zeros_like(lse), top
+
+    monkeypatch.setattr(moba, "attend", attend)
+    assert_naive(ROWS["ragged"], 1)
+    caught(assert_naive, ROWS["ragged"], 2)
+
+
+def test_mutant_log_sum_exp_without_its_gradient(monkeypatch):
+    def attend(*args, **kwargs):
+        out, lse, top = attention.attend(*args, **kwargs)
+        return out, lse.detach(), top
+
+    monkeypatch.setattr(moba, "attend", attend)
+    caught(assert_naive, ROWS["ragged"], 2)
+
+
+def test_mutant_decoding_with_full_attention(sparse_model, monkeypatch):
+    def everything(products, layout, block_size, topk):
+        return moba_mask(products, layout, block_size, 99)
+
+    moba_mask = moba.moba_mask
+    monkeypatch.setattr("moonwhale.model.mla.moba_mask", everything)
+    caught(assert_decoding_is_prefill, sparse_model, PIECES[0])
+
+
+def test_mutant_key_conv_reads_other_documents_and_padding(sparse_model, monkeypatch):
+    right = MultiheadLatentAttention._convolved
+
+    def convolved(self, latent, layout):
+        offset = torch.arange(latent.shape[2]).expand_as(layout.offset)
+        return right(self, latent, dataclasses.replace(layout, offset=offset))
+
+    monkeypatch.setattr(MultiheadLatentAttention, "_convolved", convolved)
+    caught(assert_packing_changes_nothing, sparse_model)
+    caught(assert_padding_changes_nothing, sparse_model, "left")
+
+
+def test_mutant_key_conv_looks_ahead(sparse_model, monkeypatch):
+    right = MultiheadLatentAttention._convolved
+    monkeypatch.setattr(MultiheadLatentAttention, "_convolved", lambda *args: right(*args).roll(-1, 2))
+    caught(assert_key_conv_is_causal, sparse_model)
+
+
+def test_mutant_key_conv_of_the_new_token_alone(sparse_model, monkeypatch):
+    convolved, absorbed = MultiheadLatentAttention._convolved, MultiheadLatentAttention._absorbed
+
+    def without_past(self, latent, layout):
+        offset = layout.offset.clone()
+        offset[:, -1] = 0
+        return convolved(self, latent, dataclasses.replace(layout, offset=offset))
+
+    def absorb(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(MultiheadLatentAttention, "_convolved", without_past)
+            return absorbed(*args)
+
+    monkeypatch.setattr(MultiheadLatentAttention, "_absorbed", absorb)
+    caught(assert_decoding_is_prefill, sparse_model, PIECES[0])
