@@ -181,6 +181,8 @@ def test_missing_package_is_one_line(name, monkeypatch):
 def test_unusable_tokenizers_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no tokenizer\.json in"):
         load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match=r"no such folder: .*nothing"):
+        load_tokenizer(str(tmp_path / "nothing"))
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     with pytest.raises(UserError, match="cannot read") as caught:
         load_tokenizer(str(tmp_path))

@@ -1,5 +1,6 @@
 """Where built things live, and how a folder appears there all at once or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,5 +57,5 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
     return UserError(f"cannot write in {folder}: {reason} (free some space; --cache moves what is built from data)")

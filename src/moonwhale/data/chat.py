@@ -33,6 +33,8 @@ CHAT_TEMPLATE = (
 
 PIECE = 1 << 16  # characters; pieces of a long text are encoded in parallel and in bounded memory
 BATCH = 256  # pieces at a time
+# Rows are cut later, so a text beyond `model_max_length` is no cause for a warning.
+QUIETLY = {"verbose": False, "return_attention_mask": False}
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> np.ndarray:
@@ -62,10 +64,7 @@ def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[
     flat = [piece for of_text in pieces for piece in of_text]
     ids: list[np.ndarray] = []
     for start in range(0, len(flat), BATCH):
-        # verbose=False: rows are cut later, so a text beyond `model_max_length` is no cause for a warning.
-        batch = tokenizer(
-            flat[start : start + BATCH], add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
+        batch = tokenizer(flat[start : start + BATCH], add_special_tokens=False, split_special_tokens=True, **QUIETLY)
         ids += [np.array(piece, np.uint32) for piece in batch["input_ids"]]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     remaining = iter(ids)
@@ -90,9 +89,7 @@ def _encode_chats(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -
     forged = any(control.search(message["content"]) for chat in chats for message in chat)
     try:
         # Sanitizing takes twice as long, and hardly any batch needs it.
-        ids = tokenizer.apply_chat_template(chats, sanitize_control_tokens=forged, tokenizer_kwargs={"verbose": False})[
-            "input_ids"
-        ]
+        batch = tokenizer.apply_chat_template(chats, sanitize_control_tokens=forged, tokenizer_kwargs=QUIETLY)
     except jinja2.TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
-    return [np.array(chat, np.uint32) for chat in ids]
+    return [np.array(chat, np.uint32) for chat in batch["input_ids"]]

@@ -2,26 +2,18 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from moonwhale.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: object) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+from moonwhale.options import Parser
 
 
 def main_data(argv: list[str]) -> None:
     """Builds a source's shards, or reuses them, and shows what is in them."""
-    parser = _Parser(prog="moonwhale data", description="Tokenise a source once and look at what will be trained on.")
+    parser = Parser(prog="moonwhale data", description="Tokenise a source once and look at what will be trained on.")
     _add_source(parser)
-    parser.add_argument("--tokenizer", default="train", help='"train", "deepseek", "gpt2", a folder or a hub id')
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here")
-    parser.add_argument("--context", type=int, default=1024, help="tokens a row")
+    parser.add_argument("--tokenizer", default="train", help="deepseek, gpt2, a folder or a hub id (train: a new one)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (4096)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a row (1024)")
     parser.add_argument("--show", type=int, default=0, metavar="K", help="rows to print, spread over the training set")
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum, large ones too")
     args = parser.parse_args(argv)
@@ -48,14 +40,14 @@ def main_data(argv: list[str]) -> None:
 
 def main_tokenizer(argv: list[str]) -> None:
     """Trains a tokenizer, or shows how one cuts a text."""
-    parser = _Parser(prog="moonwhale tokenizer", description="Train a tokenizer, or see how one cuts a text.")
+    parser = Parser(prog="moonwhale tokenizer", description="Train a tokenizer, or see how one cuts a text.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train byte-level BPE on a source")
     _add_source(train)
-    train.add_argument("--vocab-size", type=int, default=4096, help="control tokens included")
+    train.add_argument("--vocab-size", type=int, default=4096, help="control tokens included (4096)")
     train.add_argument("--out", required=True, help="folder to write, to be given as --tokenizer later")
     show = verbs.add_parser("show", help="print a text's tokens")
-    show.add_argument("tokenizer", help='"deepseek", "gpt2", a folder or a hub id')
+    show.add_argument("tokenizer", help="deepseek, gpt2, a folder or a hub id")
     show.add_argument("text")
     args = parser.parse_args(argv)
     _train(args) if args.verb == "train" else _show(args)
@@ -63,18 +55,18 @@ def main_tokenizer(argv: list[str]) -> None:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", default="chitchat", help='"chitchat", "python", a file, folder, glob or hub set owner/name[:config]'
+        "--data",
+        default="chitchat",
+        help="file, folder, glob, hub set owner/name[:config], or built in: chitchat, python (chitchat)",
     )
-    parser.add_argument("--data-split", help='split of a hub set; None means "train"')
+    parser.add_argument("--data-split", help="split of a hub set (train)")
     parser.add_argument(
         "--data-columns",
         type=lambda names: names.split(","),
         metavar="A,B",
-        help="text columns, or the column of messages; None looks for the usual names",
+        help="text columns, or the column of messages (the usual names)",
     )
-    parser.add_argument(
-        "--cache", help="where built things are kept; None means $MOONWHALE_CACHE or ~/.cache/moonwhale"
-    )
+    parser.add_argument("--cache", help="where built things are kept ($MOONWHALE_CACHE or ~/.cache/moonwhale)")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -20,8 +20,11 @@ log = logging.getLogger(__name__)
 Document = str | list[dict]  # text, or chat messages {"role": one of ROLES, "content": str}
 ROLES = ("system", "user", "assistant")
 
-TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+# What is written like owner/name, but is a mistyped file: asking the hub for it would take long and tell little.
+FILE_SUFFIXES = {*TABLES, *OPENERS, ".txt", ".md", ".py", ".json"}
+HUB_SET = r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TEXT_COLUMNS = ("text", "content")
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -68,7 +71,7 @@ def load_source(spec: str, split: str | None = None, columns: Sequence[str] | No
     """The source that `--data SPEC` names: "chitchat", "python", a file, a folder, a glob, or a hub data set
     `owner/name[:configuration]`.
 
-    A text file (also .gz or .xz) is one document; of .jsonl, .json, .csv, .parquet and hub sets each row is one.
+    A text file (also .gz or .xz) is one document; of .jsonl, .csv, .parquet and hub sets each row is one.
     `columns` are the row's text columns, joined by a blank line, or its one column of messages; by default the first of
     messages, conversations, conversation, text and content that exists. `split` is for hub sets ("train" by default;
     slices such as "train[:1%]" work). Raises UserError when `spec` names nothing, or has no such split or columns.
@@ -100,7 +103,7 @@ def _local(spec: str) -> list[Path] | None:
         found = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
     elif re.search(r"[*?\[]", spec):
         found = [Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file()]
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", spec):
+    elif re.fullmatch(HUB_SET, spec) and not path.parent.is_dir() and path.suffix not in FILE_SUFFIXES:
         return None
     else:
         raise UserError(
@@ -153,8 +156,9 @@ def _read_table(path: Path, kind: str, columns: list[str]) -> Iterator[Document]
 
     if not path.stat().st_size:
         return
-    rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)  # streaming: no second copy
     try:
+        # Streaming, since without it `datasets` would keep a second copy.
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         yield from _documents(rows, columns, str(path))
     except UserError:
         raise
@@ -186,7 +190,7 @@ def _hub_reason(spec: str, name: str, message: str) -> str:
         return f"--data: no such file, folder or hub data set: {spec} (a private one needs `hf auth login`)"
     if "Unknown split" in message:
         return f"--data-split: {spec}: {message}"
-    return f"--data: cannot load {spec}: {message}"
+    return f"--data: {spec} is no file or folder here, and cannot be loaded from the hub: {message}"
 
 
 def _documents(rows: Iterable[dict], columns: list[str], where: str) -> Iterator[Document]:

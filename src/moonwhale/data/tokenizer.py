@@ -83,6 +83,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         tokenizer = _gpt2()
     elif os.path.isdir(name_or_path):
         tokenizer = _from_folder(Path(name_or_path))
+    elif "/" in name_or_path and os.path.exists(os.path.dirname(name_or_path)):
+        raise UserError(f"--tokenizer: no such folder: {name_or_path}")
     else:
         tokenizer = _from_hub(name_or_path)
     byte_lengths(tokenizer)
