@@ -45,6 +45,7 @@ class Router(nn.Module):
         self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
         self.sigmoid = config.scoring_func == "sigmoid"
         self.weight = nn.Parameter(torch.empty(self.n_experts, config.hidden_size))
+        # fp32 in any model, as the load below: bf16 knows neither a step of γ nor a count beyond 256.
         self.register_buffer("e_score_correction_bias", torch.zeros(self.n_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Routing:
@@ -111,7 +112,6 @@ class DeepseekMoE(nn.Module):
         )
         self.balance, self.alpha = config.balance_loss, config.aux_loss_alpha
         self.device_groups, self.bias_speed = config.n_device_groups, config.bias_update_speed
-        # fp32 in any model: bf16 can't count beyond 256
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
