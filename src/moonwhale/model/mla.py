@@ -137,7 +137,8 @@ class MultiheadLatentAttention(nn.Module):
         Returns:
             the number of heads clipped, a 0-d tensor.
         """
-        gamma = (tau / self.max_logit.clamp(min=tau)).to(self.kv_b_proj.weight.dtype)
+        above = self.max_logit > tau
+        gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)
         query = self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
         q_rows = query.weight.view(self.heads, self.nope + self.rope, -1)
         q_rows[:, : self.nope] *= gamma.sqrt()[:, None, None]
@@ -145,4 +146,4 @@ class MultiheadLatentAttention(nn.Module):
         self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, -1)[:, : self.nope] *= gamma.sqrt()[
             :, None, None
         ]
-        return (gamma < 1).sum()
+        return above.sum()
