@@ -84,11 +84,12 @@ def test_greedy_is_that_of_transformers(engine, penalty):
 
 
 def test_a_loaded_checkpoint_generates_the_same_everywhere(engine, folder):
-    loaded = Engine.load(folder, device="cpu", precision="fp32")
+    loaded = Engine.load(folder, device="cpu")
     ids = loaded.encode("The whale")
     theirs = greedily(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids, max_new_tokens=16)
     assert [c.token_ids for c in loaded.generate([ids], temperature=0, max_new_tokens=16)] == [theirs]
     assert engine.generate([ids], temperature=0, max_new_tokens=16)[0].token_ids == theirs
+    assert Engine.load(folder, "cpu", "bf16").model.dtype is torch.bfloat16
 
 
 def test_the_cache_changes_nothing(engine):
@@ -110,6 +111,14 @@ def test_a_row_comes_out_as_it_would_alone(engine, options):
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert [(c.text, c.finish_reason) for c in together] == [(c.text, c.finish_reason) for c in alone]
     assert len({len(c.token_ids) for c in together}) > 1, "rows should have left the batch at different steps"
+
+
+def test_padding_is_no_repetition(engine):
+    """A penalty this far below 1 favours whatever a row has seen."""
+    prompts = [[7] * n for n in (1, 20)] + [[id] for id in range(40, 60)]
+    options = {"temperature": 0, "repetition_penalty": 0.01, "max_new_tokens": 2}
+    together = engine.generate(prompts, **options)
+    assert [c.token_ids for c in together] == [engine.generate([p], **options)[0].token_ids for p in prompts]
 
 
 def test_the_seed_decides(engine):
@@ -311,8 +320,23 @@ def test_a_stop_string_begun_but_not_finished_is_text(tokenizer):
     ids = tokenizer.encode("sang to the moon", add_special_tokens=False)
     pieces, stopped = pieces_of(tokenizer, ids, ["to the sea", "moons"])
     assert not stopped and "".join(pieces) == "sang to the moon"
+    assert "to" not in "".join(pieces[:3])
     pieces, stopped = pieces_of(tokenizer, ids, ["to the moon!", "the"])
     assert stopped and "".join(pieces) == "sang to "
+
+
+def test_of_two_stop_strings_in_a_token_the_first_ends_the_text(tokenizer):
+    ids = tokenizer.encode(" whale", add_special_tokens=False)
+    assert len(ids) == 1
+    assert pieces_of(tokenizer, ids, ["e", "h"]) == ([" w"], True)
+
+
+def test_what_is_held_back_comes_out_at_the_end(engine):
+    for length in range(1, 12):
+        free = engine.generate(["The"], temperature=0, max_new_tokens=length)[0]
+        assert free.text == engine.tokenizer.decode(free.token_ids, skip_special_tokens=True)
+        begun = engine.generate(["The"], temperature=0, max_new_tokens=length, stop=[free.text[-1:] + "never"])[0]
+        assert (begun.text, begun.finish_reason) == (free.text, "length")
 
 
 @pytest.mark.parametrize("options", [{}, {"stop": ["s"]}, {"temperature": 0}])
@@ -349,6 +373,17 @@ def test_a_conversation_remembers(engine):
     assert not conversation.forgetful
 
 
+def test_the_seed_decides_a_conversation(engine):
+    def talk():
+        conversation = Conversation(engine, seed=3, max_new_tokens=6)
+        return ["".join(conversation.ask(text)) for text in ("sang", "moon")], conversation.messages
+
+    answers, messages = talk()
+    assert talk()[0] == answers
+    expected = [engine.generate([messages[:n]], seed=seed, max_new_tokens=6)[0].text for n, seed in ((1, 3), (3, 4))]
+    assert answers == expected, "each turn draws anew"
+
+
 def test_a_conversation_drops_its_oldest_turns(engine):
     conversation = Conversation(engine, temperature=0, max_new_tokens=6)
     texts = [f"The whale sang to the moon {i}" for i in range(8)]
@@ -358,6 +393,12 @@ def test_a_conversation_drops_its_oldest_turns(engine):
     users = [message["content"] for message in conversation.messages if message["role"] == "user"]
     assert conversation.forgetful and 1 <= len(users) < len(texts)
     assert users == texts[-len(users) :]
+    long = "moon"
+    while len(engine.encode([{"role": "user", "content": long}])) < CONTEXT - 8:
+        long += " moon"
+    for text in (long, "moon", "moon"):  # the second drops the first, the third nothing
+        "".join(conversation.ask(text))
+    assert len(conversation.messages) == 4 and conversation.forgetful, "it stays so"
 
 
 def test_a_message_beyond_the_context_is_as_if_never_said(engine):

@@ -1,6 +1,7 @@
 """A conversation that keeps itself within the model's context."""
 
 from collections.abc import Iterator
+from itertools import count, repeat
 
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Completion, Engine
@@ -15,6 +16,8 @@ class Conversation:
 
     def __init__(self, engine: Engine, **options):
         self.engine, self.options = engine, options
+        seed = options.get("seed")
+        self._seeds = repeat(None) if seed is None else count(seed)  # another one for each turn
         self.messages: list[dict] = []
         self.last: Completion | None = None
         self.forgetful = False
@@ -28,7 +31,7 @@ class Conversation:
             UserError: the text alone is longer than the context; the conversation is as if it had not been said.
         """
         self._admit({"role": "user", "content": text})
-        stream = self.engine.stream(self.messages, **self.options)
+        stream = self.engine.stream(self.messages, **self.options | {"seed": next(self._seeds)})
         try:
             yield from stream
         finally:

@@ -42,7 +42,6 @@ class TextStream:
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self._settle(min(found))
-            self._held = ""
             return True
         begun = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         self._settle(len(self._held) - max(begun, default=0))
