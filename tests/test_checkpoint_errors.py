@@ -162,10 +162,10 @@ def test_weights_that_do_not_fit(folder, good, capfd, caplog, monkeypatch):
     refused(folder, "do not fit", "more is unknown;")
     shutil.copy(weights, folder)
     edit_weights(folder, lambda tensors: tensors.update({norm: torch.ones(3), "more": torch.ones(2)}))
-    refused(folder, "more is unknown and 1 faults more")
+    refused(folder, "more is unknown (and 1 more)")
     shutil.copy(weights, folder)
     edit_json(folder / "config.json", vocab_size=999)
-    refused(folder, "weight is ", "×16, not 999×16 and 1 faults more")
+    refused(folder, "weight is ", "×16, not 999×16 (and 1 more)")
     assert not caplog.records and capfd.readouterr() == ("", ""), "no table of transformers' beside our line"
 
 

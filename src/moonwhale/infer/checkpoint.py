@@ -76,7 +76,7 @@ def _model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> Moonwha
         *info["error_msgs"],
     ]
     if faults:
-        more = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"{folder}: the weights do not fit config.json: {faults[0]}{more}; {AGAIN}")
     return model
 
