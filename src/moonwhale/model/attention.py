@@ -1,10 +1,15 @@
-"""Exact softmax attention, a chunk of queries at a time: never the whole score matrix; with row maxima, for QK-clip."""
+"""
+Exact softmax attention, a tile of queries at a time: never the whole score matrix, and its row maxima for QK-clip.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 128  # queries a step; a causal chunk computes only the keys up to its own end
+QUERIES = 128  # of a tile; causal tiles compute only the keys up to their own end
+TILE = 1 << 19  # scores of a tile, over as many heads as that allows
 
 
 def attend(
@@ -21,61 +26,68 @@ def attend(
     return _Attend.apply(q, k, v, scale, causal, segment)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | None, start: int, stop: int) -> Tensor:
-    """Scaled and masked logits (B, H, stop - start, keys) in fp32 of one chunk of queries."""
-    last = stop if causal else k.shape[2]
-    scores = (q[:, :, start:stop] @ k[:, :, :last].transpose(-1, -2)).float().mul_(scale)
+def _tiles(heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """Cuts (heads, queries, keys) into tiles."""
+    height = max(1, TILE // (min(QUERIES, n_queries) * n_keys))
+    for head in range(0, heads, height):
+        for start in range(0, n_queries, QUERIES):
+            stop = min(start + QUERIES, n_queries)
+            yield slice(head, min(head + height, heads)), slice(start, stop), slice(0, stop if causal else n_keys)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | None, tile) -> Tensor:
+    """Scaled and masked logits of a tile of q and k (B*H, T, D)."""
+    head, rows, keys = tile
+    scores = torch.baddbmm(q.new_empty(()), q[head, rows], k[head, keys].transpose(1, 2), beta=0, alpha=scale)
     if segment is not None:
-        scores.masked_fill_((segment[:, start:stop, None] != segment[:, None, :last])[:, None], -torch.inf)
+        batch = torch.arange(head.start, head.stop, device=q.device) // (len(q) // len(segment))
+        scores.masked_fill_(segment[batch, rows, None] != segment[batch, None, keys], -torch.inf)
     if causal:
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(1)
-        scores[..., start:].masked_fill_(future, -torch.inf)
+        size = rows.stop - rows.start
+        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
+        scores[:, :, rows.start :].masked_fill_(future, -torch.inf)
     return scores
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, causal, segment):
-        length = q.shape[2]
-        out = q.new_empty(*q.shape[:3], v.shape[-1])
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        shape = q.shape[:3]
+        q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = v.new_empty(*q.shape[:2], v.shape[-1])
+        lse = q.new_empty(q.shape[:2], dtype=wide)
         top = torch.empty_like(lse)
-        for start in range(0, length, CHUNK):
-            stop = min(start + CHUNK, length)
-            scores = _scores(q, k, scale, causal, segment, start, stop)
-            top[:, :, start:stop] = scores.amax(-1)
-            scores.sub_(top[:, :, start:stop, None]).exp_()
-            total = scores.sum(-1, keepdim=True)
-            lse[:, :, start:stop] = top[:, :, start:stop] + total.squeeze(-1).log()
-            out[:, :, start:stop] = scores.div_(total).to(v.dtype) @ v[:, :, : scores.shape[-1]]
-        ctx.save_for_backward(q, k, v, out, lse, segment)
-        ctx.scale, ctx.causal = scale, causal
+        for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
+            head, rows, keys = tile
+            scores = _scores(q, k, scale, causal, segment, tile)
+            probs = scores.softmax(-1, dtype=wide)
+            top[head, rows] = scores.amax(-1).to(wide)
+            lse[head, rows] = top[head, rows] - probs.amax(-1).log()  # the largest is at least 1 / keys: no underflow
+            out[head, rows] = probs.to(v.dtype) @ v[head, keys]
+        ctx.save_for_backward(q, k, v, out, segment)
+        ctx.scale, ctx.causal, ctx.shape = scale, causal, shape
         ctx.mark_non_differentiable(top)
         ctx.set_materialize_grads(False)
-        return out, lse, top
+        return tuple(x.view(*shape, *x.shape[2:]) for x in (out, lse, top))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_lse, _):
-        q, k, v, out, lse, segment = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out.to(v.dtype)
-        dq, dk, dv = (
-            torch.empty_like(q),
-            torch.zeros_like(k, dtype=torch.float32),
-            torch.zeros_like(v, dtype=torch.float32),
-        )
+        q, k, v, out, segment = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)
+        d_out = torch.zeros_like(out) if d_out is None else d_out.to(v.dtype).reshape(out.shape)
         # dS = P * (dP - rowsum(dO * O) + dLSE): the log-sum-exp's own gradient joins the row term.
-        row = (d_out.float() * out.float()).sum(-1, keepdim=True)
+        row = (d_out * out).sum(-1, keepdim=True, dtype=wide)
         if d_lse is not None:
-            row = row - d_lse.unsqueeze(-1)
-        for start in range(0, q.shape[2], CHUNK):
-            stop = min(start + CHUNK, q.shape[2])
-            p = _scores(q, k, ctx.scale, ctx.causal, segment, start, stop).sub_(lse[:, :, start:stop, None]).exp_()
-            last = p.shape[-1]
-            d_chunk = d_out[:, :, start:stop]
-            dv[:, :, :last] += p.to(v.dtype).transpose(-1, -2) @ d_chunk
-            dp = (d_chunk @ v[:, :, :last].transpose(-1, -2)).float()
-            ds = p.mul_(dp.sub_(row[:, :, start:stop])).mul_(ctx.scale).to(q.dtype)
-            dq[:, :, start:stop] = ds @ k[:, :, :last]
-            dk[:, :, :last] += ds.transpose(-1, -2) @ q[:, :, start:stop]
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+            row = row - d_lse.reshape(row.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for tile in _tiles(len(q), q.shape[1], k.shape[1], ctx.causal):
+            head, rows, keys = tile
+            probs = _scores(q, k, ctx.scale, ctx.causal, segment, tile).softmax(-1, dtype=wide)
+            dp = (d_out[head, rows] @ v[head, keys].transpose(1, 2)).to(wide)
+            dv[head, keys] += probs.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
+            ds = probs.mul_(dp.sub_(row[head, rows])).mul_(ctx.scale).to(q.dtype)
+            dq[head, rows] = ds @ k[head, keys]
+            dk[head, keys] += ds.transpose(1, 2) @ q[head, rows]
+        return *(x.view(*ctx.shape[:2], *x.shape[1:]) for x in (dq, dk, dv)), None, None, None

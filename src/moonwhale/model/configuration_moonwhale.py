@@ -127,6 +127,9 @@ class MoonwhaleConfig(PreTrainedConfig):
             if not ok:
                 raise ValueError(f"{field}={getattr(self, field)!r} is impossible: {fix}")
 
+        def whole(value) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
         for field in [
             "vocab_size",
             "hidden_size",
@@ -142,18 +145,25 @@ class MoonwhaleConfig(PreTrainedConfig):
             "num_experts_per_tok",
             "moe_intermediate_size",
         ]:
-            require(getattr(self, field) >= 1, field, "it must be at least 1")
+            require(whole(getattr(self, field)) and getattr(self, field) >= 1, field, "give a whole number, at least 1")
         for field in [
             "first_k_dense_replace",
             "moba_topk",
             "moba_key_conv",
             "num_nextn_predict_layers",
             "n_shared_experts",
-            "bias_update_speed",
         ]:
-            require(getattr(self, field) >= 0, field, "it must not be negative")
+            require(whole(getattr(self, field)) and getattr(self, field) >= 0, field, "give a whole number, at least 0")
+        for field in ("bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"):
+            value = getattr(self, field)
+            require(isinstance(value, int | float) and value >= 0, field, "give a number, at least 0")
         require(
-            self.q_lora_rank is None or self.q_lora_rank >= 1,
+            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            f"it lies between 0 and vocab_size={self.vocab_size}, or is null",
+        )
+        require(
+            self.q_lora_rank is None or (whole(self.q_lora_rank) and self.q_lora_rank >= 1),
             "q_lora_rank",
             "give a width, or null for uncompressed queries",
         )
@@ -170,7 +180,7 @@ class MoonwhaleConfig(PreTrainedConfig):
         )
         require(self.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
         require(
-            self.moba_block_size >= 1,
+            whole(self.moba_block_size) and self.moba_block_size >= 1,
             "moba_block_size",
             "a block holds at least one key; moba_topk=0 switches MoBA off",
         )
@@ -209,7 +219,6 @@ class MoonwhaleConfig(PreTrainedConfig):
             "mtp_num_blocks",
             f"give one number >= 1, or one for each of the num_nextn_predict_layers={self.num_nextn_predict_layers}",
         )
-        require(self.mtp_loss_weight >= 0, "mtp_loss_weight", "λ must not be negative")
 
 
 __all__ = ["MoonwhaleConfig"]

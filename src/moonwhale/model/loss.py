@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100
-CHUNK = 1024  # rows of logits held at once
+CHUNK = 512  # rows of logits held at once
 
 
 def linear_cross_entropy(
@@ -30,29 +30,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, row_weight):
         rows = (labels != IGNORE).nonzero().squeeze(1)
         head = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        nll = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
+        nll = torch.zeros(len(labels), dtype=wide, device=hidden.device)
         correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for part in rows.split(CHUNK):
-            h, target = hidden[part], labels[part].unsqueeze(1)
-            logits = (h @ head.T).float()
-            top, best = logits.max(-1, keepdim=True)
-            correct[part] = (best == target).squeeze(1)
-            at_target = logits.gather(1, target)
-            probs = logits.sub_(top).exp_()
-            total = probs.sum(-1, keepdim=True)
-            nll[part] = (total.log() + top - at_target).squeeze(1)
+            h, target, scale = hidden[part], labels[part].unsqueeze(1), row_weight[part].unsqueeze(1)
+            log_probs = (h @ head.T).log_softmax(-1, dtype=wide)
+            at_target = log_probs.gather(1, target)
+            nll[part] = -at_target.squeeze(1)
+            correct[part] = (at_target == log_probs.amax(-1, keepdim=True)).squeeze(1)
             if need_hidden or need_weight:
                 # d CE / d logits = softmax - one-hot
-                scale = row_weight[part].unsqueeze(1)
-                probs.mul_(scale / total).scatter_add_(1, target, -scale)
-                d_logits = probs.to(hidden.dtype)
+                d_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(at_target)).to(hidden.dtype)
                 if need_hidden:
-                    d_hidden[part] = d_logits @ head
+                    d_hidden[part] = (d_logits @ head * scale).to(hidden.dtype)
                 if need_weight:
-                    d_weight += d_logits.T @ h
+                    d_weight += d_logits.T @ (h * scale).to(h.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll, correct)

@@ -219,12 +219,14 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
 
         While training with labels no logits are returned: they are made and dropped a chunk at a time.
         """
-        batch = (input_ids if inputs_embeds is None else inputs_embeds).shape
         layout = None
         if labels is not None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError("labels need the whole sequence: leave out past_key_values")
-            layout = Layout.of(batch[0], batch[1], labels.device, attention_mask, position_ids)
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if given is not None and labels.shape != given.shape[:2]:
+                raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(given.shape[:2])} as the tokens")
+            layout = Layout.of(*labels.shape, labels.device, attention_mask, position_ids)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
