@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-QUERIES = 128  # of a tile; causal tiles compute only the keys up to their own end
+CHUNK = 128  # queries of a tile; causal tiles compute only the keys up to their own end
 TILE = 1 << 19  # scores of a tile, over as many heads as that allows
 
 
@@ -28,10 +28,10 @@ def attend(
 
 def _tiles(heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
     """Cuts (heads, queries, keys) into tiles."""
-    height = max(1, TILE // (min(QUERIES, n_queries) * n_keys))
+    height = max(1, TILE // (min(CHUNK, n_queries) * n_keys))
     for head in range(0, heads, height):
-        for start in range(0, n_queries, QUERIES):
-            stop = min(start + QUERIES, n_queries)
+        for start in range(0, n_queries, CHUNK):
+            stop = min(start + CHUNK, n_queries)
             yield slice(head, min(head + height, heads)), slice(start, stop), slice(0, stop if causal else n_keys)
 
 
