@@ -30,14 +30,20 @@ class BlockTable:
         """(B, H, T, D) tokens to (B, H, count * size, D) slots; what an empty slot holds has no meaning."""
         if self.token is None:
             return F.pad(x, (0, 0, 0, self.count * self.size - x.shape[2]))
-        return x.gather(2, self.token[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return _take(x, self.token)
 
     def to_tokens(self, x: Tensor, n_tokens: int) -> Tensor:
         """(B, H, count * size, …) slots back to (B, H, T, …) tokens."""
         if self.slot is None:
             return x[:, :, :n_tokens]
-        index = self.slot[:, None].reshape(len(self.slot), 1, -1, *[1] * (x.dim() - 3))
-        return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+        return _take(x, self.slot)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, H, N, …) at index (B, M) of its third dimension, in whole rows: several times faster than `gather`."""
+    batch, heads, n = x.shape[:3]
+    base = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
+    return x.flatten(0, 2).index_select(0, (base + index[:, None]).flatten()).view(batch, heads, -1, *x.shape[3:])
 
 
 @dataclass

@@ -85,15 +85,15 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
 
     # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
     far_out, far_lse, far_top = attend(
-        q.reshape(-1, q.shape[-1])[query].view(1, total, QUERIES, -1),
-        k.reshape(groups, table.size, -1)[block].unsqueeze(0),
-        v.reshape(groups, table.size, -1)[block].unsqueeze(0),
+        q.flatten(0, 2).index_select(0, query).view(1, total, QUERIES, -1),
+        k.reshape(groups, table.size, -1).index_select(0, block).unsqueeze(0),
+        v.reshape(groups, table.size, -1).index_select(0, block).unsqueeze(0),
         scale,
         causal=False,
     )
     missing = chosen < 0
-    far_out = far_out.view(total * QUERIES, -1)[place_of_pair].view(batch, heads, slots, n, -1)
-    far_lse = far_lse.flatten()[place_of_pair].view_as(chosen).masked_fill(missing, -torch.inf)
+    far_out = far_out.view(total * QUERIES, -1).index_select(0, place_of_pair).view(batch, heads, slots, n, -1)
+    far_lse = far_lse.flatten().index_select(0, place_of_pair).view_as(chosen).masked_fill(missing, -torch.inf)
     far_top = far_top.flatten()[place_of_pair].view_as(chosen).masked_fill(missing, -torch.inf)
 
     weights = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1).softmax(-1).to(out.dtype)
