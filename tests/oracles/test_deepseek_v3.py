@@ -25,6 +25,7 @@ VARIANTS = {
     "yarn without mscale": {"rope_parameters": YARN, "rope_interleave": False},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True},
+    "epsilon of the block's norms alone": {"rms_norm_eps": 0.1},
     "gates as they are": {"norm_topk_prob": False},
     "scaled gates": {"routed_scaling_factor": 2.5, "num_experts_per_tok": 4, "n_shared_experts": 2},
     "moba over everything": {"moba_topk": 8, "moba_block_size": 4},

@@ -108,6 +108,7 @@ def assert_naive_mask(rows, topk, newest=None):
 def chunks(request, monkeypatch):
     if request.param == "small chunks":
         monkeypatch.setattr(attention, "CHUNK", 3)
+        monkeypatch.setattr(attention, "TILE", 64)
         monkeypatch.setattr(moba, "QUERIES", 2)
 
 
@@ -163,10 +164,11 @@ def test_work_is_sparse_and_linear(monkeypatch):
 
 @pytest.mark.parametrize("segment", [None, [[0] * 11, [-1, -1, 0, 0, 0, 1, 1, 1, 1, 2, 2]]], ids=["plain", "packed"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("chunk", [3, 128])
-def test_attend_is_softmax_attention(segment, causal, chunk, monkeypatch):
-    """Output, log-sum-exp, row maxima; and the gradients, with the log-sum-exp in the loss."""
+@pytest.mark.parametrize(("chunk", "tile"), [(128, 1 << 19), (3, 1 << 19), (3, 1), (128, 300)])
+def test_attend_is_softmax_attention(segment, causal, chunk, tile, monkeypatch):
+    """Output, log-sum-exp, row maxima; and the gradients, with the log-sum-exp in the loss. In tiles of any size."""
     monkeypatch.setattr(attention, "CHUNK", chunk)
+    monkeypatch.setattr(attention, "TILE", tile)
     n_queries = 11 if causal or segment else 7
     segment = None if segment is None else torch.tensor(segment)
     inputs = [normal(2, 3, n, d, seed=d) for n, d in ((n_queries, WIDTH), (11, WIDTH), (11, V_WIDTH))]
@@ -189,6 +191,20 @@ def test_attend_is_softmax_attention(segment, causal, chunk, monkeypatch):
     for a, b in zip(ours, run(plain, torch.float64), strict=True):
         assert close(a, b)
     assert not ours[2].requires_grad
+
+
+def test_bf16_gradients_of_many_tiles_are_as_good_as_of_one(monkeypatch):
+    inputs, weights = [normal(1, 2, 256, 16, seed=i) for i in range(3)], normal(1, 2, 256, 16, seed=3)
+
+    def gradients(dtype, chunk):
+        monkeypatch.setattr(attention, "CHUNK", chunk)
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        (attention.attend(*leaves, 0.25, True)[0].double() * weights).sum().backward()
+        return [x.grad.double() for x in leaves]
+
+    exact = gradients(torch.float64, 256)
+    for one, many, exactly in zip(gradients(torch.bfloat16, 256), gradients(torch.bfloat16, 4), exact, strict=True):
+        assert (many - exactly).norm() < 1.2 * (one - exactly).norm() < 0.02 * exactly.norm()
 
 
 # --- inside the model ------------------------------------------------------------------------------------------------

@@ -113,7 +113,9 @@ def assert_logits_are_transformers(ours):
             assert ((mine - theirs).abs().max() / theirs.abs().max()) < 3e-5, k
 
 
-@pytest.mark.parametrize("overrides", [{}, {"rope_interleave": False, "q_lora_rank": None}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"rope_interleave": False, "q_lora_rank": None}, {"rms_norm_eps": 0.1}], ids=str
+)
 def test_logits_are_transformers(overrides, tiny_model):
     assert_logits_are_transformers(tiny_model(num_nextn_predict_layers=2, **overrides))
 

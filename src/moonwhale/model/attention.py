@@ -81,7 +81,7 @@ class _Attend(torch.autograd.Function):
         row = (d_out * out).sum(-1, keepdim=True, dtype=wide)
         if d_lse is not None:
             row = row - d_lse.reshape(row.shape)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for tile in _tiles(len(q), q.shape[1], k.shape[1], ctx.causal):
             head, rows, keys = tile
             probs = _scores(q, k, ctx.scale, ctx.causal, segment, tile).softmax(-1, dtype=wide)
@@ -90,4 +90,5 @@ class _Attend(torch.autograd.Function):
             ds = probs.mul_(dp.sub_(row[head, rows])).mul_(ctx.scale).to(q.dtype)
             dq[head, rows] = ds @ k[head, keys]
             dk[head, keys] += ds.transpose(1, 2) @ q[head, rows]
-        return *(x.view(*ctx.shape[:2], *x.shape[1:]) for x in (dq, dk, dv)), None, None, None
+        grads = ((dq, q), (dk, k), (dv, v))
+        return *(dx.to(x.dtype).view(*ctx.shape[:2], *x.shape[1:]) for dx, x in grads), None, None, None

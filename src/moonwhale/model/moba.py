@@ -126,6 +126,6 @@ def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> T
     earlier = (candidates < own) & (candidates >= table.first.expand(batch, -1).gather(1, block)[:, query, None])
     gates.masked_fill_(~earlier[:, None], -torch.inf)
     gates.scatter_(3, own[:, None].expand(-1, heads, -1, -1), torch.inf)
-    values, best = gates.topk(min(topk, table.count), dim=-1)
-    taken = torch.zeros_like(gates, dtype=torch.bool).scatter_(3, best, values > -torch.inf)
+    best = gates.topk(min(topk, table.count), dim=-1).indices  # what is not an earlier block, `seen` leaves out
+    taken = torch.zeros_like(gates, dtype=torch.bool).scatter_(3, best, True)
     return taken.gather(3, scatter_index) & seen[:, None]
