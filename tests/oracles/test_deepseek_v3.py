@@ -160,6 +160,16 @@ def test_files_travel_both_ways(pair, draw, tmp_path):
     assert all(torch.equal(exported[name], original[name]) for name in original)
 
 
+def test_their_loader_leaves_our_mtp_modules_aside(tiny_model, tmp_path):
+    ours = tiny_model(num_nextn_predict_layers=2, mtp_num_blocks=[2, 1])
+    ours.save_pretrained(tmp_path)
+    theirs, report = DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in report["unexpected_keys"])
+    assert theirs.config.num_mtp_layers == 2
+    assert_same_logits(ours, theirs)
+
+
 # --- mutants: every one is a mistake somebody has made ---------------------------------------------------------------
 
 

@@ -130,7 +130,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         """Runs T tokens a row, after those already in the cache.
 
         attention_mask (B, cached + T): 0 for padding. position_ids (B, T): where they restart, a new document begins,
-        which sees nothing of the one before. `with_mtp` runs the MTP modules as well, which needs no cache.
+        which sees nothing of the one before; a cache goes on with one sequence a row. `with_mtp` runs the MTP modules
+        too, which have no cache.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, or a mask of another shape.
