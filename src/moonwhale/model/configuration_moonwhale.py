@@ -178,6 +178,7 @@ class MoonwhaleConfig(PreTrainedConfig):
             "num_key_value_heads",
             f"latent attention has as many key heads as query heads ({self.num_attention_heads})",
         )
+        require(self.hidden_act == "silu", "hidden_act", "the experts' activation is SwiGLU's: silu")
         require(self.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
         require(
             whole(self.moba_block_size) and self.moba_block_size >= 1,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch.autograd.function import once_differentiable
 
 
 class MLP(nn.Module):
@@ -18,10 +18,9 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Routing(NamedTuple):
@@ -79,22 +78,52 @@ class Experts(nn.Module):
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-        """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K): sort by expert, two grouped
-        products, unsort.
-        """
-        n_tokens, topk = index.shape
+        """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K)."""
+        return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Sorts the (token, expert) pairs by expert, does two grouped products, and sorts back.
+
+    The gradient is written out because autograd's would add rows up through indexing, and keep three more activations.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_up_proj, down_proj, index, gates):
+        topk = index.shape[1]
         expert, order = index.flatten().sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(len(self.down_proj), device=x.device), right=True).to(
-            torch.int32
-        )
-        inner = F.grouped_mm(x[order // topk], self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends)
-        gate, up = inner.chunk(2, dim=-1)
-        out = F.grouped_mm(self.act(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
         home = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        return (out[home].view(n_tokens, topk, -1) * gates.to(x.dtype).unsqueeze(-1)).sum(1)
+        experts = torch.arange(len(down_proj), device=x.device)
+        ends = torch.searchsorted(expert, experts, right=True).to(torch.int32)  # of each expert's rows
+        gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
+        inner = F.grouped_mm(x.index_select(0, order // topk), gate_up_proj.transpose(1, 2), offs=ends)
+        gate, up = inner.chunk(2, dim=-1)
+        weight = gates.flatten().index_select(0, order).to(x.dtype).unsqueeze(1)
+        out = F.grouped_mm((F.silu(gate) * up).mul_(weight), down_proj.transpose(1, 2), offs=ends)
+        ctx.save_for_backward(x, gate_up_proj, down_proj, inner, weight, order, home, ends)
+        ctx.gates_dtype, ctx.topk = gates.dtype, topk
+        return out.index_select(0, home).unflatten(0, (-1, topk)).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, gate_up_proj, down_proj, inner, weight, order, home, ends = ctx.saved_tensors
+        topk = ctx.topk
+        token = order // topk
+        gate, up = inner.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        product = activated * up
+        d_sorted = d_out.index_select(0, token)
+        d_down = F.grouped_mm(d_sorted.T, product * weight, offs=ends)
+        d_product = F.grouped_mm(d_sorted, down_proj, offs=ends)
+        d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, home).unflatten(0, (-1, topk))
+        d_product = d_product.mul_(weight)
+        d_inner = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * activated], dim=-1)
+        d_gate_up = F.grouped_mm(d_inner.T, x.index_select(0, token), offs=ends)
+        d_x = F.grouped_mm(d_inner, gate_up_proj, offs=ends).index_select(0, home).unflatten(0, (-1, topk)).sum(1)
+        return d_x, d_gate_up, d_down, None, d_gates
 
 
 class DeepseekMoE(nn.Module):
