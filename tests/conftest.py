@@ -1,6 +1,7 @@
 """What the model's tests share: a tiny model with every weight drawn, so that nothing hides behind a zero or a one."""
 
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -58,3 +59,62 @@ def tiny_model(tiny_config, draw):
     from moonwhale.model import MoonwhaleForCausalLM
 
     return lambda seed=0, **overrides: draw(MoonwhaleForCausalLM(tiny_config(**overrides)).eval(), seed)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """Forty short documents of few words: about 60 rows of 32 tokens to train on."""
+    folder, words = tmp_path_factory.mktemp("text"), "the a whale moon sea sings swims rises deep over under of".split()
+    draw = random.Random(0)
+    for i in range(40):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(5, 60)))
+        (folder / f"{i:02}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
+    """`tiny_run(**options)`: the options of a run of about a second, every mechanism in it, two micro-batches a step."""
+    from moonwhale.train.arguments import TrainConfig
+
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    model = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "moba_block_size": 8,
+        "moba_topk": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_nextn_predict_layers": 2,
+        "mtp_num_blocks": 1,
+    }
+    options = {
+        "out": str(tmp_path / "run"),
+        "data": str(text_folder),
+        "context": 32,
+        "batch_size": 2,
+        "tokens_per_step": 128,
+        "steps": 6,
+        "lr": 5e-3,
+        "warmup_steps": 1,
+        "eval_every": 0,
+        "eval_rows": 4,
+        "save_every": 0,
+        "log_every": 1,
+        "report_to": ["none"],
+        "device": "cpu",
+        "precision": "fp32",
+    }
+
+    def tiny_run(**changes):
+        return TrainConfig(**{**options, "model": model | changes.pop("model", {}), **changes})
+
+    return tiny_run

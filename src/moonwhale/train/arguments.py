@@ -17,6 +17,7 @@ from moonwhale.presets import PRESETS, get_preset, model_fields
 if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
+RUN_FILE = "run.yaml"
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
 
@@ -87,7 +88,7 @@ class TrainConfig:
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
 
-        self.out = self.out or os.path.join("runs", self.preset)
+        self.out = self.out or default_out(self.preset)
         for name in AT_LEAST_ONE:
             require(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in NOT_NEGATIVE:
@@ -118,8 +119,12 @@ class TrainConfig:
         return count
 
 
+def default_out(preset: str) -> str:
+    return os.path.join("runs", preset)
+
+
 def parse(argv: list[str]) -> TrainConfig:
-    """A run's configuration from `moonwhale train`'s arguments."""
+    """A run's configuration from `moonwhale train`'s arguments; a run that goes on has its own file for --config."""
     fields = textwrap.fill(", ".join(model_fields()), 100, initial_indent="  ", subsequent_indent="  ")
     parser = options.Parser(
         prog="moonwhale train",
@@ -130,7 +135,12 @@ def parse(argv: list[str]) -> TrainConfig:
     options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
     given, rest = options.read_argv(parser, TrainConfig, argv)
-    return resolve(given, rest.config)
+    path = rest.config
+    if given.get("resume") and path is None:
+        given.setdefault("out", default_out(given.get("preset", TrainConfig.preset)))
+        own = os.path.join(given["out"], RUN_FILE)
+        path = own if os.path.exists(own) else None
+    return resolve(given, path)
 
 
 def resolve(given: dict, path: str | None = None) -> TrainConfig:

@@ -16,27 +16,52 @@ from moonwhale.errors import UserError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
 
 
 def unfinished(out: str | os.PathLike) -> Path:
-    """The folder in which the next checkpoint of run `out` grows; what a killed run left there is thrown away."""
+    """The folder in which the next checkpoint of run `out` grows, emptied of what a killed run left there."""
     folder = Path(out) / ".unfinished"
-    if int(os.environ.get("RANK", 0)) == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return folder
 
 
-def publish(written: Path, final: str | os.PathLike) -> None:
-    """Seals a complete checkpoint with the sizes and SHA-256 sums of its files and gives it its name, in one step."""
-    files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(written.iterdir()) if p.is_file()
-    }
+def publish(written: Path, out: str | os.PathLike, keep: int | None = None) -> None:
+    """Seals the complete checkpoint `written` with the sizes and SHA-256 sums of its files and moves it into run `out`,
+    in one step; of the older ones, the newest `keep - 1` stay.
+    """
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(written.iterdir())}
     (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-    final = Path(final)
-    if final.exists():  # a damaged one that resuming skipped: kept, out of the way
-        final.rename(final.with_name(f"damaged-{final.name}"))
+    final = Path(out) / written.name
+    for later in all_of(out):  # damaged, else this run had gone on from them: kept, but out of the way
+        if step_of(later) >= step_of(final):
+            shutil.rmtree(aside := later.with_name(f"damaged-{later.name}"), ignore_errors=True)
+            later.rename(aside)
     written.rename(final)
-    shutil.rmtree(written.parent, ignore_errors=True)
+    written.parent.rmdir()
+    for old in all_of(out)[keep:] if keep else ():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def finish(checkpoint: Path, out: str | os.PathLike) -> None:
+    """Copies a checkpoint's model and tokenizer into its run's folder, which is a plain Hugging Face checkpoint from
+    the moment that `config.json`, the last file, appears.
+    """
+    training_only = {MANIFEST, STATE}
+    files = [p for p in checkpoint.iterdir() if p.suffix not in (".pt", ".pth") and p.name not in training_only]
+    try:
+        for path in sorted(files, key=lambda p: p.name == "config.json"):
+            copy = Path(out) / f".{path.name}"
+            shutil.copyfile(path, copy)
+            os.replace(copy, Path(out) / path.name)
+    except OSError as error:
+        copy.unlink(missing_ok=True)
+        raise explain_disk(error, out) from error
+
+
+def history(checkpoint: Path) -> list[dict]:
+    """What the run logged up to a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["log_history"]
 
 
 def damage(checkpoint: str | os.PathLike) -> str | None:
@@ -62,11 +87,15 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
 def all_of(out: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run, newest first."""
     found = [p for p in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def newest(out: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint of a run; a damaged newer one is skipped with a warning, and kept."""
+    """The newest whole checkpoint of a run; a damaged newer one is skipped with a warning."""
     for checkpoint in all_of(out):
         if (wrong := damage(checkpoint)) is None:
             return checkpoint
@@ -74,13 +103,15 @@ def newest(out: str | os.PathLike) -> Path | None:
     return None
 
 
-def explain_disk(error: OSError, out: str | os.PathLike) -> Exception:
+def explain_disk(error: Exception, out: str | os.PathLike) -> Exception:
     """A full disk as one line for people; any other error as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    # safetensors and torch report it as exceptions of their own, the latter without saying what it is.
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not any(sign in str(error) for sign in ("No space left on device", "inline_container.cc")):
         return error
     shutil.rmtree(Path(out) / ".unfinished", ignore_errors=True)
-    have = all_of(out)
-    kept = f"; the last whole checkpoint is {have[0]}, go on from it with --resume" if have else ""
+    whole = newest(out)
+    kept = f"; {whole} is whole, go on from it with --resume" if whole else ""
     return UserError(f"--out: no space left on the disk of {out}: free some, or lower --keep-checkpoints{kept}")
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from moonwhale.errors import UserError
 from moonwhale.train import arguments
+from moonwhale.train.arguments import RUN_FILE, TrainConfig
 
-RUN_FILE = "run.yaml"
-# May change when a run goes on: they alter what is shown and kept, not what is learned.
+# May change when a run goes on: they alter how it computes, and what is shown and kept, not what is learned.
 FREE_TO_CHANGE = {
     "out",
     "resume",
     "device",
+    "gradient_checkpointing",
+    "compile",
     "eval_every",
     "eval_rows",
     "save_every",
@@ -23,21 +25,25 @@ FREE_TO_CHANGE = {
 
 
 def main(argv: list[str]) -> None:
-    config = arguments.parse(argv)
-    run_file = Path(config.out) / RUN_FILE
-    if config.resume and run_file.exists() and "--config" not in argv:
-        config = arguments.parse([*argv, "--config", str(run_file)])
-    train(config)
+    train(arguments.parse(argv))
 
 
-def train(config: arguments.TrainConfig) -> None:
+def train(config: TrainConfig) -> None:
     """Trains as `config` says; the folder `config.out` then holds the model, its checkpoints, `run.yaml` and
     `loss.png`.
 
     Raises:
         UserError: one line, for anything the user can put right.
+        KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    _check_folder(config)
+    main_process, world = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
+    say = print if main_process else (lambda *_, **__: None)
+    logging.basicConfig(format="%(message)s")
+    if main_process:
+        _check_folder(config)
+    checkpoint = _checkpoint(config) if config.resume else None
+    if config.resume:
+        say(f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint")
 
     import torch
     import transformers
@@ -51,71 +57,71 @@ def train(config: arguments.TrainConfig) -> None:
     from moonwhale.train import checkpoints, report
     from moonwhale.train.trainer import MTPTrainer
 
-    logging.basicConfig(format="%(message)s")
     transformers.utils.logging.set_verbosity_error()
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    say = print if main_process else (lambda *_: None)
-
-    checkpoint = checkpoints.newest(config.out) if config.resume else None
-    if config.resume and checkpoint is None and checkpoints.all_of(config.out):
-        raise UserError(
-            f"--resume: every checkpoint in {config.out} is damaged (see above): train anew into another --out"
-        )
+    transformers.utils.logging.disable_progress_bar()
+    out = Path(config.out)
+    if checkpoint and checkpoints.step_of(checkpoint) >= config.steps:
+        if main_process:
+            checkpoints.finish(checkpoint, out)
+            report.plot_loss(checkpoints.history(checkpoint), out / "loss.png")
+        say(f"finished   already, with all {config.steps} steps: the model is in {out}")
+        return
 
     choice = precision.choose(config.device, config.precision)
     precision.tune_allocator()
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
     arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
+    args = _trainer_arguments(config, choice, world)
     data = build_data(config.data, config.data_split, config.data_columns, config.tokenizer, vocab_size, config.context)
-    tokenizer = data.tokenizer
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model_config = arguments.build_model_config(config, len(tokenizer), **ids)
+    if len(data.train) < config.batch_size * world:
+        raise UserError(
+            f"--batch-size: {config.batch_size * world} rows are computed at once, but the text fills only "
+            f"{len(data.train)} rows of --context {config.context}: lower the one or the other, or give more --data"
+        )
+    ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model_config = arguments.build_model_config(config, len(data.tokenizer), **ids)
     transformers.set_seed(config.seed)
     model = MoonwhaleForCausalLM(model_config)
     if config.compile:
-        for layer in model.model.layers:
-            layer.compile()
+        _compile(model, choice.device)
 
     sizes = count(model_config)
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
-    say(f"device     {choice.reason}, {torch.get_num_threads()} threads")
-    say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {config.out}")
-    if checkpoint:
-        say(f"resuming   from {checkpoint}")
-
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + (f", {world} processes" * (world > 1)))
+    say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     if main_process:
-        arguments.write(config, Path(config.out) / RUN_FILE)
-    held_out = data.held_out
-    rows = torch.linspace(0, len(held_out) - 1, min(config.eval_rows, len(held_out))).long().tolist()
-    trainer = MTPTrainer(
-        model=model,
-        args=_trainer_arguments(config, choice),
-        train_dataset=data.train,
-        eval_dataset=Subset(held_out, rows),
-        processing_class=tokenizer,
-        byte_lengths=torch.from_numpy(byte_lengths(tokenizer)),
-        callbacks=[report.Progress()],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    interrupt = report.StopAtStepEnd()
-    trainer.add_callback(interrupt)
-    with interrupt:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if interrupt.asked:
-        step = trainer.state.global_step
-        say(f"stopped at step {step} and saved; go on with: moonwhale train --out {config.out} --resume")
+        arguments.write(config, out / RUN_FILE)
+
+    rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
+    with report.Progress() as progress, report.StopAtStepEnd() as interrupt:
+        trainer = MTPTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=Subset(data.held_out, rows),
+            processing_class=data.tokenizer,
+            byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
+            callbacks=[progress, interrupt],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if main_process:
+                report.plot_loss(trainer.state.log_history, out / "loss.png")
+    step = trainer.state.global_step
+    if step < config.steps:
+        say(f"stopped    at step {step}, which is saved; go on with: moonwhale train --out {out} --resume")
         raise KeyboardInterrupt
     if main_process:
-        _finish(trainer, tokenizer, config.out)
-        report.plot_loss(trainer.state.log_history, Path(config.out) / "loss.png")
-        say(f"done       {config.out} (loss curve: {Path(config.out) / 'loss.png'})")
+        checkpoints.finish(out / f"checkpoint-{step}", out)
+    say(report.summary(trainer.state.log_history, config.tokens_per_step, out))
 
 
-def _check_folder(config: arguments.TrainConfig) -> None:
-    """Nothing is overwritten: a folder with a run in it needs --resume, and the run that goes on must be the same one.
-    """
+def _check_folder(config: TrainConfig) -> None:
+    """Nothing is overwritten: a folder with a run in it needs --resume, and the run that goes on must be the same one."""
     out, run_file = Path(config.out), Path(config.out) / RUN_FILE
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file: name a folder")
@@ -125,28 +131,49 @@ def _check_folder(config: arguments.TrainConfig) -> None:
         return
     if not config.resume:
         raise UserError(f"--out: {out} already holds a run: go on with it by --resume, or name another folder")
-    before = arguments.resolve({}, str(run_file))
-    for name in vars(config):
-        if name not in FREE_TO_CHANGE and getattr(config, name) != getattr(before, name):
+    now, before = _flat(config), _flat(arguments.resolve({}, str(run_file)))
+    for name in now | before:
+        if now.get(name) != before.get(name):
             raise UserError(
-                f"--{name.replace('_', '-')}: {getattr(config, name)!r} differs from the {getattr(before, name)!r} that the run in {out} "
-                "was started with: leave it out to go on, or name another --out"
+                f"--{name}: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
+                "with: leave it out to go on, or name another --out"
             )
 
 
-def _trainer_arguments(config: arguments.TrainConfig, choice):
+def _flat(config: TrainConfig) -> dict:
+    """The options that decide what is learned, as they are named on the command line."""
+    values = {k.replace("_", "-"): v for k, v in vars(config).items() if k not in FREE_TO_CHANGE | {"model"}}
+    return values | {f"model.{k}": v for k, v in config.model.items()}
+
+
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from; None if the run has none yet."""
+    from moonwhale.train import checkpoints
+
+    checkpoint = checkpoints.newest(config.out)
+    if checkpoint is None and checkpoints.all_of(config.out):
+        raise UserError(
+            f"--resume: every checkpoint in {config.out} is damaged (see above): train anew into another --out"
+        )
+    return checkpoint
+
+
+def _trainer_arguments(config: TrainConfig, choice, world: int):
     """The run's options in transformers' words."""
     from moonwhale.train.trainer import MTPTrainingArguments
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    if choice.device.index and world == 1:
+        raise UserError(
+            f"--device: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
+            f"{choice.device.index} in the environment"
+        )
     decay = round(config.steps * config.decay_fraction)
     if config.schedule == "wsd":
-        scheduler, scheduler_kwargs = (
-            "warmup_stable_decay",
-            {"num_decay_steps": decay, "min_lr_ratio": config.min_lr_ratio, "decay_type": "linear"},
-        )
+        scheduler = "warmup_stable_decay"
+        scheduler_kwargs = {"num_decay_steps": decay, "min_lr_ratio": config.min_lr_ratio, "decay_type": "linear"}
     else:
         scheduler, scheduler_kwargs = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
+    on_cpu = choice.device.type == "cpu"
     return MTPTrainingArguments(
         output_dir=config.out,
         seed=config.seed,
@@ -166,10 +193,10 @@ def _trainer_arguments(config: arguments.TrainConfig, choice):
         qk_clip_tau=config.qk_clip_tau,
         mtp_loss_weight_final=config.mtp_loss_weight_final,
         decay_steps=decay,
-        use_cpu=choice.device.type == "cpu",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world > 1 else None,
         bf16=choice.autocast,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=config.gradient_checkpointing,
         eval_strategy="steps",
         eval_steps=config.eval_every or config.steps,
         save_strategy="steps",
@@ -188,18 +215,25 @@ def _trainer_arguments(config: arguments.TrainConfig, choice):
     )
 
 
-def _finish(trainer, tokenizer, out: str) -> None:
-    """Puts the trained model into the run's folder: a plain checkpoint folder from then on, complete or not there."""
-    from moonwhale.train import checkpoints
+def _compile(model, device) -> None:
+    """Compiles each block around its attention and its experts, which are large products and loops over data already.
 
-    aside = checkpoints.unfinished(out)
-    try:
-        trainer.model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    except OSError as error:
-        raise checkpoints.explain_disk(error, out) from error
-    for path in sorted(
-        aside.iterdir(), key=lambda p: p.name == "config.json"
-    ):  # the file that makes it a checkpoint comes last
-        os.replace(path, Path(out) / path.name)
-    aside.rmdir()
+    Raises:
+        UserError: the CPU's compiler is missing.
+    """
+    import torch
+    from torch._inductor import cpp_builder, exc
+
+    from moonwhale.model.mla import MultiheadLatentAttention
+    from moonwhale.model.moe import Experts
+
+    if device.type == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise UserError("--compile: needs a C++ compiler: install g++ or clang, or leave it out") from error
+    for module in model.modules():
+        if isinstance(module, MultiheadLatentAttention | Experts):
+            module.forward = torch.compiler.disable(module.forward)
+    for layer in model.model.layers:
+        layer.compile()
