@@ -63,9 +63,9 @@ def tiny_model(tiny_config, draw):
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
-    """Forty short documents of few words: about 60 rows of 32 tokens to train on."""
-    folder, words = tmp_path_factory.mktemp("text"), "the a whale moon sea sings swims rises deep over under of".split()
-    draw = random.Random(0)
+    """Forty short documents of few words: about 40 rows of 32 tokens to train on."""
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["the", "a", "whale", "moon", "sea", "sings", "swims", "rises", "deep", "over", "under", "of"]
     for i in range(40):
         text = " ".join(draw.choice(words) for _ in range(draw.randint(5, 60)))
         (folder / f"{i:02}.txt").write_text(text)
@@ -74,7 +74,7 @@ def text_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
-    """`tiny_run(**options)`: the options of a run of about a second, every mechanism in it, two micro-batches a step."""
+    """`tiny_run(**options)`: the options of a run of a second, every mechanism in it, two micro-batches a step."""
     from moonwhale.train.arguments import TrainConfig
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> None:
 
 
 def _check_folder(config: TrainConfig) -> None:
-    """Nothing is overwritten: a folder with a run in it needs --resume, and the run that goes on must be the same one."""
+    """Nothing is overwritten: a folder that holds a run needs --resume, and what goes on must be the same run."""
     out, run_file = Path(config.out), Path(config.out) / RUN_FILE
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file: name a folder")
