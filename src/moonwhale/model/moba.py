@@ -7,12 +7,14 @@ chose them, and both merged by their log-sum-exp. `moba_mask` is its dense twin,
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attend
 from .layout import BlockTable, Layout
 
 QUERIES = 64  # queries of one chunk of the sparse path
+STEP = 16  # chunks by which their number grows: a kernel library compiles a product for each shape it meets
 
 
 def moba_attention(
@@ -74,12 +76,13 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
         begin = (chunks.cumsum(0) - chunks) * QUERIES
         rank = torch.arange(len(pair), device=q.device) - (sizes.cumsum(0) - sizes)[group]
         place = begin[group] + rank
-        total = int(chunks.sum())
+        total = -(-int(chunks.sum()) // STEP) * STEP
         query = torch.zeros(total * QUERIES, dtype=torch.long, device=q.device)
         query[place] = pair // n
         place_of_pair = torch.zeros(batch * heads * slots * n, dtype=torch.long, device=q.device)
         place_of_pair[pair] = place
         block = torch.arange(groups, device=q.device).repeat_interleave(chunks)
+        block = F.pad(block, (0, total - len(block)))
     if total == 0:
         return out, top
 
