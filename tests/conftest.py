@@ -75,7 +75,7 @@ def text_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     """`tiny_run(**options)`: the options of a run of a second, every mechanism in it, two micro-batches a step."""
-    from moonwhale.train.arguments import TrainConfig
+    from moonwhale.train.arguments import resolve
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     model = {
@@ -115,6 +115,6 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     }
 
     def tiny_run(**changes):
-        return TrainConfig(**{**options, "model": model | changes.pop("model", {}), **changes})
+        return resolve({**options, "model": model | changes.pop("model", {}), **changes})
 
     return tiny_run

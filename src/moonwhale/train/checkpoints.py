@@ -105,9 +105,10 @@ def newest(out: str | os.PathLike) -> Path | None:
 
 def explain_disk(error: Exception, out: str | os.PathLike) -> Exception:
     """A full disk as one line for people; any other error as it is."""
-    # safetensors and torch report it as exceptions of their own, the latter without saying what it is.
+    # safetensors and torch have exceptions of their own for it, of which torch's do not say what it is.
+    signs = ("No space left on device", "inline_container.cc", "iostream error")
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if not full and not any(sign in str(error) for sign in ("No space left on device", "inline_container.cc")):
+    if not full and not any(sign in str(error) for sign in signs):
         return error
     shutil.rmtree(Path(out) / ".unfinished", ignore_errors=True)
     whole = newest(out)

@@ -1,5 +1,6 @@
 """`moonwhale train`: from options to a trained checkpoint folder."""
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ from moonwhale.errors import UserError
 from moonwhale.train import arguments
 from moonwhale.train.arguments import RUN_FILE, TrainConfig
 
+DATA_FILE = "data.txt"
 # May change when a run goes on: they alter how it computes, and what is shown and kept, not what is learned.
 FREE_TO_CHANGE = {
     "out",
@@ -93,6 +95,7 @@ def train(config: TrainConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if main_process:
         arguments.write(config, out / RUN_FILE)
+        _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
     with report.Progress() as progress, report.StopAtStepEnd() as interrupt:
@@ -156,6 +159,19 @@ def _checkpoint(config: TrainConfig) -> Path | None:
             f"--resume: every checkpoint in {config.out} is damaged (see above): train anew into another --out"
         )
     return checkpoint
+
+
+def _check_data(data, out: Path, config: TrainConfig) -> None:
+    """A run that goes on must go on with the same tokens, which it was told by name only."""
+    record = out / DATA_FILE
+    checksum = hashlib.sha256(repr(data.train.shards.index["files"]).encode()).hexdigest()
+    if not record.exists():
+        record.write_text(f"{data.describe()}\nchecksum   {checksum}\n", encoding="utf-8")
+    elif checksum not in record.read_text(encoding="utf-8"):
+        raise UserError(
+            f"--data: {config.data}, or its tokenizer, has changed since the run in {out} began (see {record}): "
+            "bring it back, or train into another --out"
+        )
 
 
 def _trainer_arguments(config: TrainConfig, choice, world: int):
