@@ -79,7 +79,7 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     model = {
-        "vocab_size": 320,
+        "vocab_size": 300,
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

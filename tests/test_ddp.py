@@ -1,0 +1,92 @@
+"""Two processes under DDP learn what one process with the same global batch does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moonwhale.train import arguments, checkpoints, pretrain
+
+pytestmark = pytest.mark.slow
+
+# The clip is at work, and Newton-Schulz in fp32 so that rounding stays rounding.
+SCRIPT = """
+import sys, torch
+from moonwhale import cli
+from moonwhale.optim import muonclip
+muonclip._fast_dtype = lambda device: torch.float32
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+OPTIONS = {
+    "steps": 4,  # less than an epoch, at whose end the processes' shares are not whole
+    "tokens_per_step": 256,
+    "save_every": 2,
+    "lr": 1e-3,
+    "qk_clip_tau": 2e-3,
+    "model": {"aux_loss_alpha": 0.0, "bias_update_speed": 0.01},
+}
+
+
+def torchrun(*argv: str, processes: int = 2) -> str:
+    """Runs `moonwhale train` in several processes and returns what they print."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    script = Path(os.environ["MOONWHALE_CACHE"]) / "ddp.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [*launch, str(script), *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def assert_close(out, reference) -> None:
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (out, reference))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, theirs in zip(*(checkpoints.history(checkpoints.newest(f)) for f in (out, reference)), strict=True):
+        timed = ("epoch", "tokens_per_second", "mfu", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        assert {k: v for k, v in ours.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in timed}, rel=1e-3, abs=1e-5
+        )
+
+
+def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
+    from moonwhale.optim import muonclip
+
+    monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
+    reference = tiny_run(**OPTIONS, out=str(tmp_path / "one"))
+    pretrain.train(reference)
+    logs = checkpoints.history(checkpoints.newest(reference.out))
+    assert all(log["clipped_heads"] > 0 for log in logs if "loss_main" in log)
+
+    out = tmp_path / "two"
+    arguments.write(reference, tmp_path / "run.yaml")
+    said = torchrun("--config", str(tmp_path / "run.yaml"), "--out", str(out))
+    assert said.count("step      2  loss") == 1 and "2 processes" in said
+    assert_close(out, reference.out)
+    names = set(os.listdir(out / "checkpoint-4"))
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "manifest.json"} <= names
+    assert not (out / ".unfinished").exists()
+
+    # and go on from the middle
+    for path in out.iterdir():
+        if path.name not in ("checkpoint-2", "run.yaml", "data.txt"):
+            path.rename(tmp_path / f"aside-{path.name}")
+    torchrun("--out", str(out), "--resume")
+    resumed, before = load_file(out / "model.safetensors"), load_file(tmp_path / "aside-model.safetensors")
+    assert not [name for name, value in resumed.items() if not torch.equal(value, before[name])]
