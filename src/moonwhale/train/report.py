@@ -108,6 +108,7 @@ def plot_loss(history: list[dict], path: str | Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.set_ylim(bottom=0)
+    figure.align_ylabels()
     unfinished = Path(path).with_name(f".{Path(path).name}")
     figure.savefig(unfinished, format="png", dpi=120)
     plt.close(figure)
