@@ -341,7 +341,7 @@ def test_no_compiler(tiny_run, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(tiny_run, tmp_path):
-    small = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+    small = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "moba_full_attention_layers": []}
     runs = [tiny_run(compile=c, steps=2, out=str(tmp_path / str(c)), model=small) for c in (False, True)]
     for config in runs:
         pretrain.train(config)
