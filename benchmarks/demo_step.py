@@ -1,0 +1,89 @@
+"""Is a training step of the demo model at least 1.3 times as fast as that of transformers' DeepseekV3 of its shapes?
+
+    python benchmarks/demo_step.py
+
+Forward and backward with labels, MTP off on both sides, since transformers trains none. Ours attends as the preset
+says (MoBA) and fully; theirs with sdpa and with each of its experts that can train here. With full attention both hold
+the same weights, and their losses are compared before anything is timed. Every round has tokens of its own: the numbers
+of tokens an expert gets then vary as in training, and kernels that are compiled for a shape pay for it.
+"""
+
+from dataclasses import fields
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from common import environment, options, timed_rounds, write
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.precision import tune_allocator
+from moonwhale.presets import PRESETS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPERTS = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for every token
+
+
+def models() -> dict[str, torch.nn.Module]:
+    """The contenders, on weights of one seed."""
+    torch.manual_seed(0)
+    shapes = PRESETS["demo"].model | {"num_nextn_predict_layers": 0}
+    full = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes | {"moba_topk": 0}))
+    moba = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes))
+    moba.load_state_dict(full.state_dict())
+    contenders = {"moonwhale, MoBA": moba, "moonwhale, full attention": full}
+    theirs = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
+    for experts in EXPERTS:
+        config = DeepseekV3Config(**{name: getattr(full.config, name) for name in theirs})
+        model = DeepseekV3ForCausalLM(config)
+        model.load_state_dict(full.state_dict())
+        model.set_experts_implementation(experts)
+        contenders[f"transformers, {experts} experts"] = model
+    return {name: model.train() for name, model in contenders.items()}
+
+
+def check_same(contenders: dict[str, torch.nn.Module], tokens: torch.Tensor) -> None:
+    """All but MoBA's must compute one function, so that only speed differs."""
+    ours = contenders["moonwhale, full attention"](tokens, labels=tokens).losses[0]
+    for name, model in contenders.items():
+        if name.startswith("transformers"):
+            torch.testing.assert_close(model(tokens, labels=tokens, use_cache=False).loss, ours, atol=1e-4, rtol=0)
+
+
+def step(model: torch.nn.Module, dtype: torch.dtype):
+    def run(tokens: torch.Tensor) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        model.zero_grad()
+
+    return run
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="rounds that count, for each dtype (15)")
+    parser.add_argument("--rows", type=int, help="rows of a batch (the preset's batch size)")
+    arguments = parser.parse_args(argv)
+    context, rows = PRESETS["demo"].train["context"], arguments.rows or PRESETS["demo"].train["batch_size"]
+
+    tuned, contenders = tune_allocator(), models()
+    vocab_size = contenders["moonwhale, MoBA"].config.vocab_size
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> torch.Tensor:
+        return torch.randint(vocab_size, (rows, context), generator=generator)
+
+    check_same(contenders, draw())
+    result, timings = {}, {}
+    for name, dtype in DTYPES.items():
+        timing = timed_rounds({n: step(model, dtype) for n, model in contenders.items()}, draw, arguments.rounds)
+        speeds = {n: round(rows * context / seconds) for n, seconds in timing.pop("seconds").items()}
+        best = max(speed for n, speed in speeds.items() if n.startswith("transformers"))
+        result[f"vs_transformers_{name}"] = round(speeds["moonwhale, MoBA"] / best, 3)
+        result[f"full_attention_vs_transformers_{name}"] = round(speeds["moonwhale, full attention"] / best, 3)
+        timings[name] = {"tokens_per_second": speeds, **timing}
+    result |= {"rows": rows, "context": context, **timings, "environment": environment("fp32 and bf16", tuned)}
+    write(arguments.results, "demo_step", result)
+
+
+if __name__ == "__main__":
+    main()

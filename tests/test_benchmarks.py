@@ -1,0 +1,105 @@
+"""Every benchmark runs, at toy size, and writes what it says; how fast it was, nobody asserts."""
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from moonwhale.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def printed(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def update_readme():
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("common"), "QUIET", float("inf"))
+    monkeypatch.setitem(PRESETS["demo"].train, "context", 64)
+    importlib.import_module("demo_step").main(["--rounds", "1", "--rows", "1", "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "demo_step.json").read_text())
+    assert result == printed(capsys)
+    for dtype in ("fp32", "bf16"):
+        speeds = result[dtype]["tokens_per_second"]
+        fastest = max(speed for name, speed in speeds.items() if name.startswith("transformers"))
+        assert result[f"vs_transformers_{dtype}"] == pytest.approx(speeds["moonwhale, MoBA"] / fastest, abs=1e-3)
+    assert not list(tmp_path.glob(".*"))
+
+    table = update_readme().step_table(result)
+    assert f"{result['fp32']['tokens_per_second']['moonwhale, MoBA']:,}" in table
+    assert f"{result['vs_transformers_bf16']:.2f}" in table
+
+
+def test_demo_step_refuses_models_that_differ():
+    import torch
+
+    demo_step = importlib.import_module("demo_step")
+    contenders = demo_step.models()
+    tokens = torch.arange(64).view(1, 64)
+    demo_step.check_same(contenders, tokens)
+    with torch.no_grad():
+        contenders["transformers, eager experts"].lm_head.weight.mul_(1.01)
+    with pytest.raises(AssertionError):
+        demo_step.check_same(contenders, tokens)
+
+
+def test_muonclip_at_work(tmp_path, capsys, monkeypatch, text_folder):
+    muonclip_at_work = importlib.import_module("muonclip_at_work")
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
+    build_data = muonclip_at_work.build_data
+    monkeypatch.setattr(muonclip_at_work, "build_data", lambda _, **options: build_data(str(text_folder), **options))
+    monkeypatch.setitem(muonclip_at_work.MODEL, "vocab_size", 320)
+    monkeypatch.setattr(muonclip_at_work, "TAU", 0.05)
+
+    monkeypatch.setattr(muonclip_at_work, "SMOOTHED", 3)
+    picture = tmp_path / "muonclip.svg"
+    muonclip_at_work.main(["--steps", "6", "--results", str(tmp_path), "--picture", str(picture)])
+    result = json.loads((tmp_path / "muonclip_at_work.json").read_text())
+    assert result["largest_logit_with"] < result["largest_logit_without"]
+    assert len(result["with"]["logits"]) == 12
+    assert {len(head) for head in result["with"]["logits"]} == {6}
+    assert printed(capsys).items() <= result.items()
+
+    again = tmp_path / "again.svg"
+    muonclip_at_work.draw({which: result[which] for which in ("without", "with")}, again)
+    assert again.read_bytes() == picture.read_bytes()
+
+
+def test_a_disturbed_round_is_repeated(monkeypatch):
+    """Four rounds are played, in which others use these shares of a core; two are wanted, and the quiet ones count."""
+    common = importlib.import_module("common")
+    others, played = [0.5, 0.02, 0.9, 0.05], []
+    clock = iter([now for share in others for now in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0 + share))])
+    monkeypatch.setattr(common, "_cpu_seconds", lambda: next(clock))
+    result = common.timed_rounds({"a": played.append, "b": played.append}, lambda: len(played), rounds=2)
+    assert (result["rounds"], result["discarded"], result["busiest"]) == (2, 2, 0.05)
+    assert set(result["seconds"]) == {"a", "b"}
+    assert played == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8], "both contenders of a round get the same, each round its own"
+
+
+def test_a_machine_that_is_never_quiet_shows_in_the_result(monkeypatch):
+    common = importlib.import_module("common")
+    clock = iter([now for share in (0.5, 0.3, 0.4) for now in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0 + share))])
+    monkeypatch.setattr(common, "_cpu_seconds", lambda: next(clock))
+    result = common.timed_rounds({"a": lambda given: None}, lambda: None, rounds=1, limit=3)
+    assert (result["rounds"], result["discarded"], result["busiest"]) == (1, 2, 0.3)
+
+
+def test_the_environment_is_told():
+    found = importlib.import_module("common").environment("fp32", True)
+    assert found["cpu"] and found["cores"] >= 1 and found["threads"] >= 1 and found["dtype"] == "fp32"
