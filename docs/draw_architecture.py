@@ -1,7 +1,7 @@
-"""Draws the architecture from a preset's configuration: `python docs/draw_architecture.py [PRESET]`.
+"""Draws the architecture from a preset's configuration: `python docs/draw_architecture.py [PRESET] [OUT]`.
 
-Writes docs/architecture.svg. Every number in it is read from the configuration or counted from it, and the widths of
-latents and heads are drawn to scale, so the picture changes when the model does.
+Writes docs/architecture.svg, or OUT (.svg or .png). Every number in it is read from the configuration or counted from
+it, and the widths of latents and heads are drawn to scale, so the picture changes when the model does.
 """
 
 import sys
@@ -30,10 +30,11 @@ class Sheet:
     """Boxes, words and arrows on a page measured in inches from its lower left corner."""
 
     def __init__(self):
-        self.figure = plt.figure(figsize=(WIDTH, HEIGHT), facecolor="white")
+        self.figure = plt.figure(figsize=(WIDTH, HEIGHT), facecolor="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
         self.axes.axis("off")
+        self.box(0.02, 0.02, WIDTH - 0.04, HEIGHT - 0.04, color=LIGHT, fill="white")  # on dark pages, too
 
     def box(self, x, y, w, h, text="", color=GRAY, dashed=False, size=9.0, fill=None):
         style = f"round,pad=0,rounding_size={min(0.07, w / 3, h / 3)}"
@@ -44,8 +45,11 @@ class Sheet:
             self.text(x + w / 2, y + h / 2, text, size, va="center")
 
     def text(self, x, y, text, size=9.0, color=INK, ha="center", va="baseline", weight="normal", rotation=0):
-        style = {"fontsize": size, "color": color, "fontweight": weight, "linespacing": 1.35, "rotation": rotation}
-        self.axes.text(x, y, text, ha=ha, va=va, **style)
+        style = {"fontsize": size, "color": color, "fontweight": weight, "rotation": rotation, "ha": ha, "va": va}
+        lines, step = text.split("\n"), 1.35 * size / 72  # points to inches
+        y += step * (len(lines) - 1) * (0.5 if va == "center" else 1)
+        for i, line in enumerate(lines):  # one by one, so that each is centred in any font
+            self.axes.text(x, y - i * step, line, **style)
 
     def arrow(self, *points, color=GRAY):
         """Through all points, with straight lines; a head at the last."""
@@ -166,7 +170,7 @@ def _latent_attention(sheet: Sheet, config, x, y, w, h) -> None:
     for begin, width, label, color in zip(begins, widths, labels, (BLUE, PINK, PINK), strict=True):
         if width:
             sheet.box(begin, mid, width, bar, label, color, size=8.8 if width < 1.6 else 9)
-            from_hidden = min(begin + width / 2, left + hidden * unit - 0.1)
+            from_hidden = min(begin + width / 2, left + hidden * unit - 0.06)
             sheet.arrow((from_hidden, low + bar), (begin + width / 2, mid))
     if not labels[2]:
         sheet.text(begins[2] - 0.05, mid + bar / 2, str(rope), 8.8, PINK, ha="right", va="center")
@@ -266,18 +270,25 @@ def configuration(name: str) -> MoonwhaleConfig:
     return MoonwhaleConfig(**{"max_position_embeddings": preset.train["context"]} | preset.model)
 
 
+STYLE = {
+    "svg.hashsalt": "moonwhale",  # the same ids each time
+    "svg.fonttype": "none",  # words stay words, which readers can search and tests can read
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # the second where the first is missing: as wide
+}
+
+
 def save(config, name: str, path: Path) -> None:
-    """The same bytes each time: no date in them, and no random ids."""
-    with plt.rc_context({"svg.hashsalt": "moonwhale", "font.family": "DejaVu Sans"}):
-        sheet = draw(config, name)
-        sheet.figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
-        plt.close(sheet.figure)
+    """Draws into an .svg (the same bytes each time) or a .png."""
+    with plt.rc_context(STYLE):
+        figure = draw(config, name).figure
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
+        plt.close(figure)
 
 
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else PRESET
-    save(configuration(name), name, PICTURE)
+def main(name: str = PRESET, path: str | Path = PICTURE) -> None:
+    save(configuration(name), name, Path(path))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,0 +1,268 @@
+"""The documents are true: links lead somewhere, snippets run, options and tests exist, pictures and figures fit."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from moonwhale import cli
+from moonwhale.train import arguments
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """What stands between ```language and ```."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def script(path: str):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to headings."""
+    titles = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken(document: str, text: str) -> list[str]:
+    """Links to files or headings that are not there."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        whole = text if not name else path.read_text(encoding="utf-8") if anchor and path.is_file() else ""
+        if not path.exists() or (anchor and anchor not in anchors(whole)):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    assert not broken(document, read(document))
+
+
+def test_a_broken_link_is_seen():
+    text = "# A title\n[a](nowhere.md) [b](#a-title) [c](#another) [d](../README.md) [e](training.md#nothing)"
+    assert broken("docs/mechanisms.md", text) == ["nowhere.md", "#another", "training.md#nothing"]
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def options_of(*verb: str) -> set[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        cli.main([*verb, "--help"])
+    return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    """The options of each verb, by its words."""
+    verbs = [(verb,) for verb in cli.VERBS if verb != "tokenizer"] + [("tokenizer", "train"), ("tokenizer", "show")]
+    return {" ".join(verb): options_of(*verb) for verb in verbs}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `moonwhale …` in shell blocks and in the text, "moonwhale" left out."""
+    lines = [line for block in fenced(text, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", prose(text))
+    found = [re.search(r"(?:^|\s|/)moonwhale (?=[a-z]|--)(.*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
+    """What is wrong with a command, if anything."""
+    verb = " ".join(command[: 2 if command[0] == "tokenizer" else 1])
+    if verb not in options:
+        return None if verb in ("VERB", "tokenizer") or verb.startswith("--") else f"no verb {verb}"
+    given = {word.partition("=")[0] for word in command if word.startswith("--")}
+    fields = (
+        {f"--model.{name}" for name in (*arguments.model_fields(), "FIELD")} if verb in ("train", "info") else set()
+    )
+    unknown = given - options[verb] - fields
+    if unknown:
+        return f"moonwhale {verb} has no {', '.join(sorted(unknown))}"
+    if verb == "train" and not given & {"--config", "--help"}:  # the file is an example
+        arguments.parse(command[1:])  # the values fit together
+    return None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_can_be_typed(document, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not [mistake for command in commands(read(document)) if (mistake := wrong(command, options))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_options_exist(document, options):
+    """Also those that the text names by themselves."""
+    known = set().union(*options.values(), {"--version", "--check", "--model.FIELD"})
+    known |= {f"--model.{name}" for name in arguments.model_fields()}
+    named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
+    assert not named - known
+
+
+@pytest.mark.parametrize("line", ["moonwhale trian", "moonwhale train --leraning-rate 1", "moonwhale info demo --lr 1"])
+def test_a_wrong_command_is_seen(line, options):
+    (command,) = commands(f"```sh\n{line}  # a comment\n```")
+    assert wrong(command, options)
+
+
+# --- snippets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_config, draw):
+    """Where snippets run: `runs/demo` is a checkpoint, though of a tiny model that learned nothing."""
+    from moonwhale.data.tokenizer import train_tokenizer
+    from moonwhale.model import MoonwhaleForCausalLM
+
+    folder = tmp_path_factory.mktemp("snippets")
+    tokenizer = train_tokenizer(["a whale under the moon"], 320)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = draw(MoonwhaleForCausalLM(tiny_config(vocab_size=len(tokenizer), **ids)))
+    model.save_pretrained(folder / "runs" / "demo")
+    tokenizer.save_pretrained(folder / "runs" / "demo")
+    return folder
+
+
+SNIPPETS = [(document, block) for document in DOCUMENTS for block in fenced(read(document), "python")]
+
+
+@pytest.mark.parametrize(("document", "snippet"), SNIPPETS, ids=[document for document, _ in SNIPPETS])
+def test_snippets_run(document, snippet, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    exec(compile(snippet, document, "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_loop_of_the_snippet_learns(capsys):
+    (snippet,) = [block for block in fenced(read("docs/training.md"), "python") if "attach_hooks" in block]
+    exec(snippet, {})
+    losses = [float(loss) for loss in re.findall(r"main ([\d.]+)", capsys.readouterr().out)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# --- proofs that the documents name ----------------------------------------------------------------------------------
+
+
+def test_named_tests_exist():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = {name for document in DOCUMENTS for name in re.findall(r"`(test_\w+)`", read(document))}
+    assert named
+    assert not [name for name in named if f"def {name}(" not in sources]
+
+
+# --- the picture of the architecture ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    return script("docs/draw_architecture.py")
+
+
+def words(svg: Path) -> list[str]:
+    """All text in a picture, in the order of drawing."""
+    return [text.text for text in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_is_the_configurations(drawing, tmp_path):
+    drawing.main("seed_190m", tmp_path / "now.svg")
+    assert words(tmp_path / "now.svg") == words(drawing.PICTURE)
+    versions = [
+        re.search("Matplotlib v([^,]+)", path.read_text())[1] for path in (tmp_path / "now.svg", drawing.PICTURE)
+    ]
+    if versions[0] == versions[1]:  # others may write the same lines in other ways
+        assert (tmp_path / "now.svg").read_bytes() == drawing.PICTURE.read_bytes()
+
+
+def test_the_picture_shows_what_is_counted(drawing):
+    from moonwhale.counts import count
+
+    config = drawing.configuration("seed_190m")
+    counts, shown = count(config), "\n".join(words(drawing.PICTURE))
+    for number in (
+        f"{counts.parameters / 1e6:.0f} M parameters",
+        f"uses {counts.active_parameters / 1e6:.0f} M",
+        f"{counts.parameters_per_block / 1e6:.2f} M parameters, ",
+        f"{counts.active_parameters_per_block / 1e6:.2f} M active",
+        f"= {config.kv_cache_numbers_per_token} numbers a token",
+        f"{config.moba_topk} blocks of {config.moba_block_size} keys",
+        f"{config.n_routed_experts} routed experts of {config.moe_intermediate_size}",
+    ):
+        assert number in shown, number
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"q_lora_rank": 256},
+        {"moba_topk": 2},
+        {"moba_full_attention_layers": [3]},
+        {"num_experts_per_tok": 4},
+        {"mtp_num_blocks": [1, 2]},
+        {"num_nextn_predict_layers": 0},
+        {"vocab_size": 50_000},
+    ],
+    ids=str,
+)
+def test_the_picture_changes_with_the_configuration(changed, drawing, tmp_path):
+    config = drawing.configuration("seed_190m")
+    drawing.save(type(config)(**config.to_dict() | changed), "seed_190m", tmp_path / "other.svg")
+    assert words(tmp_path / "other.svg") != words(drawing.PICTURE)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"num_nextn_predict_layers": 0, "moba_topk": 0},
+        {"num_nextn_predict_layers": 3, "q_lora_rank": None, "n_shared_experts": 0},
+        {"num_hidden_layers": 16, "n_routed_experts": 64, "first_k_dense_replace": 2, "tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("preset", ["demo", "large"])
+def test_any_configuration_can_be_drawn(preset, changed, drawing):
+    """And its words stay on the page."""
+    config = drawing.configuration(preset)
+    figure = drawing.draw(type(config)(**config.to_dict() | changed), preset).figure
+    figure.canvas.draw()
+    page = figure.bbox
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text.get_text()
+    drawing.plt.close(figure)
+
+
+# --- the README's figures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("<!-- begin:" not in read("README.md"), reason="README.md has no figures yet")
+def test_the_readme_shows_the_results():
+    assert script("docs/update_readme.py").updated(read("README.md")) == read("README.md")
