@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/moonwhale train --preset demo --out runs/demo
+	$(BIN)/moonwhale train --preset demo --out runs/demo --resume
 	$(BIN)/moonwhale generate runs/demo --chat --seed 3 "Hi! How are you doing today?" "What do you like to do for fun?"
 
 test: $(VENV)/installed-dev

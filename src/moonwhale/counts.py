@@ -152,13 +152,14 @@ def _attended(config, layer: int, context: int) -> tuple[float, float]:
 
 
 def _saved(config, layer: int) -> int:
-    """Numbers a token leaves for a block's backward pass, roughly: thrice each normed width, then what enters and
-    leaves attention and the feed-forward networks.
+    """Numbers a token leaves for a block's backward pass, roughly: each norm's input and output, the queries, keys and
+    values of attention and its output twice, and what enters and leaves the feed-forward networks. MoBA's second look at
+    chosen blocks, and rows that only pad, are left out.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
-    norms = 3 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
-    attention = heads * (3 * config.qk_head_dim + config.qk_nope_head_dim + 3 * config.v_head_dim)
+    norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
+    attention = heads * (2 * config.qk_head_dim + 3 * config.v_head_dim)
     if _is_dense(config, layer):
         return norms + attention + 5 * config.intermediate_size
-    inner, chosen = 5 * config.moe_intermediate_size, config.num_experts_per_tok
-    return norms + attention + chosen * (2 * hidden + inner) + config.n_shared_experts * inner
+    inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
+    return norms + attention + (2 * chosen + 5 * config.n_shared_experts) * inner

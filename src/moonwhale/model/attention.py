@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 128  # queries of a tile; causal tiles compute only the keys up to their own end
-TILE = 1 << 19  # scores of a tile, over as many heads as that allows
+TILE = 1 << 20  # scores of a tile, over as many heads as that allows
 
 
 def attend(
@@ -87,8 +87,8 @@ class _Attend(torch.autograd.Function):
             probs = _scores(q, k, ctx.scale, ctx.causal, segment, tile).softmax(-1, dtype=wide)
             dp = (d_out[head, rows] @ v[head, keys].transpose(1, 2)).to(wide)
             dv[head, keys] += probs.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
-            ds = probs.mul_(dp.sub_(row[head, rows])).mul_(ctx.scale).to(q.dtype)
-            dq[head, rows] = ds @ k[head, keys]
-            dk[head, keys] += ds.transpose(1, 2) @ q[head, rows]
+            ds = probs.mul_(dp.sub_(row[head, rows])).to(q.dtype)
+            dq[head, rows] = (ds @ k[head, keys]).mul_(ctx.scale)
+            dk[head, keys].add_(ds.transpose(1, 2) @ q[head, rows], alpha=ctx.scale)
         grads = ((dq, q), (dk, k), (dv, v))
         return *(dx.to(x.dtype).view(*ctx.shape[:2], *x.shape[1:]) for dx, x in grads), None, None, None

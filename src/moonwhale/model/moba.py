@@ -100,7 +100,7 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
     far_top = far_top.flatten()[place_of_pair].view_as(chosen).masked_fill(missing, -torch.inf)
 
     weights = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1).softmax(-1).to(out.dtype)
-    out = weights[..., :1] * out + (weights[..., None, 1:] @ far_out).squeeze(-2)
+    out = weights[..., :1] * out + (weights[..., 1:, None] * far_out).sum(-2)
     return out, torch.maximum(top, far_top.amax(-1))
 
 

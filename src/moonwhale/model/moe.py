@@ -122,7 +122,7 @@ class _GroupedExperts(torch.autograd.Function):
         out = F.grouped_mm((F.silu(gate) * up).mul_(weight), down_proj.transpose(1, 2), offs=ends)
         ctx.save_for_backward(x, gate_up_proj, down_proj, inner, weight, token, home, ends)
         ctx.gates_dtype = gates.dtype
-        return out.index_select(0, home).view(*index.shape, -1).sum(1)
+        return F.embedding_bag(home.view(index.shape), out, mode="sum")  # a token's rows, added up in one pass
 
     @staticmethod
     @once_differentiable
@@ -138,7 +138,7 @@ class _GroupedExperts(torch.autograd.Function):
         d_product = d_product.mul_(weight)
         d_inner = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * activated], dim=-1)
         d_gate_up = F.grouped_mm(d_inner.T, x.index_select(0, token), offs=ends)
-        d_x = F.grouped_mm(d_inner, gate_up_proj, offs=ends).index_select(0, home).view(len(x), -1, x.shape[1]).sum(1)
+        d_x = F.embedding_bag(home.view(len(x), -1), F.grouped_mm(d_inner, gate_up_proj, offs=ends), mode="sum")
         return d_x, d_gate_up, d_down, None, d_gates
 
 

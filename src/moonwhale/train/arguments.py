@@ -39,7 +39,7 @@ class TrainConfig:
     data_split: str | None = option(None, "split of a hub set (train)", group="data")
     data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="data")
     tokenizer: str | None = option(
-        None, "folder, hub id, or a packaged one: deepseek-v3, gpt2; left out, one is trained on the data", group="data"
+        None, "folder, hub id, or a packaged one: deepseek, gpt2; left out, one is trained on the data", group="data"
     )
     context: int = option(1024, "tokens of a row", group="data")
 
