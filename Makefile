@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: $(VENV)/installed
 	$(BIN)/moonwhale train --preset demo --out runs/demo --resume
-	$(BIN)/moonwhale generate runs/demo --chat --seed 3 "Hi! How are you doing today?" "What do you like to do for fun?"
+	$(BIN)/moonwhale generate runs/demo --chat --temperature 0.5 --seed 3 "Hi! How are you doing today?" "What do you like to do for fun?"
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -102,7 +102,10 @@ BAD = [
     (["--weight-decay", "-1"], "--weight-decay: -1.0 is impossible"),
     (["--momentum", "1"], "--momentum: 1.0 is impossible"),
     (["--decay-fraction", "1.5"], "--decay-fraction: 1.5 is impossible"),
-    (["--steps", "10", "--warmup-steps", "9"], "--steps 10 less 2 of decay leave 8 for warm-up"),
+    (
+        ["--steps", "10", "--warmup-steps", "9", "--decay-fraction", "0.2"],
+        "--steps 10 less 2 of decay leave 8 for warm-up",
+    ),
     (["--schedule", "cosin"], r"--schedule: 'cosin' is none of wsd, cosine \(did you mean cosine\?\)"),
     (["--preset", "dem"], r"--preset: 'dem' is none of demo, .*did you mean demo"),
     (["--model.hiden_size", "3"], r"--model.hiden_size: there is no such field \(did you mean hidden_size\?\)"),
@@ -113,8 +116,14 @@ BAD = [
     (["--model.rope_parameters", "{a: "], "'{a: ' is not a mapping or null"),
     (["--model.hidden_size"], "--model.hidden_size: expected a value"),
     (["--model.hidden_size", "--steps", "3"], "--model.hidden_size: expected a value"),
-    (["--batch-size", "3"], "4096 is no multiple of --batch-size 3 x --context 256 = 768 tokens: give 3840 or 4608"),
-    (["--tokens-per-step", "100"], "100 is no multiple of .* = 2048 tokens: give 2048$"),
+    (
+        ["--batch-size", "3", "--context", "256"],
+        "4096 is no multiple of --batch-size 3 x --context 256 = 768 tokens: give 3840 or 4608",
+    ),
+    (
+        ["--tokens-per-step", "100", "--context", "256", "--batch-size", "8"],
+        "100 is no multiple of .* = 2048 tokens: give 2048$",
+    ),
     (["--config", "no_such.yaml"], "--config: can't read no_such.yaml: No such file"),
 ]
 
@@ -179,7 +188,7 @@ def test_resuming_belongs_to_one_call(tmp_path):
 
 
 def test_accumulation_is_of_all_devices():
-    config = parse(["--tokens-per-step", "8192"])
+    config = parse(["--tokens-per-step", "8192", "--context", "256", "--batch-size", "8"])
     assert (config.accumulation(), config.accumulation(world=2)) == (4, 2)
     with pytest.raises(UserError, match="x 3 devices = 6144 tokens: give 6144 or 12288"):
         config.accumulation(world=3)
@@ -197,7 +206,7 @@ def test_help_lists_every_option_and_field(capsys):
 
 
 def test_model_config():
-    model = build_model_config(parse(["--model.moba_topk", "0"]), vocab_size=4000, bos_token_id=5)
+    model = build_model_config(parse(["--model.moba_topk", "0", "--context", "256"]), vocab_size=2000, bos_token_id=5)
     assert (model.moba_topk, model.bos_token_id, model.hidden_size) == (0, 5, 256)
     assert model.max_position_embeddings == 256  # the context, unless it is set
 
@@ -209,7 +218,10 @@ def test_model_config():
         (["--model.num_experts_per_tok", "99"], "^--model.num_experts_per_tok=99 is impossible"),
         (["--model.qk_rope_head_dim", "33"], "^--model.qk_rope_head_dim=33 is impossible"),
         (["--model.vocab_size", "300"], "^--model.vocab_size: 300 is smaller than the tokenizer's 301: .* 320$"),
-        (["--model.max_position_embeddings", "99"], "--context: 256 is longer than --model.max_position_embeddings 99"),
+        (
+            ["--model.max_position_embeddings", "99", "--context", "256"],
+            "--context: 256 is longer than --model.max_position_embeddings 99",
+        ),
     ],
 )
 def test_impossible_models_name_the_option(argv, message):
