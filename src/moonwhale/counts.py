@@ -153,8 +153,8 @@ def _attended(config, layer: int, context: int) -> tuple[float, float]:
 
 def _saved(config, layer: int) -> int:
     """Numbers a token leaves for a block's backward pass, roughly: each norm's input and output, the queries, keys and
-    values of attention and its output twice, and what enters and leaves the feed-forward networks. MoBA's second look at
-    chosen blocks, and rows that only pad, are left out.
+    values of attention and its output twice, and what enters and leaves the feed-forward networks. MoBA's second look
+    at chosen blocks, and rows that only pad, are left out.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
