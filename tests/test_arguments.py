@@ -226,5 +226,5 @@ def test_model_config():
 )
 def test_impossible_models_name_the_option(argv, message):
     with pytest.raises(UserError, match=message) as caught:
-        build_model_config(parse(argv), vocab_size=301)
+        build_model_config(parse(argv), vocab_size=301, pad_token_id=300)
     assert "\n" not in str(caught.value)

@@ -170,15 +170,16 @@ def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: in
     """
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
+    size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
+    if isinstance(size, int) and 0 < size < vocab_size:
+        raise UserError(
+            f"--model.vocab_size: {size} is smaller than the tokenizer's {vocab_size}: "
+            f"give at least that, e.g. --model.vocab_size {-(-vocab_size // 64) * 64}"
+        )
     try:
         model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | token_ids | config.model)
     except ValueError as error:
         raise UserError(f"--model.{error}") from error
-    if model.vocab_size < vocab_size:
-        raise UserError(
-            f"--model.vocab_size: {model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
-            f"give at least that, e.g. --model.vocab_size {-(-vocab_size // 64) * 64}"
-        )
     if model.max_position_embeddings < config.context:
         raise UserError(
             f"--context: {config.context} is longer than --model.max_position_embeddings "
