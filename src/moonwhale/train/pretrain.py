@@ -27,7 +27,14 @@ FREE_TO_CHANGE = {
 
 
 def main(argv: list[str]) -> None:
-    train(arguments.parse(argv))
+    try:
+        train(arguments.parse(argv))
+    finally:
+        if "WORLD_SIZE" in os.environ:
+            import torch.distributed as dist
+
+            if dist.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
+                dist.destroy_process_group()
 
 
 def train(config: TrainConfig) -> None:
