@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import attend
 from .layout import BlockTable, Layout
 
-QUERIES = 64  # queries of one chunk of the sparse path
+QUERIES = 256  # most queries of one chunk of the sparse path
 STEP = 16  # chunks by which their number grows: a kernel library compiles a product for each shape it meets
 
 
@@ -65,19 +65,20 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
     """Adds what each query finds in its `chosen` blocks to the (out, lse, top) of its own block."""
     batch, heads, slots, n = chosen.shape
     groups = batch * heads * table.count  # one for each block of each head
+    width = min(QUERIES, max(table.size, 64))  # a chunk copies its block: as many queries as keys, about
 
-    with torch.no_grad():  # line the queries of each group up in chunks of QUERIES
+    with torch.no_grad():  # line the queries of each group up in chunks
         group = chosen + (torch.arange(batch * heads, device=q.device) * table.count).view(batch, heads, 1, 1)
         pair = (chosen >= 0).flatten().nonzero().squeeze(1)  # (query, choice) pairs
         group, order = group.flatten()[pair].sort(stable=True)
         pair = pair[order]
         sizes = torch.bincount(group, minlength=groups)
-        chunks = -(-sizes // QUERIES)
-        begin = (chunks.cumsum(0) - chunks) * QUERIES
+        chunks = -(-sizes // width)
+        begin = (chunks.cumsum(0) - chunks) * width
         rank = torch.arange(len(pair), device=q.device) - (sizes.cumsum(0) - sizes)[group]
         place = begin[group] + rank
         total = -(-int(chunks.sum()) // STEP) * STEP
-        query = torch.zeros(total * QUERIES, dtype=torch.long, device=q.device)
+        query = torch.zeros(total * width, dtype=torch.long, device=q.device)
         query[place] = pair // n
         place_of_pair = torch.zeros(batch * heads * slots * n, dtype=torch.long, device=q.device)
         place_of_pair[pair] = place
@@ -88,14 +89,14 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
 
     # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
     far_out, far_lse, far_top = attend(
-        q.flatten(0, 2).index_select(0, query).view(1, total, QUERIES, -1),
+        q.flatten(0, 2).index_select(0, query).view(1, total, width, -1),
         k.reshape(groups, table.size, -1).index_select(0, block).unsqueeze(0),
         v.reshape(groups, table.size, -1).index_select(0, block).unsqueeze(0),
         scale,
         causal=False,
     )
     missing = chosen < 0
-    far_out = far_out.view(total * QUERIES, -1).index_select(0, place_of_pair).view(batch, heads, slots, n, -1)
+    far_out = far_out.view(total * width, -1).index_select(0, place_of_pair).view(batch, heads, slots, n, -1)
     far_lse = far_lse.flatten().index_select(0, place_of_pair).view_as(chosen).masked_fill(missing, -torch.inf)
     far_top = far_top.flatten()[place_of_pair].view_as(chosen).masked_fill(missing, -torch.inf)
 
