@@ -103,3 +103,15 @@ def test_a_machine_that_is_never_quiet_shows_in_the_result(monkeypatch):
 def test_the_environment_is_told():
     found = importlib.import_module("common").environment("fp32", True)
     assert found["cpu"] and found["cores"] >= 1 and found["threads"] >= 1 and found["dtype"] == "fp32"
+
+
+def test_moba(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("common"), "QUIET", float("inf"))
+    importlib.import_module("moba").main(
+        ["--rounds", "1", "--heads", "1", "--shrink", "64", "--results", str(tmp_path)]
+    )
+    result = json.loads((tmp_path / "moba.json").read_text())
+    assert result == printed(capsys)
+    seconds = result["timings"]["bf16 16k"]["seconds"]
+    assert result["fwd_16k"] == pytest.approx(seconds["full fwd"] / seconds["moba fwd"], abs=1e-3)
+    assert {"fwdbwd_16k", "fwd_32k", "fwdbwd_32k", "fwd_1k", "fwd_16k_fp32"} <= result.keys()

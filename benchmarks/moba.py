@@ -1,0 +1,81 @@
+"""How much faster is MoBA than full attention, its gating included, at 1 k, 16 k and 32 k tokens?
+
+Full attention is torch's `scaled_dot_product_attention` in its fastest form here: values padded to the width of the
+keys, without which it falls back to a kernel that stores all scores. MoBA is `moba_attention` as the model calls it,
+which also finds the largest logit of each query for QK-clip. Both see the same fresh queries, keys and values in each
+round.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from common import environment, options, timed_rounds, write
+from moonwhale.model.layout import Layout
+from moonwhale.model.moba import moba_attention
+from moonwhale.precision import tune_allocator
+
+CASES = {"1k": (1024, 128), "16k": (16_384, 256), "32k": (32_768, 512)}  # tokens, keys of a block
+TOPK, KEY_WIDTH, VALUE_WIDTH = 3, 96, 64  # the seed's widths
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def contenders(length: int, block_size: int) -> dict:
+    """Both kinds of attention, forward only and with the backward pass, on (q, k, v, gradient)."""
+    layout, scale = Layout.of(1, length, torch.device("cpu"), None, None), KEY_WIDTH**-0.5
+
+    def full(q, k, v):
+        wide = F.pad(v, (0, KEY_WIDTH - VALUE_WIDTH))
+        return F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)[..., :VALUE_WIDTH]
+
+    def moba(q, k, v):
+        return moba_attention(q, k, v, scale, layout, block_size, TOPK)[0]
+
+    def forward(attention):
+        def run(given):
+            with torch.no_grad():
+                attention(*given[:3])
+
+        return run
+
+    def both(attention):
+        def run(given):
+            inputs = [x.detach().requires_grad_() for x in given[:3]]
+            attention(*inputs).backward(given[3])
+
+        return run
+
+    return {
+        "full fwd": forward(full),
+        "moba fwd": forward(moba),
+        "full fwdbwd": both(full),
+        "moba fwdbwd": both(moba),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, for each case and dtype (5)")
+    parser.add_argument("--heads", type=int, default=2, help="attention heads (2)")
+    parser.add_argument("--shrink", type=int, default=1, help="divides the lengths and blocks, to try it out (1)")
+    arguments = parser.parse_args(argv)
+    tuned, generator, result, details = tune_allocator(), torch.Generator().manual_seed(1), {}, {}
+    for name, dtype in DTYPES.items():
+        for case, sizes in CASES.items():
+            length, block_size = (size // arguments.shrink for size in sizes)
+
+            def draw(length=length, dtype=dtype):
+                widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
+                return [torch.randn(1, arguments.heads, length, w, generator=generator).to(dtype) for w in widths]
+
+            timing = timed_rounds(contenders(length, block_size), draw, arguments.rounds)
+            seconds = timing["seconds"]
+            for what in ("fwd", "fwdbwd"):
+                ratio = round(seconds[f"full {what}"] / seconds[f"moba {what}"], 3)
+                result[f"{what}_{case}" if name == "bf16" else f"{what}_{case}_{name}"] = ratio
+            details[f"{name} {case}"] = timing
+    result |= {"heads": arguments.heads, "topk": TOPK, "timings": details}
+    write(arguments.results, "moba", result | {"environment": environment("bf16, and fp32 where named", tuned)})
+
+
+if __name__ == "__main__":
+    main()
