@@ -142,8 +142,9 @@ def test_doctor_reports_in_json_and_as_a_table(capsys, monkeypatch, tmp_path):
 
 
 def test_doctor_says_why_not(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert "install g++" in doctor._compile("cpu")["note"]
+    with monkeypatch.context() as without_compiler:
+        without_compiler.setattr("shutil.which", lambda name: None)
+        assert "install g++" in precision.why_not_compile(torch.device("cpu"))
     assert doctor._package("no-such-package", "tests", "it")["note"] == (
         "not installed, for tests only (pip install 'it')"
     )

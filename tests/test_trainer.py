@@ -16,7 +16,7 @@ from moonwhale.data.packing import build_data
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
-from moonwhale.precision import peak_flops
+from moonwhale.precision import peak_flops, why_not_compile
 from moonwhale.train import checkpoints, pretrain, trainer
 from moonwhale.train.trainer import MTPTrainer, MTPTrainingArguments
 
@@ -327,18 +327,14 @@ def test_another_gpu_than_the_first(tiny_run):
 
 
 def test_no_compiler(tiny_run, monkeypatch):
-    from torch._inductor import cpp_builder, exc
-
-    def none():
-        raise exc.InvalidCxxCompiler
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     config = tiny_run(compile=True)
-    with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"^--compile: no C\+\+ compiler is found .*, or leave it out$"):
         pretrain.train(config)
     assert not checkpoints.Path(config.out).exists()
 
 
+@pytest.mark.skipif(bool(why_not_compile(torch.device("cpu"))), reason=why_not_compile(torch.device("cpu")) or "-")
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(tiny_run, tmp_path):
     small = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "moba_full_attention_layers": []}

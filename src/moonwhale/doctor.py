@@ -6,10 +6,8 @@ import json
 import os
 import platform
 import shutil
-import sysconfig
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 from moonwhale.data.cache import cache_folder
 from moonwhale.options import Parser
@@ -114,6 +112,8 @@ def _kernels(device) -> dict[str, Finding]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import flex_attention
 
+    from moonwhale.precision import why_not_compile
+
     def normal(*shape, dtype=torch.bfloat16):
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
@@ -141,19 +141,8 @@ def _kernels(device) -> dict[str, Finding]:
     }
     why_not = {name: _why_not(kernel) for name, kernel in kernels.items()}
     findings = {name: {"ok": not why, "note": why or "works, forward and backward"} for name, why in why_not.items()}
-    return findings | {"torch.compile": _compile(device.type)}
-
-
-def _compile(kind: str) -> Finding:
-    """Whether what torch.compile builds its kernels with is there; it is not run, since that takes many seconds."""
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if c and shutil.which(c)), None)
-    if compiler is None:
-        return {"ok": False, "note": "no C++ compiler is found (install g++ or clang, or set CXX)"}
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return {"ok": False, "note": f"Python.h is missing beside {compiler} (install Python's development files)"}
-    if kind == "cuda" and importlib.util.find_spec("triton") is None:
-        return {"ok": False, "note": "triton is not installed"}
-    return {"ok": True, "note": f"can build with {shutil.which(compiler)}"}
+    why = why_not_compile(device)
+    return findings | {"torch.compile": {"ok": not why, "note": why or "has what it builds kernels with (not run)"}}
 
 
 def _why_not(action: Callable[[], object]) -> str:

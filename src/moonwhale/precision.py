@@ -1,11 +1,16 @@
 """Which device and which dtype, and why; how fast that device can go; and an allocator that keeps its memory."""
 
 import ctypes
+import importlib.util
+import os
 import re
+import shutil
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -75,6 +80,18 @@ def why_not_bf16(device: torch.device) -> str:
         return "a gain from bf16 is not certain on every Apple chip"
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "" if fast else "the CPU has neither AMX nor AVX512-BF16"
+
+
+def why_not_compile(device: torch.device) -> str:
+    """Why torch.compile can't build its kernels for a device, or nothing if what it needs is there."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if c and shutil.which(c)), None)
+    if compiler is None:
+        return "no C++ compiler is found (install g++ or clang, or set CXX)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"Python.h is missing beside {compiler} (install Python's development files)"
+    return ""
 
 
 def _bf16_unit(device: torch.device) -> str:

@@ -242,19 +242,16 @@ def _compile(model, device) -> None:
     """Compiles each block around its attention and its experts, which are large products and loops over data already.
 
     Raises:
-        UserError: the CPU's compiler is missing.
+        UserError: something that compiling needs is missing.
     """
     import torch
-    from torch._inductor import cpp_builder, exc
 
     from moonwhale.model.mla import MultiheadLatentAttention
     from moonwhale.model.moe import Experts
+    from moonwhale.precision import why_not_compile
 
-    if device.type == "cpu":
-        try:
-            cpp_builder.get_cpp_compiler()
-        except exc.InvalidCxxCompiler as error:
-            raise UserError("--compile: needs a C++ compiler: install g++ or clang, or leave it out") from error
+    if why := why_not_compile(device):
+        raise UserError(f"--compile: {why}, or leave it out")
     for module in model.modules():
         if isinstance(module, MultiheadLatentAttention | Experts):
             module.forward = torch.compiler.disable(module.forward)
