@@ -1,6 +1,4 @@
-"""One transformer block: latent attention, then a mixture of experts (or a dense network), each behind a norm and a
-residual.
-"""
+"""One transformer block: latent attention, then experts (or a dense network), each behind a norm and a residual."""
 
 from typing import NamedTuple
 

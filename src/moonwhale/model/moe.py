@@ -1,6 +1,4 @@
-"""DeepSeekMoE (arXiv 2401.06066; DeepSeek-V3 §2.1.2): many small routed experts, shared ones, and a router kept
-balanced.
-"""
+"""DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared ones, and a router kept balanced."""
 
 from typing import NamedTuple
 
@@ -61,9 +59,7 @@ class Router(nn.Module):
         return Routing(scores, index, gates * self.factor)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """The K best of (N, E) scores, (N, K), from the groups whose two best experts score highest (V3 §2.1.2, node-
-        limited).
-        """
+        """The K best of (N, E) scores, (N, K), from the groups whose two best experts score highest (V3 §2.1.2)."""
         if self.groups > 1:
             grouped = scores.view(-1, self.groups, self.n_experts // self.groups)
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices

@@ -1,6 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3 §2.2): a causal chain of modules, the k-th of which predicts the (k+1)-th next
-token.
-"""
+"""Multi-token prediction (V3 §2.2): a causal chain of modules, the k-th of which predicts the (k+1)-th next token."""
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,4 @@
-"""Rotary position embedding on the decoupled part of MLA's queries and keys. Stateless: nothing to save, nothing to
-restore.
-"""
+"""Rotary position embedding on the decoupled part of MLA's queries and keys. Stateless: nothing to save or restore."""
 
 import torch
 from torch import Tensor
