@@ -1,4 +1,4 @@
-"""Exact softmax attention, a tile of queries at a time: never the whole score matrix, and its row maxima for QK-clip."""
+"""Exact softmax attention, a tile of queries at a time, never the whole score matrix; with row maxima for QK-clip."""
 
 from collections.abc import Iterator
 
