@@ -103,6 +103,17 @@ class Layout:
         same[:, :-k] = self.segment[:, k:] == self.segment[:, :-k]
         return replace(self, valid=self.valid & same)
 
+    @property
+    def packing(self) -> Tensor | None:
+        """What `attend` has to be told besides causality: `segment`, or nothing if the layout is plain."""
+        return None if self.plain else self.segment
+
+    def visible(self, n_queries: int) -> Tensor:
+        """Which tokens the last `n_queries` see under full attention, (B, n_queries, T)."""
+        index = torch.arange(self.segment.shape[1], device=self.segment.device)
+        same = self.segment[:, -n_queries:, None] == self.segment[:, None]
+        return same & (index[-n_queries:, None] >= index)
+
     def blocks(self, size: int) -> BlockTable:
         """The MoBA blocks of `size` tokens (computed once for all layers)."""
         if size not in self._tables:

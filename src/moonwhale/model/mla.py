@@ -85,7 +85,7 @@ class MultiheadLatentAttention(nn.Module):
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
         if self.topk:
             return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
-        out, _, top = attend(q, k, v, self.scale, causal=True, segment=None if layout.plain else layout.segment)
+        out, _, top = attend(q, k, v, self.scale, causal=True, segment=layout.packing)
         return out, top
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
@@ -95,13 +95,10 @@ class MultiheadLatentAttention(nn.Module):
         w_k, w_v = (w.to(q_nope.dtype) for w in self._split_up())  # (heads, nope | v, rank)
         key_latent = latent if self.key_conv is None else self._convolved(latent, layout)
         products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
-        n_queries, n_keys = products.shape[-2:]
         if self.topk:
             mask = moba_mask(products, layout, self.block_size, self.topk)
         else:
-            segment, index = layout.segment, torch.arange(n_keys, device=products.device)
-            mask = (segment[:, -n_queries:, None] == segment[:, None]) & (index[-n_queries:, None] >= index)
-            mask = mask[:, None]
+            mask = layout.visible(products.shape[-2])[:, None]
         probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
         return probs @ latent @ w_v.transpose(-1, -2)
 
@@ -141,9 +138,8 @@ class MultiheadLatentAttention(nn.Module):
         gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)
         query = self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
         q_rows = query.weight.view(self.heads, self.nope + self.rope, -1)
-        q_rows[:, : self.nope] *= gamma.sqrt()[:, None, None]
-        q_rows[:, self.nope :] *= gamma[:, None, None]
-        self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, -1)[:, : self.nope] *= gamma.sqrt()[
-            :, None, None
-        ]
+        gamma = gamma[:, None, None]
+        q_rows[:, : self.nope] *= gamma.sqrt()
+        q_rows[:, self.nope :] *= gamma
+        self._split_up()[0].mul_(gamma.sqrt())
         return above.sum()

@@ -27,7 +27,7 @@ def moba_attention(
     """
     table, length = layout.blocks(block_size), q.shape[2]
     if topk >= table.count:  # every block is chosen
-        out, _, top = attend(q, k, v, scale, causal=True, segment=None if layout.plain else layout.segment)
+        out, _, top = attend(q, k, v, scale, causal=True, segment=layout.packing)
         return out, top
 
     q, k, v = table.to_slots(q), table.to_slots(k), table.to_slots(v)
@@ -98,7 +98,7 @@ def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
     missing = chosen < 0
     far_out = far_out.view(total * width, -1).index_select(0, place_of_pair).view(batch, heads, slots, n, -1)
     far_lse = far_lse.flatten().index_select(0, place_of_pair).view_as(chosen).masked_fill(missing, -torch.inf)
-    far_top = far_top.flatten()[place_of_pair].view_as(chosen).masked_fill(missing, -torch.inf)
+    far_top = far_top.flatten().index_select(0, place_of_pair).view_as(chosen).masked_fill(missing, -torch.inf)
 
     weights = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1).softmax(-1).to(out.dtype)
     out = weights[..., :1] * out + (weights[..., 1:, None] * far_out).sum(-2)
@@ -116,12 +116,9 @@ def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> T
     batch, heads, n_queries, n_keys = products.shape
     table = layout.blocks(block_size)
     block = table.block_of(n_keys).expand(batch, -1)
-    index = torch.arange(n_keys, device=products.device)
     query = slice(n_keys - n_queries, n_keys)
-    segment = layout.segment
-    seen = (segment[:, query, None] == segment[:, None]) & (index[None, query, None] >= index)
 
-    real = (segment >= 0)[:, None, None]
+    real = (layout.segment >= 0)[:, None, None]
     scatter_index = block[:, None, None].expand_as(products)
     gates = products.new_zeros(batch, heads, n_queries, table.count, dtype=torch.float32)
     gates.scatter_add_(3, scatter_index, products.float().masked_fill(~real, 0.0)).div_(block_size)
@@ -130,6 +127,6 @@ def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> T
     earlier = (candidates < own) & (candidates >= table.first.expand(batch, -1).gather(1, block)[:, query, None])
     gates.masked_fill_(~earlier[:, None], -torch.inf)
     gates.scatter_(3, own[:, None].expand(-1, heads, -1, -1), torch.inf)
-    best = gates.topk(min(topk, table.count), dim=-1).indices  # what is not an earlier block, `seen` leaves out
+    best = gates.topk(min(topk, table.count), dim=-1).indices  # what is not an earlier block is not visible
     taken = torch.zeros_like(gates, dtype=torch.bool).scatter_(3, best, True)
-    return taken.gather(3, scatter_index) & seen[:, None]
+    return taken.gather(3, scatter_index) & layout.visible(n_queries)[:, None]
