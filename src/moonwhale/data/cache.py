@@ -1,6 +1,7 @@
 """Where built things live, and how a folder appears there all at once or not at all."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from moonwhale.errors import UserError
 def cache_folder(override: str | Path | None = None) -> Path:
     """`override`, else $MOONWHALE_CACHE, else ~/.cache/moonwhale."""
     return Path(override or os.environ.get("MOONWHALE_CACHE") or "~/.cache/moonwhale").expanduser()
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

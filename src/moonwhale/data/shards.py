@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.data.cache import cache_folder, locked, new_folder
+from moonwhale.data.cache import cache_folder, checksum, locked, new_folder
 from moonwhale.data.chat import encode_documents
 from moonwhale.data.sources import Document, Source, texts_of
 from moonwhale.data.tokenizer import byte_lengths, fingerprint
@@ -71,7 +71,7 @@ class Shards:
                 path = self.folder / name
                 if path.stat().st_size != expected["size"]:
                     return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-                if thorough and _checksum(path) != expected["sha256"]:
+                if thorough and checksum(path) != expected["sha256"]:
                     return f"{name} does not match its checksum"
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
@@ -125,7 +125,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
         "dtype": dtype.str,
         "shard_tokens": SHARD_TOKENS,
         "files": {
-            path.name: {"size": path.stat().st_size, "sha256": _checksum(path)} for path in sorted(folder.iterdir())
+            path.name: {"size": path.stat().st_size, "sha256": checksum(path)} for path in sorted(folder.iterdir())
         },
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1))
@@ -158,8 +158,3 @@ def document_hash(document: Document) -> int:
     """64 bits of the document's content."""
     text = document if isinstance(document, str) else json.dumps(document)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _read_table(path: Path, kind: str, columns: list[str]) -> Iterator[Document]
     except UserError:
         raise
     except Exception as error:  # each format's parser has its own
-        raise UserError(f"--data: cannot read {path} as {kind}: {_one_line(error)}") from error
+        raise UserError(f"--data: cannot read {path} as {kind}: {one_line(error)}") from error
 
 
 def _hub(spec: str, split: str, columns: list[str]) -> Source:
@@ -173,7 +173,7 @@ def _hub(spec: str, split: str, columns: list[str]) -> Source:
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # not there, gated, offline, no such split or configuration: each is another class
-        raise UserError(_hub_reason(spec, name, _one_line(error))) from error
+        raise UserError(_hub_reason(spec, name, one_line(error))) from error
     return Source(spec, _digest(columns, rows._fingerprint), lambda: _documents(rows, columns, spec), rows.num_rows)
 
 
@@ -216,7 +216,7 @@ def _message(message: object, where: str) -> dict:
     role = ROLE_NAMES.get(role, role)
     if role not in ROLES or not isinstance(content, str):
         expected = f"a role ({', '.join(ROLES)}) with a text"
-        raise UserError(f"--data: {where} holds a message that is not {expected}: {_one_line(message)}")
+        raise UserError(f"--data: {where} holds a message that is not {expected}: {one_line(message)}")
     return {"role": role, "content": content}
 
 
@@ -260,7 +260,3 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())[:300]

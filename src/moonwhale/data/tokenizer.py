@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from moonwhale.data.cache import cache_folder, locked, new_folder
 from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
 from moonwhale.data.sources import Source, texts_of
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
-        raise UserError(f"--tokenizer: cannot read {folder}: {_one_line(error)}") from error
+        raise UserError(f"--tokenizer: cannot read {folder}: {one_line(error)[:200]}") from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
@@ -198,12 +198,8 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # not there, gated, offline, no tokenizer in it: each is another class
         raise UserError(
             f'--tokenizer: no folder, and no usable tokenizer on the hub: {name} (or take "deepseek" or "gpt2"): '
-            f"{_one_line(error)}"
+            f"{one_line(error)[:200]}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"--tokenizer: {name} has no fast tokenizer (tokenizer.json), which moonwhale needs")
     return tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

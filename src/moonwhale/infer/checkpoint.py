@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from moonwhale.data.tokenizer import load_tokenizer
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, one_line
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.options import convert
 
@@ -53,7 +53,7 @@ def _config(folder: Path) -> MoonwhaleConfig:
     try:
         return MoonwhaleConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:  # an impossible value, half of a RoPE setting
-        raise UserError(f"{folder}/config.json: {_one_line(error)}") from error
+        raise UserError(f"{folder}/config.json: {one_line(error)}") from error
 
 
 def _model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
@@ -68,7 +68,7 @@ def _model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> Moonwha
                 output_loading_info=True,
             )
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: the weights are damaged or cut short ({_one_line(error)}); {AGAIN}") from error
+        raise UserError(f"{folder}: the weights are damaged or cut short ({one_line(error)}); {AGAIN}") from error
     faults = [
         *(f"{name} is missing" for name in sorted(info["missing_keys"])),
         *(f"{name} is unknown" for name in sorted(info["unexpected_keys"])),
@@ -116,7 +116,7 @@ def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}; {AGAIN}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}; {AGAIN}") from error
     if not isinstance(values, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object; {AGAIN}")
     return values
@@ -138,7 +138,3 @@ def _quiet() -> Iterator[None]:
 
 def _size(shape) -> str:
     return "×".join(map(str, shape))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

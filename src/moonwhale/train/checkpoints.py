@@ -3,7 +3,6 @@ use.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+from moonwhale.data.cache import checksum
 from moonwhale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def publish(written: Path, out: str | os.PathLike, keep: int | None = None) -> N
     """Seals the complete checkpoint `written` with the sizes and SHA-256 sums of its files and moves it into run `out`,
     in one step; of the older ones, the newest `keep - 1` stay.
     """
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(written.iterdir())}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": checksum(p)} for p in sorted(written.iterdir())}
     (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     final = Path(out) / written.name
     for later in all_of(out):  # damaged, else this run had gone on from them: kept, but out of the way
@@ -79,7 +79,7 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} is truncated: {path.stat().st_size} of {expected['bytes']} bytes"
-        if _sha256(path) != expected["sha256"]:
+        if checksum(path) != expected["sha256"]:
             return f"{name} is damaged: its checksum differs"
     return None
 
@@ -114,8 +114,3 @@ def explain_disk(error: Exception, out: str | os.PathLike) -> Exception:
     whole = newest(out)
     kept = f"; {whole} is whole, go on from it with --resume" if whole else ""
     return UserError(f"--out: no space left on the disk of {out}: free some, or lower --keep-checkpoints{kept}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
