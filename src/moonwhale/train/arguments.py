@@ -33,7 +33,7 @@ class TrainConfig:
     preset: str = option("demo", "where model and options start from: " + ", ".join(PRESETS), group="run")
     out: str | None = option(None, "folder of the run (runs/PRESET)", group="run")
     resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
-    seed: int = option(0, "of the weights, the shuffling and the held-out documents", group="run")
+    seed: int = option(0, "of the weights and the shuffling", group="run")
 
     data: str = option("chitchat", "file, folder, glob, hub set, or built in: chitchat, python", group="data")
     data_split: str | None = option(None, "split of a hub set (train)", group="data")
