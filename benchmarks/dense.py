@@ -65,3 +65,10 @@ def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def cosine_decay(progress: float, warmup: float, floor: float) -> float:
+    """Share of the peak rate: a linear rise in the first `warmup`, and a cosine's fall to `floor` in the rest."""
+    if progress < warmup:
+        return progress / warmup
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2

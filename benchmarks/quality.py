@@ -1,0 +1,410 @@
+"""Which model knows held-out text best after equal time: ours whole, a dense one with AdamW, or nanochat?
+
+    python benchmarks/quality.py TEXT [--nanochat FOLDER] [--tune]
+
+The contenders train one after another on the same rows of the same training text, with the same tokenizer, threads,
+precision and allocator. Only their training steps are on the clock: building, compiling and scoring are not. Schedules
+follow the share of the time that is spent, so that each contender ends its own. The text's last 5 % are held out; the
+5 % before them choose the learning rates (`--tune`), and nobody trains on either. Draws docs/quality.svg too.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import ROOT, _cpu_seconds, environment, options, write
+from dense import DenseLM, adamw_groups, cosine_decay
+from moonwhale.counts import count
+from moonwhale.data.chat import encode_documents
+from moonwhale.data.sources import load_source, texts_of
+from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
+from moonwhale.errors import UserError
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.precision import choose, tune_allocator, why_not_compile
+
+VOCABULARY, CONTEXT = 4096, 256
+MODEL = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "moba_block_size": 64,
+    "moba_topk": 2,
+    "moba_full_attention_layers": [3],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "bias_update_speed": 0.01,
+    "num_nextn_predict_layers": 2,
+    "mtp_num_blocks": 1,
+}
+RECIPE = {  # warmup, decay and momentum_warmup are shares of the time
+    "rows": 16,
+    "lr": 6e-3,
+    "warmup": 0.03,
+    "decay": 0.5,
+    "floor": 0.0,
+    "momentum": (0.95, 0.95),
+    "momentum_warmup": 0.1,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "qk_clip_tau": 100.0,
+    "mtp_loss_weight_final": 0.3,
+}
+OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+DENSE = {"vocab_size": VOCABULARY, "layers": 4, "width": 256, "heads": 4, "inner": 1024, "context": CONTEXT}
+DENSE_RECIPE = {"rows": 16, "lr": 2e-3, "warmup": 0.02, "floor": 0.1, "weight_decay": 0.1, "grad_clip": 1.0}
+DENSE_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+# Full attention, heads of 64 and the plain warm-up are what its runs/runcpu.sh takes, the rest scripts/base_train.py's.
+NANOCHAT = {"vocab_size": VOCABULARY, "sequence_len": CONTEXT, "n_layer": 4, "n_embd": 256, "window_pattern": "L"}
+NANOCHAT |= {"n_head": 4, "n_kv_head": 4}
+NANOCHAT_LR = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, "scalar_lr": 0.5}
+NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies all of its own rates
+NANOCHAT_RATES = (0.5, 1.0, 2.0, 4.0)
+COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
+WARM_UP = 3  # steps that do not count
+POINTS = 50  # of a training curve
+TOLD = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
+TOLD += ("active_parameters", "others", "busiest")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token ids, int64. train (n,), the stream to cut rows from; tuning and held_out (rows, CONTEXT);
+    lengths (V,), bytes of each token.
+    """
+
+    train: Tensor
+    tuning: Tensor
+    held_out: Tensor
+    lengths: Tensor
+
+
+def load(text: str) -> Data:
+    """The documents of a source (see `load_source`; a text's are its paragraphs), 90 % of the bytes to train on."""
+    documents = []
+    for document in load_source(text):
+        documents += re.split(r"\n\s*\n", document) if isinstance(document, str) else [document]
+    sizes = np.cumsum([sum(len(t.encode()) for t in texts_of(document)) for document in documents])
+    parts = [[], [], []]
+    for document, part in zip(documents, np.searchsorted([0.9, 0.95], sizes / sizes[-1]), strict=True):
+        parts[part].append(document)
+    tokenizer = train_tokenizer((t for document in parts[0] for t in texts_of(document)), VOCABULARY)
+    ids = [np.concatenate([[], *encode_documents(tokenizer, part)]).astype(np.int64) for part in parts]
+    if min(map(len, ids)) < CONTEXT:
+        raise UserError(f"{text}: 5 % of it are less than a row of {CONTEXT} tokens (give a longer text of paragraphs)")
+    device = choose().device
+    train, tuning, held_out, lengths = (torch.from_numpy(a).to(device) for a in (*ids, byte_lengths(tokenizer)))
+    return Data(train, _rows(tuning), _rows(held_out), lengths)
+
+
+def _rows(stream: Tensor) -> Tensor:
+    return stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+
+def race(step: Callable[[int, float], Tensor], seconds: float) -> dict:
+    """Calls `step(number, share of the time that is spent)` until its calls took `seconds`, or its loss is no number.
+
+    Returns:
+        seconds and steps: what they took; curve: (seconds, steps, mean loss) up to each of POINTS points of time;
+        others, busiest: cores that other processes used, on the mean and between two of these points.
+    """
+    spent, steps, losses, curve, disturbances, first = 0.0, 0, [], [], [], _cpu_seconds()
+    last = first
+    while spent < seconds and math.isfinite(sum(losses)):
+        start = time.perf_counter()
+        losses.append(step(steps, spent / seconds).item())
+        spent, steps = spent + time.perf_counter() - start, steps + 1
+        if spent >= seconds * (len(curve) + 1) / POINTS:
+            curve.append((spent, steps, sum(losses) / len(losses)))
+            disturbances.append(_others(last, last := _cpu_seconds()))
+            losses = []
+    return {
+        "seconds": round(spent, 2),
+        "steps": steps,
+        "curve": curve,
+        "others": round(_others(first, _cpu_seconds()), 3),
+        "busiest": round(max(disturbances, default=0.0), 3),
+    }
+
+
+def _others(before: tuple[float, float, float], now: tuple[float, float, float]) -> float:
+    wall, own, everybody = (b - a for a, b in zip(before, now, strict=True))
+    return max(0.0, everybody - own) / wall
+
+
+@torch.no_grad()
+def bits_per_byte(mean_loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor) -> float:
+    """Of the tokens of rows (n, T) that stand for text, all but each row's first. `mean_loss(tokens, labels)` is in
+    nats over labels[:, 1:] that are not -100.
+    """
+    nats = n_bytes = 0
+    for tokens in rows.split(16):
+        labels = tokens.masked_fill(lengths[tokens] == 0, -100)
+        scored = labels[:, 1:][labels[:, 1:] != -100]
+        nats += mean_loss(tokens, labels).item() * len(scored)
+        n_bytes += lengths[scored].sum().item()
+    return round(nats / math.log(2) / n_bytes, 5)
+
+
+def _autocast() -> torch.autocast:
+    choice = choose()
+    return torch.autocast(choice.device.type, choice.dtype, enabled=choice.autocast)
+
+
+def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, step, mean_loss) -> dict:
+    """Trains by `step(number, progress, tokens (rows, CONTEXT)) -> loss`, and scores."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens() -> Tensor:
+        starts = torch.randint(len(data.train) - CONTEXT + 1, (rows, 1), generator=draw)
+        return data.train[starts + torch.arange(CONTEXT)]
+
+    # Kernels are compiled and memory is taken in steps that do not count, and leave no trace.
+    weights = copy.deepcopy(model.state_dict())
+    model.train()
+    for _ in range(WARM_UP):
+        step(0, 0.0, tokens())
+    model.load_state_dict(weights)
+    optimizer.state.clear()
+    draw.manual_seed(seed)
+
+    run = race(lambda number, progress: step(number, progress, tokens()), seconds)
+    model.eval()
+    run["bits_per_byte"] = bits_per_byte(mean_loss, data.held_out, data.lengths)
+    run["tuning_bits_per_byte"] = bits_per_byte(mean_loss, data.tuning, data.lengths)
+    run["tokens"] = run["steps"] * rows * CONTEXT
+    run["tokens_per_second"] = round(run["tokens"] / run["seconds"])
+    run["parameters"] = run["active_parameters"] = sum(p.numel() for p in model.parameters())
+    bits = len(data.train) / data.lengths[data.train].sum().item() / math.log(2)  # per byte, of a nat per token
+    run["curve"] = [(round(at, 2), n * rows * CONTEXT, round(loss * bits, 4)) for at, n, loss in run["curve"]]
+    return run
+
+
+def _descend(model, optimizer, loss: Tensor, grad_clip: float) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = RECIPE, seed: int = 0) -> dict:
+    """What `race` tells of our model with all its mechanisms, its bits per byte, and its size."""
+    torch.manual_seed(seed)
+    net = MoonwhaleForCausalLM(MoonwhaleConfig(**model)).to(choose().device)
+    optimizer = MuonClip(param_groups(net, lr=recipe["lr"], weight_decay=recipe["weight_decay"]))
+    attach_hooks(optimizer, net, qk_clip_tau=recipe["qk_clip_tau"])
+    low, high = recipe["momentum"]
+
+    def step(number: int, progress: float, tokens: Tensor) -> Tensor:
+        factor = linear_decay(progress, recipe["warmup"], recipe["decay"], recipe["floor"])
+        momentum = low + (high - low) * min(1.0, progress / recipe["momentum_warmup"])
+        for group in optimizer.param_groups:
+            group |= {"lr": recipe["lr"] * factor, "momentum": momentum}
+        decaying = progress > 1 - recipe["decay"]
+        net.mtp_loss_weight = recipe["mtp_loss_weight_final"] if decaying else net.config.mtp_loss_weight
+        with _autocast():
+            out = net(tokens, labels=tokens)
+        _descend(net, optimizer, out.loss, recipe["grad_clip"])
+        return out.losses[0]
+
+    def mean_loss(tokens: Tensor, labels: Tensor) -> Tensor:
+        with _autocast():
+            return net(tokens, labels=labels, logits_to_keep=1).losses[0]
+
+    run = _train(data, seconds, recipe["rows"], seed, net, optimizer, step, mean_loss)
+    return run | {"active_parameters": count(net.config).active_parameters}
+
+
+def linear_decay(progress: float, warmup: float, decay: float, floor: float) -> float:
+    """Share of the peak rate: a linear rise in the first `warmup`, and a linear fall to `floor` in the last `decay`."""
+    if progress < warmup:
+        return progress / warmup
+    return min(1.0, floor + (1 - floor) * (1 - progress) / decay)
+
+
+def train_dense(data: Data, seconds: float, recipe: dict = DENSE_RECIPE, seed: int = 0) -> dict:
+    """The same of `DenseLM` with AdamW, as nanoGPT trains its models."""
+    torch.manual_seed(seed)
+    model = DenseLM(**DENSE).to(choose().device)
+    optimizer = torch.optim.AdamW(adamw_groups(model, recipe["weight_decay"]), betas=(0.9, 0.95), fused=True)
+
+    def mean_loss(tokens: Tensor, labels: Tensor) -> Tensor:
+        with _autocast():
+            return model(tokens, labels)
+
+    def step(number: int, progress: float, tokens: Tensor) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe["lr"] * cosine_decay(progress, recipe["warmup"], recipe["floor"])
+        loss = mean_loss(tokens, tokens)
+        _descend(model, optimizer, loss, recipe["grad_clip"])
+        return loss
+
+    return _train(data, seconds, recipe["rows"], seed, model, optimizer, step, mean_loss)
+
+
+def train_nanochat(data: Data, seconds: float, folder: Path, recipe: dict = NANOCHAT_RECIPE, seed: int = 0) -> dict:
+    """The same of the model and optimizer in the checkout `folder`, run as its scripts/base_train.py does."""
+    choice = choose()
+    os.environ.setdefault("NANOCHAT_DTYPE", "bfloat16" if choice.autocast else "float32")
+    sys.path.insert(0, str(folder))
+    with redirect_stdout(sys.stderr):
+        from nanochat.gpt import GPT, GPTConfig
+
+        torch.manual_seed(seed)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**NANOCHAT))
+            reference = GPT(GPTConfig(**NANOCHAT | {"n_layer": 12, "n_embd": 768}))  # which its rates are tuned for
+        model.to_empty(device=choice.device)
+        model.init_weights()
+        # Rates grow with the root of the batch, and a smaller model, to be trained on less, gets more weight decay.
+        batch = math.sqrt(recipe["rows"] * CONTEXT / 2**19)
+        sizes = [m.num_scaling_params() for m in (reference, model)]
+        horizon, own_horizon = (size["transformer_matrices"] + size["lm_head"] for size in sizes)
+        weight_decay = recipe["weight_decay"] * batch * horizon / own_horizon
+        rates = {name: rate * batch * recipe["lr"] for name, rate in NANOCHAT_LR.items()}
+        optimizer = model.setup_optimizer(**rates, weight_decay=weight_decay)
+    compiled = torch.compile(model, dynamic=False)
+
+    def targets(labels: Tensor) -> Tensor:
+        following = labels.roll(-1, 1).masked_fill(labels.roll(-1, 1) == -100, -1)
+        following[:, -1] = -1
+        return following
+
+    def step(number: int, progress: float, tokens: Tensor) -> Tensor:
+        loss = compiled(tokens, targets(tokens))
+        loss.backward()
+        factor, momentum, decay = nanochat_schedule(number, progress)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+            if group["kind"] == "muon":
+                group |= {"momentum": momentum, "weight_decay": weight_decay * decay}
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def mean_loss(tokens: Tensor, labels: Tensor) -> Tensor:
+        return model(tokens, targets(labels))
+
+    return _train(data, seconds, recipe["rows"], seed, model, optimizer, step, mean_loss)
+
+
+def nanochat_schedule(number: int, progress: float, warmdown: float = 0.65) -> tuple[float, float, float]:
+    """Shares of the peak learning rate and of the weight decay around Muon's momentum."""
+    left = min(1.0, (1 - progress) / warmdown)
+    factor = (number + 1) / 40 if number < 40 else 0.05 + 0.95 * left
+    momentum = 0.85 + 0.12 * number / 400 if number < 400 else 0.90 + 0.07 * left
+    return factor, momentum, (1 + math.cos(math.pi * progress)) / 2
+
+
+def draw(result: dict, path: Path) -> None:
+    """Training losses against the seconds spent, each labelled with what its model reached on held-out text."""
+    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    curves, last = result["curves"], -math.inf
+    top = max(loss for curve in curves.values() for _, _, loss in curve[len(curve) // 10 :])
+    bottom = min(loss for curve in curves.values() for _, _, loss in curve)
+    with plt.rc_context(style):
+        figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        for name, curve in sorted(curves.items(), key=lambda item: item[1][-1][2]):
+            ax.plot([at for at, _, _ in curve], [loss for _, _, loss in curve], color=COLOURS[name], linewidth=1.6)
+            last = max(curve[-1][2], last + 0.06 * (top - bottom))  # no label on another
+            label = f"{name}: {result['bits_per_byte'][name]:.3f} held out"
+            ax.annotate(
+                label, (curve[-1][0], last), (6, 0), textcoords="offset points", va="center", color=COLOURS[name]
+            )
+        ax.set(xlabel="seconds of training", ylabel="training loss, bits per byte", ylim=(bottom - 0.05, top))
+        ax.grid(alpha=0.25)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def tuned(train: Callable[[float, dict], dict], recipe: dict, rates: tuple[float, ...], seconds: float) -> dict:
+    """Bits per byte on the tuning rows of each learning rate, the best one first."""
+    tried = {rate: train(seconds, recipe | {"lr": rate})["tuning_bits_per_byte"] for rate in rates}
+    return dict(sorted(tried.items(), key=lambda item: (math.isnan(item[1]), item[1])))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("text", metavar="TEXT", help="what to learn: .txt or .txt.xz, its paragraphs are documents")
+    parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="a checkout of nanochat, the third contender")
+    parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows of its steps (as many as ours)")
+    parser.add_argument("--seconds", type=float, default=240, help="of training, each (240)")
+    parser.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
+    parser.add_argument("--tune-seconds", type=float, default=240, help="of training, for each rate (240)")
+    parser.add_argument("--only", choices=COLOURS, help="train one contender, print what comes out, write nothing")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.svg", help="where the picture goes")
+    arguments = parser.parse_args(argv)
+    folder, why = arguments.nanochat, why_not_compile(choose().device)
+    if folder is None:
+        why = "no checkout of nanochat was given (--nanochat FOLDER)"
+    elif not (folder / "nanochat" / "gpt.py").is_file():
+        parser.error(f"--nanochat: no nanochat/gpt.py in {folder} (give a checkout of nanochat)")
+    if arguments.only == "nanochat" and why:
+        parser.error(f"--only nanochat: {why}")
+    matplotlib.use("Agg")
+
+    allocator_tuned = tune_allocator()
+    try:
+        data = load(arguments.text)
+    except UserError as error:
+        parser.error(str(error))
+    theirs = NANOCHAT_RECIPE | ({"rows": arguments.nanochat_batch} if arguments.nanochat_batch else {})
+    contenders = {
+        "ours": (RECIPE, OUR_RATES, lambda seconds, recipe: train_ours(data, seconds, recipe=recipe)),
+        "dense": (DENSE_RECIPE, DENSE_RATES, lambda seconds, recipe: train_dense(data, seconds, recipe)),
+        "nanochat": (theirs, NANOCHAT_RATES, lambda seconds, recipe: train_nanochat(data, seconds, folder, recipe)),
+    }
+    runs, recipes, rates = {}, {}, {}
+    for name in [arguments.only] if arguments.only else [n for n in contenders if n != "nanochat" or not why]:
+        recipe, candidates, train = contenders[name]
+        if arguments.tune:
+            rates[name] = tuned(train, recipe, candidates, arguments.tune_seconds)
+            print(f"{name}: bits per byte by learning rate {rates[name]}", file=sys.stderr)
+            recipe = recipe | {"lr": next(iter(rates[name]))}
+        runs[name], recipes[name] = train(arguments.seconds, recipe), recipe
+        print(f"{name}: {json.dumps({key: runs[name][key] for key in TOLD})}", file=sys.stderr)
+    if arguments.only:
+        print(json.dumps({key: value for key, value in runs[arguments.only].items() if key != "curve"}))
+        return
+
+    result = {"vs_dense": _ratio(runs, "dense"), "vs_nanochat": None if why else _ratio(runs, "nanochat")}
+    if why:
+        result["why_no_nanochat"] = why
+    result |= {key: {name: run[key] for name, run in runs.items()} for key in TOLD}
+    result |= {"rates": rates, "recipes": recipes, "models": {"ours": MODEL, "dense": DENSE, "nanochat": NANOCHAT}}
+    result |= {"text": Path(arguments.text).name, "context": CONTEXT, "vocabulary": VOCABULARY}
+    result |= {"train_tokens": len(data.train), "held_out_tokens": data.held_out.numel()}
+    result["environment"] = environment("bf16 autocast" if choose().autocast else "fp32", allocator_tuned)
+    curves = {name: run["curve"] for name, run in runs.items()}
+    write(arguments.results, "quality", result, curves=curves)
+    draw(result | {"curves": curves}, arguments.picture)
+
+
+def _ratio(runs: dict[str, dict], other: str) -> float:
+    return round(runs["ours"]["bits_per_byte"] / runs[other]["bits_per_byte"], 4)
+
+
+if __name__ == "__main__":
+    main()
