@@ -1,0 +1,136 @@
+"""What does MuonClip cost of a training step, and how many of AdamW's tokens does it need to reach AdamW's loss?
+
+    python benchmarks/optimizer.py [TEXT]
+    python benchmarks/optimizer.py --cost-only
+
+Cost: a step of the `seed_190m` shapes on 8,192 tokens of 1,024 a row, as the trainer does it (micro-batches, bf16
+autocast where it pays, the gradient's norm clipped), and after it MuonClip's whole step: Newton-Schulz, its AdamW part,
+QK-clip and the router's bias. `qkclip_share` counts what attention does for QK-clip alone, and the clip. Every round
+has tokens of its own, and what is compared runs in the same round.
+
+Tokens: see optimizer_race.py. Either half can run by itself; the file of results then keeps the other's figures.
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import torch
+from torch import Tensor
+
+from common import ROOT, environment, options, timed_rounds, write
+from moonwhale.counts import count
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, attention
+from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.precision import choose, tune_allocator
+from moonwhale.presets import PRESETS
+from optimizer_race import race
+
+TOKENS, CONTEXT, TAU = 8192, 1024, 100.0
+BYTES_PER_PARAMETER, BYTES_PER_TOKEN = 24, 1e6  # what a step takes, roughly: weights to optimizer, and activations
+
+
+def autocast():
+    choice = choose("cpu")
+    return torch.autocast("cpu", choice.dtype, enabled=choice.autocast)
+
+
+def score_tiles(model: MoonwhaleForCausalLM, tokens: Tensor) -> list[Tensor]:
+    """A tensor for each tile of scores that a forward pass of one micro-batch (rows, T) makes, shared by equal ones."""
+    tiles, of_shape, scores_of = [], {}, attention._scores
+
+    def noted(*args) -> Tensor:
+        scores = scores_of(*args)
+        tiles.append(of_shape.setdefault(scores.shape, scores))
+        return scores
+
+    with mock.patch.object(attention, "_scores", noted), torch.no_grad(), autocast():
+        model(tokens, labels=tokens)
+    return tiles
+
+
+def measure_logits(tiles: list[Tensor]) -> None:
+    """What attention does for QK-clip alone: the largest score of each row (of these, the largest is little work)."""
+    for tile in tiles:
+        tile.amax(-1).float()
+
+
+def cost(rounds: int, rows: int) -> dict:
+    """The shares of a step, and the seconds they come from; nothing where memory is too small."""
+    tuned, config = tune_allocator(), MoonwhaleConfig(**PRESETS["seed_190m"].model)
+    needed = BYTES_PER_PARAMETER * count(config).parameters + BYTES_PER_TOKEN * rows * CONTEXT
+    if psutil.virtual_memory().available < needed:
+        print(f"cost: left out, a step takes about {needed / 1e9:.1f} GB, which are not free here", file=sys.stderr)
+        return {}
+
+    torch.manual_seed(0)
+    model = MoonwhaleForCausalLM(config).train()
+    optimizer = MuonClip(param_groups(model))
+    hooks = attach_hooks(optimizer, model, TAU)
+
+    def draw() -> Tensor:
+        return torch.randint(config.vocab_size, (TOKENS // (rows * CONTEXT), rows, CONTEXT))
+
+    tiles = score_tiles(model, draw()[0])
+
+    def forward_backward(micro_batches: Tensor) -> None:
+        optimizer.zero_grad()  # here, so that a gradient is left for the optimizer
+        for tokens in micro_batches:
+            with autocast():
+                loss = model(tokens, labels=tokens).loss
+            (loss / len(micro_batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    def qk_clip(micro_batches: Tensor) -> None:
+        for _ in micro_batches:
+            measure_logits(tiles)
+        for module in hooks.attentions:
+            module.clip_qk_(TAU)
+
+    contenders = {
+        "forward and backward": forward_backward,
+        "optimizer": lambda _: optimizer.step(),
+        "qk-clip": qk_clip,
+    }
+    timing = timed_rounds(contenders, draw, rounds)
+    seconds = timing["seconds"]
+    step = seconds["forward and backward"] + seconds["optimizer"]
+    return {
+        "muonclip_share": round(seconds["optimizer"] / step, 4),
+        "qkclip_share": round(seconds["qk-clip"] / step, 4),
+        "cost": {
+            "tokens": TOKENS,
+            "rows": rows,
+            **timing,
+            "environment": environment(str(choose("cpu").dtype).removeprefix("torch."), tuned),
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("text", nargs="?", default="chitchat", help="the race's data, as of moonwhale train (chitchat)")
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument("--cost-only", action="store_true", help="the shares of a step only")
+    half.add_argument("--race-only", action="store_true", help="the tokens only")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the cost that count (3)")
+    parser.add_argument("--rows", type=int, default=4, choices=(1, 2, 4, 8), help="rows of a micro-batch (4)")
+    parser.add_argument("--steps", type=int, default=250, help="steps of AdamW's runs, of 2,048 tokens (250)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each (2)")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "optimizer.svg", help="where the picture goes")
+    arguments = parser.parse_args(argv)
+
+    before = arguments.results / "optimizer.json"
+    result = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
+    if not arguments.race_only:
+        result |= cost(arguments.rounds, arguments.rows)
+    if not arguments.cost_only:
+        result |= race(arguments.text, arguments.steps, arguments.processes, arguments.picture)
+    curves = {"runs": result.pop("runs")} if "runs" in result else {}
+    write(arguments.results, "optimizer", result, **curves)
+
+
+if __name__ == "__main__":
+    main()
