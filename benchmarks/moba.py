@@ -3,7 +3,7 @@
 Full attention is torch's `scaled_dot_product_attention` in its fastest form here: values padded to the width of the
 keys, without which it falls back to a kernel that stores all scores. MoBA is `moba_attention` as the model calls it,
 which also finds the largest logit of each query for QK-clip. Both see the same fresh queries, keys and values in each
-round.
+round: at 1 k as many heads as the seed has, at the longer lengths two, since each head costs seconds there.
 """
 
 import torch
@@ -14,7 +14,7 @@ from moonwhale.model.layout import Layout
 from moonwhale.model.moba import moba_attention
 from moonwhale.precision import tune_allocator
 
-CASES = {"1k": (1024, 128), "16k": (16_384, 256), "32k": (32_768, 512)}  # tokens, keys of a block
+CASES = {"1k": (1024, 128, 12), "16k": (16_384, 256, 2), "32k": (32_768, 512, 2)}  # tokens, keys of a block, heads
 TOPK, KEY_WIDTH, VALUE_WIDTH = 3, 96, 64  # the seed's widths
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,17 +55,16 @@ def contenders(length: int, block_size: int) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, for each case and dtype (5)")
-    parser.add_argument("--heads", type=int, default=2, help="attention heads (2)")
     parser.add_argument("--shrink", type=int, default=1, help="divides the lengths and blocks, to try it out (1)")
     arguments = parser.parse_args(argv)
     tuned, generator, result, details = tune_allocator(), torch.Generator().manual_seed(1), {}, {}
     for name, dtype in DTYPES.items():
-        for case, sizes in CASES.items():
+        for case, (*sizes, heads) in CASES.items():
             length, block_size = (size // arguments.shrink for size in sizes)
 
-            def draw(length=length, dtype=dtype):
+            def draw(length=length, heads=heads, dtype=dtype):
                 widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
-                return [torch.randn(1, arguments.heads, length, w, generator=generator).to(dtype) for w in widths]
+                return [torch.randn(1, heads, length, w, generator=generator).to(dtype) for w in widths]
 
             timing = timed_rounds(contenders(length, block_size), draw, arguments.rounds)
             seconds = timing["seconds"]
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
                 ratio = round(seconds[f"full {what}"] / seconds[f"moba {what}"], 3)
                 result[f"{what}_{case}" if name == "bf16" else f"{what}_{case}_{name}"] = ratio
             details[f"{name} {case}"] = timing
-    result |= {"heads": arguments.heads, "topk": TOPK, "timings": details}
+    result |= {"heads": {case: heads for case, (*_, heads) in CASES.items()}, "topk": TOPK, "timings": details}
     write(arguments.results, "moba", result | {"environment": environment("bf16, and fp32 where named", tuned)})
 
 

@@ -129,7 +129,7 @@ def test_blocks_that_cover_everything_are_full_attention():
     layout, _ = read([[8, 7, 5]])
     q, k, v = (x.float() for x in heads_of(layout))
     k = k[..., :WIDTH]
-    full = [attention.attend(q, k, v, SCALE, True, layout.segment)[i] for i in (0, 2)]
+    full = attention.attend(q, k, v, SCALE, True, layout.segment)
     for topk in (2, 99):
         ours = moba.moba_attention(q, k, v, SCALE, layout, SIZE, topk)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, full, strict=True))
@@ -139,13 +139,16 @@ def count_scores(monkeypatch, length, topk, size=16):
     """How many scores q·k the attention of one head computes."""
     computed = 0
 
-    def attend(q, k, v, scale, causal, segment=None):
+    def scores(q, k, *args):
         nonlocal computed
-        computed += q.shape[:2].numel() * q.shape[2] * k.shape[2]
-        return attention.attend(q, k, v, scale, causal, segment)
+        head, rows, keys = args[-1]
+        computed += len(range(len(q))[head]) * len(range(q.shape[1])[rows]) * len(range(k.shape[1])[keys])
+        return all_scores(q, k, *args)
 
+    all_scores = attention._scores
     with monkeypatch.context() as patch:
-        patch.setattr(moba, "attend", attend)
+        patch.setattr(attention, "_scores", scores)
+        patch.setattr(attention, "CHUNK", length)  # every block in one piece, so that causality saves nothing
         q, k, v = (normal(1, 1, length, 4, seed=i).float() for i in range(3))
         moba.moba_attention(q, k, v, 0.5, Layout.of(1, length, q.device, None, None), size, topk)
     return computed
@@ -166,7 +169,7 @@ def test_work_is_sparse_and_linear(monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("chunk", "tile"), [(128, 1 << 19), (3, 1 << 19), (3, 1), (128, 300)])
 def test_attend_is_softmax_attention(segment, causal, chunk, tile, monkeypatch):
-    """Output, log-sum-exp, row maxima; and the gradients, with the log-sum-exp in the loss. In tiles of any size."""
+    """Output, row maxima, log-sum-exp and gradients, in tiles of any size."""
     monkeypatch.setattr(attention, "CHUNK", chunk)
     monkeypatch.setattr(attention, "TILE", tile)
     n_queries = 11 if causal or segment else 7
@@ -179,18 +182,22 @@ def test_attend_is_softmax_attention(segment, causal, chunk, tile, monkeypatch):
             logits = logits.masked_fill((segment[:, :, None] != segment[:, None])[:, None], -torch.inf)
         if causal:
             logits = logits.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
-        return logits.softmax(-1) @ v, logits.logsumexp(-1), logits.amax(-1)
+        return logits.softmax(-1) @ v, logits.amax(-1), logits.logsumexp(-1)
+
+    def ours(q, k, v):
+        lse = attention.attend_forward(*(x.detach().flatten(0, 1) for x in (q, k, v)), SCALE, causal, segment)[1]
+        return *attention.attend(q, k, v, SCALE, causal, segment), lse.view(q.shape[:3])
 
     def run(function, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        out, lse, top = function(*leaves)
-        ((out * normal(*out.shape).to(dtype)).sum() + (lse * normal(*lse.shape, seed=1)).sum()).backward()
-        return [out, lse, top.detach(), *(x.grad for x in leaves)]
+        out, top, lse = function(*leaves)
+        (out * normal(*out.shape).to(dtype)).sum().backward()
+        return [out, top, lse, *(x.grad for x in leaves)]
 
-    ours = run(lambda *qkv: attention.attend(*qkv, SCALE, causal, segment), torch.float32)
-    for a, b in zip(ours, run(plain, torch.float64), strict=True):
+    found = run(ours, torch.float32)
+    for a, b in zip(found, run(plain, torch.float64), strict=True):
         assert close(a, b)
-    assert not ours[2].requires_grad
+    assert not found[1].requires_grad
 
 
 def test_bf16_gradients_of_many_tiles_are_as_good_as_of_one(monkeypatch):
@@ -411,21 +418,30 @@ def test_mutant_gates_open_to_the_future_and_to_other_documents(monkeypatch):
 
 
 def test_mutant_merged_without_log_sum_exp(monkeypatch):
-    def attend(*args, **kwargs):
-        out, lse, top = attention.attend(*args, **kwargs)
-        return out, torch.zeros_like(lse), top
+    def forward(*args, **kwargs):
+        out, lse, top = attention.attend_forward(*args, **kwargs)
+        return out, lse if kwargs["causal"] else torch.zeros_like(lse), top
 
-    monkeypatch.setattr(moba, "attend", attend)
+    monkeypatch.setattr(moba, "attend_forward", forward)
     assert_naive(ROWS["ragged"], 1)
     caught(assert_naive, ROWS["ragged"], 2)
 
 
-def test_mutant_log_sum_exp_without_its_gradient(monkeypatch):
-    def attend(*args, **kwargs):
-        out, lse, top = attention.attend(*args, **kwargs)
-        return out, lse.detach(), top
+def test_mutant_gradient_of_a_part_as_if_it_were_the_whole(monkeypatch):
+    def backward(d_out, along, lse, q, k, v, scale, causal):
+        own = attention.attend_forward(q, k, v, scale, causal)[1].masked_fill(lse.isinf(), torch.inf)
+        return attention.attend_backward(d_out, along, own, q, k, v, scale, causal)
 
-    monkeypatch.setattr(moba, "attend", attend)
+    monkeypatch.setattr(moba, "attend_backward", backward)
+    assert_naive(ROWS["ragged"], 1)
+    caught(assert_naive, ROWS["ragged"], 2)
+
+
+def test_mutant_gradients_of_queries_that_only_fill_a_chunk(monkeypatch):
+    def backward(d_out, along, lse, *args, **kwargs):
+        return attention.attend_backward(d_out, along, lse.masked_fill(lse.isinf(), 0.0), *args, **kwargs)
+
+    monkeypatch.setattr(moba, "attend_backward", backward)
     caught(assert_naive, ROWS["ragged"], 2)
 
 

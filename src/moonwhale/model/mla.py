@@ -85,8 +85,7 @@ class MultiheadLatentAttention(nn.Module):
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
         if self.topk:
             return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
-        out, _, top = attend(q, k, v, self.scale, causal=True, segment=layout.packing)
-        return out, top
+        return attend(q, k, v, self.scale, causal=True, segment=layout.packing)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
         """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is

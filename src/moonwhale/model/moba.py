@@ -6,11 +6,14 @@ fast path does only the chosen work: own blocks as one causal batch, chosen earl
 chose them, and both merged by their log-sum-exp. `moba_mask` is its dense twin, which decoding uses as well.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .attention import attend
+from .attention import attend, attend_backward, attend_forward
 from .layout import BlockTable, Layout
 
 QUERIES = 256  # most queries of one chunk of the sparse path
@@ -27,23 +30,8 @@ def moba_attention(
     """
     table, length = layout.blocks(block_size), q.shape[2]
     if topk >= table.count:  # every block is chosen
-        out, _, top = attend(q, k, v, scale, causal=True, segment=layout.packing)
-        return out, top
-
-    q, k, v = table.to_slots(q), table.to_slots(k), table.to_slots(v)
-    batch, heads, slots, _ = q.shape
-    count, size = table.count, table.size
-
-    def blocked(x: Tensor) -> Tensor:
-        return x.reshape(batch, heads * count, size, -1)
-
-    out, lse, top = (
-        x.reshape(batch, heads, slots, *x.shape[3:])
-        for x in attend(blocked(q), blocked(k), blocked(v), scale, causal=True)
-    )
-    if topk > 1:
-        chosen = choose_blocks(q, k, table, topk - 1)
-        out, top = _merge_history(q, k, v, scale, table, chosen, out, lse, top)
+        return attend(q, k, v, scale, causal=True, segment=layout.packing)
+    out, top = _MoBA.apply(*(table.to_slots(x) for x in (q, k, v)), scale, table, topk - 1)
     return table.to_tokens(out, length), table.to_tokens(top, length)
 
 
@@ -61,48 +49,111 @@ def choose_blocks(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Tensor:
     return index.masked_fill_(values == -torch.inf, -1)
 
 
-def _merge_history(q, k, v, scale, table, chosen, out, lse, top):
-    """Adds what each query finds in its `chosen` blocks to the (out, lse, top) of its own block."""
-    batch, heads, slots, n = chosen.shape
-    groups = batch * heads * table.count  # one for each block of each head
-    width = min(QUERIES, max(table.size, 64))  # a chunk copies its block: as many queries as keys, about
+@dataclass
+class Chunks:
+    """The (query, chosen block) pairs, lined up by block in C chunks of W queries, each chunk with its block's keys.
 
-    with torch.no_grad():  # line the queries of each group up in chunks
-        group = chosen + (torch.arange(batch * heads, device=q.device) * table.count).view(batch, heads, 1, 1)
-        pair = (chosen >= 0).flatten().nonzero().squeeze(1)  # (query, choice) pairs
-        group, order = group.flatten()[pair].sort(stable=True)
+    Queries are numbered through all B * H * S slots, blocks through all B * H * count.
+    """
+
+    query: Tensor  # (C, W) its query; 0 where the chunk is not full
+    empty: Tensor  # (C, W) where the chunk is not full
+    block: Tensor  # (C,)
+    place: Tensor  # (B * H * S, n) where in the C * W a pair sits; 0 for a query that chose fewer blocks
+    missing: Tensor  # (B * H * S, n) these
+
+    @classmethod
+    def of(cls, chosen: Tensor, table: BlockTable) -> "Chunks":
+        """From `choose_blocks`' (B, H, S, n)."""
+        heads, n, device = chosen.shape[0] * chosen.shape[1], chosen.shape[3], chosen.device
+        groups = heads * table.count
+        width = min(QUERIES, max(table.size, 64))  # a chunk copies its block: as many queries as keys, about
+        chosen = chosen.view(heads, -1)
+        block = (chosen + torch.arange(heads, device=device)[:, None] * table.count).flatten()
+        pair = (chosen >= 0).flatten().nonzero().squeeze(1)
+        block, order = block[pair].sort(stable=True)
         pair = pair[order]
-        sizes = torch.bincount(group, minlength=groups)
+        sizes = torch.bincount(block, minlength=groups)
         chunks = -(-sizes // width)
-        begin = (chunks.cumsum(0) - chunks) * width
-        rank = torch.arange(len(pair), device=q.device) - (sizes.cumsum(0) - sizes)[group]
-        place = begin[group] + rank
+        begin = (chunks.cumsum(0) - chunks) * width - (sizes.cumsum(0) - sizes)
+        place = torch.arange(len(pair), device=device) + begin[block]
         total = -(-int(chunks.sum()) // STEP) * STEP
-        query = torch.zeros(total * width, dtype=torch.long, device=q.device)
+        query = torch.full((total * width,), -1, device=device)
         query[place] = pair // n
-        place_of_pair = torch.zeros(batch * heads * slots * n, dtype=torch.long, device=q.device)
+        place_of_pair = torch.zeros(chosen.numel(), dtype=torch.long, device=device)
         place_of_pair[pair] = place
-        block = torch.arange(groups, device=q.device).repeat_interleave(chunks)
+        block = torch.arange(groups, device=device).repeat_interleave(chunks)
         block = F.pad(block, (0, total - len(block)))
-    if total == 0:
-        return out, top
+        query = query.view(total, width)
+        return cls(query.clamp(min=0), query < 0, block, place_of_pair.view(-1, n), (chosen < 0).view(-1, n))
 
-    # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
-    far_out, far_lse, far_top = attend(
-        q.flatten(0, 2).index_select(0, query).view(1, total, width, -1),
-        k.reshape(groups, table.size, -1).index_select(0, block).unsqueeze(0),
-        v.reshape(groups, table.size, -1).index_select(0, block).unsqueeze(0),
-        scale,
-        causal=False,
-    )
-    missing = chosen < 0
-    far_out = far_out.view(total * width, -1).index_select(0, place_of_pair).view(batch, heads, slots, n, -1)
-    far_lse = far_lse.flatten().index_select(0, place_of_pair).view_as(chosen).masked_fill(missing, -torch.inf)
-    far_top = far_top.flatten().index_select(0, place_of_pair).view_as(chosen).masked_fill(missing, -torch.inf)
 
-    weights = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1).softmax(-1).to(out.dtype)
-    out = weights[..., :1] * out + (weights[..., 1:, None] * far_out).sum(-2)
-    return out, torch.maximum(top, far_top.amax(-1))
+class _MoBA(torch.autograd.Function):
+    """Every query's own block and its chosen earlier ones, each a partial attention, merged by their log-sum-exp.
+
+    With the log-sum-exp and the output of the whole, the gradient of a part is that of plain attention (see
+    `attend_backward`), so that the merge needs none of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, table, n):
+        batch, heads, slots, _ = q.shape
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, lse, top = attend_forward(*(x.view(-1, table.size, x.shape[-1]) for x in (q, k, v)), scale, causal=True)
+        out, lse, top = out.flatten(0, 1), lse.flatten(), top.flatten()
+        chunks = Chunks.of(choose_blocks(q, k, table, n), table) if n else None
+        if chunks is not None and len(chunks.block):
+            # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
+            far_out, far_lse, far_top = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False)
+            far_lse, far_top = (
+                x.view(-1)[chunks.place].masked_fill_(chunks.missing, -torch.inf) for x in (far_lse, far_top)
+            )
+            top = torch.maximum(top, far_top.amax(-1))
+            parts = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1)
+            lse = parts.logsumexp(-1)
+            weights = (parts - lse.unsqueeze(-1)).exp_().to(out.dtype)
+            out *= weights[:, :1]
+            out += _sum_at(chunks.place, far_out, weights[:, 1:].contiguous())
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.table, ctx.chunks = scale, table, chunks
+        top = top.view(batch, heads, slots)
+        ctx.mark_non_differentiable(top)
+        return out.view(batch, heads, slots, -1), top
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, _):
+        q, k, v, out, lse = ctx.saved_tensors
+        table, chunks = ctx.table, ctx.chunks
+        d_out = d_out.to(v.dtype).reshape(out.shape)
+        along = (d_out * out).sum(-1, dtype=lse.dtype)
+
+        blocked = (x.view(-1, table.size, *x.shape[1:]) for x in (d_out, along, lse))
+        parts = (x.view(-1, table.size, x.shape[-1]) for x in (q, k, v))
+        dq, dk, dv = attend_backward(*blocked, *parts, ctx.scale, causal=True)
+        if chunks is not None and len(chunks.block):
+            queries = chunks.query.flatten()
+            far_d_out = d_out.index_select(0, queries).view(*chunks.query.shape, -1)
+            far_lse = lse[chunks.query].masked_fill_(chunks.empty, torch.inf)
+            far_dq, far_dk, far_dv = attend_backward(
+                far_d_out, along[chunks.query], far_lse, *_gather(chunks, table, q, k, v), ctx.scale, causal=False
+            )
+            taken = (~chunks.missing).to(dq.dtype)
+            dq = dq.flatten(0, 1).add_(_sum_at(chunks.place, far_dq, taken))
+            dk.index_add_(0, chunks.block, far_dk)
+            dv.index_add_(0, chunks.block, far_dv)
+        return *(dx.to(q.dtype).view_as(x) for dx, x in ((dq, q), (dk, k), (dv, v))), None, None, None
+
+
+def _gather(chunks: Chunks, table: BlockTable, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (C, W, D) and keys and values (C, size, D or Dv) of every chunk."""
+    queries = q.flatten(0, 2).index_select(0, chunks.query.flatten()).view(*chunks.query.shape, -1)
+    return queries, *(x.view(-1, table.size, x.shape[-1]).index_select(0, chunks.block) for x in (k, v))
+
+
+def _sum_at(place: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j weights[i, j] * rows[place[i, j]] for rows (C, W, D), (N, D): gathered, weighed and added in one pass."""
+    return F.embedding_bag(place, rows.flatten(0, 1), per_sample_weights=weights, mode="sum")
 
 
 @torch.no_grad()
