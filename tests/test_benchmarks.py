@@ -107,9 +107,7 @@ def test_the_environment_is_told():
 
 def test_moba(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.import_module("common"), "QUIET", float("inf"))
-    importlib.import_module("moba").main(
-        ["--rounds", "1", "--heads", "1", "--shrink", "64", "--results", str(tmp_path)]
-    )
+    importlib.import_module("moba").main(["--rounds", "1", "--shrink", "64", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "moba.json").read_text())
     assert result == printed(capsys)
     seconds = result["timings"]["bf16 16k"]["seconds"]
