@@ -5,8 +5,8 @@
 
 Cost: a step of the `seed_190m` shapes on 8,192 tokens of 1,024 a row, as the trainer does it (micro-batches, bf16
 autocast where it pays, the gradient's norm clipped), and after it MuonClip's whole step: Newton-Schulz, its AdamW part,
-QK-clip and the router's bias. `qkclip_share` counts what attention does for QK-clip alone, and the clip. Every round
-has tokens of its own, and what is compared runs in the same round.
+QK-clip and the router's bias. `qkclip_share` counts the largest scores, which softmax needs too, and the clip. Every
+round has tokens of its own, and what is compared runs in the same round.
 
 Tokens: see optimizer_race.py. Either half can run by itself; the file of results then keeps the other's figures.
 """
@@ -52,7 +52,9 @@ def score_tiles(model: MoonwhaleForCausalLM, tokens: Tensor) -> list[Tensor]:
 
 
 def measure_logits(tiles: list[Tensor]) -> None:
-    """What attention does for QK-clip alone: the largest score of each row (of these, the largest is little work)."""
+    """The largest score of each row: all that QK-clip can cost in attention, whose softmax needs it too. (Of these, the
+    largest is little work.)
+    """
     for tile in tiles:
         tile.amax(-1).float()
 

@@ -51,12 +51,12 @@ MODEL = {
     "v_head_dim": 32,
     "moba_block_size": 64,
     "moba_topk": 2,
-    "moba_full_attention_layers": [3],
+    "moba_full_attention_layers": [1, 3],
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 96,
     "bias_update_speed": 0.01,
-    "num_nextn_predict_layers": 2,
+    "num_nextn_predict_layers": 1,
     "mtp_num_blocks": 1,
 }
 RECIPE = {  # warmup, decay and momentum_warmup are shares of the time

@@ -68,11 +68,11 @@ def test_muonclip_at_work(tmp_path, capsys, monkeypatch, text_folder):
 
     monkeypatch.setattr(muonclip_at_work, "SMOOTHED", 3)
     picture = tmp_path / "muonclip.svg"
-    muonclip_at_work.main(["--steps", "6", "--results", str(tmp_path), "--picture", str(picture)])
+    muonclip_at_work.main(["--steps", "12", "--results", str(tmp_path), "--picture", str(picture)])
     result = json.loads((tmp_path / "muonclip_at_work.json").read_text())
     assert result["largest_logit_with"] < result["largest_logit_without"]
     assert len(result["with"]["logits"]) == 12
-    assert {len(head) for head in result["with"]["logits"]} == {6}
+    assert {len(head) for head in result["with"]["logits"]} == {12}
     assert printed(capsys).items() <= result.items()
 
     again = tmp_path / "again.svg"

@@ -169,7 +169,7 @@ def test_table_and_overrides(capsys):
     before = capsys.readouterr().out
     info.main(["demo", "--model.hidden_size", "128", "--context", "512", "--batch", "4"])
     after = capsys.readouterr().out
-    assert "6.07 M, 3.42 M active" in before and "6.07 M" not in after
+    assert "5.15 M, 2.94 M active" in before and "5.15 M" not in after
     assert "4 x 512 tokens" in after
 
 

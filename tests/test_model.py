@@ -91,13 +91,31 @@ def test_dense_only_and_tied_models_need_no_more(tiny_model):
 def test_initialisation(tiny_config):
     model = MoonwhaleForCausalLM(tiny_config(**EVERYTHING, hidden_size=256, initializer_range=0.05))
     for name, p in model.named_parameters():
-        if name.endswith("key_conv") or name.endswith("bias"):
+        if name.endswith(("key_conv", "bias", "o_proj.weight", "down_proj", "down_proj.weight")):
             assert (p == 0).all(), name
         elif "norm" in name:
             assert (p == 1).all(), name
         else:
             assert abs(p.mean()) < 0.01 and abs(p.std() - 0.05) < 0.01, name
     assert all(name.endswith(("e_score_correction_bias", "load", "max_logit")) for name, _ in model.named_buffers())
+
+
+def test_a_new_model_passes_its_embeddings_on(tiny_config):
+    """Nothing is added to the residual stream yet, and one step of gradient is enough to change that."""
+    model = MoonwhaleForCausalLM(
+        tiny_config(
+            **EVERYTHING | {"num_nextn_predict_layers": 0, "mtp_num_blocks": 1, "moba_full_attention_layers": []}
+        )
+    ).train()
+    *_, before_last, _ = model.model(IDS, output_hidden_states=True).hidden_states
+    assert torch.equal(before_last, model.model.embed_tokens(IDS))
+    for _ in range(2):  # what feeds a zero matrix gets a gradient only once that is no longer zero
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= p.grad.sign() * 1e-3
+    assert all((p.grad != 0).any() for p in model.parameters() if p.requires_grad)
 
 
 def statistics(model):

@@ -325,9 +325,12 @@ def test_key_conv_is_causal(sparse_model):
     assert_key_conv_is_causal(sparse_model)
 
 
-def test_key_conv_starts_as_nothing_and_learns(tiny_config):
-    with_conv = MoonwhaleForCausalLM(tiny_config(**SPARSE)).train()
-    without = MoonwhaleForCausalLM(tiny_config(**SPARSE | {"moba_key_conv": 0})).train()
+def test_key_conv_starts_as_nothing_and_learns(tiny_config, tiny_model):
+    with_conv = tiny_model(**SPARSE).train()
+    fresh = MoonwhaleForCausalLM(tiny_config(**SPARSE))
+    for layer, new in zip(with_conv.model.layers, fresh.model.layers, strict=True):
+        layer.self_attn.key_conv.data.copy_(new.self_attn.key_conv)
+    without = tiny_model(**SPARSE | {"moba_key_conv": 0}).train()
     without.load_state_dict(with_conv.state_dict(), strict=False)
     ids = DOCUMENTS[0][None]
     loss = with_conv(ids, labels=ids).loss
