@@ -105,7 +105,7 @@ def test_memory_is_measured_in_a_process_of_its_own(train):
 def test_too_little_memory_is_said(train, capsys):
     limit, _ = train.fresh("itself", resource.getrlimit, resource.RLIMIT_DATA)
     assert limit == pytest.approx(psutil.virtual_memory().available, rel=0.1)
-    assert train.fresh("a giant", bytearray, limit + (1 << 20)) is None
+    assert train.fresh("a giant", bytearray, 2 * limit) is None
     assert "a giant: left out" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         train.fresh("a mistake", divmod, 1, 0)

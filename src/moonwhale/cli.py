@@ -13,6 +13,7 @@ VERBS = {
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
     "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
+    "export": ("moonwhale.export:main", "write a checkpoint in another format"),
     "info": ("moonwhale.info:main", "count what a preset or a checkpoint costs"),
     "doctor": ("moonwhale.doctor:main", "say what this machine can do, and why not more"),
 }

@@ -32,8 +32,8 @@ def open_checkpoint(
     config = _config(folder)
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise UserError(f"{folder} holds no weights ({WEIGHTS[0]}){_newest(folder)}")
-    model = _model(folder, config, dtype)
-    return model, _tokenizer(folder, model)
+    model = load_model(folder, config, dtype)
+    return model, load_tokenizer_of(folder, model)
 
 
 def _config(folder: Path) -> MoonwhaleConfig:
@@ -42,23 +42,24 @@ def _config(folder: Path) -> MoonwhaleConfig:
         raise UserError(f"{folder} {kind} (give the folder that a training run wrote with --out)")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a checkpoint: it holds no config.json{_newest(folder)}")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values.get("model_type") != MoonwhaleConfig.model_type:
         raise UserError(f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not 'moonwhale'")
     for name, kind in MoonwhaleConfig.__annotations__.items():
         if name in values:
             convert(values[name], kind, f"{folder}/config.json: {name}")
     if (folder / "generation_config.json").exists():
-        _read_json(folder / "generation_config.json")
+        read_json(folder / "generation_config.json")
     try:
         return MoonwhaleConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:  # an impossible value, half of a RoPE setting
         raise UserError(f"{folder}/config.json: {one_line(error)}") from error
 
 
-def _model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
+def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
+    """The weights of a folder in a model of that configuration; a UserError unless they fit it exactly."""
     try:
-        with _quiet():
+        with quiet():
             model, info = MoonwhaleForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -81,7 +82,8 @@ def _model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> Moonwha
     return model
 
 
-def _tokenizer(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTokenizerFast:
+def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder; a UserError unless there is one and it belongs to the model."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} holds no tokenizer.json: copy the one that the model was trained with there")
     try:
@@ -112,7 +114,8 @@ def _newest(folder: Path) -> str:
     return f"; the run has not ended, its newest checkpoint is {newest} (give that)"
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; a UserError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -123,8 +126,8 @@ def _read_json(path: Path) -> dict:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' loading bar and its table of missing tensors, which our one line replaces."""
+def quiet() -> Iterator[None]:
+    """Silences transformers' bars and its table of missing tensors, which our one line replaces."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

@@ -63,14 +63,16 @@ class Chunks:
     missing: Tensor  # (B * H * S, n) these
 
     @classmethod
-    def of(cls, chosen: Tensor, table: BlockTable) -> "Chunks":
-        """From `choose_blocks`' (B, H, S, n)."""
+    def of(cls, chosen: Tensor, table: BlockTable) -> "Chunks | None":
+        """From `choose_blocks`' (B, H, S, n); None if nothing was chosen."""
         heads, n, device = chosen.shape[0] * chosen.shape[1], chosen.shape[3], chosen.device
         groups = heads * table.count
         width = min(QUERIES, max(table.size, 64))  # a chunk copies its block: as many queries as keys, about
         chosen = chosen.view(heads, -1)
         block = (chosen + torch.arange(heads, device=device)[:, None] * table.count).flatten()
         pair = (chosen >= 0).flatten().nonzero().squeeze(1)
+        if not len(pair):
+            return None
         block, order = block[pair].sort(stable=True)
         pair = pair[order]
         sizes = torch.bincount(block, minlength=groups)
@@ -102,7 +104,7 @@ class _MoBA(torch.autograd.Function):
         out, lse, top = attend_forward(*(x.view(-1, table.size, x.shape[-1]) for x in (q, k, v)), scale, causal=True)
         out, lse, top = out.flatten(0, 1), lse.flatten(), top.flatten()
         chunks = Chunks.of(choose_blocks(q, k, table, n), table) if n else None
-        if chunks is not None and len(chunks.block):
+        if chunks is not None:
             # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
             far_out, far_lse, far_top = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False)
             far_lse, far_top = (
@@ -131,7 +133,7 @@ class _MoBA(torch.autograd.Function):
         blocked = (x.view(-1, table.size, *x.shape[1:]) for x in (d_out, along, lse))
         parts = (x.view(-1, table.size, x.shape[-1]) for x in (q, k, v))
         dq, dk, dv = attend_backward(*blocked, *parts, ctx.scale, causal=True)
-        if chunks is not None and len(chunks.block):
+        if chunks is not None:
             queries = chunks.query.flatten()
             far_d_out = d_out.index_select(0, queries).view(*chunks.query.shape, -1)
             far_lse = lse[chunks.query].masked_fill_(chunks.empty, torch.inf)
