@@ -39,10 +39,62 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
+def read(benchmark: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8"))
+
+
 def step() -> str:
     """The demo model's training step beside transformers'."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "demo_step.json").read_text(encoding="utf-8"))
-    return step_table(result)
+    return step_table(read("demo_step"))
+
+
+def figures() -> str:
+    """What the benchmarks say, a line for each question."""
+    return figures_table(*map(read, ("train", "moba", "optimizer", "quality")))
+
+
+def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict) -> str:
+    over = [f"{train[f'vs_transformers_{mode}']:.2f}×" for mode in ("fp32", "autocast", "bf16")]
+    bits, seeds = quality["bits_per_byte"], optimizer["tokens_vs_adamw_by_seed"]
+    sparse = [f"{moba[f'fwd_{case}']:.1f}× and {moba[f'fwdbwd_{case}']:.1f}×" for case in ("1k", "16k", "32k")]
+    seconds = round(quality["seconds"]["ours"])
+    lines = {
+        "tokens/s in training, `seed_190m`'s shapes, MTP off, beside transformers' `DeepseekV3ForCausalLM` in fp32 "
+        "(its default), bf16 autocast, pure bf16": (", ".join(over), "train"),
+        "the same beside a dense GPT of as many active parameters": (f"{train['vs_dense']:.2f}×", "train"),
+        "the whole model with MTP: share of the fastest bf16 matrix product": (
+            f"{train['ceiling_share']:.0%}",
+            "train",
+        ),
+        "peak memory of that step, beside transformers under autocast": (
+            f"{train['memory_vs_transformers']:.2f}×",
+            "train",
+        ),
+        "MoBA beside full attention (flash), forward and with backward, at 1 k, 16 k and 32 k tokens": (
+            "; ".join(sparse),
+            "moba",
+        ),
+        "MuonClip's part of a `seed_190m` step of 8,192 tokens; QK-clip's": (
+            f"{optimizer['muonclip_share']:.1%}; {optimizer['qkclip_share']:.1%}",
+            "optimizer",
+        ),
+        f"tokens MuonClip needs for AdamW's final loss, beside AdamW's own, median of {len(seeds)} seeds": (
+            f"{optimizer['tokens_vs_adamw']:.2f}×",
+            "optimizer",
+        ),
+        f"held-out bits per byte after {seconds} s of training: ours whole": (f"{bits['ours']:.3f}", "quality"),
+        "a dense GPT with AdamW": (f"{bits['dense']:.3f}", "quality"),
+    }
+    if "nanochat" in bits:
+        lines["nanochat"] = (f"{bits['nanochat']:.3f}", "quality")
+    rows = [f"| {what} | {figure} | [{name}.py](benchmarks/{name}.py) |" for what, (figure, name) in lines.items()]
+    machine = train["environment"]
+    where = (
+        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, bf16 where not named otherwise, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}; one allocator for both sides, rounds "
+        "interleaved, medians. No GPU was at hand: not measured there."
+    )
+    return "\n".join(["| what | figure | script |", "|---|---|---|", *rows, "", where])
 
 
 def step_table(result: dict) -> str:
@@ -63,7 +115,7 @@ def step_table(result: dict) -> str:
     return "\n".join([*lines, "", where])
 
 
-REGIONS = {"demo": demo, "sizes": sizes, "step": step}
+REGIONS = {"demo": demo, "sizes": sizes, "figures": figures, "step": step}
 
 
 def updated(text: str) -> str:

@@ -45,6 +45,30 @@ def test_demo_step(tmp_path, capsys, monkeypatch):
     assert f"{result['vs_transformers_bf16']:.2f}" in table
 
 
+def test_the_table_of_figures():
+    """Each figure stands in the line of its script."""
+    machine = {"cpu": "a CPU", "threads": 3, "cores": 4, "torch": "2.99", "transformers": "9.9"}
+    train = {"vs_transformers_fp32": 2.01, "vs_transformers_autocast": 1.52, "vs_transformers_bf16": 1.33}
+    train |= {"vs_dense": 0.91, "ceiling_share": 0.617, "memory_vs_transformers": 0.48, "environment": machine}
+    moba = {f"{what}_{case}": 1.1 * i for i, case in enumerate(("1k", "16k", "32k"), 1) for what in ("fwd", "fwdbwd")}
+    optimizer = {"muonclip_share": 0.071, "qkclip_share": 0.012, "tokens_vs_adamw": 0.58}
+    optimizer |= {"tokens_vs_adamw_by_seed": {"1": 0.5, "2": 0.58, "3": 0.6}}
+    quality = {"bits_per_byte": {"ours": 1.9, "dense": 2.2}, "seconds": {"ours": 240.3}}
+    table = update_readme().figures_table(train, moba, optimizer, quality)
+    for name, figures in {
+        "train": ["2.01×, 1.52×, 1.33×", "0.91×", "62%", "0.48×"],
+        "moba": ["1.1× and 1.1×; 2.2× and 2.2×; 3.3× and 3.3×"],
+        "optimizer": ["7.1%; 1.2%", "0.58×"],
+        "quality": ["1.900", "2.200"],
+    }.items():
+        lines = [line for line in table.splitlines() if f"benchmarks/{name}.py" in line]
+        assert len(lines) == len(figures) and all(f in line for f, line in zip(figures, lines, strict=True))
+    assert "3 seeds" in table and "240 s" in table and "a CPU, 3 threads on 4 cores" in table
+    assert "nanochat" not in table
+    quality["bits_per_byte"]["nanochat"] = 1.95
+    assert "| nanochat | 1.950 |" in update_readme().figures_table(train, moba, optimizer, quality)
+
+
 def test_demo_step_refuses_models_that_differ():
     import torch
 
