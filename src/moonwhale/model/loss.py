@@ -9,7 +9,9 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100
 LOG2 = math.log(2)
 CHUNK = 1024  # rows of logits held at once
+STEP = 32  # rows are a multiple of it where there are as many: a product over 1,022 takes 1.4 times one over 1,024
 FEW = 1 << 21  # logits whose fp32 intermediates are held at once: they stay in a CPU's cache
+WORDS = 8192  # rows of the head whose gradient is made at once
 
 
 def linear_cross_entropy(
@@ -32,18 +34,22 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, row_weight):
-        rows = (labels != IGNORE).nonzero().squeeze(1)
+        ignored = labels == IGNORE
+        n_targets = len(labels) - int(ignored.sum())
+        rows = ignored.int().argsort(stable=True)[: -(-n_targets // STEP) * STEP]  # targets, and a few ignored ones
+        row_weight, labels = row_weight.masked_fill(ignored, 0.0), labels.clamp(min=0)
         head = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         nll = torch.zeros(len(labels), dtype=wide, device=hidden.device)
         correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        d_weight = torch.empty_like(weight, dtype=wide) if need_weight else None
         at_once = max(1, FEW // len(weight))
-        for part in rows.split(CHUNK):
+        buffer = hidden.new_empty(min(CHUNK, len(rows)), len(weight))
+        for i, part in enumerate(rows.split(CHUNK)):
             h, scale = hidden[part], row_weight[part].unsqueeze(1)
-            logits = h @ head.T
+            logits = torch.mm(h, head.T, out=buffer[: len(part)])
             for few, row in zip(logits.split(at_once), part.split(at_once), strict=True):
                 target = labels[row].unsqueeze(1)
                 peak, at_target = few.amax(-1, keepdim=True).to(wide), few.gather(1, target).to(wide)
@@ -56,9 +62,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 d_hidden[part] = (logits @ head * scale).to(hidden.dtype)
             if need_weight:
-                d_weight += logits.T @ (h * scale).to(h.dtype)
+                scaled = (h * scale).to(h.dtype)
+                for words, d_words in zip(logits.T.split(WORDS), d_weight.split(WORDS), strict=True):
+                    d_words.copy_(words @ scaled) if i == 0 else d_words.add_(words @ scaled)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
+        nll, correct = nll.masked_fill_(ignored, 0.0), correct & ~ignored
         ctx.mark_non_differentiable(nll, correct)
         return (nll * row_weight).sum(), nll, correct
 
@@ -68,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * d_loss).to(ctx.weight_dtype),
+            None if d_weight is None else d_weight.mul_(d_loss).to(ctx.weight_dtype),  # in place: used once
             None,
             None,
         )
