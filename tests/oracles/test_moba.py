@@ -124,6 +124,20 @@ class TestNaive:
         assert_naive_mask(rows, topk, newest=-(-len(rows[0]) // 2))
 
 
+@pytest.mark.parametrize("topk", [0, *TOPK])
+@pytest.mark.parametrize("length", [13, 16])
+@pytest.mark.parametrize("first", [0, 4, 12])
+def test_the_last_queries_come_out_as_among_all(first, length, topk, chunks):
+    layout, _ = read([[length], [length]])
+    q, k, v = (normal(2, HEADS, length, width, seed=width) for width in (WIDTH, WIDTH, V_WIDTH))
+    if topk:
+        whole, part = (moba.moba_attention(x, k, v, SCALE, layout, SIZE, topk) for x in (q, q[:, :, first:]))
+    else:
+        whole, part = (attention.attend(x, k, v, SCALE, causal=True) for x in (q, q[:, :, first:]))
+    for all_of_them, last in zip(whole, part, strict=True):
+        torch.testing.assert_close(last, all_of_them[:, :, first:])
+
+
 def test_blocks_that_cover_everything_are_full_attention():
     """Also on the sparse path itself: three sequences of two blocks each, which a top-k of 2 covers."""
     layout, _ = read([[8, 7, 5]])

@@ -17,7 +17,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q (B, H, Tq, D) to k (B, H, Tk, D) and v (B, H, Tk, Dv); the width of v is its own (MLA).
 
-    With `segment` (B, T), a token sees only tokens of the same number. Causal attention needs Tq = Tk.
+    With `segment` (B, Tk), a token sees only tokens of the same number. `causal`: the queries are the last Tq tokens.
+    There is a gradient only where they are all of them.
 
     Returns:
         out (B, H, Tq, Dv), and the largest scaled logit of each row (B, H, Tq) in fp32, not differentiable.
@@ -64,15 +65,20 @@ def attend_backward(
     (N, Tq), the product of each row of `d_out` (N, Tq, Dv) with its output. A row with an `lse` of inf gives nothing.
     """
     wide = lse.dtype
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
         head, rows, keys = tile
         probs = torch.sub(_scores(q, k, scale, causal, segment, tile), lse[head, rows, None] / LOG2).exp2_()
         dp = d_out[head, rows] @ v[head, keys].transpose(1, 2)
-        dv[head, keys] += probs.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
+        dv_tile = probs.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
         ds = probs.mul_(torch.sub(dp, along[head, rows, None])).to(q.dtype)  # dS = P * (dP - rowsum(dO * O))
         dq[head, rows] = (ds @ k[head, keys]).mul_(scale)
-        dk[head, keys].add_(ds.transpose(1, 2) @ q[head, rows], alpha=scale)
+        dk_tile = (ds.transpose(1, 2) @ q[head, rows]).mul_(scale)
+        if rows.stop == q.shape[1]:  # the first tile of these heads
+            dk[head], dv[head] = dk_tile, dv_tile
+        else:
+            dk[head, keys] += dk_tile
+            dv[head, keys] += dv_tile
     return dq, dk, dv
 
 
@@ -81,12 +87,16 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _tiles(heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Cuts (heads, queries, keys) into tiles."""
+    """Cuts (heads, queries, keys) into tiles, the last queries first: they see all keys."""
     height = max(1, TILE // (min(CHUNK, n_queries) * n_keys))
     for head in range(0, heads, height):
-        for start in range(0, n_queries, CHUNK):
+        for start in reversed(range(0, n_queries, CHUNK)):
             stop = min(start + CHUNK, n_queries)
-            yield slice(head, min(head + height, heads)), slice(start, stop), slice(0, stop if causal else n_keys)
+            yield (
+                slice(head, min(head + height, heads)),
+                slice(start, stop),
+                slice(0, n_keys - n_queries + stop if causal else n_keys),
+            )
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | None, tile) -> Tensor:
@@ -95,11 +105,11 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | 
     scores = torch.baddbmm(q.new_empty(()), q[head, rows], k[head, keys].transpose(1, 2), beta=0, alpha=scale / LOG2)
     if segment is not None:
         batch = torch.arange(head.start, head.stop, device=q.device) // (len(q) // len(segment))
-        scores.masked_fill_(segment[batch, rows, None] != segment[batch, None, keys], -torch.inf)
+        scores.masked_fill_(segment[batch, -q.shape[1] :][:, rows, None] != segment[batch, None, keys], -torch.inf)
     if causal:
         size = rows.stop - rows.start
-        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
-        scores[:, :, rows.start :].masked_fill_(future, -torch.inf)
+        future = q.new_full((size, size), -torch.inf).triu_(1)
+        scores[:, :, -size:] += future  # on a CPU four times as fast as filling by a mask
     return scores
 
 

@@ -29,7 +29,8 @@ class BlockTable:
     def to_slots(self, x: Tensor) -> Tensor:
         """(B, H, T, D) tokens to (B, H, count * size, D) slots; what an empty slot holds has no meaning."""
         if self.token is None:
-            return F.pad(x, (0, 0, 0, self.count * self.size - x.shape[2]))
+            missing = -x.shape[2] % self.size
+            return F.pad(x, (0, 0, 0, missing)) if missing else x
         return _take(x, self.token)
 
     def to_tokens(self, x: Tensor, n_tokens: int) -> Tensor:

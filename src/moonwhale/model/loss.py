@@ -48,17 +48,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_once = max(1, FEW // len(weight))
         buffer = hidden.new_empty(min(CHUNK, len(rows)), len(weight))
         for i, part in enumerate(rows.split(CHUNK)):
-            h, scale = hidden[part], row_weight[part].unsqueeze(1)
-            logits = torch.mm(h, head.T, out=buffer[: len(part)])
+            h = hidden[part]
+            logits, totals = torch.mm(h, head.T, out=buffer[: len(part)]), []
             for few, row in zip(logits.split(at_once), part.split(at_once), strict=True):
                 target = labels[row].unsqueeze(1)
                 peak, at_target = few.amax(-1, keepdim=True).to(wide), few.gather(1, target).to(wide)
-                powers = torch.sub(few, peak).mul_(1 / LOG2).exp2_()  # e's, by the faster exponential
+                powers = torch.add(peak / -LOG2, few, alpha=1 / LOG2).exp2_()  # e's, by the faster exponential
                 total = powers.sum(-1, keepdim=True)
                 nll[row] = (total.log() + peak - at_target).squeeze(1)
                 correct[row] = (at_target == peak).squeeze(1)
-                if need_hidden or need_weight:  # d CE / d logits = softmax - one-hot, in the logits' place
-                    few.copy_(powers.div_(total).scatter_add_(1, target, -torch.ones_like(total)))
+                if need_hidden or need_weight:  # total * d CE / d logits = powers - total * one-hot, in their place
+                    few.copy_(powers.scatter_add_(1, target, -total))
+                    totals.append(total)
+            scale = row_weight[part].unsqueeze(1) / torch.cat(totals) if totals else None
             if need_hidden:
                 d_hidden[part] = (logits @ head * scale).to(hidden.dtype)
             if need_weight:

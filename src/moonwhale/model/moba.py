@@ -25,8 +25,11 @@ def moba_attention(
 ) -> tuple[Tensor, Tensor]:
     """Sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv), both work and memory linear in T * topk * block_size.
 
+    In a plain layout the queries may be of the last tokens only, from the beginning of a block on (and then there is no
+    gradient): a long prompt can be read in pieces.
+
     Returns:
-        out (B, H, T, Dv), and each query's largest scaled logit (B, H, T) in fp32.
+        out (B, H, Tq, Dv), and each query's largest scaled logit (B, H, Tq) in fp32.
     """
     table, length = layout.blocks(block_size), q.shape[2]
     if topk >= table.count:  # every block is chosen
@@ -37,13 +40,15 @@ def moba_attention(
 
 @torch.no_grad()
 def choose_blocks(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Tensor:
-    """The `n` earlier blocks with the best gates, (B, H, count * size, n) by slot; -1 where there are fewer."""
-    batch, heads, _, width = q.shape
+    """The `n` earlier blocks with the best gates, (B, H, S, n) by slot; -1 where there are fewer. q (B, H, S, D) has
+    all slots, or the last ones.
+    """
+    batch, heads, slots, width = q.shape
     means = k.float().view(batch, heads, table.count, table.size, width).mean(3)
     gates = q.float() @ means.transpose(-1, -2)
     block = torch.arange(table.count, device=q.device)
-    own = block.repeat_interleave(table.size)[:, None]
-    earlier = (block < own) & (block >= table.first.repeat_interleave(table.size, dim=1)[:, :, None])
+    own = block.repeat_interleave(table.size)[-slots:, None]
+    earlier = (block < own) & (block >= table.first.repeat_interleave(table.size, dim=1)[:, -slots:, None])
     gates.masked_fill_(~earlier[:, None], -torch.inf)
     values, index = gates.topk(min(n, table.count), dim=-1)
     return index.masked_fill_(values == -torch.inf, -1)
@@ -101,7 +106,8 @@ class _MoBA(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, table, n):
         batch, heads, slots, _ = q.shape
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse, top = attend_forward(*(x.view(-1, table.size, x.shape[-1]) for x in (q, k, v)), scale, causal=True)
+        own = (q, k[:, :, -slots:], v[:, :, -slots:])
+        out, lse, top = attend_forward(*(x.reshape(-1, table.size, x.shape[-1]) for x in own), scale, causal=True)
         out, lse, top = out.flatten(0, 1), lse.flatten(), top.flatten()
         chunks = Chunks.of(choose_blocks(q, k, table, n), table) if n else None
         if chunks is not None:

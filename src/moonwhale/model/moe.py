@@ -106,7 +106,7 @@ def _line_up(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 class _GroupedExperts(torch.autograd.Function):
     """Lines the tokens up by expert, does two grouped products, and brings the rows home.
 
-    The gradient is written out because autograd's would add rows up through indexing, and keep three more activations.
+    The gradient is written out because autograd's would add rows up through indexing, and keep more of them.
     """
 
     @staticmethod
@@ -114,28 +114,29 @@ class _GroupedExperts(torch.autograd.Function):
         token, home, ends = _line_up(index, len(down_proj))
         weight = gates.new_zeros(len(token)).scatter_(0, home, gates.flatten()).to(x.dtype).unsqueeze(1)  # 0: padding
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
-        inner = F.grouped_mm(x.index_select(0, token), gate_up_proj.transpose(1, 2), offs=ends)
+        rows = x.index_select(0, token)
+        inner = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends)
         gate, up = inner.chunk(2, dim=-1)
-        out = F.grouped_mm((F.silu(gate) * up).mul_(weight), down_proj.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(x, gate_up_proj, down_proj, inner, weight, token, home, ends)
-        ctx.gates_dtype = gates.dtype
+        activated = F.silu(gate)
+        out = F.grouped_mm((activated * up).mul_(weight), down_proj.transpose(1, 2), offs=ends)
+        ctx.save_for_backward(rows, gate_up_proj, down_proj, inner, activated, weight, token, home, ends)
+        ctx.gates_dtype, ctx.shape = gates.dtype, index.shape
         return F.embedding_bag(home.view(index.shape), out, mode="sum")  # a token's rows, added up in one pass
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x, gate_up_proj, down_proj, inner, weight, token, home, ends = ctx.saved_tensors
+        rows, gate_up_proj, down_proj, inner, activated, weight, token, home, ends = ctx.saved_tensors
         gate, up = inner.chunk(2, dim=-1)
-        activated = F.silu(gate)
         product = activated * up
         d_rows = d_out.index_select(0, token)
         d_down = F.grouped_mm(d_rows.T, product * weight, offs=ends)
         d_product = F.grouped_mm(d_rows, down_proj, offs=ends)
-        d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, home).view(len(x), -1)
+        d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, home).view(ctx.shape)
         d_product = d_product.mul_(weight)
         d_inner = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * activated], dim=-1)
-        d_gate_up = F.grouped_mm(d_inner.T, x.index_select(0, token), offs=ends)
-        d_x = F.embedding_bag(home.view(len(x), -1), F.grouped_mm(d_inner, gate_up_proj, offs=ends), mode="sum")
+        d_gate_up = F.grouped_mm(d_inner.T, rows, offs=ends)
+        d_x = F.embedding_bag(home.view(ctx.shape), F.grouped_mm(d_inner, gate_up_proj, offs=ends), mode="sum")
         return d_x, d_gate_up, d_down, None, d_gates
 
 
