@@ -118,3 +118,56 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
         return resolve({**options, "model": model | changes.pop("model", {}), **changes})
 
     return tiny_run
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    from moonwhale.data.tokenizer import train_tokenizer
+
+    return train_tokenizer(["The whale sang to the moon, and the moon sang back.", "Ünïcode!"] * 4, 310)
+
+
+@pytest.fixture(scope="session")
+def small_model(small_tokenizer, draw):
+    """Random, but with weights large enough for it to have opinions; every second block chooses among key blocks."""
+    from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+
+    config = MoonwhaleConfig(
+        vocab_size=len(small_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        moba_block_size=4,
+        moba_topk=2,
+        moba_full_attention_layers=[1],
+        moba_key_conv=3,
+        n_routed_experts=4,
+        moe_intermediate_size=16,
+        num_nextn_predict_layers=1,
+        max_position_embeddings=96,
+        bos_token_id=small_tokenizer.bos_token_id,
+        eos_token_id=small_tokenizer.eos_token_id,
+        pad_token_id=small_tokenizer.pad_token_id,
+    )
+    return draw(MoonwhaleForCausalLM(config).eval(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def small_engine(small_model, small_tokenizer):
+    """`small_engine(**options)`: the small model in an engine of its own."""
+    from moonwhale.infer.engine import Engine
+
+    return lambda **options: Engine(small_model, small_tokenizer, **options)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_model, small_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    small_model.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return folder

@@ -8,14 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.infer import commands
 from moonwhale.infer.conversation import Conversation
 from moonwhale.infer.engine import Engine
 from moonwhale.infer.sampling import SamplingOptions
 from moonwhale.infer.text import TextStream, TokenBytes
-from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 
 TEXT = "The whale sang to the moon, and the moon sang back. <think>Ünïcode: 你好 🐳🐋</think> Ünïcode!"
 CONTEXT = 96
@@ -23,44 +21,23 @@ PROMPTS = ["", "The whale", "and the moon sang back to the whale", "Ünï 你好
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["The whale sang to the moon, and the moon sang back.", "Ünïcode!"] * 4, 310)
+def tokenizer(small_tokenizer):
+    return small_tokenizer
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer, draw):
-    """Random, but with weights large enough for it to have opinions; every second block chooses among key blocks."""
-    config = MoonwhaleConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        moba_block_size=4,
-        moba_topk=2,
-        moba_full_attention_layers=[1],
-        moba_key_conv=3,
-        n_routed_experts=4,
-        moe_intermediate_size=16,
-        num_nextn_predict_layers=1,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Engine(draw(MoonwhaleForCausalLM(config).eval(), seed=1), tokenizer)
+def model(small_model):
+    return small_model
 
 
 @pytest.fixture(scope="module")
-def folder(engine, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    engine.model.save_pretrained(folder)
-    engine.tokenizer.save_pretrained(folder)
-    return folder
+def engine(small_engine):
+    return small_engine()
+
+
+@pytest.fixture(scope="module")
+def folder(small_checkpoint):
+    return small_checkpoint
 
 
 def greedily(model, ids, **options):
@@ -73,29 +50,29 @@ def greedily(model, ids, **options):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_greedy_is_that_of_transformers(engine, penalty):
+def test_greedy_is_that_of_transformers(engine, model, penalty):
     done = engine.generate(PROMPTS, temperature=0, repetition_penalty=penalty, max_new_tokens=24)
     for prompt, completion in zip(PROMPTS, done, strict=True):
-        expected = greedily(engine.model, engine.encode(prompt), repetition_penalty=penalty, max_new_tokens=24)
+        expected = greedily(model, engine.encode(prompt), repetition_penalty=penalty, max_new_tokens=24)
         assert completion.token_ids == expected
     assert len({tuple(completion.token_ids) for completion in done}) == len(PROMPTS)
 
 
 def test_a_loaded_checkpoint_generates_the_same_everywhere(engine, folder):
-    loaded = Engine.load(folder, device="cpu")
+    loaded = Engine.load(folder, "cpu", "fp32")
     ids = loaded.encode("The whale")
     theirs = greedily(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids, max_new_tokens=16)
     assert [c.token_ids for c in loaded.generate([ids], temperature=0, max_new_tokens=16)] == [theirs]
     assert engine.generate([ids], temperature=0, max_new_tokens=16)[0].token_ids == theirs
-    assert Engine.load(folder, "cpu", "bf16").model.dtype is torch.bfloat16
+    assert Engine.load(folder, "cpu", "bf16").decoder.dtype is torch.bfloat16
 
 
-def test_the_cache_changes_nothing(engine):
+def test_the_cache_changes_nothing(engine, model):
     ids = engine.encode(PROMPTS[2])
     cached = engine.generate([ids], temperature=0, max_new_tokens=20)[0].token_ids
     for token in cached:
         with torch.inference_mode():
-            logits = engine.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
         assert token == logits.argmax().item()
         ids = [*ids, token]
 
@@ -152,14 +129,14 @@ def test_the_narrowest_choice_is_greedy(engine, options):
         ({"min_p": 0.2}, lambda p: p >= 0.2 * p.max()),
     ],
 )
-def test_tokens_are_drawn_by_their_probability(engine, options, allowed):
+def test_tokens_are_drawn_by_their_probability(engine, model, options, allowed):
     draws, temperature = 600, 2.0
     done = engine.generate(
         ["The"] * draws, max_new_tokens=1, seed=5, **{"temperature": temperature, "min_p": 0.0} | options
     )
-    drawn = torch.bincount(torch.tensor([c.token_ids[0] for c in done]), minlength=engine.model.config.vocab_size)
+    drawn = torch.bincount(torch.tensor([c.token_ids[0] for c in done]), minlength=model.config.vocab_size)
     with torch.inference_mode():
-        logits = engine.model(torch.tensor([engine.encode("The")])).logits[0, -1]
+        logits = model(torch.tensor([engine.encode("The")])).logits[0, -1]
     probabilities, order = (logits / temperature).softmax(0).sort(descending=True)
     kept = allowed(probabilities)
     expected = torch.where(kept, probabilities, 0.0) / probabilities[kept].sum()
@@ -197,11 +174,11 @@ def test_impossible_options_are_one_line(bad):
 # Where an answer ends
 
 
-def test_eos_ends_a_row(engine, monkeypatch):
+def test_eos_ends_a_row(engine, model, monkeypatch):
     free = engine.generate(["The whale"], temperature=0, max_new_tokens=12)[0].token_ids
     eos = next(token for i, token in enumerate(free) if i >= 3 and token not in free[:i])
-    monkeypatch.setattr(engine.model.generation_config, "eos_token_id", [eos])
-    done = Engine(engine.model, engine.tokenizer).generate(["The whale"], temperature=0, max_new_tokens=12)[0]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [eos])
+    done = Engine(model, engine.tokenizer).generate(["The whale"], temperature=0, max_new_tokens=12)[0]
     assert done.finish_reason == "eos"
     assert done.token_ids == free[: free.index(eos) + 1]
     assert done.text == engine.tokenizer.decode(done.token_ids[:-1], skip_special_tokens=True)

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "optim": {"optim", "errors"},
     "data": {"data", "errors", "options"},
     "train": UP_TO_TRAIN,
-    "infer": {"infer", "model", "data", "errors", "options", "precision"},
+    "infer": {"infer", "model", "data", "errors", "options", "precision", "xray"},
+    "xray": {"model", "errors"},
 }
 LIGHT = {"__main__", "cli", "errors", "presets", "counts"}  # the standard library only
 

@@ -59,11 +59,7 @@ class MultiheadLatentAttention(nn.Module):
         Returns:
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache.
         """
-        q = self._queries(x)
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
-        latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), rotate(k_rope.unsqueeze(1), table, self.interleaved)
-        q_rope = rotate(q_rope, table, self.interleaved)
+        q_nope, q_rope, latent, k_rope = self._project(x, table)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
@@ -74,9 +70,19 @@ class MultiheadLatentAttention(nn.Module):
             out, top = self._absorbed(q_nope, q_rope, latent, k_rope, layout), None
         return self.o_proj(out.transpose(1, 2).flatten(2)), top
 
-    def _queries(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+        """To look inside: every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them softmax sees."""
+        products, mask = self._products(*self._project(x, table), layout)
+        return products.float() * self.scale, mask.expand_as(products)
+
+    def _project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries (B, heads, T, nope) and (…, rope), latents (B, 1, T, rank) and rotary keys (B, 1, T, rope)."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        return q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
+        q = q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), rotate(k_rope.unsqueeze(1), table, self.interleaved)
+        return q_nope, rotate(q_rope, table, self.interleaved), latent, k_rope
 
     def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Keys and values of every head from the latents: the cheaper form when every token is a query."""
@@ -92,15 +98,21 @@ class MultiheadLatentAttention(nn.Module):
         """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is
         expanded.
         """
-        w_k, w_v = (w.to(q_nope.dtype) for w in self._split_up())  # (heads, nope | v, rank)
+        products, mask = self._products(q_nope, q_rope, latent, k_rope, layout)
+        w_v = self._split_up()[1].to(latent.dtype)  # (heads, v, rank)
+        probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
+        return probs @ latent @ w_v.transpose(-1, -2)
+
+    def _products(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """q·k of every pair (B, heads, Tq, Tk), before scaling, and which of them count (B, heads or 1, Tq, Tk)."""
+        w_k = self._split_up()[0].to(q_nope.dtype)  # (heads, nope, rank)
         key_latent = latent if self.key_conv is None else self._convolved(latent, layout)
         products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
         if self.topk:
-            mask = moba_mask(products, layout, self.block_size, self.topk)
-        else:
-            mask = layout.visible(products.shape[-2])[:, None]
-        probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
-        return probs @ latent @ w_v.transpose(-1, -2)
+            return products, moba_mask(products, layout, self.block_size, self.topk)
+        return products, layout.visible(products.shape[-2])[:, None]
 
     def _up(self, latent: Tensor, weight: Tensor) -> Tensor:
         """(B, 1, T, rank) through (heads * width, rank) to (B, heads, T, width)."""

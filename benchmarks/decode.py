@@ -1,0 +1,226 @@
+"""How fast does a token come: beside transformers, with a growing context, and with drafts from the MTP modules?
+
+    python benchmarks/decode.py [CHECKPOINT]
+
+Batch 1 on the `seed_190m` shapes beside `generate` of transformers' DeepseekV3 on the same weights, in bf16, with the
+experts implementation that is fastest; ours in bf16 and with int8 weights, MoBA as the preset says. The prompt is in
+the cache of either before the clock starts: only tokens that follow are timed.
+
+MoBA: the same shapes with MoBA in every block, at 4 k and at 32 k tokens of context, beside full attention on latents.
+
+Drafts and what 16 and 8 bits cost need a trained model with MTP modules: CHECKPOINT, as `make demo` leaves it in
+runs/demo. Prompts are beginnings of held-out conversations of its data, and bits per byte are of their whole text.
+"""
+
+import itertools
+import math
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+
+from common import environment, options, timed_rounds, write
+from moonwhale.data.packing import prepare
+from moonwhale.data.sources import load_source
+from moonwhale.infer.checkpoint import open_checkpoint
+from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.engine import Engine
+from moonwhale.infer.text import TokenBytes
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.precision import tune_allocator
+from moonwhale.presets import PRESETS
+
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
+CONTEXTS = (128, 1024)
+TOKENS = 8  # timed at a time
+
+
+def seed_model(context: int, **changes) -> MoonwhaleForCausalLM:
+    """The seed's shapes in bf16, without its MTP modules, every weight drawn."""
+    torch.manual_seed(0)
+    shapes = PRESETS["seed_190m"].model | {"num_nextn_predict_layers": 0, "max_position_embeddings": context}
+    model = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes | changes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.to(torch.bfloat16)
+
+
+def transformers_model(ours: MoonwhaleForCausalLM, experts: str) -> DeepseekV3ForCausalLM:
+    names = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
+    config = DeepseekV3Config(**{name: getattr(ours.config, name) for name in names}, attn_implementation="sdpa")
+    model = DeepseekV3ForCausalLM(config).to(torch.bfloat16).eval()
+    model.load_state_dict(ours.state_dict())
+    model.set_experts_implementation(experts)
+    return model
+
+
+class Theirs:
+    """`generate` from a prompt whose cache is there."""
+
+    def __init__(self, model: DeepseekV3ForCausalLM, prompt: Tensor):
+        self.model, self.prompt, self.cache = model, prompt, DynamicCache(config=model.config)
+        model(prompt[:, :-1], past_key_values=self.cache)
+
+    def __call__(self, _=None) -> Tensor:
+        out = self.model.generate(
+            self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
+            past_key_values=self.cache,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+        )
+        self.cache.crop(self.prompt.shape[1] - 1)
+        return out
+
+
+class Ours:
+    """The decoder's steps from a prompt whose latents are there."""
+
+    def __init__(self, decoder: Decoder, prompt: Tensor):
+        self.decoder, self.prompt, self.cache = decoder, prompt, decoder.cache()
+        self.length = prompt.shape[1]
+        self.cache.resize(1, self.length + TOKENS)
+        decoder.run(prompt[:, :-1], self.cache, decoder.span(self.cache, 0, [0], self.length - 1))
+
+    def __call__(self, _=None) -> Tensor:
+        token, decoder = self.prompt[:, -1:], self.decoder
+        for at in range(self.length - 1, self.length - 1 + TOKENS):
+            span = decoder.span(self.cache, 0, [at], 1)
+            token = decoder.head(decoder.run(token, self.cache, span)).argmax(-1)
+        return token
+
+
+def filled(decoder: Decoder, context: int) -> Ours:
+    """Steps after a context of that length, whose entries are drawn: reading them is what takes time."""
+    ours = Ours(decoder, torch.zeros(1, 2, dtype=torch.long))
+    ours.length = context
+    ours.cache.resize(1, context + TOKENS)
+    for tensor in (*ours.cache.keys, *ours.cache.means):
+        if tensor is not None:
+            tensor.normal_(std=0.5)
+    return ours
+
+
+def beside_transformers(rounds: int) -> dict:
+    """Milliseconds a token of each contender at each context, and the ratios."""
+    ours = seed_model(2048)
+    decoders = {"bf16": Decoder(ours), "int8": Decoder(ours, int8=True)}
+    models = {f"transformers, {experts}": transformers_model(ours, experts) for experts in EXPERTS}
+    result: dict = {"milliseconds_per_token": {}}
+    for context in CONTEXTS:
+        prompt = torch.randint(ours.config.vocab_size, (1, context))
+        contenders = {name: Theirs(model, prompt) for name, model in models.items()}
+        contenders |= {f"moonwhale, {name}": Ours(decoder, prompt) for name, decoder in decoders.items()}
+        timing = timed_rounds(contenders, lambda: None, rounds)
+        seconds = timing["seconds"]
+        best = min(seconds[name] for name in models)
+        for name in decoders:
+            result[f"{name}_{context}"] = round(best / seconds[f"moonwhale, {name}"], 2)
+        result["milliseconds_per_token"][str(context)] = {n: round(1e3 * s / TOKENS, 2) for n, s in seconds.items()}
+        print(f"context {context}: {result['milliseconds_per_token'][str(context)]}", file=sys.stderr)
+    return result
+
+
+def with_moba(rounds: int, short: int, long: int) -> dict:
+    """How MoBA's time a token grows from one context to the other, and how full attention's compares at the longer."""
+    moba = Decoder(seed_model(long + TOKENS, moba_full_attention_layers=None))
+    full = Decoder(seed_model(long + TOKENS, moba_topk=0))
+    contenders = {"short": filled(moba, short), "long": filled(moba, long), "long, full": filled(full, long)}
+    seconds = timed_rounds(contenders, lambda: None, rounds)["seconds"]
+    return {
+        "moba_growth": round(seconds["long"] / seconds["short"], 3),
+        "moba_32k": round(seconds["long, full"] / seconds["long"], 2),
+        "moba_contexts": [short, long],
+        "moba_milliseconds_per_token": {n: round(1e3 * s / TOKENS, 2) for n, s in seconds.items()},
+    }
+
+
+def cache_sizes() -> dict:
+    """Bytes a token leaves in the cache: ours as counted and as allocated, and plain attention's of the same heads."""
+    found = {}
+    for preset in ("demo", "seed_190m"):
+        config = MoonwhaleConfig(**PRESETS[preset].model | {"num_nextn_predict_layers": 0})
+        cache = Decoder(MoonwhaleForCausalLM(config).to(torch.bfloat16).eval()).cache()
+        cache.resize(1, 1024)
+        numbers = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+        found[preset] = {
+            "latent": round(cache.bytes_per_token, 1),
+            "latent_allocated": round(cache.bytes / 1024, 1),
+            "multi_head": 2 * numbers * config.num_hidden_layers,
+        }
+    return {"cache_bytes_per_token": found}
+
+
+def held_out(tokenizer, context: int, rows: int) -> list[list[int]]:
+    """Rows of ids from the built-in conversations, of those that training leaves out."""
+    _, aside = prepare(load_source("chitchat"), tokenizer, context)
+    return [aside[row]["input_ids"].tolist() for row in range(min(rows, len(aside)))]
+
+
+def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
+    """Tokens for each run of the main model, and the speed of drafting where it pays beside never drafting."""
+    model, tokenizer = open_checkpoint(folder)
+    beginnings = [row[:64] for row in held_out(tokenizer, 256, prompts)]
+    engines = {"off": Engine(model, tokenizer, draft=0), "auto": Engine(model, tokenizer)}
+    engines["all"] = Engine(model, tokenizer, draft=model.config.num_nextn_predict_layers)
+    greedy = {"temperature": 0.0, "max_new_tokens": 64}
+    answers = engines["all"].generate(beginnings, **greedy)
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    forwards = sum(len(answer.token_ids) / answer.tokens_per_forward for answer in answers)
+    turn = itertools.count()
+    contenders = {name: lambda ids, engine=engine: engine.generate([ids], **greedy) for name, engine in engines.items()}
+    seconds = timed_rounds(contenders, lambda: beginnings[next(turn) % len(beginnings)], rounds)["seconds"]
+    accepted = zip(*(answer.acceptance for answer in answers), strict=False)
+    return {
+        "tokens_per_forward": round(tokens / forwards, 3),
+        "auto_vs_off": round(seconds["off"] / seconds["auto"], 3),
+        "always_vs_off": round(seconds["off"] / seconds["all"], 3),
+        "acceptance": [round(sum(shares) / len(shares), 3) for shares in accepted],
+    }
+
+
+@torch.inference_mode()
+def bits_per_byte(folder: Path, rows: int) -> dict:
+    """Of held-out text, by the decoder itself, with weights in 32, 16 and 8 bits."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)):
+        model, tokenizer = open_checkpoint(folder, dtype)
+        decoder, sizes = Decoder(model, int8=name == "int8"), TokenBytes(tokenizer)
+        bits = n_bytes = 0
+        for row in held_out(tokenizer, 256, rows):
+            ids, cache = torch.tensor([row]), decoder.cache()
+            cache.resize(1, len(row))
+            logits = decoder.head(decoder.run(ids, cache, decoder.span(cache, 0, [0], len(row))))[0, :-1]
+            bits += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item() / math.log(2)
+            n_bytes += sum(len(sizes[id]) for id in row[1:])
+        found[name] = round(bits / n_bytes, 4)
+    return {"bits_per_byte": found}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="a trained model with MTP modules, for the drafts")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (9)")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out beginnings to continue (48)")
+    parser.add_argument("--long", type=int, default=32_768, help="MoBA's longer context (32768)")
+    arguments = parser.parse_args(argv)
+    tuned = tune_allocator()
+    with torch.inference_mode():
+        result = beside_transformers(arguments.rounds)
+        result |= with_moba(arguments.rounds, arguments.long // 8, arguments.long)
+    result |= cache_sizes()
+    if arguments.checkpoint:
+        result |= with_drafts(arguments.checkpoint, 3 * arguments.rounds, arguments.prompts)
+        result |= bits_per_byte(arguments.checkpoint, arguments.prompts)
+    result |= {"rounds": arguments.rounds, "environment": environment("bfloat16", tuned)}
+    write(arguments.results, "decode", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The model as inference runs it: the same function on weights laid out once, with few operations a token.
+
+`model/` is written to be read and trained; a step of one token there spends most of its time between operations. This
+is its twin over a `LatentCache`, block by block: many new tokens (a prompt) *expand* latents into keys and values, few
+(a step, drafts to verify) *absorb* the expansion into queries and work on latents. Where MoBA chooses blocks, a step
+reads those and no others, by a gate on mean latents.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moonwhale.infer.cache import LatentCache
+from moonwhale.infer.linear import linear
+from moonwhale.model import MoonwhaleForCausalLM
+from moonwhale.model.attention import attend
+from moonwhale.model.layout import Layout
+from moonwhale.model.mla import MultiheadLatentAttention
+from moonwhale.model.moba import moba_attention
+from moonwhale.model.moe import MLP, DeepseekMoE
+from moonwhale.model.norm import RMSNorm
+from moonwhale.model.rope import rotate, rotation_table
+
+MANY = 32  # new tokens of a row from which expanding latents is cheaper than absorbing
+SHORTLIST = 8192  # tokens a draft is chosen from: the first ids of a BPE vocabulary are its most frequent ones
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Span:
+    """Where Q new tokens of each of B sequences go: sequence i sits in slot `first + i` and has `start[i]` tokens."""
+
+    def __init__(self, config, cache: LatentCache, first: int, start: list[int], length: int, dtype: torch.dtype):
+        device = cache.device
+        self.start, self.length, self.end = start, length, max(start) + length
+        self.slots = slice(first, first + len(start))
+        begin = torch.tensor(start, device=device)
+        self.positions = begin[:, None] + torch.arange(length, device=device)  # (B, Q)
+        slot = torch.arange(first, first + len(start), device=device)[:, None]
+        self.place = (slot * cache.length + self.positions).flatten()  # of each token among all slots' entries
+        cos, sin = rotation_table(config, self.positions, dtype)
+        self.rotation = cos.transpose(1, 2), sin.transpose(1, 2)  # (B, Q, 1, rope / 2)
+        self.future = None  # (B, Q, 1, end) what lies behind a token
+        if len(start) > 1 or length > 1:
+            self.future = (torch.arange(self.end, device=device) > self.positions[..., None])[:, :, None]
+        size = config.moba_block_size
+        self.own = self.positions // size  # (B, Q) a token's own block
+        self.filled = [  # blocks whose last token is among these
+            (i, block) for i, n in enumerate(start) for block in range(n // size, (n + length) // size)
+        ]
+
+
+class Decoder:
+    """A model's main blocks, head and MTP modules, in the dtype of its weights, or with weights of 8 bits.
+
+    What it returns is `MoonwhaleModel`'s up to rounding, whatever the cache held before and however tokens are cut into
+    spans. It keeps no reference to the model.
+    """
+
+    def __init__(self, model: MoonwhaleForCausalLM, int8: bool = False):
+        prepare = partial(linear, int8=int8)
+        body, head = model.model, model.lm_head.weight
+        self.config = model.config
+        self.embedding = body.embed_tokens.weight
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.main = [_Block(block, prepare) for block in body.main_blocks]
+        self.modules = [_Module(module, prepare) for module in body.mtp_modules]
+        self.norm = _norm(body.norm)
+        self.head = prepare(head)
+        self.draft_head = prepare(head[:SHORTLIST]) if len(head) > 2 * SHORTLIST else self.head
+
+    def cache(self) -> LatentCache:
+        return LatentCache(self.config, self.dtype, self.device)
+
+    def span(self, cache: LatentCache, first: int, start: list[int], length: int) -> Span:
+        return Span(self.config, cache, first, start, length, self.dtype)
+
+    def run(self, tokens: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        """The normed hidden states (B, Q, hidden) of new tokens (B, Q), whose entries go into the cache."""
+        x = F.embedding(tokens, self.embedding)
+        for block in self.main:
+            x = block(x, cache, span)
+        return self.norm(x)
+
+    def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        """MTP module `depth` (from 1) of the chain: its normed hidden states (B, Q, hidden), for `draft_head`.
+
+        hidden (B, Q, hidden) is `run`'s, or the module's before; ahead (B, Q) are the tokens `depth` after each
+        position.
+        """
+        return self.modules[depth - 1](hidden, F.embedding(ahead, self.embedding), cache, span)
+
+
+class _Block:
+    def __init__(self, block, prepare):
+        self.norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+        self.attention = _Attention(block.self_attn, prepare)
+        self.mlp = _mlp(block.mlp, prepare) if isinstance(block.mlp, MLP) else _experts(block.mlp, prepare)
+
+    def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        x = x + self.attention(self.norms[0](x), cache, span)
+        return x + self.mlp(self.norms[1](x))
+
+
+class _Module:
+    def __init__(self, module, prepare):
+        self.norms = _norm(module.enorm), _norm(module.hnorm)
+        self.join = prepare(module.eh_proj.weight)
+        self.blocks = [_Block(block, prepare) for block in (module, *module.blocks)]
+        self.norm = _norm(module.shared_head["norm"])
+
+    def __call__(self, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        x = self.join(torch.cat([self.norms[0](ahead), self.norms[1](hidden)], dim=-1))
+        for block in self.blocks:
+            x = block(x, cache, span)
+        return self.norm(x)
+
+
+class _Attention:
+    """`MultiheadLatentAttention`, after whose names its parts are called."""
+
+    def __init__(self, m: MultiheadLatentAttention, prepare):
+        self.layer, self.heads, self.scale = m.layer_idx, m.heads, m.scale
+        self.nope, self.rope, self.rank, self.interleaved = m.nope, m.rope, m.rank, m.interleaved
+        self.size, self.topk = m.block_size, m.topk
+        compressed = hasattr(m, "q_a_proj")
+        first = m.q_a_proj if compressed else m.q_proj
+        down = (first, m.kv_a_proj_with_mqa)
+        bias = None
+        if any(part.bias is not None for part in down):
+            bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in down])
+        self.down = prepare(torch.cat([part.weight for part in down]), bias)
+        self.widths = [len(first.weight), self.rank, self.rope]
+        self.q_norm, self.q_up = (_norm(m.q_a_layernorm), prepare(m.q_b_proj.weight)) if compressed else (None, None)
+        self.kv_norm, self.key_conv = _norm(m.kv_a_layernorm), m.key_conv
+        self.up = m.kv_b_proj.weight
+        self.w_k, self.w_v = m._split_up()  # (heads, nope | v, rank)
+        self.out = prepare(m.o_proj.weight, m.o_proj.bias)
+
+    def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        q, latent, k_rope = self.down(x).split(self.widths, dim=-1)
+        if self.q_up:
+            q = self.q_up(self.q_norm(q))
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
+        q_rope = rotate(q_rope, span.rotation, self.interleaved)
+        k_rope = rotate(k_rope.unsqueeze(2), span.rotation, self.interleaved).squeeze(2)
+        self._remember(self.kv_norm(latent), k_rope, cache, span)
+        if span.length >= MANY:
+            out = self._expanded(torch.cat([q_nope, q_rope], dim=-1), cache, span)
+        else:
+            out = self._absorbed(q_nope, q_rope, cache, span)
+        return self.out(out)
+
+    def _remember(self, latent: Tensor, k_rope: Tensor, cache: LatentCache, span: Span) -> None:
+        keys, values, means = cache.keys[self.layer], cache.values[self.layer], cache.means[self.layer]
+        if self.key_conv is not None:
+            values.flatten(0, 1).index_copy_(0, span.place, latent.flatten(0, 1))
+            latent = self._convolved(latent, values, span)
+        keys.flatten(0, 1).index_copy_(0, span.place, torch.cat([latent, k_rope], dim=-1).flatten(0, 1))
+        if means is not None:
+            for i, block in span.filled:
+                entries = keys[span.slots.start + i, block * self.size : (block + 1) * self.size]
+                means[span.slots.start + i, block] = entries.mean(0, dtype=torch.float32)
+
+    def _convolved(self, latent: Tensor, values: Tensor, span: Span) -> Tensor:
+        """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents remembered."""
+        mixed = 0.0
+        for back in range(self.key_conv.shape[-1]):
+            tap = values.flatten(0, 1)[(span.place - back).clamp(min=0)].view_as(latent)
+            inside = (span.positions >= back).unsqueeze(-1)
+            mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(latent.dtype)
+        return latent + F.silu(mixed)
+
+    def _expanded(self, q: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        """q (B, Q, heads, D) over the keys and values of every head; (B, Q, heads * v)."""
+        keys, values = (x[self.layer][span.slots, : span.end] for x in (cache.keys, cache.values))
+        nope = len(self.w_k[0])
+        v = F.linear(values[..., : self.rank], self.up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_nope, v = v.split([nope, v.shape[-1] - nope], dim=-1)
+        if self.key_conv is not None:
+            up = self.w_k.flatten(0, 1)
+            k_nope = F.linear(keys[..., : self.rank], up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_rope = keys[..., self.rank :].unsqueeze(1).expand(-1, self.heads, -1, -1)
+        q, k = q.transpose(1, 2), torch.cat([k_nope, k_rope], dim=-1)
+        if self.topk:
+            layout = Layout.of(len(keys), span.end, keys.device, None, None)
+            out, _ = moba_attention(q, k, v, self.scale, layout, self.size, self.topk)
+        else:
+            out, _ = attend(q, k, v, self.scale, causal=True)
+        return out.transpose(1, 2).flatten(2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        """Scores and sums of latents; (B, Q, heads * v)."""
+        batch, length = q_nope.shape[:2]
+        q = q_nope.permute(2, 0, 1, 3).flatten(1, 2) @ self.w_k  # (heads, B * Q, rank)
+        q = torch.cat([q.transpose(0, 1).view(batch, length, self.heads, self.rank), q_rope], dim=-1)
+        q = q.flatten(1, 2)  # (B, Q * heads, rank + rope)
+        if self.topk and span.end > self.topk * self.size:
+            latent = self._of_chosen_blocks(q, cache, span)
+        else:
+            keys, values = (x[self.layer][span.slots, : span.end] for x in (cache.keys, cache.values))
+            latent = self._attend(q, keys, values, span.future, length)
+        latent = latent.view(batch * length, self.heads, self.rank).transpose(0, 1)
+        return (latent @ self.w_v.transpose(1, 2)).transpose(0, 1).reshape(batch, length, -1)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, length: int) -> Tensor:
+        """q (B, Q * heads, W) over keys and values (B, T, …) but those `hidden` (B, Q, 1 or heads, T)."""
+        scores = torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
+        if hidden is not None:
+            scores.unflatten(1, (length, -1)).masked_fill_(hidden, -torch.inf)
+        probs = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        return (probs @ values)[..., : self.rank]  # the whole width: a slice of it would be copied first
+
+    def _of_chosen_blocks(self, q: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        """MoBA on latents: the gate of a block is the query's product with its mean entry, and only the own block and
+        the `topk - 1` best earlier ones are read.
+        """
+        keys, values, means = cache.keys[self.layer], cache.values[self.layer], cache.means[self.layer]
+        batch, blocks = len(q), means.shape[1]
+        own = span.own[:, :, None].expand(-1, -1, self.heads).reshape(batch, -1, 1)  # (B, Q * heads, 1)
+        count = span.end // self.size  # blocks that may be earlier ones
+        gates = q.float() @ means[span.slots, :count].transpose(1, 2)
+        gates.masked_fill_(torch.arange(count, device=q.device) >= own, -torch.inf)
+        best = gates.topk(min(self.topk - 1, count), dim=-1)
+        chosen = torch.cat([best.indices, own], dim=-1)  # (B, Q * heads, K)
+        slot = torch.arange(span.slots.start, span.slots.stop, device=q.device)[:, None, None]
+        index = (slot * blocks + chosen).flatten()
+        taken = [
+            x.view(-1, self.size * x.shape[-1]).index_select(0, index).view(q.shape[0] * q.shape[1], -1, x.shape[-1])
+            for x in ([keys] if values is keys else [keys, values])
+        ]
+        inside = torch.arange(self.size, device=q.device)
+        missing = (best.values == -torch.inf)[..., None].expand(-1, -1, -1, self.size).flatten(2)
+        behind = inside > (span.positions % self.size)[..., None]  # (B, Q, size)
+        behind = behind[:, :, None].expand(-1, -1, self.heads, -1).flatten(1, 2)
+        hidden = torch.cat([missing, behind], dim=-1).flatten(0, 1)[:, None, None]
+        return self._attend(q.flatten(0, 1)[:, None], taken[0], taken[-1], hidden, 1).view(*q.shape[:2], -1)
+
+
+def _norm(norm: RMSNorm) -> Product:
+    weight, eps = norm.weight, norm.eps
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _mlp(mlp: MLP, prepare) -> Product:
+    up = prepare(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    down = prepare(mlp.down_proj.weight)
+
+    def run(x: Tensor) -> Tensor:
+        gate, x = up(x).chunk(2, dim=-1)
+        return down(F.silu(gate) * x)
+
+    return run
+
+
+def _experts(moe: DeepseekMoE, prepare) -> Product:
+    """The experts in the form that suits their number and the device."""
+    experts = len(moe.experts.down_proj)
+    if moe.experts.down_proj.device.type != "cpu":
+        return _grouped(moe, prepare)
+    return (_all_at_once if experts <= 2 * moe.gate.topk else _one_by_one)(moe, prepare)
+
+
+def _all_at_once(moe: DeepseekMoE, prepare) -> Product:
+    """Every expert for every token, those not chosen at a gate of 0: where a token takes half of them or more, one
+    large product beats many small ones. Shared experts are further ones at a gate of 1.
+    """
+    gate, up = moe.experts.gate_up_proj.chunk(2, dim=1)  # (E, inner, hidden) each
+    inner, down = gate.shape[1], moe.experts.down_proj.transpose(1, 2).flatten(0, 1)  # (E * inner, hidden)
+    parts = [gate.flatten(0, 1)], [up.flatten(0, 1)], [down]
+    shared = 0
+    if moe.shared_experts is not None:
+        mlp = moe.shared_experts
+        shared = len(mlp.gate_proj.weight) // inner
+        for part, weight in zip(parts, (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T), strict=True):
+            part.append(weight)
+    gate_up, down = prepare(torch.cat([*parts[0], *parts[1]])), prepare(torch.cat(parts[2]).T.contiguous())
+    route, n_experts = moe.gate, moe.gate.n_experts
+
+    def run(x: Tensor) -> Tensor:
+        routing = route(x.flatten(0, -2))
+        weight = x.new_zeros(len(routing.index), n_experts + shared)
+        weight[:, n_experts:] = 1.0
+        weight.scatter_(1, routing.index, routing.gates.to(x.dtype))
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        activated = (F.silu(gate) * up).unflatten(-1, (-1, inner)) * weight.view(*x.shape[:-1], -1, 1)
+        return down(activated.flatten(-2))
+
+    return run
+
+
+def _one_by_one(moe: DeepseekMoE, prepare) -> Product:
+    """Each chosen expert for its own tokens."""
+    products = [
+        (prepare(up), prepare(down)) for up, down in zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
+    ]
+    shared = None if moe.shared_experts is None else _mlp(moe.shared_experts, prepare)
+
+    def run(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        index, gates = moe.gate(rows)[1:]
+        expert, order = index.flatten().sort()
+        token, weight = order // index.shape[1], gates.flatten()[order].to(x.dtype).unsqueeze(1)
+        pieces = rows[token].split(torch.bincount(expert, minlength=len(products)).tolist())
+        done = []
+        for piece, (up, down) in zip(pieces, products, strict=True):
+            if len(piece):
+                gate, wide = up(piece).chunk(2, dim=-1)
+                done.append(down(F.silu(gate) * wide))
+        out = torch.zeros_like(rows) if shared is None else shared(rows)
+        return out.index_add_(0, token, torch.cat(done) * weight).view_as(x)
+
+    return run
+
+
+def _grouped(moe: DeepseekMoE, prepare) -> Product:
+    """The model's own grouped products, which suit a GPU."""
+    shared = None if moe.shared_experts is None else _mlp(moe.shared_experts, prepare)
+
+    def run(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        routing = moe.gate(rows)
+        out = moe.experts(rows, routing.index, routing.gates)
+        return (out if shared is None else out + shared(rows)).view_as(x)
+
+    return run

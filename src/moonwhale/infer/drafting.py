@@ -1,0 +1,50 @@
+"""How many tokens the MTP modules shall draft: as many as pay, by what a cycle takes and how often guesses hold."""
+
+from collections import defaultdict, deque
+from statistics import median
+
+TRIED = 3  # cycles after which a depth's time counts as known
+AGAIN = 256  # cycles after which the other depths are tried anew
+HELD = 64.0  # guesses over which the share of those that held is averaged
+
+
+class Drafting:
+    """Chooses the depth, from 0 (off) to the number of modules, that gives the most tokens a second.
+
+    A cycle at depth d makes d guesses and verifies them in one forward, whose time is measured for each number of
+    sequences (in powers of 2). `fixed` takes the decision out of its hands.
+    """
+
+    def __init__(self, modules: int, fixed: int | None = None):
+        self.depths = range(modules + 1) if fixed is None else range(min(fixed, modules), min(fixed, modules) + 1)
+        self._seconds = defaultdict(lambda: deque(maxlen=2 * TRIED + 1))
+        self._held = [0.7] * modules  # hopeful, so that each depth is tried
+        self._cycles = 0
+
+    def depth(self, sequences: int) -> int:
+        """The depth of the next cycle."""
+        if len(self.depths) == 1:
+            return self.depths[0]
+        known = {d: self._seconds[sequences.bit_length(), d] for d in self.depths}
+        self._cycles += 1
+        if self._cycles % AGAIN == 0:
+            for seconds in known.values():
+                while len(seconds) >= TRIED:
+                    seconds.popleft()
+        untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
+        return untried[0] if untried else max(known, key=lambda d: self._gain(d) / median(known[d]))
+
+    def record(self, sequences: int, depth: int, seconds: float, held: list[int]) -> None:
+        """A cycle: how long it took, and how many guesses held in each sequence that made `depth` of them."""
+        self._seconds[sequences.bit_length(), depth].append(seconds)
+        for n in held:
+            for k in range(min(n + 1, depth)):  # a guess behind a wrong one was never put to the test
+                self._held[k] += ((k < n) - self._held[k]) / HELD
+
+    def _gain(self, depth: int) -> float:
+        """Tokens a sequence is expected to gain in a cycle."""
+        gain = reach = 1.0
+        for share in self._held[:depth]:
+            reach *= share
+            gain += reach
+        return gain

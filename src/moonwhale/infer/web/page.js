@@ -1,0 +1,234 @@
+// The chat page. Talks to the server it came from and to nothing else; conversations stay in localStorage.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const DEFAULTS = { system: "", temperature: 0.8, top_p: 1, min_p: 0.05, top_k: 0, repetition_penalty: 1, max_tokens: 256, seed: "", key: "" };
+const state = { model: "", conversations: load("conversations", []), current: null, settings: { ...DEFAULTS, ...load("settings", {}) }, busy: null };
+
+function load(name, otherwise) {
+  try { return JSON.parse(localStorage.getItem(`moonwhale.${name}`)) ?? otherwise; } catch { return otherwise; }
+}
+function save() {
+  try {
+    localStorage.setItem("moonwhale.conversations", JSON.stringify(state.conversations));
+    localStorage.setItem("moonwhale.settings", JSON.stringify(state.settings));
+  } catch { status("This browser keeps nothing: the conversations end with the page."); }
+}
+function status(text) { $("status").textContent = text; }
+function element(tag, attributes = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), attributes);
+  made.append(...children);
+  return made;
+}
+
+// --- conversations ---------------------------------------------------------------------------------------------------
+
+function begin() {
+  state.current = { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", messages: [] };
+  show();
+}
+function select(conversation) {
+  state.current = conversation;
+  closeMenu();
+  show();
+  $("text").focus();
+}
+function remove(conversation) {
+  state.conversations = state.conversations.filter((one) => one !== conversation);
+  save();
+  if (conversation === state.current) begin(); else show();
+}
+function show() {
+  $("conversations").replaceChildren(...state.conversations.map((one) => {
+    const open = element("button", { className: "title", textContent: one.title, onclick: () => select(one) });
+    open.setAttribute("aria-current", one === state.current);
+    const bin = element("button", { textContent: "✕", onclick: () => remove(one) });
+    bin.setAttribute("aria-label", `Delete “${one.title}”`);
+    return element("li", {}, open, bin);
+  }));
+  const { messages } = state.current;
+  $("messages").replaceChildren(...messages.map(bubble));
+  if (!messages.length) $("messages").append(element("p", { className: "empty", textContent: "A small model, so expect small talk." }));
+  $("messages").scrollTop = $("messages").scrollHeight;
+}
+function bubble(message, index) {
+  const who = { user: "You", assistant: "Moonwhale" }[message.role];
+  const made = element("article", { className: `message ${message.role}` });
+  made.append(element("h3", { textContent: who }), element("p", { textContent: message.content }));
+  if (message.role === "assistant") made.append(facts(message, index));
+  return made;
+}
+function facts(message, index) {
+  const row = element("div", { className: "facts" });
+  if (message.facts) row.append(element("span", { textContent: message.facts }));
+  if (message.content) {
+    const look = element("button", { type: "button", className: "quiet", textContent: "X-ray" });
+    look.onclick = () => xray(state.current.messages.slice(0, index + 1));
+    row.append(look);
+  }
+  return row;
+}
+
+// --- the server ------------------------------------------------------------------------------------------------------
+
+function headers() {
+  const key = state.settings.key;
+  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+}
+async function call(path, body, signal) {
+  const answer = await fetch(path, body ? { method: "POST", headers: headers(), body: JSON.stringify(body), signal } : { headers: headers() });
+  if (!answer.ok) {
+    const message = await answer.json().then((said) => said.error.message, () => `the server answered ${answer.status}`);
+    throw new Error(message);
+  }
+  return answer;
+}
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      const event = JSON.parse(line.slice(6));
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+function request() {
+  const { system, key, seed, ...numbers } = state.settings;
+  const said = state.current.messages.map(({ role, content }) => ({ role, content }));
+  const messages = system ? [{ role: "system", content: system }, ...said] : said;
+  return { model: state.model, messages, ...numbers, ...(seed === "" ? {} : { seed: Number(seed) }) };
+}
+
+async function ask(text) {
+  const conversation = state.current;
+  if (!conversation.messages.length) {
+    conversation.title = text.slice(0, 60);
+    state.conversations.unshift(conversation);
+  }
+  conversation.messages.push({ role: "user", content: text });
+  const body = { ...request(), stream: true, stream_options: { include_usage: true } };
+  const answer = { role: "assistant", content: "" };
+  conversation.messages.push(answer);
+  show();
+  state.busy = new AbortController();
+  working(true);
+  const shown = $("messages").lastElementChild.querySelector("p");
+  const start = performance.now();
+  let reason = "", tokens = 0;
+  try {
+    for await (const event of events(await call("v1/chat/completions", body, state.busy.signal))) {
+      if (event.usage) tokens = event.usage.completion_tokens;
+      for (const choice of event.choices) {
+        answer.content += choice.delta.content ?? "";
+        reason = choice.finish_reason ?? reason;
+      }
+      if (state.current === conversation) {
+        const box = $("messages"), atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
+        shown.textContent = answer.content;
+        if (atEnd) box.scrollTop = box.scrollHeight;
+      }
+    }
+    const speed = tokens / ((performance.now() - start) / 1000);
+    answer.facts = `${tokens} tokens, ${speed.toFixed(0)} a second${reason === "length" ? ", cut at the longest answer" : ""}`;
+    status("");
+  } catch (error) {
+    if (error.name === "AbortError") answer.facts = "stopped";
+    else fail(conversation, answer, text, error);
+  }
+  if (!answer.content) conversation.messages = conversation.messages.filter((one) => one !== answer);
+  working(false);
+  save();
+  if (state.current === conversation && !$("messages").querySelector(".error")) show();
+  $("text").focus();
+}
+function fail(conversation, answer, text, error) {
+  conversation.messages = conversation.messages.filter((one) => one !== answer && one.content !== text);
+  if (!conversation.messages.length) state.conversations = state.conversations.filter((one) => one !== conversation);
+  show();
+  const offline = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
+  $("messages").append(element("p", { className: "message error", textContent: offline, role: "alert" }));
+  if (!$("text").value) $("text").value = text;
+}
+function working(yes) {
+  $("send").hidden = yes;
+  $("stop").hidden = !yes;
+  if (yes) status("Writing…"); else { state.busy = null; if ($("status").textContent === "Writing…") status(""); }
+}
+
+// --- X-ray -----------------------------------------------------------------------------------------------------------
+
+async function xray(messages) {
+  status("Looking inside…");
+  try {
+    const said = messages.map(({ role, content }) => ({ role, content }));
+    const { url } = await (await call("xray", { model: state.model, messages: said })).json();
+    $("xray-frame").src = url;
+    $("xray").hidden = false;
+    $("close-xray").focus();
+    status("");
+  } catch (error) { status(error.message); }
+}
+
+// --- what the user does ----------------------------------------------------------------------------------------------
+
+function closeMenu() {
+  $("sidebar").classList.remove("open");
+  $("menu").setAttribute("aria-expanded", "false");
+}
+$("menu").onclick = () => $("menu").setAttribute("aria-expanded", $("sidebar").classList.toggle("open"));
+$("new").onclick = () => { begin(); closeMenu(); $("text").focus(); };
+$("stop").onclick = () => state.busy?.abort();
+$("close-xray").onclick = () => { $("xray").hidden = true; $("text").focus(); };
+$("composer").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("text").value.trim();
+  if (!text || state.busy) return;
+  $("text").value = "";
+  grow();
+  ask(text);
+};
+function grow() { $("text").style.height = "auto"; $("text").style.height = `${$("text").scrollHeight + 2}px`; }
+$("text").oninput = grow;
+$("text").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("composer").requestSubmit(); }
+};
+document.onkeydown = (event) => {
+  if (event.key !== "Escape") return;
+  if (!$("xray").hidden) $("close-xray").click(); else if (state.busy) state.busy.abort(); else closeMenu();
+};
+$("open-settings").onclick = () => {
+  const form = $("settings").querySelector("form");
+  for (const [name, value] of Object.entries(state.settings)) form.elements[name].value = value;
+  $("settings").returnValue = "";
+  $("settings").showModal();
+};
+$("settings").onclose = () => {
+  const chosen = $("settings").returnValue;
+  if (chosen === "defaults") state.settings = { ...DEFAULTS };
+  if (chosen === "save") {
+    for (const [name, value] of new FormData($("settings").querySelector("form"))) {
+      state.settings[name] = typeof DEFAULTS[name] === "number" ? Number(value) : value;
+    }
+  }
+  save();
+  if (chosen && !state.model) connect();
+};
+async function connect() {
+  try {
+    const { data: [model] } = await (await call("v1/models")).json();
+    state.model = model.id;
+    $("model").textContent = `${model.id}, context ${model.context.toLocaleString("en")}`;
+    status("");
+  } catch (error) { status(error instanceof TypeError ? "The server does not answer." : error.message); }
+}
+
+begin();
+connect();
+$("text").focus();

@@ -1,0 +1,47 @@
+"""A server in a thread, for the tests of the server and of its page."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import uvicorn
+
+NAME = "tiny"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+class Running:
+    """A server in a thread, on a free port of the loopback."""
+
+    def __init__(self, app):
+        self.app, self.listener = app, socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.listener]}, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the server did not shut down"
+
+    def post(self, path="/v1/chat/completions", **body):
+        data = json.dumps({"model": NAME, "messages": HELLO} | body)  # httpx itself lets no broken text through
+        return httpx.post(self.url + path, content=data, headers={"content-type": "application/json"}, timeout=20)
+
+    def health(self):
+        return httpx.get(self.url + "/health").json()
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    def comes_to_rest(self) -> bool:
+        return any(self.health()["running"] == self.health()["waiting"] == 0 or time.sleep(0.05) for _ in range(100))
