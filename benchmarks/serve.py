@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def serving(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
             yield re.search(r"http://[\d.:]+", line)[0], psutil.Process(process.pid)
         finally:
             process.terminate()
-            if process.wait(20) != 0:
+            if process.wait(20) not in (0, -signal.SIGTERM):
                 print(f"the server ended with {process.returncode}", file=sys.stderr)
 
 

@@ -50,10 +50,10 @@ def step() -> str:
 
 def figures() -> str:
     """What the benchmarks say, a line for each question."""
-    return figures_table(*map(read, ("train", "moba", "optimizer", "quality")))
+    return figures_table(*map(read, ("train", "moba", "optimizer", "quality", "decode", "serve")))
 
 
-def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict) -> str:
+def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict, decode: dict, serve: dict) -> str:
     over = [f"{train[f'vs_transformers_{mode}']:.2f}×" for mode in ("fp32", "autocast", "bf16")]
     bits, seeds = quality["bits_per_byte"], optimizer["tokens_vs_adamw_by_seed"]
     sparse = [f"{moba[f'fwd_{case}']:.1f}× and {moba[f'fwdbwd_{case}']:.1f}×" for case in ("1k", "16k", "32k")]
@@ -87,6 +87,7 @@ def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict) -> st
     }
     if "nanochat" in bits:
         lines["nanochat"] = (f"{bits['nanochat']:.3f}", "quality")
+    lines |= inference_lines(decode, serve)
     rows = [f"| {what} | {figure} | [{name}.py](benchmarks/{name}.py) |" for what, (figure, name) in lines.items()]
     machine = train["environment"]
     where = (
@@ -95,6 +96,43 @@ def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict) -> st
         "interleaved, medians. No GPU was at hand: not measured there."
     )
     return "\n".join(["| what | figure | script |", "|---|---|---|", *rows, "", where])
+
+
+def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
+    """The figures of decoding and of the server, and whose they are."""
+    beside = [f"{decode[f'{bits}_{n}']:.1f}×" for bits in ("bf16", "int8") for n in (128, 1024)]
+    cache = decode["cache_bytes_per_token"]["seed_190m"]
+    bits = decode["bits_per_byte"]
+    held = ", ".join(f"{share:.0%}" for share in decode["acceptance"])
+    short, long = (f"{n // 1024} k" for n in decode["moba_contexts"])
+    return {
+        "tokens/s in decoding, `seed_190m`'s shapes, batch 1, beside transformers' `generate` in bf16: bf16 at 128 and "
+        "1,024 tokens of context; int8": (f"{', '.join(beside[:2])}; {', '.join(beside[2:])}", "decode"),
+        f"MoBA: time a token at {long} of context beside {short}; full attention's at {long} beside MoBA's": (
+            f"{decode['moba_growth']:.2f}×; {decode['moba_32k']:.1f}×",
+            "decode",
+        ),
+        "bytes a token leaves in the cache of `seed_190m`, and in multi-head attention's": (
+            f"{cache['latent_allocated']:,.0f}; {cache['multi_head']:,}",
+            "decode",
+        ),
+        "MTP drafts of the demo model: tokens a forward, guesses that held, speed of `auto` beside none": (
+            f"{decode['tokens_per_forward']:.2f}; {held}; {decode['auto_vs_off']:.2f}×",
+            "decode",
+        ),
+        "held-out bits per byte of the demo model in fp32, bf16, int8": (
+            ", ".join(f"{bits[name]:.3f}" for name in ("fp32", "bf16", "int8")),
+            "decode",
+        ),
+        f"server: {serve['clients']} streaming clients, errors, throughput beside one client's": (
+            f"{serve['errors']}; {serve['throughput_vs_one']:.1f}×",
+            "serve",
+        ),
+        f"{serve['malformed_requests']:,} malformed requests: 5xx, hangs, leaks": (
+            f"{serve['server_errors']}, {serve['hangs']}, {serve['leaks']}",
+            "serve",
+        ),
+    }
 
 
 def step_table(result: dict) -> str:

@@ -54,19 +54,27 @@ def test_the_table_of_figures():
     optimizer = {"muonclip_share": 0.071, "qkclip_share": 0.012, "tokens_vs_adamw": 0.58}
     optimizer |= {"tokens_vs_adamw_by_seed": {"1": 0.5, "2": 0.58, "3": 0.6}}
     quality = {"bits_per_byte": {"ours": 1.9, "dense": 2.2}, "seconds": {"ours": 240.3}}
-    table = update_readme().figures_table(train, moba, optimizer, quality)
+    decode = {"bf16_128": 2.1, "bf16_1024": 4.2, "int8_128": 3.3, "int8_1024": 6.4, "moba_growth": 1.25}
+    decode |= {"moba_32k": 3.5, "moba_contexts": [4096, 32768], "tokens_per_forward": 1.61, "acceptance": [0.61]}
+    decode |= {"auto_vs_off": 1.02, "bits_per_byte": {"fp32": 1.8, "bf16": 1.801, "int8": 1.804}}
+    decode["cache_bytes_per_token"] = {"seed_190m": {"latent_allocated": 3584.0, "multi_head": 30720}}
+    serve = {"clients": 64, "errors": 0, "throughput_vs_one": 7.7, "malformed_requests": 10000}
+    serve |= {"server_errors": 0, "hangs": 0, "leaks": 0}
+    table = update_readme().figures_table(train, moba, optimizer, quality, decode, serve)
     for name, figures in {
         "train": ["2.01×, 1.52×, 1.33×", "0.91×", "62%", "0.48×"],
         "moba": ["1.1× and 1.1×; 2.2× and 2.2×; 3.3× and 3.3×"],
         "optimizer": ["7.1%; 1.2%", "0.58×"],
         "quality": ["1.900", "2.200"],
+        "decode": ["2.1×, 4.2×; 3.3×, 6.4×", "1.25×; 3.5×", "3,584; 30,720", "1.61; 61%; 1.02×", "1.800, 1.801, 1.804"],
+        "serve": ["0; 7.7×", "0, 0, 0"],
     }.items():
         lines = [line for line in table.splitlines() if f"benchmarks/{name}.py" in line]
         assert len(lines) == len(figures) and all(f in line for f, line in zip(figures, lines, strict=True))
     assert "3 seeds" in table and "240 s" in table and "a CPU, 3 threads on 4 cores" in table
     assert "nanochat" not in table
     quality["bits_per_byte"]["nanochat"] = 1.95
-    assert "| nanochat | 1.950 |" in update_readme().figures_table(train, moba, optimizer, quality)
+    assert "| nanochat | 1.950 |" in update_readme().figures_table(train, moba, optimizer, quality, decode, serve)
 
 
 def test_demo_step_refuses_models_that_differ():

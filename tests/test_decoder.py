@@ -33,6 +33,20 @@ def tokens(*shape, seed=0):
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "long"])
+def long(request, monkeypatch):
+    """At these lengths a step reads everything or only the chosen blocks, as it comes; then the latter throughout."""
+    if request.param:
+        monkeypatch.setattr(decoder_module._Attention, "_of_all", _as_if_long)
+
+
+_of_all = decoder_module._Attention._of_all
+
+
+def _as_if_long(self, q, cache, span, best):
+    return _of_all(self, q, cache, span, best) if best is None else self._of_chosen(q, cache, span, best)
+
+
 def run(decoder, ids, cuts, cache=None, slot=0):
     """Hidden states (1, T, hidden) of ids (1, T), run in spans of those lengths."""
     cache, out, at = cache or decoder.cache(), [], 0
@@ -125,17 +139,17 @@ def test_the_mtp_chain_is_the_models(model):
 
 @torch.inference_mode()
 def test_a_step_reads_only_the_chosen_blocks(tiny_model, monkeypatch):
-    """Keys that a step multiplies do not grow with the context."""
+    """However long the context: topk blocks of each head, or everything once where that is less."""
     decoder, seen = Decoder(tiny_model(**MOBA)), []
-    attend = decoder_module._Attention._attend
+    scores = decoder_module._Attention._scores
 
-    def noted(self, q, keys, *rest):
-        seen.append(keys.shape[-2])
-        return attend(self, q, keys, *rest)
+    def noted(self, q, keys):
+        seen.append(keys.shape[0] * keys.shape[1])
+        return scores(self, q, keys)
 
-    monkeypatch.setattr(decoder_module._Attention, "_attend", noted)
+    monkeypatch.setattr(decoder_module._Attention, "_scores", noted)
     run(decoder, tokens(1, 60), [40] + [1] * 20)
-    assert set(seen) == {8}
+    assert set(seen) == {3 * 2 * 4}
 
 
 @torch.inference_mode()
@@ -193,7 +207,11 @@ def test_mutants_are_caught(tiny_model, monkeypatch):
         patch.setattr(decoder_module, "rotation_table", lambda c, p, d: right(c, p - p[:, :1], d))
         caught(check)
     with monkeypatch.context() as patch:  # a step takes the full attention
-        patch.setattr(decoder_module._Attention, "_of_chosen_blocks", _everything)
+        patch.setattr(decoder_module._Attention, "_of_chosen", _everything)
+        caught(check)
+    with monkeypatch.context() as patch:  # the gate takes the worst
+        right_choice = decoder_module._Attention._choose
+        patch.setattr(decoder_module._Attention, "_choose", lambda self, q, c, s: right_choice(self, -q, c, s))
         caught(check)
 
 
@@ -202,6 +220,5 @@ def _without_means(self, latent, k_rope, cache, span):
     cache.keys[self.layer].flatten(0, 1).index_copy_(0, span.place, entry.flatten(0, 1))
 
 
-def _everything(self, q, cache, span):
-    keys = cache.keys[self.layer][span.slots, : span.end]
-    return self._attend(q, keys, keys, span.future, span.length)
+def _everything(self, q, cache, span, best):
+    return self._of_all(q, cache, span, None)

@@ -39,17 +39,23 @@ class Span:
         self.slots = slice(first, first + len(start))
         begin = torch.tensor(start, device=device)
         self.positions = begin[:, None] + torch.arange(length, device=device)  # (B, Q)
-        slot = torch.arange(first, first + len(start), device=device)[:, None]
-        self.place = (slot * cache.length + self.positions).flatten()  # of each token among all slots' entries
+        self.slot = torch.arange(first, first + len(start), device=device)[:, None]
+        self.place = (self.slot * cache.length + self.positions).flatten()  # of each token among all slots' entries
         cos, sin = rotation_table(config, self.positions, dtype)
         self.rotation = cos.transpose(1, 2), sin.transpose(1, 2)  # (B, Q, 1, rope / 2)
         self.future = None  # (B, Q, 1, end) what lies behind a token
         if len(start) > 1 or length > 1:
             self.future = (torch.arange(self.end, device=device) > self.positions[..., None])[:, :, None]
-        size = config.moba_block_size
-        self.own = self.positions // size  # (B, Q) a token's own block
+        self._blocks(config.moba_block_size, device)
+
+    def _blocks(self, size: int, device) -> None:
+        """What MoBA needs to know."""
+        self.own = (self.positions // size)[:, :, None, None]  # (B, Q, 1, 1) a token's own block
+        self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
+        self.not_earlier = torch.arange(self.full, device=device) >= self.own  # (B, Q, 1, full)
+        self.behind = torch.arange(size, device=device) > (self.positions % size)[..., None]  # (B, Q, size)
         self.filled = [  # blocks whose last token is among these
-            (i, block) for i, n in enumerate(start) for block in range(n // size, (n + length) // size)
+            (i, block) for i, n in enumerate(self.start) for block in range(n // size, (n + self.length) // size)
         ]
 
 
@@ -145,8 +151,8 @@ class _Attention:
         if self.q_up:
             q = self.q_up(self.q_norm(q))
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
-        q_rope = rotate(q_rope, span.rotation, self.interleaved)
-        k_rope = rotate(k_rope.unsqueeze(2), span.rotation, self.interleaved).squeeze(2)
+        rotated = rotate(torch.cat([q_rope, k_rope.unsqueeze(2)], dim=2), span.rotation, self.interleaved)
+        q_rope, k_rope = rotated[:, :, :-1], rotated[:, :, -1]
         self._remember(self.kv_norm(latent), k_rope, cache, span)
         if span.length >= MANY:
             out = self._expanded(torch.cat([q_nope, q_rope], dim=-1), cache, span)
@@ -197,47 +203,56 @@ class _Attention:
         batch, length = q_nope.shape[:2]
         q = q_nope.permute(2, 0, 1, 3).flatten(1, 2) @ self.w_k  # (heads, B * Q, rank)
         q = torch.cat([q.transpose(0, 1).view(batch, length, self.heads, self.rank), q_rope], dim=-1)
-        q = q.flatten(1, 2)  # (B, Q * heads, rank + rope)
-        if self.topk and span.end > self.topk * self.size:
-            latent = self._of_chosen_blocks(q, cache, span)
+        if not self.topk or span.end <= self.topk * self.size:
+            latent = self._of_all(q, cache, span, None)
+        elif span.end <= self.heads * self.topk * self.size:
+            latent = self._of_all(q, cache, span, self._choose(q, cache, span))
         else:
-            keys, values = (x[self.layer][span.slots, : span.end] for x in (cache.keys, cache.values))
-            latent = self._attend(q, keys, values, span.future, length)
+            latent = self._of_chosen(q, cache, span, self._choose(q, cache, span))
         latent = latent.view(batch * length, self.heads, self.rank).transpose(0, 1)
         return (latent @ self.w_v.transpose(1, 2)).transpose(0, 1).reshape(batch, length, -1)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, length: int) -> Tensor:
-        """q (B, Q * heads, W) over keys and values (B, T, …) but those `hidden` (B, Q, 1 or heads, T)."""
-        scores = torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
-        if hidden is not None:
-            scores.unflatten(1, (length, -1)).masked_fill_(hidden, -torch.inf)
-        probs = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        return (probs @ values)[..., : self.rank]  # the whole width: a slice of it would be copied first
-
-    def _of_chosen_blocks(self, q: Tensor, cache: LatentCache, span: Span) -> Tensor:
-        """MoBA on latents: the gate of a block is the query's product with its mean entry, and only the own block and
-        the `topk - 1` best earlier ones are read.
+    def _choose(self, q: Tensor, cache: LatentCache, span: Span) -> torch.return_types.topk:
+        """MoBA's gate on latents, a query's product with a block's mean entry: the values and indices of the `topk - 1`
+        best earlier blocks, (B, Q, heads, topk - 1) each. The value is -inf where there are fewer.
         """
-        keys, values, means = cache.keys[self.layer], cache.values[self.layer], cache.means[self.layer]
-        batch, blocks = len(q), means.shape[1]
-        own = span.own[:, :, None].expand(-1, -1, self.heads).reshape(batch, -1, 1)  # (B, Q * heads, 1)
-        count = span.end // self.size  # blocks that may be earlier ones
-        gates = q.float() @ means[span.slots, :count].transpose(1, 2)
-        gates.masked_fill_(torch.arange(count, device=q.device) >= own, -torch.inf)
-        best = gates.topk(min(self.topk - 1, count), dim=-1)
-        chosen = torch.cat([best.indices, own], dim=-1)  # (B, Q * heads, K)
-        slot = torch.arange(span.slots.start, span.slots.stop, device=q.device)[:, None, None]
-        index = (slot * blocks + chosen).flatten()
+        means = cache.means[self.layer][span.slots, : span.full]
+        gates = (q.float().flatten(1, 2) @ means.transpose(1, 2)).view(*q.shape[:3], -1)
+        return gates.masked_fill_(span.not_earlier, -torch.inf).topk(min(self.topk - 1, span.full), dim=-1)
+
+    def _of_all(self, q: Tensor, cache: LatentCache, span: Span, best: torch.return_types.topk | None) -> Tensor:
+        """Reads every entry, once for all heads; with `best`, only the own block and those count."""
+        keys, values = (x[self.layer][span.slots, : span.end] for x in (cache.keys, cache.values))
+        scores = self._scores(q.flatten(1, 2), keys).view(*q.shape[:3], -1)
+        if best is not None:
+            bias = scores.new_full((*q.shape[:3], span.full + 1), -torch.inf)
+            bias.scatter_(3, best.indices, 0.0).scatter_(3, span.own.expand(-1, -1, self.heads, -1), 0.0)
+            scores += bias.repeat_interleave(self.size, dim=3)[..., : span.end]
+        if span.future is not None:
+            scores.masked_fill_(span.future, -torch.inf)
+        return self._sum(scores.flatten(1, 2), values)
+
+    def _of_chosen(self, q: Tensor, cache: LatentCache, span: Span, best: torch.return_types.topk) -> Tensor:
+        """Reads the chosen blocks and no others, for each head its own."""
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        queries = q.shape[0] * q.shape[1] * self.heads
+        chosen = torch.cat([best.indices, span.own.expand(-1, -1, self.heads, -1)], dim=-1).flatten(1)
+        index = (span.slot * (cache.length // self.size) + chosen).flatten()
         taken = [
-            x.view(-1, self.size * x.shape[-1]).index_select(0, index).view(q.shape[0] * q.shape[1], -1, x.shape[-1])
+            x.view(-1, self.size * x.shape[-1]).index_select(0, index).view(queries, -1, x.shape[-1])
             for x in ([keys] if values is keys else [keys, values])
         ]
-        inside = torch.arange(self.size, device=q.device)
-        missing = (best.values == -torch.inf)[..., None].expand(-1, -1, -1, self.size).flatten(2)
-        behind = inside > (span.positions % self.size)[..., None]  # (B, Q, size)
-        behind = behind[:, :, None].expand(-1, -1, self.heads, -1).flatten(1, 2)
-        hidden = torch.cat([missing, behind], dim=-1).flatten(0, 1)[:, None, None]
-        return self._attend(q.flatten(0, 1)[:, None], taken[0], taken[-1], hidden, 1).view(*q.shape[:2], -1)
+        missing = (best.values == -torch.inf)[..., None].expand(-1, -1, -1, -1, self.size).flatten(3)
+        behind = span.behind[:, :, None].expand(-1, -1, self.heads, -1)
+        hidden = torch.cat([missing, behind], dim=-1).view(queries, 1, -1)
+        return self._sum(self._scores(q.view(queries, 1, -1), taken[0]).masked_fill_(hidden, -torch.inf), taken[-1])
+
+    def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        return torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
+
+    def _sum(self, scores: Tensor, values: Tensor) -> Tensor:
+        probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+        return (probs @ values)[..., : self.rank]  # the whole width: a slice of it would be copied first
 
 
 def _norm(norm: RMSNorm) -> Product:

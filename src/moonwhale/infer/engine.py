@@ -22,6 +22,7 @@ from moonwhale.infer.scheduler import Request, Scheduler
 from moonwhale.infer.text import TextStream, TokenBytes
 from moonwhale.model import MoonwhaleForCausalLM
 
+CACHE = 32_000_000  # bytes of weights that stay in a CPU's cache, where fewer bits gain nothing and conversions cost
 Prompt = str | list[int] | list[dict]  # a text to continue, ids as they are, or chat messages to answer
 
 
@@ -84,8 +85,8 @@ class Engine:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", precision: str = "auto", **options) -> "Engine":
-        """Opens a checkpoint folder on a device, with weights in fp32, bf16 or int8 (`auto`: what is fast there and as
-        good as fp32). Options are those of the constructor.
+        """Opens a checkpoint folder on a device, with weights in fp32, bf16 or int8; `auto` is the training's precision
+        there, but fp32 for what a CPU's cache can hold. Options are those of the constructor.
 
         Raises UserError as `open_checkpoint` and `precision.choose`, and for int8 off the CPU.
         """
@@ -93,6 +94,9 @@ class Engine:
         choice = precisions.choose(device, "bf16" if int8 else precision)
         if int8 and choice.device.type != "cpu":
             raise UserError(f"--precision: int8 is for CPUs, not for {choice.device} (give bf16, or --device cpu)")
+        if precision == "auto" and choice.device.type == "cpu":
+            weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+            choice = precisions.choose(device, "fp32") if weights < CACHE else choice
         model, tokenizer = open_checkpoint(folder, choice.dtype)
         return cls(model.to(choice.device), tokenizer, int8=int8, **options)
 

@@ -112,7 +112,8 @@ async function ask(text) {
     conversation.title = text.slice(0, 60);
     state.conversations.unshift(conversation);
   }
-  conversation.messages.push({ role: "user", content: text });
+  const question = { role: "user", content: text };
+  conversation.messages.push(question);
   const body = { ...request(), stream: true, stream_options: { include_usage: true } };
   const answer = { role: "assistant", content: "" };
   conversation.messages.push(answer);
@@ -140,7 +141,7 @@ async function ask(text) {
     status("");
   } catch (error) {
     if (error.name === "AbortError") answer.facts = "stopped";
-    else fail(conversation, answer, text, error);
+    else fail(conversation, [question, answer], error);
   }
   if (!answer.content) conversation.messages = conversation.messages.filter((one) => one !== answer);
   working(false);
@@ -148,13 +149,13 @@ async function ask(text) {
   if (state.current === conversation && !$("messages").querySelector(".error")) show();
   $("text").focus();
 }
-function fail(conversation, answer, text, error) {
-  conversation.messages = conversation.messages.filter((one) => one !== answer && one.content !== text);
+function fail(conversation, unsaid, error) {
+  conversation.messages = conversation.messages.filter((one) => !unsaid.includes(one));
   if (!conversation.messages.length) state.conversations = state.conversations.filter((one) => one !== conversation);
   show();
   const offline = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
   $("messages").append(element("p", { className: "message error", textContent: offline, role: "alert" }));
-  if (!$("text").value) $("text").value = text;
+  if (!$("text").value) $("text").value = unsaid[0].content;
 }
 function working(yes) {
   $("send").hidden = yes;
