@@ -2,7 +2,8 @@
 
 DeepSeek-V3's format knows MLA, the experts and MTP modules of one block, under the names our weights have anyway. It
 knows no MoBA: what is exported attends to everything, which is the same model as long as the chosen blocks cover the
-context. `moonwhale.json` beside it keeps what got lost, for the way back.
+context. `moonwhale.json` beside it keeps what got lost, for the way back. GGUF is the same model in one file, without
+MTP and the way back.
 """
 
 import shutil
@@ -15,6 +16,7 @@ from moonwhale.options import Parser
 
 FORMATS = {
     "deepseek": "plain DeepSeek-V3, which transformers loads with no code of ours",
+    "gguf": "a GGUF file, model.gguf, for llama.cpp",
     "code": "with our model's code in it, for trust_remote_code",
     "moonwhale": "ours again, from a DeepSeek-V3 folder",
 }
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
     from moonwhale.infer.checkpoint import quiet
 
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    write = {"deepseek": to_deepseek, "code": to_code, "moonwhale": from_deepseek}[args.to]
+    write = {"deepseek": to_deepseek, "gguf": to_gguf, "code": to_code, "moonwhale": from_deepseek}[args.to]
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -71,17 +73,10 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     from moonwhale.infer.checkpoint import open_checkpoint
 
     model, tokenizer = open_checkpoint(folder, dtype)
-    config, notes = model.config, []
-    if config.moba_key_conv:
-        raise UserError(f"{folder}: DeepSeek-V3's format has no convolution on keys (moba_key_conv is set): --to code")
+    config = model.config
+    notes = _without_moba(folder, config, config.num_blocks)
     if config.scoring_func != "sigmoid":
         raise UserError(f"{folder}: DeepSeek-V3's router scores by sigmoid, not {config.scoring_func}: --to code")
-    covered = config.moba_topk * config.moba_block_size
-    if any(map(config.is_moba_layer, range(config.num_blocks))) and covered < config.max_position_embeddings:
-        notes.append(
-            f"warning: MoBA is left out: from token {covered + 1:,} on this model attends to chosen blocks, "
-            "and the exported one to everything"
-        )
     weights, n = model.state_dict(), config.num_hidden_layers
     modules = config.num_nextn_predict_layers
     if any(blocks > 1 for blocks in config.mtp_blocks):
@@ -102,6 +97,41 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     tokenizer.save_pretrained(out)
     config.to_json_file(out / KEPT, use_diff=False)
     return notes
+
+
+def to_gguf(folder: Path, out: Path, dtype) -> list[str]:
+    """Writes `model.gguf` for llama.cpp; returns what a user should know of the difference, a line each.
+
+    Raises:
+        UserError: for a model that llama.cpp cannot run, or without the package gguf.
+    """
+    from moonwhale.gguf_export import write_gguf
+    from moonwhale.infer.checkpoint import open_checkpoint
+
+    model, tokenizer = open_checkpoint(folder)  # fp32, as what stays fp32 in the file comes from there
+    config = model.config
+    notes = _without_moba(folder, config, config.num_hidden_layers)
+    if config.num_nextn_predict_layers:
+        notes.append("warning: MTP is left out: the file holds the main model only")
+    if config.rms_norm_eps != 1e-6:
+        notes.append(
+            f"warning: llama.cpp norms latents with rms_norm_eps={config.rms_norm_eps} too, this model with 1e-06"
+        )
+    write_gguf(out / "model.gguf", folder, model, tokenizer, dtype)
+    return notes
+
+
+def _without_moba(folder: Path, config, blocks: int) -> list[str]:
+    """A line on what full attention in the first `blocks` blocks changes, if it does. Refuses a convolution on keys."""
+    if config.moba_key_conv:
+        raise UserError(f"{folder}: DeepSeek-V3's format has no convolution on keys (moba_key_conv is set): --to code")
+    covered = config.moba_topk * config.moba_block_size
+    if covered >= config.max_position_embeddings or not any(map(config.is_moba_layer, range(blocks))):
+        return []
+    return [
+        f"warning: MoBA is left out: from token {covered + 1:,} on this model attends to chosen blocks, "
+        "and the exported one to everything"
+    ]
 
 
 def to_code(folder: Path, out: Path, dtype) -> list[str]:
