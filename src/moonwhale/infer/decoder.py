@@ -33,7 +33,10 @@ Product = Callable[[Tensor], Tensor]
 class Span:
     """Where Q new tokens of each of B sequences go: sequence i sits in slot `first + i` and has `start[i]` tokens."""
 
-    def __init__(self, config, cache: LatentCache, first: int, start: list[int], length: int, dtype: torch.dtype):
+    def __init__(
+        self, size: int, rotation: tuple[Tensor, Tensor], cache: LatentCache, first: int, start: list[int], length: int
+    ):
+        """`size` is a MoBA block's, `rotation` the cosines and sines (T, rope / 2) of all positions."""
         device = cache.device
         self.start, self.length, self.end = start, length, max(start) + length
         self.slots = slice(first, first + len(start))
@@ -41,12 +44,11 @@ class Span:
         self.positions = begin[:, None] + torch.arange(length, device=device)  # (B, Q)
         self.slot = torch.arange(first, first + len(start), device=device)[:, None]
         self.place = (self.slot * cache.length + self.positions).flatten()  # of each token among all slots' entries
-        cos, sin = rotation_table(config, self.positions, dtype)
-        self.rotation = cos.transpose(1, 2), sin.transpose(1, 2)  # (B, Q, 1, rope / 2)
+        self.rotation = tuple(table[self.positions].unsqueeze(2) for table in rotation)  # (B, Q, 1, rope / 2)
         self.future = None  # (B, Q, 1, end) what lies behind a token
         if len(start) > 1 or length > 1:
             self.future = (torch.arange(self.end, device=device) > self.positions[..., None])[:, :, None]
-        self._blocks(config.moba_block_size, device)
+        self._blocks(size, device)
 
     def _blocks(self, size: int, device) -> None:
         """What MoBA needs to know."""
@@ -72,6 +74,11 @@ class Decoder:
         self.config = model.config
         self.embedding = body.embed_tokens.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        reach = (
+            self.config.max_position_embeddings + 2 * len(body.mtp_modules) + 1
+        )  # drafts may look beyond the context
+        positions = torch.arange(reach, device=self.device)[None]
+        self.rotation = tuple(table[0, 0] for table in rotation_table(self.config, positions, self.dtype))
         self.main = [_Block(block, prepare) for block in body.main_blocks]
         self.modules = [_Module(module, prepare) for module in body.mtp_modules]
         self.norm = _norm(body.norm)
@@ -82,7 +89,7 @@ class Decoder:
         return LatentCache(self.config, self.dtype, self.device)
 
     def span(self, cache: LatentCache, first: int, start: list[int], length: int) -> Span:
-        return Span(self.config, cache, first, start, length, self.dtype)
+        return Span(self.config.moba_block_size, self.rotation, cache, first, start, length)
 
     def run(self, tokens: Tensor, cache: LatentCache, span: Span) -> Tensor:
         """The normed hidden states (B, Q, hidden) of new tokens (B, Q), whose entries go into the cache."""
@@ -248,11 +255,15 @@ class _Attention:
         return self._sum(self._scores(q.view(queries, 1, -1), taken[0]).masked_fill_(hidden, -torch.inf), taken[-1])
 
     def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        if len(q) == 1:  # a batch of one: the product for batches would copy the keys first
+            return F.linear(q[0], keys[0]).mul_(self.scale).unsqueeze(0)
         return torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
 
     def _sum(self, scores: Tensor, values: Tensor) -> Tensor:
         probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        return (probs @ values)[..., : self.rank]  # the whole width: a slice of it would be copied first
+        # Over the whole width: a slice of it would be copied first.
+        summed = (probs[0] @ values[0]).unsqueeze(0) if len(probs) == 1 else probs @ values
+        return summed[..., : self.rank]
 
 
 def _norm(norm: RMSNorm) -> Product:

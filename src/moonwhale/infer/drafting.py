@@ -5,7 +5,8 @@ from statistics import median
 
 TRIED = 3  # cycles after which a depth's time counts as known
 AGAIN = 256  # cycles after which the other depths are tried anew
-HELD = 64.0  # guesses over which the share of those that held is averaged
+HELD = 64  # guesses over which the share of those that held is averaged
+MARGIN = 1.05  # a depth has to promise this much more than none: reading prompts takes longer with modules, too
 
 
 class Drafting:
@@ -18,7 +19,7 @@ class Drafting:
     def __init__(self, modules: int, fixed: int | None = None):
         self.depths = range(modules + 1) if fixed is None else range(min(fixed, modules), min(fixed, modules) + 1)
         self._seconds = defaultdict(lambda: deque(maxlen=2 * TRIED + 1))
-        self._held = [0.7] * modules  # hopeful, so that each depth is tried
+        self._held, self._tested = [0.5] * modules, [0] * modules
         self._cycles = 0
 
     def depth(self, sequences: int) -> int:
@@ -32,14 +33,17 @@ class Drafting:
                 while len(seconds) >= TRIED:
                     seconds.popleft()
         untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
-        return untried[0] if untried else max(known, key=lambda d: self._gain(d) / median(known[d]))
+        if untried:
+            return untried[0]
+        return max(known, key=lambda d: self._gain(d) / median(known[d]) / (MARGIN if d else 1))
 
     def record(self, sequences: int, depth: int, seconds: float, held: list[int]) -> None:
         """A cycle: how long it took, and how many guesses held in each sequence that made `depth` of them."""
         self._seconds[sequences.bit_length(), depth].append(seconds)
         for n in held:
             for k in range(min(n + 1, depth)):  # a guess behind a wrong one was never put to the test
-                self._held[k] += ((k < n) - self._held[k]) / HELD
+                self._tested[k] = min(self._tested[k] + 1, HELD)
+                self._held[k] += ((k < n) - self._held[k]) / self._tested[k]
 
     def _gain(self, depth: int) -> float:
         """Tokens a sequence is expected to gain in a cycle."""

@@ -6,18 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGE = 1 << 18  # numbers of an fp32 weight from which oneDNN's product is the faster for a single row
 FEW = 8  # rows up to which torch's 8-bit product beats widening the weights first
 
 
 def linear(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Callable[[Tensor], Tensor]:
     """`x -> x @ weight.T + bias` for x (…, in) and weight (out, in), in the weight's dtype.
 
-    On a CPU a bf16 weight is laid out as oneDNN wants it: for one row that is twice as fast as `F.linear`, and reads
-    memory as fast as it goes. With `int8`, a row of the weight is stored as whole numbers from -127 to 127 and a scale.
+    On a CPU a bf16 or large weight is laid out as oneDNN wants it: for one row that is twice as fast as `F.linear`, and
+    reads memory as fast as it goes. With `int8`, a row of the weight is whole numbers from -127 to 127 and a scale.
     """
     if int8:
         return _int8(weight, bias)
-    if weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and _can_pack():
+    pays = weight.dtype is torch.bfloat16 or (weight.dtype is torch.float32 and weight.numel() >= LARGE)
+    if weight.device.type == "cpu" and pays and _can_pack():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
         def product(x: Tensor) -> Tensor:
