@@ -75,7 +75,7 @@ class Theirs:
             min_new_tokens=TOKENS,
             do_sample=False,
         )
-        self.cache.crop(self.prompt.shape[1] - 1)
+        self.cache.crop(self.prompt.shape[1] - 1 - self.cache.get_seq_length())
         return out
 
 
@@ -176,7 +176,8 @@ def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
     turn = itertools.count()
     contenders = {name: lambda ids, engine=engine: engine.generate([ids], **greedy) for name, engine in engines.items()}
     seconds = timed_rounds(contenders, lambda: beginnings[next(turn) % len(beginnings)], rounds)["seconds"]
-    accepted = zip(*(answer.acceptance for answer in answers), strict=False)
+    depths = range(model.config.num_nextn_predict_layers)
+    accepted = [[a.acceptance[depth] for a in answers if len(a.acceptance) > depth] for depth in depths]
     return {
         "tokens_per_forward": round(tokens / forwards, 3),
         "auto_vs_off": round(seconds["off"] / seconds["auto"], 3),

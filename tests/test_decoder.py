@@ -43,8 +43,8 @@ def long(request, monkeypatch):
 _of_all = decoder_module._Attention._of_all
 
 
-def _as_if_long(self, q, cache, span, best):
-    return _of_all(self, q, cache, span, best) if best is None else self._of_chosen(q, cache, span, best)
+def _as_if_long(self, q, cache, span, chooses):
+    return self._of_chosen(q, cache, span) if chooses else _of_all(self, q, cache, span, chooses)
 
 
 def run(decoder, ids, cuts, cache=None, slot=0):
@@ -201,6 +201,7 @@ def test_mutants_are_caught(tiny_model, monkeypatch):
     check()
     with monkeypatch.context() as patch:  # no block's mean is ever written
         patch.setattr(decoder_module._Attention, "_remember", _without_means)
+        patch.setattr(decoder_module._Attention, "_of_all", _as_if_long)
         caught(check)
     with monkeypatch.context() as patch:  # a token rotated as if it were the first
         right = decoder_module.rotation_table
@@ -208,10 +209,11 @@ def test_mutants_are_caught(tiny_model, monkeypatch):
         caught(check)
     with monkeypatch.context() as patch:  # a step takes the full attention
         patch.setattr(decoder_module._Attention, "_of_chosen", _everything)
+        patch.setattr(decoder_module._Attention, "_of_all", lambda *args: _of_all(*args[:-1], False))
         caught(check)
     with monkeypatch.context() as patch:  # the gate takes the worst
         right_choice = decoder_module._Attention._choose
-        patch.setattr(decoder_module._Attention, "_choose", lambda self, q, c, s: right_choice(self, -q, c, s))
+        patch.setattr(decoder_module._Attention, "_choose", lambda self, gates, s: right_choice(self, -gates, s))
         caught(check)
 
 
@@ -220,5 +222,5 @@ def _without_means(self, latent, k_rope, cache, span):
     cache.keys[self.layer].flatten(0, 1).index_copy_(0, span.place, entry.flatten(0, 1))
 
 
-def _everything(self, q, cache, span, best):
-    return self._of_all(q, cache, span, None)
+def _everything(self, q, cache, span):
+    return _of_all(self, q, cache, span, False)

@@ -6,7 +6,6 @@ is its twin over a `LatentCache`, block by block: many new tokens (a prompt) *ex
 reads those and no others, by a gate on mean latents.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,20 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
+from moonwhale.infer.experts import Product, experts, mlp
 from moonwhale.infer.linear import linear
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
 from moonwhale.model.layout import Layout
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moba import moba_attention
-from moonwhale.model.moe import MLP, DeepseekMoE
+from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.model.rope import rotate, rotation_table
 
 MANY = 32  # new tokens of a row from which expanding latents is cheaper than absorbing
 SHORTLIST = 8192  # tokens a draft is chosen from: the first ids of a BPE vocabulary are its most frequent ones
-
-Product = Callable[[Tensor], Tensor]
 
 
 class Span:
@@ -54,8 +52,8 @@ class Span:
         """What MoBA needs to know."""
         self.own = (self.positions // size)[:, :, None, None]  # (B, Q, 1, 1) a token's own block
         self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
-        self.not_earlier = torch.arange(self.full, device=device) >= self.own  # (B, Q, 1, full)
-        self.behind = torch.arange(size, device=device) > (self.positions % size)[..., None]  # (B, Q, size)
+        self.not_earlier = torch.arange(self.full + 1, device=device) >= self.own  # (B, Q, 1, full + 1)
+        self.behind = torch.arange(size, device=device) > (self.positions % size)[:, :, None, None, None]
         self.filled = [  # blocks whose last token is among these
             (i, block) for i, n in enumerate(self.start) for block in range(n // size, (n + self.length) // size)
         ]
@@ -111,7 +109,7 @@ class _Block:
     def __init__(self, block, prepare):
         self.norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
         self.attention = _Attention(block.self_attn, prepare)
-        self.mlp = _mlp(block.mlp, prepare) if isinstance(block.mlp, MLP) else _experts(block.mlp, prepare)
+        self.mlp = (mlp if isinstance(block.mlp, MLP) else experts)(block.mlp, prepare)
 
     def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
         x = x + self.attention(self.norms[0](x), cache, span)
@@ -150,11 +148,12 @@ class _Attention:
         self.q_norm, self.q_up = (_norm(m.q_a_layernorm), prepare(m.q_b_proj.weight)) if compressed else (None, None)
         self.kv_norm, self.key_conv = _norm(m.kv_a_layernorm), m.key_conv
         self.up = m.kv_b_proj.weight
-        self.w_k, self.w_v = m._split_up()  # (heads, nope | v, rank)
+        self.w_k, w_v = m._split_up()  # (heads, nope | v, rank)
+        self.w_v = w_v.transpose(1, 2).contiguous()  # (heads, rank, v)
         self.out = prepare(m.o_proj.weight, m.o_proj.bias)
 
     def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
-        q, latent, k_rope = self.down(x).split(self.widths, dim=-1)
+        q, latent, k_rope = self.down(x).split_with_sizes(self.widths, dim=-1)
         if self.q_up:
             q = self.q_up(self.q_norm(q))
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
@@ -210,146 +209,77 @@ class _Attention:
         batch, length = q_nope.shape[:2]
         q = q_nope.permute(2, 0, 1, 3).flatten(1, 2) @ self.w_k  # (heads, B * Q, rank)
         q = torch.cat([q.transpose(0, 1).view(batch, length, self.heads, self.rank), q_rope], dim=-1)
-        if not self.topk or span.end <= self.topk * self.size:
-            latent = self._of_all(q, cache, span, None)
-        elif span.end <= self.heads * self.topk * self.size:
-            latent = self._of_all(q, cache, span, self._choose(q, cache, span))
+        chooses = self.topk and span.end > self.topk * self.size
+        if chooses and span.end > self.heads * self.topk * self.size:
+            latent = self._of_chosen(q, cache, span)
         else:
-            latent = self._of_chosen(q, cache, span, self._choose(q, cache, span))
+            latent = self._of_all(q, cache, span, chooses)
         latent = latent.view(batch * length, self.heads, self.rank).transpose(0, 1)
-        return (latent @ self.w_v.transpose(1, 2)).transpose(0, 1).reshape(batch, length, -1)
+        return (latent @ self.w_v).transpose(0, 1).reshape(batch, length, -1)
 
-    def _choose(self, q: Tensor, cache: LatentCache, span: Span) -> torch.return_types.topk:
-        """MoBA's gate on latents, a query's product with a block's mean entry: the values and indices of the `topk - 1`
-        best earlier blocks, (B, Q, heads, topk - 1) each. The value is -inf where there are fewer.
+    def _of_all(self, q: Tensor, cache: LatentCache, span: Span, chooses: bool) -> Tensor:
+        """Reads every entry, once for all heads; where MoBA `chooses`, a block's gate is the sum of its scores, and
+        only those of the chosen ones count.
         """
-        means = cache.means[self.layer][span.slots, : span.full]
-        gates = (q.float().flatten(1, 2) @ means.transpose(1, 2)).view(*q.shape[:3], -1)
-        return gates.masked_fill_(span.not_earlier, -torch.inf).topk(min(self.topk - 1, span.full), dim=-1)
-
-    def _of_all(self, q: Tensor, cache: LatentCache, span: Span, best: torch.return_types.topk | None) -> Tensor:
-        """Reads every entry, once for all heads; with `best`, only the own block and those count."""
-        keys, values = (x[self.layer][span.slots, : span.end] for x in (cache.keys, cache.values))
+        end = (span.full + 1) * self.size if chooses else span.end
+        keys, values = (x[self.layer][span.slots, :end] for x in (cache.keys, cache.values))
         scores = self._scores(q.flatten(1, 2), keys).view(*q.shape[:3], -1)
-        if best is not None:
-            bias = scores.new_full((*q.shape[:3], span.full + 1), -torch.inf)
-            bias.scatter_(3, best.indices, 0.0).scatter_(3, span.own.expand(-1, -1, self.heads, -1), 0.0)
-            scores += bias.repeat_interleave(self.size, dim=3)[..., : span.end]
+        if chooses:
+            blocks = scores.view(*q.shape[:3], -1, self.size)
+            best = self._choose(blocks.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)), span)
+            blocks += scores.new_full(blocks.shape[:-1], -torch.inf).scatter_(3, best.indices, 0.0).unsqueeze(4)
+            scores[..., span.end :] = -torch.inf
         if span.future is not None:
-            scores.masked_fill_(span.future, -torch.inf)
+            scores[..., : span.end].masked_fill_(span.future, -torch.inf)
         return self._sum(scores.flatten(1, 2), values)
 
-    def _of_chosen(self, q: Tensor, cache: LatentCache, span: Span, best: torch.return_types.topk) -> Tensor:
-        """Reads the chosen blocks and no others, for each head its own."""
-        keys, values = cache.keys[self.layer], cache.values[self.layer]
+    def _of_chosen(self, q: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        """Reads the chosen blocks and no others, for each head its own. A block's gate is the query's product with its
+        mean entry.
+        """
+        keys, values, means = (x[self.layer] for x in (cache.keys, cache.values, cache.means))
+        gates = q.float().flatten(1, 2) @ means[span.slots, : span.full + 1].transpose(1, 2)
+        best = self._choose(gates.view(*q.shape[:3], -1), span)
+        index = (span.slot * means.shape[1] + best.indices.flatten(1)).flatten()
         queries = q.shape[0] * q.shape[1] * self.heads
-        chosen = torch.cat([best.indices, span.own.expand(-1, -1, self.heads, -1)], dim=-1).flatten(1)
-        index = (span.slot * (cache.length // self.size) + chosen).flatten()
         taken = [
             x.view(-1, self.size * x.shape[-1]).index_select(0, index).view(queries, -1, x.shape[-1])
             for x in ([keys] if values is keys else [keys, values])
         ]
-        missing = (best.values == -torch.inf)[..., None].expand(-1, -1, -1, -1, self.size).flatten(3)
-        behind = span.behind[:, :, None].expand(-1, -1, self.heads, -1)
-        hidden = torch.cat([missing, behind], dim=-1).view(queries, 1, -1)
-        return self._sum(self._scores(q.view(queries, 1, -1), taken[0]).masked_fill_(hidden, -torch.inf), taken[-1])
+        missing, own = best.values == -torch.inf, best.indices == span.own
+        hidden = missing.unsqueeze(4) | (own.unsqueeze(4) & span.behind)
+        scores = self._scores(q.view(queries, 1, -1), taken[0]).masked_fill_(hidden.view(queries, 1, -1), -torch.inf)
+        return self._sum(scores, taken[-1])
+
+    def _choose(self, gates: Tensor, span: Span) -> torch.return_types.topk:
+        """The own block and the `topk - 1` earlier ones of the best gates (B, Q, heads, blocks): values and indices,
+        (B, Q, heads, topk) each. The value is -inf where there are fewer. `gates` is written over.
+        """
+        if span.future is not None:
+            gates.masked_fill_(span.not_earlier, -torch.inf)
+        gates.scatter_(3, span.own.expand(-1, -1, self.heads, -1), torch.inf)
+        return gates.topk(min(self.topk, gates.shape[3]), dim=-1)
 
     def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
         if len(q) == 1:  # a batch of one: the product for batches would copy the keys first
-            return F.linear(q[0], keys[0]).mul_(self.scale).unsqueeze(0)
+            return torch.addmm(q.new_empty(()), q[0], keys[0].T, beta=0, alpha=self.scale).unsqueeze(0)
         return torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
 
     def _sum(self, scores: Tensor, values: Tensor) -> Tensor:
-        probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+        probs = scores.softmax(-1)
         # Over the whole width: a slice of it would be copied first.
         summed = (probs[0] @ values[0]).unsqueeze(0) if len(probs) == 1 else probs @ values
         return summed[..., : self.rank]
 
 
 def _norm(norm: RMSNorm) -> Product:
-    weight, eps = norm.weight, norm.eps
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _mlp(mlp: MLP, prepare) -> Product:
-    up = prepare(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-    down = prepare(mlp.down_proj.weight)
+    weight, eps, zero, size = norm.weight, norm.eps, torch.zeros_like(norm.weight), norm.weight.numel()
+    on_cpu = weight.device.type == "cpu"
 
     def run(x: Tensor) -> Tensor:
-        gate, x = up(x).chunk(2, dim=-1)
-        return down(F.silu(gate) * x)
-
-    return run
-
-
-def _experts(moe: DeepseekMoE, prepare) -> Product:
-    """The experts in the form that suits their number and the device."""
-    experts = len(moe.experts.down_proj)
-    if moe.experts.down_proj.device.type != "cpu":
-        return _grouped(moe, prepare)
-    return (_all_at_once if experts <= 2 * moe.gate.topk else _one_by_one)(moe, prepare)
-
-
-def _all_at_once(moe: DeepseekMoE, prepare) -> Product:
-    """Every expert for every token, those not chosen at a gate of 0: where a token takes half of them or more, one
-    large product beats many small ones. Shared experts are further ones at a gate of 1.
-    """
-    gate, up = moe.experts.gate_up_proj.chunk(2, dim=1)  # (E, inner, hidden) each
-    inner, down = gate.shape[1], moe.experts.down_proj.transpose(1, 2).flatten(0, 1)  # (E * inner, hidden)
-    parts = [gate.flatten(0, 1)], [up.flatten(0, 1)], [down]
-    shared = 0
-    if moe.shared_experts is not None:
-        mlp = moe.shared_experts
-        shared = len(mlp.gate_proj.weight) // inner
-        for part, weight in zip(parts, (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T), strict=True):
-            part.append(weight)
-    gate_up, down = prepare(torch.cat([*parts[0], *parts[1]])), prepare(torch.cat(parts[2]).T.contiguous())
-    route, n_experts = moe.gate, moe.gate.n_experts
-
-    def run(x: Tensor) -> Tensor:
-        routing = route(x.flatten(0, -2))
-        weight = x.new_zeros(len(routing.index), n_experts + shared)
-        weight[:, n_experts:] = 1.0
-        weight.scatter_(1, routing.index, routing.gates.to(x.dtype))
-        gate, up = gate_up(x).chunk(2, dim=-1)
-        activated = (F.silu(gate) * up).unflatten(-1, (-1, inner)) * weight.view(*x.shape[:-1], -1, 1)
-        return down(activated.flatten(-2))
-
-    return run
-
-
-def _one_by_one(moe: DeepseekMoE, prepare) -> Product:
-    """Each chosen expert for its own tokens."""
-    products = [
-        (prepare(up), prepare(down)) for up, down in zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
-    ]
-    shared = None if moe.shared_experts is None else _mlp(moe.shared_experts, prepare)
-
-    def run(x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        index, gates = moe.gate(rows)[1:]
-        expert, order = index.flatten().sort()
-        token, weight = order // index.shape[1], gates.flatten()[order].to(x.dtype).unsqueeze(1)
-        pieces = rows[token].split(torch.bincount(expert, minlength=len(products)).tolist())
-        done = []
-        for piece, (up, down) in zip(pieces, products, strict=True):
-            if len(piece):
-                gate, wide = up(piece).chunk(2, dim=-1)
-                done.append(down(F.silu(gate) * wide))
-        out = torch.zeros_like(rows) if shared is None else shared(rows)
-        return out.index_add_(0, token, torch.cat(done) * weight).view_as(x)
-
-    return run
-
-
-def _grouped(moe: DeepseekMoE, prepare) -> Product:
-    """The model's own grouped products, which suit a GPU."""
-    shared = None if moe.shared_experts is None else _mlp(moe.shared_experts, prepare)
-
-    def run(x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        routing = moe.gate(rows)
-        out = moe.experts(rows, routing.index, routing.gates)
-        return (out if shared is None else out + shared(rows)).view_as(x)
+        if on_cpu and x.numel() == size:  # one token: two operations for nine
+            square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item() ** 2
+            return torch.addcmul(zero, x, weight, value=(square / size + eps) ** -0.5)
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     return run
