@@ -92,7 +92,7 @@ class Ours:
         token, decoder = self.prompt[:, -1:], self.decoder
         for at in range(self.length - 1, self.length - 1 + TOKENS):
             span = decoder.span(self.cache, 0, [at], 1)
-            token = decoder.head(decoder.run(token, self.cache, span)).argmax(-1)
+            token = decoder.head(decoder.run(token, self.cache, span)).float().argmax(-1)
         return token
 
 
@@ -173,9 +173,17 @@ def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
     answers = engines["all"].generate(beginnings, **greedy)
     tokens = sum(len(answer.token_ids) for answer in answers)
     forwards = sum(len(answer.token_ids) / answer.tokens_per_forward for answer in answers)
-    turn = itertools.count()
-    contenders = {name: lambda ids, engine=engine: engine.generate([ids], **greedy) for name, engine in engines.items()}
-    seconds = timed_rounds(contenders, lambda: beginnings[next(turn) % len(beginnings)], rounds)["seconds"]
+    turns = itertools.count()
+
+    def draw() -> list[list[int]]:
+        """The next six of the beginnings."""
+        return [beginnings[next(turns) % len(beginnings)] for _ in range(6)]
+
+    contenders = {
+        name: lambda some, engine=engine: [engine.generate([ids], **greedy) for ids in some]
+        for name, engine in engines.items()
+    }
+    seconds = timed_rounds(contenders, draw, rounds)["seconds"]
     depths = range(model.config.num_nextn_predict_layers)
     accepted = [[a.acceptance[depth] for a in answers if len(a.acceptance) > depth] for depth in depths]
     return {
@@ -217,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         result |= with_moba(arguments.rounds, arguments.long // 8, arguments.long)
     result |= cache_sizes()
     if arguments.checkpoint:
-        result |= with_drafts(arguments.checkpoint, 3 * arguments.rounds, arguments.prompts)
+        result |= with_drafts(arguments.checkpoint, arguments.rounds, arguments.prompts)
         result |= bits_per_byte(arguments.checkpoint, arguments.prompts)
     result |= {"rounds": arguments.rounds, "environment": environment("bfloat16", tuned)}
     write(arguments.results, "decode", result)

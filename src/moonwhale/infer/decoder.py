@@ -6,7 +6,7 @@ is its twin over a `LatentCache`, block by block: many new tokens (a prompt) *ex
 reads those and no others, by a gate on mean latents.
 """
 
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -35,28 +35,41 @@ class Span:
         self, size: int, rotation: tuple[Tensor, Tensor], cache: LatentCache, first: int, start: list[int], length: int
     ):
         """`size` is a MoBA block's, `rotation` the cosines and sines (T, rope / 2) of all positions."""
-        device = cache.device
-        self.start, self.length, self.end = start, length, max(start) + length
-        self.slots = slice(first, first + len(start))
-        begin = torch.tensor(start, device=device)
-        self.positions = begin[:, None] + torch.arange(length, device=device)  # (B, Q)
-        self.slot = torch.arange(first, first + len(start), device=device)[:, None]
-        self.place = (self.slot * cache.length + self.positions).flatten()  # of each token among all slots' entries
+        self.size, self.start, self.length, self.end = size, start, length, max(start) + length
+        self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
+        self.slots, self.device = slice(first, first + len(start)), cache.device
+        positions = [list(range(n, n + length)) for n in start]
+        self.positions = torch.tensor(positions, device=cache.device)  # (B, Q)
+        self.place = self.positions.flatten()  # of each token among all slots' entries
+        if first or len(start) > 1:
+            self.place = (self.slot * cache.length + self.positions).flatten()
         self.rotation = tuple(table[self.positions].unsqueeze(2) for table in rotation)  # (B, Q, 1, rope / 2)
         self.future = None  # (B, Q, 1, end) what lies behind a token
         if len(start) > 1 or length > 1:
-            self.future = (torch.arange(self.end, device=device) > self.positions[..., None])[:, :, None]
-        self._blocks(size, device)
-
-    def _blocks(self, size: int, device) -> None:
-        """What MoBA needs to know."""
-        self.own = (self.positions // size)[:, :, None, None]  # (B, Q, 1, 1) a token's own block
-        self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
-        self.not_earlier = torch.arange(self.full + 1, device=device) >= self.own  # (B, Q, 1, full + 1)
-        self.behind = torch.arange(size, device=device) > (self.positions % size)[:, :, None, None, None]
+            self.future = (torch.arange(self.end, device=cache.device) > self.positions[..., None])[:, :, None]
         self.filled = [  # blocks whose last token is among these
-            (i, block) for i, n in enumerate(self.start) for block in range(n // size, (n + self.length) // size)
+            (i, block) for i, n in enumerate(start) for block in range(n // size, (n + length) // size)
         ]
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """(B, 1) of each sequence."""
+        return torch.arange(self.slots.start, self.slots.stop, device=self.device)[:, None]
+
+    @cached_property
+    def own(self) -> Tensor:
+        """(B, Q, 1, 1) a token's own MoBA block."""
+        return (self.positions // self.size)[:, :, None, None]
+
+    @cached_property
+    def not_earlier(self) -> Tensor:
+        """(B, Q, 1, full + 1) blocks that are no earlier ones of a token."""
+        return torch.arange(self.full + 1, device=self.device) >= self.own
+
+    @cached_property
+    def behind(self) -> Tensor:
+        """(B, Q, 1, 1, size) what of its own block lies behind a token."""
+        return torch.arange(self.size, device=self.device) > (self.positions % self.size)[:, :, None, None, None]
 
 
 class Decoder:
