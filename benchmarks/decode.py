@@ -37,6 +37,7 @@ from moonwhale.presets import PRESETS
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 CONTEXTS = (128, 1024)
 TOKENS = 8  # timed at a time
+ROW = 256  # tokens of a row of held-out text
 
 
 def seed_model(context: int, **changes) -> MoonwhaleForCausalLM:
@@ -166,7 +167,7 @@ def held_out(tokenizer, context: int, rows: int) -> list[list[int]]:
 def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
     """Tokens for each run of the main model, and the speed of drafting where it pays beside never drafting."""
     model, tokenizer = open_checkpoint(folder)
-    beginnings = [row[:64] for row in held_out(tokenizer, 256, prompts)]
+    beginnings = [row[:64] for row in held_out(tokenizer, ROW, prompts)]
     engines = {"off": Engine(model, tokenizer, draft=0), "auto": Engine(model, tokenizer)}
     engines["all"] = Engine(model, tokenizer, draft=model.config.num_nextn_predict_layers)
     greedy = {"temperature": 0.0, "max_new_tokens": 64}
@@ -202,7 +203,7 @@ def bits_per_byte(folder: Path, rows: int) -> dict:
         model, tokenizer = open_checkpoint(folder, dtype)
         decoder, sizes = Decoder(model, int8=name == "int8"), TokenBytes(tokenizer)
         bits = n_bytes = 0
-        for row in held_out(tokenizer, 256, rows):
+        for row in held_out(tokenizer, ROW, rows):
             ids, cache = torch.tensor([row]), decoder.cache()
             cache.resize(1, len(row))
             logits = decoder.head(decoder.run(ids, cache, decoder.span(cache, 0, [0], len(row))))[0, :-1]
