@@ -17,6 +17,7 @@ class Running:
 
     def __init__(self, app):
         self.app, self.listener = app, socket.create_server(("127.0.0.1", 0))
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `serve` does
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.listener]}, daemon=True)

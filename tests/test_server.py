@@ -281,6 +281,27 @@ def test_metrics_count(server):
     assert server.metric("moonwhale_time_to_first_token_seconds_count") > 0
 
 
+# The page and the X-ray
+
+
+def test_pages_load_nothing_from_elsewhere(server):
+    page = httpx.get(server.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for name in ("page.js", "page.css"):
+        assert name in page.text and httpx.get(f"{server.url}/{name}").status_code == 200
+
+
+def test_an_xray_of_a_conversation(server):
+    messages = [*HELLO, {"role": "assistant", "content": "The whale sang."}]
+    url = httpx.post(server.url + "/xray", json={"model": NAME, "messages": messages}).json()["url"]
+    page = httpx.get(server.url + url)
+    assert "const R = {" in page.text and "default-src 'none'" in page.headers["content-security-policy"]
+    assert_error(httpx.get(server.url + "/xray/unknown"), 404, "make it again")
+    for bad, message in ((HELLO * 2, "the last one has to be the assistant's"), ([*HELLO] * 1, "messages: ")):
+        assert_error(httpx.post(server.url + "/xray", json={"model": NAME, "messages": bad}), 400, message)
+
+
 # Who may ask
 
 

@@ -4,7 +4,8 @@ from collections import defaultdict, deque
 from statistics import median
 
 TRIED = 3  # cycles after which a depth's time counts as known
-AGAIN = 256  # cycles after which the other depths are tried anew
+LASTS = 16  # cycles that a choice lasts
+AGAIN = 64  # choices after which every depth is tried anew
 HELD = 64  # guesses over which the share of those that held is averaged
 MARGIN = 1.05  # a depth has to promise this much more than none: reading prompts takes longer with modules, too
 
@@ -20,22 +21,29 @@ class Drafting:
         self.depths = range(modules + 1) if fixed is None else range(min(fixed, modules), min(fixed, modules) + 1)
         self._seconds = defaultdict(lambda: deque(maxlen=2 * TRIED + 1))
         self._held, self._tested = [0.5] * modules, [0] * modules
-        self._cycles = 0
+        self._chosen = defaultdict(lambda: (0, 0))  # for each number of sequences, a depth and how long it still lasts
+        self._choices = 0
 
     def depth(self, sequences: int) -> int:
         """The depth of the next cycle."""
         if len(self.depths) == 1:
             return self.depths[0]
-        known = {d: self._seconds[sequences.bit_length(), d] for d in self.depths}
-        self._cycles += 1
-        if self._cycles % AGAIN == 0:
-            for seconds in known.values():
-                while len(seconds) >= TRIED:
-                    seconds.popleft()
-        untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
-        if untried:
-            return untried[0]
-        return max(known, key=lambda d: self._gain(d) / median(known[d]) / (MARGIN if d else 1))
+        size = sequences.bit_length()
+        depth, lasts = self._chosen[size]
+        if not lasts:
+            known = {d: self._seconds[size, d] for d in self.depths}
+            self._choices += 1
+            if self._choices % AGAIN == 0:
+                for seconds in known.values():
+                    while len(seconds) >= TRIED:
+                        seconds.popleft()
+            untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
+            if untried:
+                return untried[0]
+            depth = max(known, key=lambda d: self._gain(d) / median(known[d]) / (MARGIN if d else 1))
+            lasts = LASTS
+        self._chosen[size] = depth, lasts - 1
+        return depth
 
     def record(self, sequences: int, depth: int, seconds: float, held: list[int]) -> None:
         """A cycle: how long it took, and how many guesses held in each sequence that made `depth` of them."""
