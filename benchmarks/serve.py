@@ -74,7 +74,8 @@ async def load(url: str, process: psutil.Process, clients: int, seconds: float, 
     async def client() -> None:
         while time.perf_counter() - start < seconds:
             try:
-                done["tokens"] += await ask(url, next(numbers), tokens)
+                got = await ask(url, next(numbers), tokens)  # not added at once: others add while this one waits
+                done["tokens"] += got
                 done["answers"] += 1
             except Exception as error:  # whatever it is, it counts
                 done["errors"] += 1

@@ -1,11 +1,10 @@
 """How many tokens the MTP modules shall draft: as many as pay, by what a cycle takes and how often guesses hold."""
 
 from collections import defaultdict, deque
-from statistics import median
 
 TRIED = 3  # cycles after which a depth's time counts as known
 LASTS = 16  # cycles that a choice lasts
-AGAIN = 64  # choices after which every depth is tried anew
+AGAIN = 64  # choices after which every depth is tried anew; at first sooner, after 1, 2, 4, 8 and so on
 HELD = 64  # guesses over which the share of those that held is averaged
 MARGIN = 1.05  # a depth has to promise this much more than none: reading prompts takes longer with modules, too
 
@@ -33,14 +32,15 @@ class Drafting:
         if not lasts:
             known = {d: self._seconds[size, d] for d in self.depths}
             self._choices += 1
-            if self._choices % AGAIN == 0:
+            if self._choices % min(AGAIN, 1 << (self._choices.bit_length() - 1)) == 0:
                 for seconds in known.values():
                     while len(seconds) >= TRIED:
                         seconds.popleft()
             untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
             if untried:
                 return untried[0]
-            depth = max(known, key=lambda d: self._gain(d) / median(known[d]) / (MARGIN if d else 1))
+            # The least time of several: whatever else the machine did can only have added to it.
+            depth = max(known, key=lambda d: self._gain(d) / min(known[d]) / (MARGIN if d else 1))
             lasts = LASTS
         self._chosen[size] = depth, lasts - 1
         return depth
