@@ -166,30 +166,32 @@ class Scheduler:
     def _read(self, depth: int) -> None:
         """Reads waiting prompts, about PIECE tokens in all, the MTP modules down to `depth` with them."""
         left = self._piece
-        while left > 0 and (self.reading or self._admit()):
-            row, slot = self.reading, len(self.running)
-            piece = row.prompt[row.cached : row.cached + self._piece]
-            hidden = self._forward(row, slot, piece, depth)
-            row.cached += len(piece)
-            left -= len(piece)
-            if row.cached == len(row.prompt):
-                self.reading = None
-                row.tail, row.held, row.forwards = hidden[0, -1:], 0, 1
-                self._add(self.decoder.head(hidden[:, -1]), [row])
-                self.running.append(row)
+        while left > 0 and (rows := [self.reading] if self.reading else self._admit(left)):
+            pieces = [row.prompt[row.cached : row.cached + self._piece] for row in rows]
+            hidden = self._forward(rows, pieces, depth)
+            left -= hidden.shape[0] * hidden.shape[1]
+            for row, piece in zip(rows, pieces, strict=True):
+                row.cached += len(piece)
+            self.reading = rows[0] if rows[0].cached < len(rows[0].prompt) else None
+            if self.reading is None:
+                last = torch.stack([states[len(piece) - 1] for states, piece in zip(hidden, pieces, strict=True)])
+                for row, states in zip(rows, last, strict=True):
+                    row.tail, row.held, row.forwards = states[None], 0, 1
+                self._add(self.decoder.head(last), rows)
+                self.running += rows
 
-    def _forward(self, row: Request, slot: int, piece: list[int], depth: int) -> Tensor:
-        decoder, start = self.decoder, row.cached
-        span = decoder.span(self.cache, slot, [start], len(piece))
-        hidden = states = decoder.run(torch.tensor([piece], device=decoder.device), self.cache, span)
+    def _forward(self, rows: list[Request], pieces: list[list[int]], depth: int) -> Tensor:
+        """Hidden states (B, Q, hidden) of prompts' pieces; what fills up the shorter ones is written over later."""
+        decoder, length = self.decoder, max(map(len, pieces))
+
+        def filled(tokens: list[list[int]]) -> Tensor:
+            return torch.tensor([(some + [0] * length)[:length] for some in tokens], device=decoder.device)
+
+        span = decoder.span(self.cache, len(self.running), [row.cached for row in rows], length)
+        hidden = states = decoder.run(filled(pieces), self.cache, span)
         for k in range(1, depth + 1):
-            ahead = row.prompt[start + k : start + k + len(piece)]  # known so far
-            if not ahead:
-                break
-            if len(ahead) < span.length:
-                span = decoder.span(self.cache, slot, [start], len(ahead))
-            ahead = torch.tensor([ahead], device=decoder.device)
-            states = decoder.guess(k, states[:, : ahead.shape[1]], ahead, self.cache, span)
+            ahead = filled([row.prompt[row.cached + k : row.cached + k + length] for row in rows])
+            states = decoder.guess(k, states, ahead, self.cache, span)
         return hidden
 
     def _draft(self, depth: int) -> None:
@@ -230,19 +232,30 @@ class Scheduler:
         if self.reading and len(self.running) < before:
             self.cache.move(before, len(self.running), self.reading.cached)
 
-    def _admit(self) -> bool:
-        """Whether the oldest waiting request has a slot now, to be read."""
-        slots = len(self.running) + 1
-        if not self.waiting or slots > self.sequences:
+    def _admit(self, tokens: int) -> list[Request]:
+        """The oldest waiting request, if there is room for it, and those after it that are short enough to be read with
+        it in one forward of so many tokens; they get the slots after the running ones.
+        """
+        rows: list[Request] = []
+        while self.waiting:
+            longest = max(len(row.prompt) for row in (*rows, self.waiting[0]))
+            if (rows and (len(rows) + 1) * longest > tokens) or not self._make_room(rows):
+                break
+            rows.append(self.waiting.popleft())
+            self.cache.clear(len(self.running) + len(rows) - 1)
+        return rows
+
+    def _make_room(self, admitted: list[Request]) -> bool:
+        """Whether the cache can hold the oldest waiting request as well; grows it if need be."""
+        slots = len(self.running) + len(admitted) + 1
+        if slots > self.sequences:
             return False
-        length = max(self._needed(row) for row in (*self.running, self.waiting[0]))
+        length = max(self._needed(row) for row in (*self.running, *admitted, self.waiting[0]))
         if self._bytes(slots, length) > self.memory:
             return False
         if slots > self.cache.slots or length > self.cache.length:
             roomy = min(1 << (slots - 1).bit_length(), self.sequences), max(length, self.cache.length)
             self.cache.resize(*(roomy if self._bytes(*roomy) <= self.memory else (slots, length)))
-        self.reading = self.waiting.popleft()
-        self.cache.clear(slots - 1)
         return True
 
     def _needed(self, row: Request) -> int:
