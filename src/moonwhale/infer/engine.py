@@ -78,6 +78,7 @@ class Engine:
         known = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
         self.token_bytes = TokenBytes(tokenizer)
+        self.fits_cache = sum(parameter.nbytes for parameter in model.parameters()) < CACHE
         with torch.inference_mode():
             self.decoder = Decoder(model, int8)
         drafting = Drafting(len(self.decoder.modules), draft)

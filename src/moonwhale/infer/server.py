@@ -1,6 +1,7 @@
 """`moonwhale serve`: OpenAI's API and a chat page over one engine, for one machine."""
 
 import asyncio
+import os
 import socket
 import time
 import uuid
@@ -10,6 +11,7 @@ from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -323,6 +325,9 @@ def serve(
     engine: Engine, name: str, listener: socket.socket, limits: Limits, api_key: str | None, local: bool, folder: Path
 ) -> None:
     """Answers on a bound socket until Ctrl-C or SIGTERM; `local` refuses other names than this machine's."""
+    if engine.fits_cache and engine.decoder.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Steps so small are not worth sharing out, and the event loop needs a core: twice the tokens on two of them.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     app = create_app(engine, name, folder, limits, api_key, LOOPBACK if local else None)
     # Else the second packet of an answer waits for the first one's acknowledgement, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
