@@ -77,12 +77,14 @@ class MultiheadLatentAttention(nn.Module):
 
     def _project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, heads, T, nope) and (…, rope), latents (B, 1, T, rank) and rotary keys (B, 1, T, rope)."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        q = q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        q_nope, q_rope = self._queries(x).split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), rotate(k_rope.unsqueeze(1), table, self.interleaved)
         return q_nope, rotate(q_rope, table, self.interleaved), latent, k_rope
+
+    def _queries(self, x: Tensor) -> Tensor:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
+        return q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
 
     def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Keys and values of every head from the latents: the cheaper form when every token is a query."""
