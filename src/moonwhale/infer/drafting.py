@@ -5,6 +5,7 @@ from collections import defaultdict, deque
 TRIED = 3  # cycles after which a depth's time counts as known
 LASTS = 16  # cycles that a choice lasts
 AGAIN = 64  # choices after which every depth is tried anew; at first sooner, after 1, 2, 4, 8 and so on
+SURE = 8  # choices after which a depth that can't pay is not tried any more
 HELD = 64  # guesses over which the share of those that held is averaged
 MARGIN = 1.05  # a depth has to promise this much more than none: reading prompts takes longer with modules, too
 
@@ -33,8 +34,9 @@ class Drafting:
             known = {d: self._seconds[size, d] for d in self.depths}
             self._choices += 1
             if self._choices % min(AGAIN, 1 << (self._choices.bit_length() - 1)) == 0:
-                for seconds in known.values():
-                    while len(seconds) >= TRIED:
+                for d, seconds in known.items():
+                    hopeless = self._choices > SURE and d and seconds and (d + 1) / min(seconds) < 1 / min(known[0])
+                    while len(seconds) >= TRIED and not hopeless:  # which it is if even d right guesses would not pay
                         seconds.popleft()
             untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
             if untried:
