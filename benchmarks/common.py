@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import psutil
 import torch
+from transformers import DeepseekV3Config
+
+from moonwhale.model import MoonwhaleConfig
 
 ROOT = Path(__file__).parent.parent
 QUIET = 0.1  # cores that other processes may use in a round that counts
@@ -67,6 +71,12 @@ def _cpu_seconds() -> tuple[float, float, float]:
     counted_twice = ("guest", "guest_nice")  # already in user and nice
     everybody = sum(spent for name, spent in all_.items() if name not in ("idle", "iowait", *counted_twice))
     return time.perf_counter(), own.user + own.system, everybody
+
+
+def deepseek_config(ours: MoonwhaleConfig, **changes) -> DeepseekV3Config:
+    """transformers' configuration of the same dimensions."""
+    names = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
+    return DeepseekV3Config(**{name: getattr(ours, name) for name in names} | changes)
 
 
 def environment(dtype: str, allocator_tuned: bool) -> dict:

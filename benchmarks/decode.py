@@ -15,15 +15,15 @@ runs/demo. Prompts are beginnings of held-out conversations of its data, and bit
 import itertools
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers import DeepseekV3ForCausalLM, DynamicCache
 
-from common import environment, options, timed_rounds, write
+from common import deepseek_config, environment, options, timed_rounds, write
+from moonwhale.counts import count
 from moonwhale.data.packing import prepare
 from moonwhale.data.sources import load_source
 from moonwhale.infer.checkpoint import open_checkpoint
@@ -52,8 +52,7 @@ def seed_model(context: int, **changes) -> MoonwhaleForCausalLM:
 
 
 def transformers_model(ours: MoonwhaleForCausalLM, experts: str) -> DeepseekV3ForCausalLM:
-    names = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
-    config = DeepseekV3Config(**{name: getattr(ours.config, name) for name in names}, attn_implementation="sdpa")
+    config = deepseek_config(ours.config, attn_implementation="sdpa")
     model = DeepseekV3ForCausalLM(config).to(torch.bfloat16).eval()
     model.load_state_dict(ours.state_dict())
     model.set_experts_implementation(experts)
@@ -149,11 +148,10 @@ def cache_sizes() -> dict:
         config = MoonwhaleConfig(**PRESETS[preset].model | {"num_nextn_predict_layers": 0})
         cache = Decoder(MoonwhaleForCausalLM(config).to(torch.bfloat16).eval()).cache()
         cache.resize(1, 1024)
-        numbers = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
         found[preset] = {
             "latent": round(cache.bytes_per_token, 1),
             "latent_allocated": round(cache.bytes / 1024, 1),
-            "multi_head": 2 * numbers * config.num_hidden_layers,
+            "multi_head": count(config).mha_cache_bytes_per_token,
         }
     return {"cache_bytes_per_token": found}
 

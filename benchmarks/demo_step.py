@@ -8,12 +8,10 @@ the same weights, and their losses are compared before anything is timed. Every 
 of tokens an expert gets then vary as in training, and kernels that are compiled for a shape pay for it.
 """
 
-from dataclasses import fields
-
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
-from common import environment, options, timed_rounds, write
+from common import deepseek_config, environment, options, timed_rounds, write
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import tune_allocator
 from moonwhale.presets import PRESETS
@@ -30,10 +28,8 @@ def models() -> dict[str, torch.nn.Module]:
     moba = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes))
     moba.load_state_dict(full.state_dict())
     contenders = {"moonwhale, MoBA": moba, "moonwhale, full attention": full}
-    theirs = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
     for experts in EXPERTS:
-        config = DeepseekV3Config(**{name: getattr(full.config, name) for name in theirs})
-        model = DeepseekV3ForCausalLM(config)
+        model = DeepseekV3ForCausalLM(deepseek_config(full.config))
         model.load_state_dict(full.state_dict())
         model.set_experts_implementation(experts)
         contenders[f"transformers, {experts} experts"] = model

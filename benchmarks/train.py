@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +25,9 @@ from typing import NamedTuple
 import psutil
 import torch
 from torch import nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
-from common import environment, options, timed_rounds, write
+from common import deepseek_config, environment, options, timed_rounds, write
 from dense import DenseLM
 from moonwhale.counts import count, flops_per_token
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
@@ -68,9 +67,7 @@ def build(kind: str, shapes: dict, context: int) -> nn.Module:
     if kind == "dense":
         return DenseLM(**dense_shapes(config, context))
     if kind == "transformers":
-        theirs = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
-        same = {name: getattr(config, name) for name in theirs} | {"use_cache": False}
-        return DeepseekV3ForCausalLM(DeepseekV3Config(**same, attn_implementation="sdpa"))
+        return DeepseekV3ForCausalLM(deepseek_config(config, use_cache=False, attn_implementation="sdpa"))
     return MoonwhaleForCausalLM(whole if kind == "moonwhale with MTP" else config)
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": {"data", "errors", "options"},
     "train": UP_TO_TRAIN,
     "infer": {"infer", "model", "data", "errors", "options", "precision", "xray"},
-    "xray": {"model", "errors"},
+    "xray": {"model", "errors", "counts"},
 }
 LIGHT = {"__main__", "cli", "errors", "presets", "counts"}  # the standard library only
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from moonwhale.counts import count
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.block import Block
@@ -51,7 +52,7 @@ def record(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids:
             {"name": name, **_attention(seen.attention[i]), **_experts(seen.routing.get(i))}
             for i, name in enumerate(_names(model))
         ],
-        "facts": _facts(model, len(ids)),
+        "facts": _facts(model),
     }
 
 
@@ -162,16 +163,14 @@ def _guesses(predictions: list[Tensor], ids: list[int], tokenizer) -> list[list[
     return guesses
 
 
-def _facts(model: MoonwhaleForCausalLM, tokens: int) -> dict:
+def _facts(model: MoonwhaleForCausalLM) -> dict:
     """The cache in bytes a token in all main blocks, in bf16, and what plain attention of these heads would keep."""
-    config = model.config
-    plain = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    layers = config.num_hidden_layers
+    config, counted = model.config, count(model.config)
     return {
         "tau": 100,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "latent_bytes": 2 * layers * config.kv_cache_numbers_per_token,
-        "plain_bytes": 2 * layers * plain,
+        "latent_bytes": counted.kv_cache_bytes_per_token,
+        "plain_bytes": counted.mha_cache_bytes_per_token,
         "rank": config.kv_lora_rank,
         "rope": config.qk_rope_head_dim,
         "heads": config.num_attention_heads,

@@ -15,7 +15,11 @@ Product = Callable[[Tensor], Tensor]
 def mlp(network: MLP, prepare) -> Product:
     """`prepare` makes a product of a weight, here and below."""
     up = prepare(torch.cat([network.gate_proj.weight, network.up_proj.weight]))
-    down = prepare(network.down_proj.weight)
+    return _gated(up, prepare(network.down_proj.weight))
+
+
+def _gated(up: Product, down: Product) -> Product:
+    """A gated network of its two products, the first of which gives gate and value side by side."""
 
     def run(x: Tensor) -> Tensor:
         gate, x = up(x).chunk(2, dim=-1)
@@ -91,29 +95,23 @@ def _all_at_once(moe: DeepseekMoE, prepare) -> Product:
 
 def _one_by_one(moe: DeepseekMoE, prepare) -> Product:
     """Each chosen expert for its own tokens."""
-    products = [
-        (prepare(up), prepare(down)) for up, down in zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
-    ]
+    weights = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
+    networks = [_gated(prepare(up), prepare(down)) for up, down in weights]
     shared = None if moe.shared_experts is None else mlp(moe.shared_experts, prepare)
     router, route_one = moe.gate, _route_one(moe.gate)
-
-    def expert(e: int, x: Tensor) -> Tensor:
-        up, down = products[e]
-        gate, wide = up(x).chunk(2, dim=-1)
-        return down(F.silu(gate) * wide)
 
     def run(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         out = torch.zeros_like(rows) if shared is None else shared(rows)
         if len(rows) == 1 and route_one:
             for e, gate in route_one(rows).items():
-                out = out.add(expert(e, rows), alpha=gate)
+                out = out.add(networks[e](rows), alpha=gate)
             return out.view_as(x)
         index, gates = router(rows)[1:]
         chosen, order = index.flatten().sort()
         token, weight = order // index.shape[1], gates.flatten()[order].to(x.dtype).unsqueeze(1)
-        pieces = rows[token].split(torch.bincount(chosen, minlength=len(products)).tolist())
-        done = torch.cat([expert(e, piece) for e, piece in enumerate(pieces) if len(piece)])
+        pieces = rows[token].split(torch.bincount(chosen, minlength=len(networks)).tolist())
+        done = torch.cat([run_one(piece) for run_one, piece in zip(networks, pieces, strict=True) if len(piece)])
         return out.index_add_(0, token, done * weight).view_as(x)
 
     return run
