@@ -5,7 +5,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import cache, partial
 from importlib.resources import files
@@ -38,6 +38,8 @@ NOTHING = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none
 PAGE_POLICY = f"{NOTHING}script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'"
 XRAY_POLICY = f"{NOTHING}script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 KEPT_XRAYS = 16
+# What a choice says besides index and finish_reason: of a request, its text, and its tokens from the first to the last.
+Part = Callable[[Request, str, int, int], dict]
 
 
 def create_app(
@@ -67,7 +69,7 @@ def create_app(
         await asyncio.to_thread(worker.stop)
 
     app = FastAPI(title="moonwhale", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.worker, app.state.metrics = worker, metrics
+    app.state.worker, logprobs = worker, Logprobs(engine.token_bytes)
 
     def known(model: str) -> None:
         if model != name:
@@ -128,14 +130,19 @@ def create_app(
         finally:
             task.cancel()
 
-    def stream(job: Job, head: dict, choice, usage_wanted: bool) -> StreamingResponse:
-        """Server-sent events: a chunk for each gain, `choice(gain, request)` being its only choice."""
+    def stream(job: Job, head: dict, part: Part, usage_wanted: bool) -> StreamingResponse:
+        """Server-sent events: a chunk for each gain."""
+        told = [0] * len(job.requests)
 
         async def events() -> AsyncIterator[str]:
             try:
                 async with aclosing(gains(job)) as all_gains:
                     async for gain in all_gains:
-                        yield event(head | {"choices": [choice(gain, job.requests[gain.index])]})
+                        request, first = job.requests[gain.index], told[gain.index]
+                        told[gain.index] = gain.tokens
+                        said = part(request, gain.text, first, gain.tokens)
+                        choice = {"index": gain.index, **said, "finish_reason": FINISH.get(gain.finish_reason)}
+                        yield event(head | {"choices": [choice]})
                 if usage_wanted:
                     yield event(head | {"choices": [], "usage": usage(job.requests)})
             except APIError as error:
@@ -146,78 +153,51 @@ def create_app(
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, http: HTTPRequest):
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        job = submit(body, [messages], engine.context)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        tokens = Logprobs(engine.token_bytes)
-        if body.stream:
-            told: dict[int, int] = {}
-
-            def choice(gain: Gain, request: Request) -> dict:
-                first = told.get(gain.index, 0)
-                delta = {"content": gain.text} if gain.index in told else {"role": "assistant", "content": gain.text}
-                told[gain.index] = gain.tokens
-                return {
-                    "index": gain.index,
-                    "delta": delta,
-                    "logprobs": tokens.of_chat(request, first, gain.tokens),
-                    "finish_reason": FINISH.get(gain.finish_reason),
-                }
-
-            return stream(job, head | {"object": "chat.completion.chunk"}, choice, body.wants_usage)
+    async def whole(job: Job, http: HTTPRequest, head: dict, part: Part) -> dict:
+        """The answer once all of it is there."""
         await finished(job, http)
         choices = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": request.text.text, "refusal": None},
-                "logprobs": tokens.of_chat(request, 0, len(request.token_ids)),
-                "finish_reason": FINISH[request.finish_reason],
-            }
-            for i, request in enumerate(job.requests)
-        ]
-        return head | {"object": "chat.completion", "choices": choices, "usage": usage(job.requests)}
-
-    @app.post("/v1/completions")
-    async def complete(body: CompletionRequest, http: HTTPRequest):
-        job = submit(body, body.prompts, 16)
-        head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": name,
-            "object": "text_completion",
-        }
-        tokens = Logprobs(engine.token_bytes)
-        echoes = [
-            engine.tokenizer.decode(r.prompt, skip_special_tokens=True) if body.echo else "" for r in job.requests
-        ]
-        if body.stream:
-            told: dict[int, int] = {}
-
-            def choice(gain: Gain, request: Request) -> dict:
-                first = told.get(gain.index, 0)
-                text = gain.text if gain.index in told else echoes[gain.index] + gain.text
-                told[gain.index] = gain.tokens
-                return {
-                    "index": gain.index,
-                    "text": text,
-                    "logprobs": tokens.of_completion(request, first, gain.tokens),
-                    "finish_reason": FINISH.get(gain.finish_reason),
-                }
-
-            return stream(job, head, choice, body.wants_usage)
-        await finished(job, http)
-        choices = [
-            {
-                "index": i,
-                "text": echoes[i] + request.text.text,
-                "logprobs": tokens.of_completion(request, 0, len(request.token_ids)),
+                **part(request, request.text.text, 0, len(request.token_ids)),
                 "finish_reason": FINISH[request.finish_reason],
             }
             for i, request in enumerate(job.requests)
         ]
         return head | {"choices": choices, "usage": usage(job.requests)}
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: HTTPRequest):
+        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
+        job = submit(body, [messages], engine.context)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+
+        def delta(request: Request, text: str, first: int, last: int) -> dict:
+            opening = {} if first else {"role": "assistant"}
+            return {"delta": opening | {"content": text}, "logprobs": logprobs.of_chat(request, first, last)}
+
+        def message(request: Request, text: str, first: int, last: int) -> dict:
+            said = {"role": "assistant", "content": text, "refusal": None}
+            return {"message": said, "logprobs": logprobs.of_chat(request, first, last)}
+
+        if body.stream:
+            return stream(job, head | {"object": "chat.completion.chunk"}, delta, body.wants_usage)
+        return await whole(job, http, head | {"object": "chat.completion"}, message)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, http: HTTPRequest):
+        job = submit(body, body.prompts, 16)
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        head["object"] = "text_completion"
+
+        def text_of(request: Request, text: str, first: int, last: int) -> dict:
+            if body.echo and not first:
+                text = engine.tokenizer.decode(request.prompt, skip_special_tokens=True) + text
+            return {"text": text, "logprobs": logprobs.of_completion(request, first, last)}
+
+        if body.stream:
+            return stream(job, head, text_of, body.wants_usage)
+        return await whole(job, http, head, text_of)
 
     card = {"id": name, "object": "model", "created": created, "owned_by": "moonwhale", "context": engine.context}
 
