@@ -81,6 +81,8 @@ def test_completions(client, engine):
 def test_choices_are_seeded_one_after_the_other(client):
     options = {"model": NAME, "messages": HELLO, "max_tokens": 8}
     three = client.chat.completions.create(**options, n=3, seed=11)
+    one = client.chat.completions.create(**options)
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens, "a prompt counts once"
     texts = [choice.message.content for choice in three.choices]
     alone = [client.chat.completions.create(**options, seed=11 + i).choices[0].message.content for i in range(3)]
     assert texts == alone and len(set(texts)) > 1

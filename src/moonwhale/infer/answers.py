@@ -51,10 +51,10 @@ def event(body: dict) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def usage(requests: list[Request]) -> dict:
-    """Tokens read and written; a prompt counts once however many choices it has."""
-    prompts = {id(request.prompt): len(request.prompt) for request in requests}
-    prompt, written = sum(prompts.values()), sum(len(request.token_ids) for request in requests)
+def usage(requests: list[Request], choices: int) -> dict:
+    """Tokens read and written; a prompt counts once however many `choices`, one after the other, it has."""
+    prompt = sum(len(request.prompt) for request in requests[::choices])
+    written = sum(len(request.token_ids) for request in requests)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 

@@ -83,7 +83,7 @@ def create_app(
             raise APIError(400, "stream_options: set stream to true with it", param="stream_options")
         options = SamplingOptions(**body.sampling(default_tokens))
         requests: list[Request] = []
-        for prompt in prompts:
+        for prompt in map(engine.encode, prompts):
             for _ in range(body.n or 1):
                 seed = None if options.seed is None else options.seed + len(requests)
                 requests.append(engine.request(prompt, options, seed, body.alternatives))
@@ -130,7 +130,7 @@ def create_app(
         finally:
             task.cancel()
 
-    def stream(job: Job, head: dict, part: Part, usage_wanted: bool) -> StreamingResponse:
+    def stream(job: Job, head: dict, part: Part, body: ChatRequest | CompletionRequest) -> StreamingResponse:
         """Server-sent events: a chunk for each gain."""
         told = [0] * len(job.requests)
 
@@ -143,8 +143,8 @@ def create_app(
                         said = part(request, gain.text, first, gain.tokens)
                         choice = {"index": gain.index, **said, "finish_reason": FINISH.get(gain.finish_reason)}
                         yield event(head | {"choices": [choice]})
-                if usage_wanted:
-                    yield event(head | {"choices": [], "usage": usage(job.requests)})
+                if body.wants_usage:
+                    yield event(head | {"choices": [], "usage": usage(job.requests, body.n or 1)})
             except APIError as error:
                 yield event(error.body)
             except UserError as error:
@@ -153,7 +153,7 @@ def create_app(
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-    async def whole(job: Job, http: HTTPRequest, head: dict, part: Part) -> dict:
+    async def whole(job: Job, http: HTTPRequest, head: dict, part: Part, body: ChatRequest | CompletionRequest) -> dict:
         """The answer once all of it is there."""
         await finished(job, http)
         choices = [
@@ -164,7 +164,7 @@ def create_app(
             }
             for i, request in enumerate(job.requests)
         ]
-        return head | {"choices": choices, "usage": usage(job.requests)}
+        return head | {"choices": choices, "usage": usage(job.requests, body.n or 1)}
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HTTPRequest):
@@ -181,8 +181,8 @@ def create_app(
             return {"message": said, "logprobs": logprobs.of_chat(request, first, last)}
 
         if body.stream:
-            return stream(job, head | {"object": "chat.completion.chunk"}, delta, body.wants_usage)
-        return await whole(job, http, head | {"object": "chat.completion"}, message)
+            return stream(job, head | {"object": "chat.completion.chunk"}, delta, body)
+        return await whole(job, http, head | {"object": "chat.completion"}, message, body)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, http: HTTPRequest):
@@ -196,8 +196,8 @@ def create_app(
             return {"text": text, "logprobs": logprobs.of_completion(request, first, last)}
 
         if body.stream:
-            return stream(job, head, text_of, body.wants_usage)
-        return await whole(job, http, head, text_of)
+            return stream(job, head, text_of, body)
+        return await whole(job, http, head, text_of, body)
 
     card = {"id": name, "object": "model", "created": created, "owned_by": "moonwhale", "context": engine.context}
 
