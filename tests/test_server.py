@@ -258,7 +258,8 @@ def test_a_client_that_goes_away_frees_its_slot(server, engine, monkeypatch, str
 
 def test_an_answer_that_takes_too_long_ends(engine, small_checkpoint, monkeypatch):
     step = engine.scheduler.step
-    monkeypatch.setattr(engine.scheduler, "step", lambda: (time.sleep(0.1), step()))
+    # Longer than there is time for: an answer of a few tokens would else be in time.
+    monkeypatch.setattr(engine.scheduler, "step", lambda: (time.sleep(0.8), step()))
     with Running(create_app(engine, NAME, small_checkpoint, Limits(answer=0.5))) as server:
         assert_error(server.post(max_tokens=80), 408, "took more than 0.5 seconds")
         streamed = server.post(max_tokens=80, stream=True).text
