@@ -84,8 +84,8 @@ def is_well_formed(completion: str) -> bool:
 
 
 def load_task(spec: str) -> Task:
-    """The task that `--task SPEC` names: one of reasoning-gym's with its settings, `chain_sum:max_terms=3:max_digits=2`;
-    `gsm8k` from the hub; or a JSONL file of {"question", "answer"}.
+    """The task that `--task SPEC` names: one of reasoning-gym's with its settings, as `chain_sum:max_terms=3`; `gsm8k`
+    from the hub; or a JSONL file of {"question", "answer"}.
 
     Answers of the last two are compared as mathematics (math-verify). Raises UserError for what cannot be found, read
     or imported.

@@ -167,22 +167,36 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             balance = self._collect([block], [stats], balance)
         x = self.norm(x)
 
-        mtp, hidden = [], x
-        for k, module in enumerate(self.mtp_modules if with_mtp else (), start=1):
-            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, layout.ahead(k))
-            balance = self._collect([module, *module.blocks], stats, balance)
-            mtp.append(hidden)
+        mtp = ()
+        if with_mtp:
+            mtp, mtp_balance = self.look_ahead(x, embeds, table, layout)
+            balance = balance + mtp_balance
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*seen, x) if output_hidden_states else None,
-            mtp_hidden_states=tuple(mtp),
+            mtp_hidden_states=mtp,
             balance_loss=balance,
         )
 
+    def look_ahead(
+        self, hidden: Tensor, embeds: Tensor, table: tuple[Tensor, Tensor], layout: Layout
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The chain of MTP modules on the main model's normed hidden states and the tokens' embeddings, (B, T, hidden).
+
+        Returns:
+            the normed hidden states of each module, and the sum of their balance losses.
+        """
+        seen, balance = [], hidden.new_zeros((), dtype=torch.float32)
+        for k, module in enumerate(self.mtp_modules, start=1):
+            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, layout.ahead(k))
+            balance = self._collect([module, *module.blocks], stats, balance)
+            seen.append(hidden)
+        return tuple(seen), balance
+
     def _collect(self, blocks, stats, balance: Tensor) -> Tensor:
         for block, measured in zip(blocks, stats, strict=True):
-            if self.training:
+            if self.training and torch.is_grad_enabled():
                 block.collect(measured)
             if measured.balance is not None:
                 balance = balance + measured.balance
