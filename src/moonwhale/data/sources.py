@@ -173,11 +173,11 @@ def _hub(spec: str, split: str, columns: list[str]) -> Source:
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # not there, gated, offline, no such split or configuration: each is another class
-        raise UserError(_hub_reason(spec, name, one_line(error))) from error
+        raise UserError(hub_reason(spec, name, one_line(error))) from error
     return Source(spec, _digest(columns, rows._fingerprint), lambda: _documents(rows, columns, spec), rows.num_rows)
 
 
-def _hub_reason(spec: str, name: str, message: str) -> str:
+def hub_reason(spec: str, name: str, message: str) -> str:
     if "scripts are no longer supported" in message:
         instead = "wikimedia/wikipedia:20231101.en" if "wikicorpus" in name else "a copy of it in Parquet"
         return f"--data: {spec} is a loading script, which the datasets library no longer runs (use {instead})"
