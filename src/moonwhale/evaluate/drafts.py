@@ -39,7 +39,7 @@ def continue_text(engine: Engine, text: PackedDataset) -> list[Completion]:
     """Greedy continuations of the beginnings of 32 documents, or as many as there are, spread over the text."""
     n = min(DOCUMENTS, text.n_documents)
     chosen = np.linspace(0, text.n_documents - 1, n).astype(int)
-    prompts = [text.beginning(i, min(PROMPT, engine.context // 2)).tolist() for i in chosen]
+    prompts = [text.beginning(document, min(PROMPT, engine.context // 2)).tolist() for document in chosen]
     answers = engine.as_completed(prompts, temperature=0.0, max_new_tokens=ANSWER)
-    bar = tqdm(answers, desc="drafts", total=n, unit=" texts", leave=False, disable=None)
-    return [completion for _, completion in bar]
+    done = dict(tqdm(answers, desc="drafts", total=n, unit=" texts", leave=False, disable=None))
+    return [done[i] for i in range(n)]
