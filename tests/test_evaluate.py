@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import socket
 import sys
@@ -195,6 +196,11 @@ def test_a_file_of_questions(small_checkpoint, questions, tmp_path, capsys):
         assert piece in out
 
 
+def test_a_question_beyond_the_context_is_one_line(engine):
+    with pytest.raises(UserError, match=r"--task: the prompt has .* tokens, .* the model's context of 96"):
+        answers.answer(engine, [Problem("why " * 99, "so", {})], 1, 1.0, 8, 0)
+
+
 # ---- drafts
 
 
@@ -292,6 +298,19 @@ def test_lm_eval_scores_as_by_hand(small_checkpoint, small_model, small_tokenize
     assert accuracies() != accuracies(with_bos=False)
     assert 0 < found["acc stderr"] < 0.2 and found["examples"] == 12
     assert "whales (12 examples)" in out and f"{found['acc']:.4f} ±" in out
+
+
+def test_prompts_that_lm_eval_cuts_are_told(small_checkpoint, harness_folder, capsys, caplog):
+    given = [small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder]
+    run(capsys, *given)
+    assert not caplog.records
+    rows = [json.loads(line) for line in (harness_folder / "whales.jsonl").read_text().splitlines()]
+    rows[3]["q"] *= 20
+    (harness_folder / "whales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(capsys, *given)
+    (told,) = (record.getMessage() for record in caplog.records)
+    # Of its four choices, those of one token are scored together.
+    assert re.fullmatch("--lm-eval: [34] prompts or more lost their beginnings, to fit a context of 96", told)
 
 
 def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, capsys):

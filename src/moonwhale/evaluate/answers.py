@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from moonwhale.data.tasks import Problem, Task, is_well_formed
+from moonwhale.errors import UserError
 from moonwhale.infer.engine import Completion, Engine
 
 
@@ -43,7 +44,10 @@ def answer(
     Raises:
         UserError: a question leaves no room for an answer in the model's context.
     """
-    prompts = [problem.messages for problem in problems]
+    try:
+        prompts = [engine.encode(problem.messages) for problem in problems]
+    except UserError as error:
+        raise UserError(f"--task: {error}") from error
     greedy, sampled = {}, {}
     with tqdm(total=len(prompts) * (1 + samples), desc="task", unit=" answers", leave=False, disable=None) as bar:
         for i, completion in engine.as_completed(prompts, temperature=0.0, max_new_tokens=max_new_tokens):

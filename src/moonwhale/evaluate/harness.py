@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from moonwhale.errors import UserError, did_you_mean, one_line
 from moonwhale.model import MoonwhaleForCausalLM
 
+log = logging.getLogger(__name__)
+
 
 class HarnessTasks:
     """lm-eval's tasks, groups and tags of these names, loaded with their data. `folder` holds some of one's own, as
@@ -57,21 +59,41 @@ class HarnessTasks:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        harness = HFLM(
-            pretrained=model,
-            tokenizer=_with_bos(tokenizer),
-            batch_size=batch_size,
-            mixed_precision_dtype=autocast,
-            max_length=model.config.max_position_embeddings,
-        )
+        logger, cut = logging.getLogger(HFLM.__module__), _Cut()
+        logger.addFilter(cut)
         try:
+            harness = HFLM(
+                pretrained=model,
+                tokenizer=_with_bos(tokenizer),
+                batch_size=batch_size,
+                mixed_precision_dtype=autocast,
+                softmax_dtype=torch.float32,
+                max_length=model.config.max_position_embeddings,
+            )
             found = simple_evaluate(
                 harness, tasks=self.tasks, task_manager=self.manager, limit=limit, log_samples=False
             )
         except ValueError as error:
             raise UserError(_failure(self.names, error)) from error
+        finally:
+            logger.removeFilter(cut)
+        if cut.times:
+            context = model.config.max_position_embeddings
+            log.warning(
+                "--lm-eval: %d prompts or more lost their beginnings, to fit a context of %d", cut.times, context
+            )
         examples = {name: {"examples": n["effective"]} for name, n in found["n-samples"].items()}
         return {name: _figures(values) | examples.get(name, {}) for name, values in found["results"].items()}
+
+
+class _Cut(logging.Filter):
+    """Keeps lm-eval's warnings back, and counts those of prompts that were cut to the model's context."""
+
+    times = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.times += "truncat" in record.getMessage().lower()
+        return record.levelno >= logging.ERROR
 
 
 def _manager(names: list[str], folder: str | None):
@@ -82,6 +104,7 @@ def _manager(names: list[str], folder: str | None):
         raise UserError('--lm-eval needs a package: pip install "moonwhale[eval]"') from error
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)  # for `_Cut`
     if folder is not None:  # reading lm-eval's own thousands of files takes seconds, here for nothing
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
