@@ -96,8 +96,9 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     """
     from moonwhale.data.packing import prepare, prepare_whole
     from moonwhale.data.sources import load_source
-    from moonwhale.evaluate import answers, report
+    from moonwhale.evaluate import report
     from moonwhale.evaluate.drafts import DraftScore, continue_text
+    from moonwhale.evaluate.harness import HarnessTasks
     from moonwhale.evaluate.text import choose_rows, score_text
     from moonwhale.infer.checkpoint import open_checkpoint, read_config
     from moonwhale.infer.engine import Engine
@@ -115,7 +116,7 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     choice = choose(config.device, config.precision)
     task, problems = _problems(config) if config.task else (None, [])
     source = load_source(config.data, config.data_split, config.data_columns) if config.data else None
-    harness = _harness(config) if config.lm_eval else None
+    harness = HarnessTasks(config.lm_eval, config.include_path) if config.lm_eval else None
 
     results: dict[str, dict] = {}
     print(f"{'checkpoint':<12}{folder}, on {choice.reason}", flush=True)
@@ -140,19 +141,26 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
             results["drafts_text"] = dataclasses.asdict(DraftScore.of(continue_text(engine, text)))
             report.show_drafts("text", results["drafts_text"])
         if task:
-            greedy, sampled = answers.answer(
-                engine, problems, config.samples, config.temperature, config.max_new_tokens, config.seed
-            )
-            score = answers.score_answers(task, problems, greedy, sampled, config.k)
-            some = [
-                {"question": p.question, "answer": p.answer, "completion": c.text, "score": task.accuracy(p, c.text)}
-                for p, c in zip(problems[:SHOWN], greedy[:SHOWN], strict=True)
-            ]
-            results["task"] = dataclasses.asdict(score) | {"examples": some}
-            report.show_answers(config.task, config.temperature, results["task"])
-            if config.speculation:
-                results["drafts_task"] = dataclasses.asdict(DraftScore.of(greedy))
-                report.show_drafts("greedy answers", results["drafts_task"])
+            results |= _measure_answers(engine, task, problems, config)
+    return results
+
+
+def _measure_answers(engine, task, problems: list, config: EvalConfig) -> dict[str, dict]:
+    from moonwhale.evaluate import report
+    from moonwhale.evaluate.answers import answer, score_answers
+    from moonwhale.evaluate.drafts import DraftScore
+
+    greedy, sampled = answer(engine, problems, config.samples, config.temperature, config.max_new_tokens, config.seed)
+    examples = [
+        {"question": p.question, "answer": p.answer, "completion": c.text, "score": task.accuracy(p, c.text)}
+        for p, c in zip(problems[:SHOWN], greedy[:SHOWN], strict=True)
+    ]
+    score = score_answers(task, problems, greedy, sampled, config.k)
+    results = {"task": dataclasses.asdict(score) | {"examples": examples}}
+    report.show_answers(config.task, config.temperature, results["task"])
+    if config.speculation:
+        results["drafts_task"] = dataclasses.asdict(DraftScore.of(greedy))
+        report.show_drafts("greedy answers", results["drafts_task"])
     return results
 
 
@@ -173,12 +181,6 @@ def _problems(config: EvalConfig):
         )
     task.accuracy(problems[0], task.demonstrate(problems[0]))  # a package that scoring lacks is missed now, not later
     return task, problems
-
-
-def _harness(config: EvalConfig):
-    from moonwhale.evaluate.harness import HarnessTasks
-
-    return HarnessTasks(config.lm_eval, config.include_path)
 
 
 def _write(path: Path, values: dict) -> None:
