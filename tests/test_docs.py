@@ -157,6 +157,7 @@ SNIPPETS = [(document, block) for document in DOCUMENTS for block in fenced(read
 @pytest.mark.parametrize(("document", "snippet"), SNIPPETS, ids=[document for document, _ in SNIPPETS])
 def test_snippets_run(document, snippet, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("MOONWHALE_CACHE", str(folder / "cache"))
     exec(compile(snippet, document, "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "data": {"data", "errors", "options"},
     "train": UP_TO_TRAIN,
     "infer": {"infer", "model", "data", "errors", "options", "precision", "xray"},
+    "evaluate": {"evaluate", "infer", "model", "data", "errors", "options", "precision", "counts"},
     "xray": {"model", "errors", "counts"},
 }
 LIGHT = {"__main__", "cli", "errors", "presets", "counts"}  # the standard library only
@@ -75,6 +76,7 @@ def test_imports_keep_to_the_rooms(path):
         ("presets.py", "from moonwhale.train.arguments import parse"),
         ("infer/engine.py", "from moonwhale.train.trainer import MTPTrainer"),
         ("train/trainer.py", "from moonwhale.infer.engine import Engine"),
+        ("evaluate/text.py", "from moonwhale.train.trainer import MTPTrainer"),
         ("train/trainer.py", "from .checkpoints import save"),
         ("doctor.py", "from moonwhale import cli"),
     ],

@@ -12,6 +12,7 @@ VERBS = {
     "generate": ("moonwhale.infer.commands:main_generate", "continue a text, or answer one"),
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
     "serve": ("moonwhale.infer.commands:main_serve", "answer over HTTP: OpenAI's API and a chat page"),
+    "eval": ("moonwhale.evaluate.commands:main", "measure a model: text, tasks, multiple choice"),
     "xray": ("moonwhale.infer.commands:main_xray", "draw what happened inside a model, as a page"),
     "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),

@@ -66,6 +66,11 @@ class PackedDataset(Dataset):
         }
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}
 
+    def beginning(self, document: int, n: int) -> np.ndarray:
+        """The first n ids (n,) of one of the split's documents, or of a shorter one all but its end token."""
+        start, end = self.begins[document], self.ends[document]
+        return self.shards[np.arange(start, min(start + n, max(end - 1, start + 1))) + self.offsets[document]]
+
 
 @dataclass(frozen=True)
 class DataBundle:
@@ -134,25 +139,34 @@ def prepare(
     the order, the tokenizer and the other documents are, and with all its copies. Each side gets at least one document;
     if there is only one, its end is held out. Raises UserError for a context below 2 and for less than four tokens.
     """
+    shards = _shards(source, tokenizer, context, cache_dir, verify)
+    hashes = shards.documents["hash"]
+    if (hashes == hashes[0]).all():
+        return _split_by_position(shards, tokenizer, context, held_out)
+    aside = _held_out(hashes, held_out)
+    return tuple(_packed(shards, chosen, tokenizer, context) for chosen in (~aside, aside))
+
+
+def prepare_whole(
+    source: Source, tokenizer: PreTrainedTokenizerFast, context: int, *, cache_dir: str | Path | None = None
+) -> PackedDataset:
+    """All of the source's rows, nothing held out: for a text that no model was trained on. Raises as `prepare`."""
+    shards = _shards(source, tokenizer, context, cache_dir)
+    return _packed(shards, np.ones(len(shards.documents), bool), tokenizer, context)
+
+
+def _shards(source: Source, tokenizer, context: int, cache_dir, verify: bool = False) -> Shards:
     if context < 2:
         raise UserError(f"--context {context}: a row needs at least 2 tokens, one to predict from the other")
-    shards = build_shards(source, tokenizer, cache_dir, verify)
+    return build_shards(source, tokenizer, cache_dir, verify)
+
+
+def _packed(shards: Shards, chosen: np.ndarray, tokenizer, context: int) -> PackedDataset:
+    """The documents of which `chosen` (n,) bool is true."""
     documents = shards.documents
     starts = np.cumsum(documents["tokens"]) - documents["tokens"]
-    if (documents["hash"] == documents["hash"][0]).all():
-        return _split_by_position(shards, tokenizer, context, held_out)
-    aside = _held_out(documents["hash"], held_out)
-    return tuple(
-        PackedDataset(
-            shards,
-            starts[chosen],
-            documents["tokens"][chosen],
-            int(documents["bytes"][chosen].sum()),
-            context,
-            tokenizer.pad_token_id,
-        )
-        for chosen in (~aside, aside)
-    )
+    n_bytes = int(documents["bytes"][chosen].sum())
+    return PackedDataset(shards, starts[chosen], documents["tokens"][chosen], n_bytes, context, tokenizer.pad_token_id)
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:

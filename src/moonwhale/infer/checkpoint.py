@@ -29,14 +29,15 @@ def open_checkpoint(
             weights, configuration and tokenizer do not belong together.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = read_config(folder)
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise UserError(f"{folder} holds no weights ({WEIGHTS[0]}){_newest(folder)}")
     model = load_model(folder, config, dtype)
     return model, load_tokenizer_of(folder, model)
 
 
-def _config(folder: Path) -> MoonwhaleConfig:
+def read_config(folder: Path) -> MoonwhaleConfig:
+    """The configuration in a checkpoint folder; a UserError unless it is one of a moonwhale that can be."""
     if not folder.is_dir():
         kind = "is a file, not a checkpoint folder" if folder.exists() else "is no folder"
         raise UserError(f"{folder} {kind} (give the folder that a training run wrote with --out)")

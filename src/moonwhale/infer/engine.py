@@ -35,8 +35,8 @@ class Completion:
     finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens or a full context) or "cancelled"; None while
         running.
     seconds: from the call to the last token, the reading of the prompt included.
-    tokens_per_forward: what MTP drafts gained: tokens for each run of the main model, 1 without drafts.
-    acceptance: for each depth of the MTP chain, the share of tested guesses that held.
+    forwards: how often the main model ran for it.
+    drafted, accepted: for each depth of the MTP chain, guesses that were put to the test and those that held.
     """
 
     text: str
@@ -44,12 +44,23 @@ class Completion:
     finish_reason: str | None
     prompt_tokens: int
     seconds: float
-    tokens_per_forward: float
-    acceptance: list[float]
+    forwards: int
+    drafted: list[int]
+    accepted: list[int]
 
     @property
     def tokens_per_second(self) -> float:
         return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """What MTP drafts gained: tokens for each run of the main model, 1 without drafts."""
+        return len(self.token_ids) / max(self.forwards, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """For each depth of the MTP chain that was tested, the share of guesses that held."""
+        return [held / tested for held, tested in zip(self.accepted, self.drafted, strict=True) if tested]
 
 
 class Engine:
@@ -132,18 +143,24 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise TypeError("generate takes a list of prompts")
+        done = dict(self.as_completed(prompts, **options))
+        return [done[i] for i in range(len(prompts))]
+
+    def as_completed(self, prompts: Sequence[Prompt], **options) -> Iterator[tuple[int, Completion]]:
+        """What `generate` gives, each completion as soon as it has ended, with its prompt's index."""
         settings = SamplingOptions(**options)
         seed = secrets.randbits(62) if settings.seed is None else settings.seed
-        requests = [self.request(prompt, settings, seed + i) for i, prompt in enumerate(prompts)]
-        for request in requests:
-            self.scheduler.submit(request)
+        requests = {i: self.request(prompt, settings, seed + i) for i, prompt in enumerate(prompts)}
         try:
-            while any(request.finish_reason is None for request in requests):
+            for request in requests.values():
+                self.scheduler.submit(request)
+            while requests:
                 self.scheduler.step()
+                for i in [i for i, request in requests.items() if request.finish_reason is not None]:
+                    yield i, completion(requests.pop(i))
         finally:
-            for request in requests:
+            for request in requests.values():
                 self.scheduler.cancel(request)
-        return [completion(request) for request in requests]
 
     def stream(self, prompt: Prompt, **options) -> "Stream":
         """Continues one prompt; iterate over the result for its text in pieces. Raises UserError as `generate`."""
@@ -211,8 +228,9 @@ def completion(request: Request) -> Completion:
         request.finish_reason,
         len(request.prompt),
         request.seconds,
-        len(request.token_ids) / max(request.forwards, 1),
-        [held / tested for held, tested in zip(request.accepted, request.drafted, strict=True) if tested],
+        request.forwards,
+        request.drafted,
+        request.accepted,
     )
 
 
