@@ -310,6 +310,14 @@ def test_a_users_own_table_is_treated_alike(tmp_path, caplog):
     assert list(load_source(part, columns=["a", "b"])) == ["x\n\ny", "z"], "one column is enough"
 
 
+def test_a_table_of_both_spellings_gives_every_message_all_fields(tmp_path):
+    old = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    table = pa.table({"conversations": [turns("a", "b"), old]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert set(pq.read_table(tmp_path / "a.parquet")["conversations"][0][0].as_py()) == {*old[0], "role", "content"}
+    assert list(load_source(str(tmp_path / "a.parquet"))) == [turns("a", "b")] * 2
+
+
 # ---- loading from the hub
 
 
@@ -336,6 +344,7 @@ def test_so_many_documents(hub, tmp_path):
     assert len({load_source("some/set", limit=limit).fingerprint for limit in (None, 3, 4)}) == 3
     lines = jsonl(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(5)])
     assert list(load_source(lines, limit=2)) == ["0", "1"]
+    assert len({load_source(lines, limit=limit).fingerprint for limit in (None, 3, 4)}) == 3
     assert len(list(load_source("chitchat", limit=7))) == 7
     fails("--data-documents 0: read at least 1", "chitchat", limit=0)
 
@@ -363,6 +372,14 @@ def test_hub_failures_are_one_line_each(monkeypatch, spec, error, line):
     fails(line, spec)
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_damaged_file(hub, tmp_path, limit):
+    hub("some/set", [{"text": "x"}])
+    (file,) = (tmp_path / "hub").rglob("*.parquet")
+    file.write_bytes(b"PAR1 and then nothing of the kind")
+    fails("some/set .*[Pp]arquet magic bytes", "some/set", limit=limit)
+
+
 def test_a_connection_that_breaks(hub, monkeypatch):
     import datasets
 
@@ -376,9 +393,8 @@ def test_a_connection_that_breaks(hub, monkeypatch):
     fails("reading some/set broke off, try again: the line is dead", "some/set", limit=5)
 
 
-@pytest.mark.parametrize("more", [[], ["--data-documents", "3"]])
-def test_offline(tmp_path, more):
-    command = [sys.executable, "-m", "moonwhale", "data", "--data", "tinystories", *more, "--cache", str(tmp_path)]
+def test_offline(tmp_path):
+    command = [sys.executable, "-m", "moonwhale", "data", "--data", "tinystories", "--cache", str(tmp_path)]
     places = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | places)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -417,6 +433,8 @@ def test_mixture_ends_with_its_first_exhausted_part_and_says_so(caplog):
     assert order == "b0 a0 b1 b2 b3 a1 b4 b5 b6"
     assert "the mixture ends where a does, with these documents: 2 of a, 7 of b" in caplog.text
     assert list(islice(mix("m", [counted("a", 2), counted("b", 9)], [1, 3], limit=3), 9)) == ["b0", "a0", "b1"]
+    prints = {mix("m", [counted("a", 2), counted("b", 9)], [1, 3], limit).fingerprint for limit in (None, 3, 4)}
+    assert len(prints) == 3
     with pytest.raises(UserError, match="no text in a"):
         list(mix("m", [counted("b", 9), counted("a", 0)], [1, 1]))
 

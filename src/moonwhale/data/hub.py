@@ -56,7 +56,8 @@ def _reading(rows: Iterable[dict], spec: str) -> Iterator[dict]:
 
 
 def _reason(spec: str, id: str, known: HubSet | None, error: Exception) -> str:
-    message = one_line(error)
+    # Of a failing preparation, the library's own error says only that it failed.
+    message = one_line(error.__cause__ if "error occurred while generating" in str(error) else error)
     if "scripts are no longer supported" in message:
         instead = "wikicorpus" if "wikicorpus" in id else "a copy of it in Parquet"
         return f"--data: {spec} is a loading script, which the datasets library no longer runs (use {instead})"

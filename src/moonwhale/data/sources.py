@@ -68,7 +68,6 @@ def _has_columns(spec: str, paths: list[Path] | None) -> bool:
 
 def _files(spec: str, paths: list[Path], columns: list[str], limit: int | None) -> Source:
     tables = any(map(_table_kind, paths))
-    columns = columns if tables else []
     read = _chitchat if spec == "chitchat" else lambda: _read_files(paths, columns)
     n_documents = limit if spec == "chitchat" or tables else min(len(paths), limit or len(paths))
     return Source(spec, digest(columns, limit, *map(_stamp, paths)), read, n_documents, limit)
