@@ -68,9 +68,9 @@ class Tally:
         if bad > MAX_BAD_SHARE * rows:
             ((why, _),) = self.bad.most_common(1)
             raise UserError(
-                f"--data: {bad:,} of {self.rows:,} rows of {self.name} ({bad / self.rows:.0%}) cannot be read, mostly "
-                f"those with {why} ({self.examples[why]}): mend them, or read other columns with --data-columns "
-                f"(up to {MAX_BAD_SHARE:.0%} are left out)"
+                f"--data: {bad:,} of {self.rows:,} rows of {self.name} ({bad / self.rows:.1%}) cannot be read, mostly "
+                f"those with {why} ({self.examples[why]}): mend them, or read other columns or another split with "
+                f"--data-columns, --data-split (up to {MAX_BAD_SHARE:.0%} are left out)"
             )
 
 

@@ -77,7 +77,8 @@ def _reason(spec: str, id: str, known: HubSet | None, error: Exception) -> str:
     if re.search("(Unknown|Bad) split", message):
         return f"--data-split: {spec}: {message}"
     if names := re.search(r"[Aa]vailable(?: configs.*?)?: (\[.*?\])", str(error), re.DOTALL):
-        return f"--data: {spec}: {_configurations(spec, ast.literal_eval(names[1]))}"
+        cached = " (in the cache: the hub cannot be reached)" if "in the cache" in message else ""
+        return f"--data: {spec}: {_configurations(spec, ast.literal_eval(names[1]))}{cached}"
     return f"--data: {spec} is no file or folder here, and cannot be loaded from the hub: {message}"
 
 

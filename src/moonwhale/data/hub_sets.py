@@ -17,8 +17,8 @@ class HubSet:
     columns: tuple[str, ...]
     document: Callable[..., Document | None]  # of a row; None if a filter holds it back. May raise BadRow
     licence: str
-    default: str | None = None  # choice
-    choices: str = ""  # examples, where there is no default
+    default: str | None = None  # where no choice is named; None leaves it to the hub
+    choices: str = ""  # examples, where one has to be named
     keeps: str = ""  # what the filter lets through; {} is the language, then `document`'s second argument
     gated: bool = False
     note: str = ""
@@ -28,9 +28,10 @@ class HubSet:
 
         Raises UserError where a choice is missing.
         """
-        choice = spec.partition(":")[2] or self.default
+        name, _, choice = spec.partition(":")
+        choice = choice or self.default
         if self.choices and not choice:
-            raise UserError(f"--data: {spec} needs a configuration: {spec}:NAME, with one such as {self.choices}")
+            raise UserError(f"--data: {name} needs a configuration: {name}:NAME, with one such as {self.choices}")
         if self.keeps:
             return None, partial(self.document, language=choice), self.keeps.format(choice)
         return choice, self.document, ""
