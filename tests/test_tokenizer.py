@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moonwhale.data import chat, tokenizer
 from moonwhale.data.chat import encode_document, encode_prompt
-from moonwhale.data.sources import Source
+from moonwhale.data.documents import Source
 from moonwhale.data.tokenizer import byte_lengths, fingerprint, load_tokenizer, train_tokenizer, trained_tokenizer
 from moonwhale.errors import UserError
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import Parser
 
@@ -29,6 +30,7 @@ def main_data(argv: list[str]) -> None:
         context=args.context,
         cache_dir=args.cache,
         verify=args.verify,
+        limit=args.data_documents,
     )
     print(bundle.describe())
     rows = len(bundle.train)
@@ -54,17 +56,19 @@ def main_tokenizer(argv: list[str]) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        default="chitchat",
-        help="file, folder, glob, hub set owner/name[:config], or built in: chitchat, python (chitchat)",
-    )
+    parser.add_argument("--data", default="chitchat", help=f"{DATA_HELP} (chitchat)")
     parser.add_argument("--data-split", help="split of a hub set (train)")
     parser.add_argument(
         "--data-columns",
         type=lambda names: names.split(","),
         metavar="A,B",
         help="text columns, or the column of messages (the usual names)",
+    )
+    parser.add_argument(
+        "--data-documents",
+        type=int,
+        metavar="N",
+        help="documents to read, from the beginning; a hub set is then streamed (all, downloaded)",
     )
     parser.add_argument("--cache", help="where built things are kept ($MOONWHALE_CACHE or ~/.cache/moonwhale)")
 
@@ -78,9 +82,8 @@ def _train(args: argparse.Namespace) -> None:
     from moonwhale.data.sources import load_source
     from moonwhale.data.tokenizer import trained_tokenizer
 
-    tokenizer = trained_tokenizer(
-        load_source(args.data, args.data_split, args.data_columns), args.vocab_size, args.cache
-    )
+    source = load_source(args.data, args.data_split, args.data_columns, args.data_documents)
+    tokenizer = trained_tokenizer(source, args.vocab_size, args.cache)
     with new_folder(out) as building:
         tokenizer.save_pretrained(building)
     print(f"{out}: {len(tokenizer):,} tokens")

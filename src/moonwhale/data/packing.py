@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from moonwhale.data.documents import Source
 from moonwhale.data.shards import Shards, build_shards
-from moonwhale.data.sources import Source, load_source
+from moonwhale.data.sources import load_source
 from moonwhale.data.tokenizer import byte_lengths, load_tokenizer, trained_tokenizer
 from moonwhale.errors import UserError
 
@@ -109,13 +110,14 @@ def build_data(
     context: int = 1024,
     cache_dir: str | Path | None = None,
     verify: bool = False,
+    limit: int | None = None,
 ) -> DataBundle:
     """From the command line's words to datasets; everything built is kept in the cache and reused.
 
-    `tokenizer` None or "train" means one of `vocab_size` trained on the source. Raises UserError (see `load_source`,
-    `load_tokenizer`, `train_tokenizer`, `prepare`).
+    `tokenizer` None or "train" means one of `vocab_size` trained on the source; `limit` is in documents. Raises
+    UserError (see `load_source`, `load_tokenizer`, `train_tokenizer`, `prepare`).
     """
-    source = load_source(data, split, columns)
+    source = load_source(data, split, columns, limit)
     if tokenizer in (None, "train"):
         loaded = trained_tokenizer(source, vocab_size, cache_dir)
     else:

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.cache import cache_folder, checksum, locked, new_folder
 from moonwhale.data.chat import encode_documents
-from moonwhale.data.sources import Document, Source, texts_of
+from moonwhale.data.documents import Document, Source, texts_of
 from moonwhale.data.tokenizer import byte_lengths, fingerprint
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # changes whenever the same source and tokenizer would give other files
+FORMAT = 2  # changes whenever the same source and tokenizer would give other files
 SHARD_TOKENS = 1 << 26
 BATCH_CHARACTERS = 1 << 22
 CHEAP_BYTES = 1 << 26  # checksums of up to this much are verified at every opening, in about 0.1 s

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moonwhale.data.documents import Document, Source, digest
 from moonwhale.errors import UserError, did_you_mean, one_line
 
 HELD_OUT = 0.1  # of a task's questions, by the hash of their text
+DEMONSTRATIONS = 10_000  # of a task used as a source of data, if not told otherwise
+QUESTIONS = 1_000_000  # that reasoning-gym is asked for; it makes each when it is read
 TRIES = 1000  # questions drawn in vain before a task counts as exhausted
 WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -31,6 +34,7 @@ class Problem:
 
     @property
     def messages(self) -> list[dict]:
+        """What the model answers."""
         return [{"role": "user", "content": self.question}]
 
 
@@ -58,7 +62,9 @@ class Task:
         return found
 
     def demonstrate(self, problem: Problem) -> str:
-        """A well-formed right answer, for a cold start."""
+        """A well-formed right answer, for a cold start. A UserError for a task that has a scorer but no answers."""
+        if not problem.answer:
+            raise UserError(f"--data: {self.name} has no right answers to show: take another task")
         return f"<think>{self.steps(problem)}</think>\n<answer>{problem.answer}</answer>"
 
     def accuracy(self, problem: Problem, completion: str) -> float:
@@ -100,6 +106,20 @@ def load_task(spec: str) -> Task:
     return Task(spec, _gsm8k, _same_mathematics, lambda problem: problem.entry["steps"])
 
 
+def demonstrations(spec: str, limit: int | None = None) -> Source:
+    """What `--data task:SPEC` names: conversations of a training question and its well-formed right answer."""
+    name, n = spec.removeprefix("task:"), limit or DEMONSTRATIONS
+    task = load_task(name)
+
+    def read() -> Iterator[Document]:
+        for problem in itertools.islice(task.draw(0, False), n):
+            yield [*problem.messages, {"role": "assistant", "content": task.demonstrate(problem)}]
+
+    path = Path(name)
+    stamp = path.stat().st_mtime_ns if path.is_file() else None
+    return Source(spec, digest(spec, n, stamp), read, n)
+
+
 def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
     gym = _require("reasoning_gym", "reasoning-gym")
     from reasoning_gym.factory import DATASETS
@@ -121,7 +141,7 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
 
     def build(seed: int):
         # A question's own seed is the data set's plus its index: seeds side by side would share almost all of them.
-        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=1 << 30, **options)
+        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=QUESTIONS, **options)
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
         questions, in_vain = build(seed), 0
@@ -130,7 +150,7 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
             in_vain += 1
             if is_held_out(entry["question"]) == held_out:
                 in_vain = 0
-                yield Problem(entry["question"], entry["answer"], entry)
+                yield Problem(entry["question"], entry["answer"] or "", entry)  # some have only a scorer
             elif in_vain == TRIES:
                 return
 
@@ -138,8 +158,14 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
         scorer = build(0)
     except Exception as error:  # each task checks its settings in its own way
         raise UserError(f"--task: {spec}: {one_line(error) or 'impossible settings'}") from error
-    # The gym pays a little for answers that merely contain the right one.
-    return Task(spec, draw, lambda problem, answer: float(scorer.score_answer(answer, problem.entry) == 1), _running)
+
+    def score(problem: Problem, answer: str) -> float:
+        try:  # the gym pays a little for answers that merely contain the right one
+            return float(scorer.score_answer(answer, problem.entry) == 1)
+        except Exception:  # some of its scorers cannot read what is not of the expected form
+            return 0.0
+
+    return Task(spec, draw, score, _running)
 
 
 def _running(problem: Problem) -> str:
@@ -159,12 +185,13 @@ def _running(problem: Problem) -> str:
 def _gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
     import datasets
 
-    from moonwhale.data.sources import hub_reason
+    from moonwhale.data.hub import why_not
 
     try:
         rows = datasets.load_dataset("openai/gsm8k", "main", split="test" if held_out else "train")
     except Exception as error:  # offline, moved, no space: each is another class
-        raise UserError(hub_reason("openai/gsm8k:main", "openai/gsm8k", one_line(error))) from error
+        reason = why_not("gsm8k", "openai/gsm8k", None, error)
+        raise UserError(reason.replace("--data", "--task")) from error
     for row in rows.shuffle(seed=seed):
         steps, _, answer = row["answer"].rpartition("####")
         steps = re.sub(r"<<.*?>>", "", steps).strip()  # its calculator's notes

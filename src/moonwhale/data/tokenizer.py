@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moonwhale.data.cache import cache_folder, locked, new_folder
 from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
-from moonwhale.data.sources import Source, texts_of
+from moonwhale.data.documents import Source, texts_of
 from moonwhale.errors import UserError, one_line
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass
 
 from moonwhale import options
+from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option
 from moonwhale.presets import PRESETS, get_preset, model_fields
@@ -35,9 +36,12 @@ class TrainConfig:
     resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
     seed: int = option(0, "of the weights and the shuffling", group="run")
 
-    data: str = option("chitchat", "file, folder, glob, hub set, or built in: chitchat, python", group="data")
+    data: str = option("chitchat", DATA_HELP, group="data")
     data_split: str | None = option(None, "split of a hub set (train)", group="data")
-    data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="data")
+    data_columns: list[str] | None = option(None, "columns of a table or hub set to read, as A,B", group="data")
+    data_documents: int | None = option(
+        None, "documents to read, from the beginning; a hub set is then streamed (all, downloaded)", group="data"
+    )
     tokenizer: str | None = option(
         None, "folder, hub id, or a packaged one: deepseek, gpt2; left out, one is trained on the data", group="data"
     )

@@ -108,8 +108,8 @@ def mtp_losses(
         targets = shifted_labels(labels, layout, depth)
         share = torch.full_like(targets, 1, dtype=torch.float32) / (targets != IGNORE).sum().clamp(min=1)
         losses.append(
-            linear_cross_entropy(
-                out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share.flatten()
-            )[0]
+            linear_cross_entropy(out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share.flatten())[
+                0
+            ]
         )
     return torch.stack(losses), balance

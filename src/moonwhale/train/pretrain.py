@@ -81,7 +81,15 @@ def train(config: TrainConfig) -> None:
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
     arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
     args = _trainer_arguments(config, choice, world)
-    data = build_data(config.data, config.data_split, config.data_columns, config.tokenizer, vocab_size, config.context)
+    data = build_data(
+        config.data,
+        config.data_split,
+        config.data_columns,
+        config.tokenizer,
+        vocab_size,
+        config.context,
+        limit=config.data_documents,
+    )
     if len(data.train) < config.batch_size * world:
         raise UserError(
             f"--batch-size: {config.batch_size * world} rows are computed at once, but the text fills only "
