@@ -71,6 +71,10 @@ def add_options(parser: argparse.ArgumentParser, cls: type, preset_decides: Cont
         title, choices = field.metadata["group"], field.metadata["choices"]
         if field.metadata["fields"]:
             continue
+        if title == "positional":
+            text = field.metadata["help"]
+            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=field.name.upper(), help=text)
+            continue
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         default = field.default if field.default_factory is dataclasses.MISSING else ",".join(field.default_factory())

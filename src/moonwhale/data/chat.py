@@ -84,12 +84,48 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def encode_answers(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each conversation its ids (n,) int64, and which of them the template's generation marks enclose (n,) bool.
+
+    Raises UserError when the tokenizer's chat template refuses a conversation.
+    """
+    if _forges(tokenizer, chats):  # transformers cannot sanitize and mask in one go
+        return [_encode_turns(tokenizer, chat) for chat in chats]
+    batch = _render(tokenizer, chats, return_assistant_tokens_mask=True)
+    both = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
+    return [(np.array(ids, np.int64), np.array(mask, bool)) for ids, mask in both]
+
+
+def _encode_turns(tokenizer: PreTrainedTokenizerFast, chat: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_answers` of one conversation, by what each of the assistant's turns adds to the prompt before it."""
+    (ids,) = _encode_chats(tokenizer, [chat])
+    mask = np.zeros(len(ids), bool)
+    for i, message in enumerate(chat):
+        if message["role"] == "assistant":
+            (prompt,) = _render(tokenizer, [chat[:i]], add_generation_prompt=True)["input_ids"]
+            (turn,) = _encode_chats(tokenizer, [chat[: i + 1]])
+            mask[len(prompt) : len(turn)] = True
+    return ids.astype(np.int64), mask
+
+
 def _encode_chats(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[np.ndarray]:
+    return [np.array(chat, np.uint32) for chat in _render(tokenizer, chats)["input_ids"]]
+
+
+def _forges(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> bool:
+    """Whether a message holds a control token's name. Sanitizing takes twice as long, and hardly any batch needs it."""
     control = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
-    forged = any(control.search(message["content"]) for chat in chats for message in chat)
+    return any(control.search(message["content"]) for chat in chats for message in chat)
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]], **options) -> dict:
     try:
-        # Sanitizing takes twice as long, and hardly any batch needs it.
-        batch = tokenizer.apply_chat_template(chats, sanitize_control_tokens=forged, tokenizer_kwargs=QUIETLY)
+        return tokenizer.apply_chat_template(
+            chats,
+            sanitize_control_tokens=_forges(tokenizer, chats),
+            tokenizer_kwargs=QUIETLY,
+            return_dict=True,
+            **options,
+        )
     except jinja2.TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
-    return [np.array(chat, np.uint32) for chat in batch["input_ids"]]

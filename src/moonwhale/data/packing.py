@@ -145,7 +145,7 @@ def prepare(
     hashes = shards.documents["hash"]
     if (hashes == hashes[0]).all():
         return _split_by_position(shards, tokenizer, context, held_out)
-    aside = _held_out(hashes, held_out)
+    aside = held_out_of(hashes, held_out)
     return tuple(_packed(shards, chosen, tokenizer, context) for chosen in (~aside, aside))
 
 
@@ -171,7 +171,7 @@ def _packed(shards: Shards, chosen: np.ndarray, tokenizer, context: int) -> Pack
     return PackedDataset(shards, starts[chosen], documents["tokens"][chosen], n_bytes, context, tokenizer.pad_token_id)
 
 
-def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+def held_out_of(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are held out, (n,) bool, of at least two different ones; never all, never none."""
     distinct = np.unique(hashes)
     limit = min(max(int(fraction * 2**64), int(distinct[0])), int(distinct[-2]))

@@ -14,11 +14,11 @@ from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option
 from moonwhale.presets import PRESETS, get_preset, model_fields
+from moonwhale.train.runs import RUN_FILE
 
 if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
-RUN_FILE = "run.yaml"
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
 

@@ -6,24 +6,11 @@ import os
 from pathlib import Path
 
 from moonwhale.errors import UserError
-from moonwhale.train import arguments
-from moonwhale.train.arguments import RUN_FILE, TrainConfig
+from moonwhale.train import arguments, runs
+from moonwhale.train.arguments import TrainConfig
+from moonwhale.train.runs import say
 
 DATA_FILE = "data.txt"
-# May change when a run goes on: they alter how it computes, and what is shown and kept, not what is learned.
-FREE_TO_CHANGE = {
-    "out",
-    "resume",
-    "device",
-    "gradient_checkpointing",
-    "compile",
-    "eval_every",
-    "eval_rows",
-    "save_every",
-    "keep_checkpoints",
-    "log_every",
-    "report_to",
-}
 
 
 def main(argv: list[str]) -> None:
@@ -45,12 +32,11 @@ def train(config: TrainConfig) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    main_process, world = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
-    say = print if main_process else (lambda *_, **__: None)
+    main_process, world = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1))
     logging.basicConfig(format="%(message)s")
     if main_process:
-        _check_folder(config)
-    checkpoint = _checkpoint(config) if config.resume else None
+        runs.check_folder(config, lambda run_file: arguments.resolve({}, run_file))
+    checkpoint = runs.newest_checkpoint(config.out) if config.resume else None
     if config.resume:
         say(f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint")
 
@@ -66,8 +52,7 @@ def train(config: TrainConfig) -> None:
     from moonwhale.train import checkpoints, report
     from moonwhale.train.trainer import MTPTrainer
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    runs.quieten()
     out = Path(config.out)
     if checkpoint and checkpoints.step_of(checkpoint) >= config.steps:
         if main_process:
@@ -106,74 +91,29 @@ def train(config: TrainConfig) -> None:
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
     say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + (f", {world} processes" * (world > 1)))
-    say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}", flush=True)
+    say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}")
     out.mkdir(parents=True, exist_ok=True)
     if main_process:
-        arguments.write(config, out / RUN_FILE)
+        arguments.write(config, out / runs.RUN_FILE)
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
-    with report.Progress() as progress, report.StopAtStepEnd() as interrupt:
-        trainer = MTPTrainer(
+
+    def build(callbacks: list) -> MTPTrainer:
+        return MTPTrainer(
             model=model,
             args=args,
             train_dataset=data.train,
             eval_dataset=Subset(data.held_out, rows),
             processing_class=data.tokenizer,
             byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
-            callbacks=[progress, interrupt],
+            callbacks=callbacks,
         )
-        trainer.remove_callback(transformers.PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            if main_process:
-                report.plot_loss(trainer.state.log_history, out / "loss.png")
-    step = trainer.state.global_step
-    if step < config.steps:
-        say(f"stopped    at step {step}, which is saved; go on with: moonwhale train --out {out} --resume")
-        raise KeyboardInterrupt
+
+    trainer = runs.carry_out(build, out, checkpoint, "train", lambda log: report.plot_loss(log, out / "loss.png"))
     if main_process:
-        checkpoints.finish(out / f"checkpoint-{step}", out)
+        checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
     say(report.summary(trainer.state.log_history, config.tokens_per_step, out))
-
-
-def _check_folder(config: TrainConfig) -> None:
-    """Nothing is overwritten: a folder that holds a run needs --resume, and what goes on must be the same run."""
-    out, run_file = Path(config.out), Path(config.out) / RUN_FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file: name a folder")
-    if not run_file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out: {out} holds files that are not a run's: name a new or an empty folder")
-        return
-    if not config.resume:
-        raise UserError(f"--out: {out} already holds a run: go on with it by --resume, or name another folder")
-    now, before = _flat(config), _flat(arguments.resolve({}, str(run_file)))
-    for name in now | before:
-        if now.get(name) != before.get(name):
-            raise UserError(
-                f"--{name}: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
-                "with: leave it out to go on, or name another --out"
-            )
-
-
-def _flat(config: TrainConfig) -> dict:
-    """The options that decide what is learned, as they are named on the command line."""
-    values = {k.replace("_", "-"): v for k, v in vars(config).items() if k not in FREE_TO_CHANGE | {"model"}}
-    return values | {f"model.{k}": v for k, v in config.model.items()}
-
-
-def _checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from; None if the run has none yet."""
-    from moonwhale.train import checkpoints
-
-    checkpoint = checkpoints.newest(config.out)
-    if checkpoint is None and checkpoints.all_of(config.out):
-        raise UserError(
-            f"--resume: every checkpoint in {config.out} is damaged (see above): train anew into another --out"
-        )
-    return checkpoint
 
 
 def _check_data(data, out: Path, config: TrainConfig) -> None:

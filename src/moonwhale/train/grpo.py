@@ -1,0 +1,176 @@
+"""`moonwhale grpo`: reinforcement learning from answers that can be checked."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from moonwhale.errors import UserError
+from moonwhale.options import option
+from moonwhale.train import post, runs
+from moonwhale.train.post import PostTraining
+from moonwhale.train.runs import say
+
+# "r1" is DeepSeek-R1's objective: every answer weighs the same, whatever its length, and k3 keeps the policy near the
+# model it began as. "trl" is what TRL takes by default: DAPO's, where every token weighs the same, without a KL term.
+OBJECTIVES = {
+    "r1": {"loss_type": "grpo", "beta": 0.001, "epsilon": 0.2},
+    "trl": {"loss_type": "dapo", "beta": 0.0, "epsilon": 0.2},
+}
+TOP = (
+    "Objectives: r1 is the paper's (arXiv 2501.12948 eq. 1-3): the mean over answers of the mean over their tokens of "
+    "min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) - β KL, with A = (r - mean) / (std + 1e-4) in the group and β 0.001. "
+    "trl is TRL's default: the mean over all tokens, β 0. --beta and --epsilon override both."
+)
+
+
+@dataclass
+class GRPOOptions(PostTraining):
+    """Every option of GRPO. Lengths are in tokens."""
+
+    verb: ClassVar[str] = "grpo"
+
+    task: str = option(
+        "chain_sum", "of reasoning-gym, as chain_sum:max_terms=3; gsm8k; or a .jsonl of questions", group="task"
+    )
+    questions: int = option(10_000, "training questions that are drawn from the task", group="task")
+    rewards: list[str] = option(
+        ["accuracy", "format"], "of accuracy, format, language, length, module:function; NAME=WEIGHT", group="task"
+    )
+
+    objective: str = option("r1", "DeepSeek-R1's, or TRL's default; see below", group="GRPO", choices=tuple(OBJECTIVES))
+    beta: float | None = option(None, "weight of the KL divergence from CHECKPOINT (the objective's)", group="GRPO")
+    epsilon: float | None = option(None, "the ratio is clipped to 1 ± this (the objective's)", group="GRPO")
+    group_size: int = option(8, "answers to a question, among which each is judged", group="GRPO")
+    questions_per_step: int = option(16, "questions of an optimizer step, on all devices", group="GRPO")
+    iterations: int = option(1, "optimizer steps on the same answers (μ)", group="GRPO")
+    temperature: float = option(1.0, "of the answers", group="GRPO")
+    max_new_tokens: int = option(256, "longest answer", group="GRPO")
+
+    batch_size: int = option(64, "answers of a micro-batch, on each device", group="optimization")
+    lr: float = option(1e-4, "learning rate after warm-up, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    steps: int = option(200, "optimizer steps", group="optimization")
+
+    eval_questions: int = option(64, "held-out questions of an evaluation", group="reports and checkpoints")
+    show: int = option(2, "answers to print with each log line; all of them are kept", group="reports and checkpoints")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least_one = ("questions", "questions_per_step", "iterations", "max_new_tokens", "steps", "eval_questions")
+        for name in at_least_one:
+            self.require(getattr(self, name) >= 1, name, "it must be at least 1")
+        self.require(self.group_size >= 2, "group_size", "an answer is judged among at least 2")
+        self.require(self.temperature > 0, "temperature", "without chance all answers of a group are the same")
+        self.require(self.show >= 0, "show", "it must not be negative")
+        for name in ("beta", "epsilon"):
+            self.require((getattr(self, name) or 0) >= 0, name, "it must not be negative")
+        self.accumulation()
+        if self.questions < self.questions_per_step:
+            raise UserError(f"--questions: {self.questions} are fewer than --questions-per-step: give at least those")
+
+    def accumulation(self, world: int = 1) -> int:
+        """Micro-batches of an optimizer step on each of `world` devices."""
+        answers, at_once = self.group_size * self.questions_per_step, self.batch_size * world
+        if answers % at_once:
+            fits = [n for n in range(1, answers // world + 1) if answers % (n * world) == 0]
+            nearest = min(fits, key=lambda n: abs(n - self.batch_size), default=None)
+            advice = f"give --batch-size {nearest}" if nearest else f"give --questions-per-step {world}"
+            raise UserError(
+                f"--batch-size: {self.batch_size} x {world} device(s) does not divide the {answers} answers of a step "
+                f"(--group-size {self.group_size} x --questions-per-step {self.questions_per_step}): {advice}"
+            )
+        return answers // at_once
+
+
+def main(argv: list[str]) -> None:
+    description = "Train a model by rewards for its own answers to questions that can be checked (GRPO)."
+    grpo(post.parse(GRPOOptions, argv, description, TOP))
+
+
+def grpo(config: GRPOOptions) -> None:
+    """Trains as `config` says; the folder `config.out` then holds the model, its checkpoints, `run.yaml`, `rewards.png`
+    and, of each log line, all answers of the step with their rewards in `completions/`.
+
+    Raises:
+        UserError: one line, for anything the user can put right.
+        KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
+    """
+    logging.basicConfig(format="%(message)s")
+    if runs.is_main_process():
+        runs.check_folder(config, lambda run_file: post.parse(GRPOOptions, ["--config", run_file], ""))
+    checkpoint = runs.newest_checkpoint(config.out) if config.resume else None
+    runs.quieten()
+
+    from moonwhale.data.tasks import load_task
+    from moonwhale.train.rewards import load_rewards
+
+    task = load_task(config.task)
+    problems = task.problems(config.questions, config.seed)
+    unseen = task.problems(config.eval_questions, config.seed, held_out=True)
+    rewards, weights = load_rewards(config.rewards, task, problems + unseen)
+
+    import datasets
+    import torch
+
+    from moonwhale import precision
+    from moonwhale.infer.checkpoint import open_checkpoint
+    from moonwhale.train import checkpoints, report
+    from moonwhale.train.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
+
+    choice = precision.choose(config.device, config.precision)
+    precision.tune_allocator()
+    model, tokenizer = open_checkpoint(config.checkpoint)
+    accumulation = config.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
+    out = Path(config.out)
+    objective = {k: v for k, v in OBJECTIVES[config.objective].items() if getattr(config, k, None) is None}
+    objective |= {name: value for name in ("beta", "epsilon") if (value := getattr(config, name)) is not None}
+    say(f"{'model':<11}{config.checkpoint}")
+    say(f"{'task':<11}{task.name}: {len(problems):,} questions, rewards {', '.join(config.rewards)}")
+    say(f"{'objective':<11}{config.objective}: " + ", ".join(f"{name} {value}" for name, value in objective.items()))
+    say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
+    say(f"{'run':<11}{config.steps} steps of {config.questions_per_step} x {config.group_size} answers into {out}")
+    if runs.is_main_process():
+        post.write(config)
+
+    def rows(problems: list, first: int = 0) -> datasets.Dataset:
+        """Columns for TRL and for the rewards, which find a problem by its index."""
+        return datasets.Dataset.from_dict(
+            {
+                "prompt": [problem.messages for problem in problems],
+                "answer": [problem.answer for problem in problems],
+                "problem": list(range(first, first + len(problems))),
+            }
+        )
+
+    args = MTPGRPOConfig(
+        **config.arguments(choice, config.steps),
+        **objective,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=config.batch_size,
+        lr_scheduler_type="constant_with_warmup",
+        num_generations=config.group_size,
+        num_generations_eval=1,
+        num_iterations=config.iterations,
+        temperature=config.temperature,
+        max_completion_length=config.max_new_tokens,
+        reward_weights=weights,
+        log_completions=True,
+        num_completions_to_print=config.show,
+    )
+
+    def build(callbacks: list) -> MTPGRPOTrainer:
+        return MTPGRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=rewards,
+            train_dataset=rows(problems),
+            eval_dataset=rows(unseen, len(problems)),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    trainer = runs.carry_out(build, out, checkpoint, "grpo", lambda log: report.plot_rewards(log, out / "rewards.png"))
+    if runs.is_main_process():
+        checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
+    say(report.reward_summary(trainer.state.log_history, out))

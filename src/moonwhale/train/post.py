@@ -1,0 +1,131 @@
+"""What `moonwhale sft` and `moonwhale grpo` share: options of post-training, and how they become a run."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from moonwhale import options
+from moonwhale.errors import UserError
+from moonwhale.options import option
+from moonwhale.train.runs import RUN_FILE
+
+AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
+NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
+
+
+@dataclass
+class PostTraining:
+    """Every option that both have. Rates are per optimizer step.
+
+    Raises:
+        UserError: one line naming the option, its value and the fix.
+    """
+
+    checkpoint: str | None = option(None, "folder of the model to start from", group="positional")
+    out: str | None = option(None, "folder of the run", group="run")
+    resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
+    seed: int = option(0, "of the shuffling and the draws", group="run")
+
+    batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
+    lr: float = option(1e-3, "peak learning rate, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    warmup_steps: int = option(10, "steps in which the rate rises to its peak", group="optimization")
+    weight_decay: float = option(0.0, "decoupled, on matrices", group="optimization")
+    momentum: float = option(0.95, "of Muon", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
+    qk_clip_tau: float = option(
+        100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+    )
+
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
+    precision: str = option("auto", "of the matrix products", group="device", choices=("auto", "fp32", "bf16"))
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
+
+    eval_every: int = option(50, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
+    save_every: int = option(50, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept", group="reports and checkpoints")
+    log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
+    report_to: list[str] = option(
+        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
+    )
+
+    def __post_init__(self):
+        if self.checkpoint is None:
+            raise UserError("CHECKPOINT: name the folder of the model to start from")
+        self.out = self.out or default_out(self.checkpoint, self.verb)
+        self.require(self.lr > 0, "lr", "it must be above 0")
+        self.require(0 <= self.momentum < 1, "momentum", "it lies in [0, 1)")
+        for name in AT_LEAST_ONE:
+            self.require(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in NOT_NEGATIVE:
+            self.require(getattr(self, name) >= 0, name, "it must not be negative")
+
+    def require(self, ok: bool, name: str, fix: str) -> None:
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
+
+    def arguments(self, choice, max_steps: int) -> dict:
+        """The shared options in transformers' words; `choice` is precision.choose's."""
+        return {
+            "output_dir": self.out,
+            "seed": self.seed,
+            "data_seed": self.seed,
+            "max_steps": max_steps,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.lr,
+            "warmup_steps": min(self.warmup_steps, max_steps),
+            "weight_decay": self.weight_decay,
+            "adam_beta2": 0.95,
+            "max_grad_norm": self.grad_clip,
+            "muon_momentum": self.momentum,
+            "qk_clip_tau": self.qk_clip_tau,
+            "use_cpu": choice.device.type == "cpu",
+            "bf16": choice.autocast,
+            "activation_checkpointing": self.gradient_checkpointing,
+            "eval_strategy": "steps",
+            "eval_steps": self.eval_every or max_steps,
+            "save_strategy": "steps",
+            "save_steps": self.save_every or max_steps,
+            "save_total_limit": self.keep_checkpoints,
+            "logging_strategy": "steps",
+            "logging_steps": self.log_every,
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "report_to": self.report_to,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": choice.device.type == "cuda",
+            "ddp_find_unused_parameters": False,
+        }
+
+
+Config = TypeVar("Config", bound=PostTraining)
+
+
+def default_out(checkpoint: str, verb: str) -> str:
+    return os.path.join("runs", f"{Path(checkpoint).resolve().name}-{verb}")
+
+
+def parse(cls: type[Config], argv: list[str], description: str, epilog: str | None = None) -> Config:
+    """A run's configuration: defaults < a YAML file (`--config`) < the command line. A run that goes on has its own
+    file for --config.
+    """
+    parser = options.Parser(prog=f"moonwhale {cls.verb}", description=description, epilog=epilog)
+    options.add_options(parser, cls)
+    parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
+    given, rest = options.read_argv(parser, cls, argv)
+    path = rest.config
+    if given.get("resume") and path is None:
+        out = given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)
+        own = os.path.join(out, RUN_FILE) if out else ""
+        path = own if os.path.exists(own) else None
+    return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
+
+
+def write(config: PostTraining) -> None:
+    """Writes the resolved values, which --config replays; --resume belongs to one call."""
+    values = dataclasses.asdict(config)
+    del values["resume"]
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    replay = f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER"
+    options.write_yaml(Path(config.out) / RUN_FILE, values, replay)

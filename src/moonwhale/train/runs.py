@@ -1,0 +1,118 @@
+"""What all training runs share: a folder that nothing overwrites, a run that goes on where it stopped, and its end."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from moonwhale.errors import UserError
+
+RUN_FILE = "run.yaml"
+# May change when a run goes on: they alter how it computes, and what is shown and kept, not what is learned.
+FREE_TO_CHANGE = {
+    "out",
+    "resume",
+    "device",
+    "gradient_checkpointing",
+    "compile",
+    "eval_every",
+    "eval_rows",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "report_to",
+}
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+def check_folder(config, read: Callable[[str], object]) -> None:
+    """Nothing is overwritten: a folder that holds a run needs --resume, and what goes on must be the same run, whose
+    configuration `read` reads from its run.yaml.
+    """
+    out, run_file = Path(config.out), Path(config.out) / RUN_FILE
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file: name a folder")
+    if not run_file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"--out: {out} holds files that are not a run's: name a new or an empty folder")
+        return
+    if not config.resume:
+        raise UserError(f"--out: {out} already holds a run: go on with it by --resume, or name another folder")
+    now, before = _flat(config), _flat(read(str(run_file)))
+    for name in now | before:
+        if now.get(name) != before.get(name):
+            raise UserError(
+                f"--{name}: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
+                "with: leave it out to go on, or name another --out"
+            )
+
+
+def _flat(config) -> dict:
+    """The options that decide what is learned, as they are named on the command line."""
+    values = {}
+    for name, value in vars(config).items():
+        if isinstance(value, dict):
+            values |= {f"{name}.{key}": inner for key, inner in value.items()}
+        elif name not in FREE_TO_CHANGE:
+            values[name.replace("_", "-")] = value
+    return values
+
+
+def quieten() -> None:
+    """Silences what libraries print beside our own lines, and TRL, which would tell its makers of every run."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def newest_checkpoint(out: str) -> Path | None:
+    """The checkpoint to go on from; None if the run has none yet."""
+    from moonwhale.train import checkpoints
+
+    checkpoint = checkpoints.newest(out)
+    if checkpoint is None and checkpoints.all_of(out):
+        raise UserError(f"--resume: every checkpoint in {out} is damaged (see above): train anew into another --out")
+    return checkpoint
+
+
+def carry_out(build: Callable[[list], object], out: Path, checkpoint: Path | None, verb: str, plot: Callable):
+    """Trains what `build(callbacks)` builds, from `checkpoint` on, and draws its curves by `plot(history)`.
+
+    Returns:
+        the trainer, after its last step.
+
+    Raises:
+        KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
+    """
+    import transformers
+
+    from moonwhale.train import report
+
+    with report.Progress() as progress, report.StopAtStepEnd() as interrupt:
+        trainer = build([progress, interrupt])
+        trainer.remove_callback(transformers.PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if is_main_process():
+                plot(trainer.state.log_history)
+    if trainer.state.global_step < trainer.state.max_steps:
+        step = trainer.state.global_step
+        say(f"stopped    at step {step}, which is saved; go on with: moonwhale {verb} --out {out} --resume")
+        raise KeyboardInterrupt
+    return trainer
