@@ -15,13 +15,14 @@ from moonwhale.train.runs import say
 # "r1" is DeepSeek-R1's objective: every answer weighs the same, whatever its length, and k3 keeps the policy near the
 # model it began as. "trl" is what TRL takes by default: DAPO's, where every token weighs the same, without a KL term.
 OBJECTIVES = {
-    "r1": {"loss_type": "grpo", "beta": 0.001, "epsilon": 0.2},
-    "trl": {"loss_type": "dapo", "beta": 0.0, "epsilon": 0.2},
+    "r1": {"loss_type": "grpo", "beta": 0.001, "epsilon": 0.2, "use_bias_correction_kl": False},
+    "trl": {"loss_type": "dapo", "beta": 0.0, "epsilon": 0.2, "use_bias_correction_kl": True},
 }
 TOP = (
     "Objectives: r1 is the paper's (arXiv 2501.12948 eq. 1-3): the mean over answers of the mean over their tokens of "
     "min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) - β KL, with A = (r - mean) / (std + 1e-4) in the group and β 0.001. "
-    "trl is TRL's default: the mean over all tokens, β 0. --beta and --epsilon override both."
+    "trl is TRL's default: the mean over all tokens, β 0 (and a KL, if asked for, weighed by the ratio, as in "
+    "DeepSeek-V3.2). --beta and --epsilon override both."
 )
 
 
@@ -127,7 +128,8 @@ def grpo(config: GRPOOptions) -> None:
     objective |= {name: value for name in ("beta", "epsilon") if (value := getattr(config, name)) is not None}
     say(f"{'model':<11}{config.checkpoint}")
     say(f"{'task':<11}{task.name}: {len(problems):,} questions, rewards {', '.join(config.rewards)}")
-    say(f"{'objective':<11}{config.objective}: " + ", ".join(f"{name} {value}" for name, value in objective.items()))
+    shown = ", ".join(f"{name} {objective[name]}" for name in ("loss_type", "beta", "epsilon"))
+    say(f"{'objective':<11}{config.objective}: {shown}")
     say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
     say(f"{'run':<11}{config.steps} steps of {config.questions_per_step} x {config.group_size} answers into {out}")
     if runs.is_main_process():

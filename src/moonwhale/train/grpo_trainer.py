@@ -85,7 +85,7 @@ class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
         return loss + beside / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.log_completions = "loss" in logs  # not those of an evaluation
+        self.log_completions = self.args.log_completions and "loss" in logs  # not those of an evaluation
         if "loss" in logs:
             logs |= self._watch.drain()
         super().log(logs, start_time)
