@@ -17,7 +17,7 @@ from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
 from moonwhale.precision import peak_flops, why_not_compile
-from moonwhale.train import checkpoints, pretrain, trainer
+from moonwhale.train import base, checkpoints, pretrain
 from moonwhale.train.trainer import MTPTrainer, MTPTrainingArguments
 
 LENGTH = 24
@@ -188,7 +188,7 @@ def test_the_first_line_is_true(make_trainer):
 
 def test_speed_leaves_out_start_up_logging_and_evaluation(make_trainer, monkeypatch):
     seconds = iter(range(0, 10_000, 2))  # every look at the clock is two seconds after the last
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(base, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     run = make_trainer(Rows(8), max_steps=5, per_device_train_batch_size=2, logging_steps=2, logging_first_step=True)
     run.train()
     first, *others = logged(run)
