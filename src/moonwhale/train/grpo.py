@@ -115,13 +115,12 @@ def grpo(config: GRPOOptions) -> None:
     import torch
 
     from moonwhale import precision
-    from moonwhale.infer.checkpoint import open_checkpoint
     from moonwhale.train import checkpoints, report
     from moonwhale.train.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
 
     choice = precision.choose(config.device, config.precision)
     precision.tune_allocator()
-    model, tokenizer = open_checkpoint(config.checkpoint)
+    model, tokenizer = config.open()
     accumulation = config.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
     out = Path(config.out)
     objective = {k: v for k, v in OBJECTIVES[config.objective].items() if getattr(config, k, None) is None}

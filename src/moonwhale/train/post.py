@@ -12,7 +12,16 @@ from moonwhale.options import option
 from moonwhale.train.runs import RUN_FILE
 
 AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
-NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
+NOT_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
+    "qk_clip_tau",
+    "bias_update_speed",
+    "eval_every",
+    "save_every",
+)
 
 
 @dataclass
@@ -36,6 +45,12 @@ class PostTraining:
     grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
     qk_clip_tau: float = option(
         100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+    )
+
+    bias_update_speed: float = option(
+        0.0,
+        "γ of the router's bias, 0 as at the end of DeepSeek-V3's pretraining: a narrow task would shift it",
+        group="optimization",
     )
 
     device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
@@ -64,6 +79,16 @@ class PostTraining:
     def require(self, ok: bool, name: str, fix: str) -> None:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
+
+    def open(self):
+        """The model of `checkpoint` and its tokenizer."""
+        from moonwhale.infer.checkpoint import open_checkpoint
+
+        model, tokenizer = open_checkpoint(self.checkpoint)
+        for module in model.modules():
+            if hasattr(module, "bias_speed"):
+                module.bias_speed = self.bias_update_speed
+        return model, tokenizer
 
     def arguments(self, choice, max_steps: int) -> dict:
         """The shared options in transformers' words; `choice` is precision.choose's."""

@@ -72,13 +72,12 @@ def sft(config: SFTOptions) -> None:
     from moonwhale.data.conversations import load_conversations
     from moonwhale.data.sources import load_source
     from moonwhale.data.tokenizer import byte_lengths
-    from moonwhale.infer.checkpoint import open_checkpoint
     from moonwhale.train import checkpoints, report
     from moonwhale.train.sft_trainer import MTPSFTConfig, MTPSFTTrainer, lora, merge, pack
 
     choice = precision.choose(config.device, config.precision)
     precision.tune_allocator()
-    model, tokenizer = open_checkpoint(config.checkpoint)
+    model, tokenizer = config.open()
     context = config.context or model.config.max_position_embeddings
     if context > model.config.max_position_embeddings:
         raise UserError(
