@@ -68,7 +68,11 @@ class TrainConfig:
     )
 
     device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
-    precision: str = option("auto", "of the matrix products", group="device", choices=("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto",
+        "of the matrix products: auto, fp32, tf32, bf32, bf16, fp8-tensorwise, fp8-rowwise, fp8-blockwise",
+        group="device",
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
     compile: bool = option(False, "torch.compile the model", group="device")
 
