@@ -1,4 +1,6 @@
-"""The FP8 benchmark trains what it says from one start, and writes what it says; how near the losses are, nobody asserts."""
+"""The FP8 benchmark trains what it says from one start, and writes what it says; how near the losses are, nobody
+asserts.
+"""
 
 import importlib
 import json
