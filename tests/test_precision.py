@@ -16,14 +16,17 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend another machine: `machine(amx=…, avx=…, gpus=…, ampere=…, mps=…)`."""
+    """Pretend another machine: `machine(amx=…, avx=…, gpus=…, capability=…, mps=…, packages=…)`."""
 
-    def pretend(amx=False, avx=False, gpus=0, ampere=True, mps=False):
+    def pretend(amx=False, avx=False, gpus=0, capability=(9, 0), mps=False, packages=("torchao", "triton")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: capability >= (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(precision, "_onednn_has_bf32", lambda: amx)
+        monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: name if name in packages else None)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return pretend
@@ -36,7 +39,7 @@ def machine(monkeypatch):
         ({"amx": True}, "cpu", torch.bfloat16, "the CPU has AMX"),
         ({"avx": True}, "cpu", torch.bfloat16, "the CPU has AVX512-BF16"),
         ({"gpus": 1, "amx": True}, "cuda", torch.bfloat16, "tensor cores"),
-        ({"gpus": 1, "ampere": False}, "cuda", torch.float32, "older than Ampere"),
+        ({"gpus": 1, "capability": (7, 5)}, "cuda", torch.float32, "older than Ampere"),
         ({"mps": True}, "mps", torch.float32, "not certain"),
     ],
 )
@@ -57,14 +60,96 @@ def test_what_is_asked_for_is_taken(machine):
 
 
 @pytest.mark.parametrize(
+    ("here", "name", "dtype", "fp32_products", "fp8"),
+    [
+        ({"gpus": 1}, "fp32", torch.float32, "highest", None),
+        ({"gpus": 1, "capability": (8, 0)}, "tf32", torch.float32, "high", None),
+        ({"amx": True}, "bf32", torch.float32, "medium", None),
+        ({"gpus": 1, "capability": (8, 0)}, "bf16", torch.bfloat16, "highest", None),
+        ({"gpus": 1, "capability": (8, 9)}, "fp8-tensorwise", torch.bfloat16, "highest", "tensorwise"),
+        ({"gpus": 1, "capability": (10, 0)}, "fp8-rowwise", torch.bfloat16, "highest", "rowwise"),
+        ({"gpus": 1}, "fp8-blockwise", torch.bfloat16, "highest", "blockwise"),
+    ],
+)
+def test_what_a_precision_is(machine, here, name, dtype, fp32_products, fp8):
+    machine(**here)
+    choice = precision.choose(precision=name)
+    assert (choice.dtype, choice.fp32_products, choice.fp8) == (dtype, fp32_products, fp8)
+    assert choice.autocast is (dtype is torch.bfloat16) and choice.reason.endswith(f"{name} as asked")
+    before = torch.get_float32_matmul_precision()
+    try:
+        choice.apply()
+        assert torch.get_float32_matmul_precision() == fp32_products
+        assert torch.backends.cuda.matmul.allow_tf32 is (fp32_products != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("here", "name", "why", "instead"),
+    [
+        ({"amx": True}, "tf32", "NVIDIA", "bf32"),
+        ({"avx": True}, "tf32", "NVIDIA", "bf16"),
+        ({"mps": True}, "tf32", "NVIDIA", "bf16"),
+        ({"gpus": 1, "capability": (7, 5)}, "tf32", "older than Ampere", "fp32"),
+        ({"avx": True}, "bf32", "oneDNN", "bf16"),
+        ({"gpus": 1}, "bf32", "oneDNN", "tf32"),
+        ({"gpus": 1, "capability": (7, 5)}, "bf16", "older than Ampere", "fp32"),
+        ({"amx": True}, "fp16", "loss scale", "bf16"),
+        ({"gpus": 1, "capability": (7, 5)}, "fp16", "loss scale", "fp32"),
+        ({"amx": True}, "fp8-blockwise", "tensor cores", "bf16"),
+        ({"mps": True}, "fp8-rowwise", "tensor cores", "bf16"),
+        ({"gpus": 1, "capability": (8, 6)}, "fp8-tensorwise", "capability 8.6 and it needs 8.9", "bf16"),
+        ({"gpus": 1, "capability": (8, 9)}, "fp8-rowwise", "capability 8.9 and it needs 9.0", "bf16"),
+        ({"gpus": 1, "capability": (8, 9)}, "fp8-blockwise", "Hopper", "bf16"),
+        ({"gpus": 1, "capability": (10, 0)}, "fp8-blockwise", "Hopper", "bf16"),
+        ({"gpus": 1, "packages": ("triton",)}, "fp8-tensorwise", "pip install 'moonwhale[fp8]'", "bf16"),
+        ({"gpus": 1, "packages": ("torchao",)}, "fp8-blockwise", "triton is not installed", "bf16"),
+        ({"gpus": 1, "capability": (7, 5)}, "fp8-blockwise", "7.5", "fp32"),
+    ],
+)
+def test_a_precision_that_is_not_here_is_refused_with_the_nearest_that_is(machine, here, name, why, instead):
+    machine(**here)
+    with pytest.raises(UserError) as error:
+        precision.choose(precision=name)
+    message = str(error.value)
+    assert message.startswith(f"--precision: no {name}") and why in message and "\n" not in message
+    assert message.endswith(f"(give --precision {instead})")
+    assert precision.choose(precision=instead).reason.endswith(f"{instead} as asked") or instead == "bf16"
+
+
+def test_bf32_is_there_if_products_of_fp32_really_are_bf16s(monkeypatch):
+    """oneDNN says nothing where it has no kernel for them, and multiplies in fp32."""
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    full = torch.full
+    assert precision._onednn_has_bf32.__wrapped__() is False, "the products of the pretended setting are fp32's"
+    monkeypatch.setattr(torch, "full", lambda size, value: full(size, value).bfloat16())
+    assert precision._onednn_has_bf32.__wrapped__() is True
+    assert asked == ["medium", "highest"] * 2
+
+
+@pytest.mark.skipif(not precision._onednn_has_bf32(), reason="oneDNN has no BF32 on this CPU")
+def test_bf32_keeps_fp32_and_multiplies_as_bf16():
+    a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    before = torch.get_float32_matmul_precision()
+    try:
+        precision.choose("cpu", "bf32").apply()
+        product = a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert product.dtype is torch.float32
+    torch.testing.assert_close(product, a.bfloat16().float() @ b.bfloat16().float(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("here", "device", "dtype", "message"),
     [
         ({}, "cuda", "auto", "--device: no cuda here"),
         ({}, "mps", "auto", "--device: no mps here"),
         ({"gpus": 1}, "cuda:1", "auto", "--device: no cuda:1 here"),
         ({}, "gpu", "auto", "--device: unknown device 'gpu'"),
-        ({}, "cpu", "fp16", "--precision: unknown precision 'fp16'"),
-        ({"gpus": 1, "ampere": False}, "auto", "bf16", "--precision: no bf16 on cuda"),
+        ({}, "cpu", "fp64", "--precision: unknown precision 'fp64'"),
     ],
 )
 def test_what_this_machine_cannot_do_is_one_clear_line(machine, here, device, dtype, message):
@@ -128,6 +213,11 @@ def test_doctor_reports_in_json_and_as_a_table(capsys, monkeypatch, tmp_path):
     assert report["devices"]["cpu"]["ok"] and report["devices"]["cpu"]["threads"] == torch.get_num_threads()
     assert report["devices"]["cuda"]["ok"] is torch.cuda.is_available() and report["devices"]["cuda"]["note"]
     assert report["matrix products"]["cpu fp32"]["gflops"] > 0.1
+    precisions = report["precisions on cpu"]
+    assert set(precisions) == set(precision.PRECISIONS)
+    for name, finding in precisions.items():
+        assert finding["ok"] is not bool(precision.why_not_precision(CPU, name)) and finding["note"]
+    assert precisions["fp32"]["ok"] and not precisions["tf32"]["ok"] and "NVIDIA" in precisions["tf32"]["note"]
     kernels = next(findings for section, findings in report.items() if section.startswith("kernels"))
     assert {"F.grouped_mm bf16", "F.linear_cross_entropy", "flash attention", "flex_attention", "torch.compile"} <= set(
         kernels

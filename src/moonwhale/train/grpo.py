@@ -119,8 +119,7 @@ def grpo(config: GRPOOptions) -> None:
     from moonwhale.train.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
 
     choice = precision.choose(config.device, config.precision)
-    precision.tune_allocator()
-    model, tokenizer = config.open()
+    model, tokenizer = config.open(choice)
     accumulation = config.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
     out = Path(config.out)
     objective = {k: v for k, v in OBJECTIVES[config.objective].items() if getattr(config, k, None) is None}

@@ -9,6 +9,7 @@ from typing import TypeVar
 from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.options import option
+from moonwhale.train.arguments import PRECISIONS
 from moonwhale.train.runs import RUN_FILE
 
 AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
@@ -54,7 +55,7 @@ class PostTraining:
     )
 
     device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
-    precision: str = option("auto", "of the matrix products", group="device", choices=("auto", "fp32", "bf16"))
+    precision: str = option("auto", f"of the matrix products: {PRECISIONS}", group="device")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
 
     eval_every: int = option(50, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
@@ -80,14 +81,19 @@ class PostTraining:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
 
-    def open(self):
-        """The model of `checkpoint` and its tokenizer."""
+    def open(self, choice):
+        """The model of `checkpoint`, ready to train in the precision of precision.choose's `choice`, and its tokenizer."""
+        from moonwhale import fp8, precision
         from moonwhale.infer.checkpoint import open_checkpoint
 
+        choice.apply()
+        precision.tune_allocator()
         model, tokenizer = open_checkpoint(self.checkpoint)
         for module in model.modules():
             if hasattr(module, "bias_speed"):
                 module.bias_speed = self.bias_update_speed
+        if choice.fp8:
+            fp8.convert(model, choice.fp8)
         return model, tokenizer
 
     def arguments(self, choice, max_steps: int) -> dict:

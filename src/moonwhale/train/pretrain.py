@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> None:
     import transformers
     from torch.utils.data import Subset
 
-    from moonwhale import precision
+    from moonwhale import fp8, precision
     from moonwhale.counts import count
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
@@ -62,6 +62,7 @@ def train(config: TrainConfig) -> None:
         return
 
     choice = precision.choose(config.device, config.precision)
+    choice.apply()
     precision.tune_allocator()
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
     arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
@@ -84,6 +85,8 @@ def train(config: TrainConfig) -> None:
     model_config = arguments.build_model_config(config, len(data.tokenizer), **ids)
     transformers.set_seed(config.seed)
     model = MoonwhaleForCausalLM(model_config)
+    if choice.fp8:
+        fp8.convert(model, choice.fp8)
     if config.compile:
         _compile(model, choice.device)
 

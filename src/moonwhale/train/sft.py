@@ -76,8 +76,7 @@ def sft(config: SFTOptions) -> None:
     from moonwhale.train.sft_trainer import MTPSFTConfig, MTPSFTTrainer, lora, merge, pack
 
     choice = precision.choose(config.device, config.precision)
-    precision.tune_allocator()
-    model, tokenizer = config.open()
+    model, tokenizer = config.open(choice)
     context = config.context or model.config.max_position_embeddings
     if context > model.config.max_position_embeddings:
         raise UserError(

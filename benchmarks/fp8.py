@@ -1,0 +1,213 @@
+"""Does training in DeepSeek-V3's FP8, emulated, end at bf16's loss? And what does an outlier do to other scales?
+
+    python benchmarks/fp8.py TEXT
+
+One model learns the same rows of TEXT from the same weights, in bf16 and with its linear layers and experts in FP8 by
+tiles. The paper's claim (§3.3) is a loss within 0.25 % of bf16's. The last 5 % of the text are held out.
+
+Then the beginning of the same run with an outlier: one feature that enters each product is 2^16 times as large, and its
+weights that much smaller, which changes nothing in exact arithmetic, and not a bit in bf16. By tiles it costs its
+neighbours their precision; the mutant, with one scale for a tensor, loses it everywhere. Draws docs/fp8.svg too.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from common import ROOT, environment, options, write
+from moonwhale import fp8
+from moonwhale.errors import UserError
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.precision import tune_allocator
+from quality import CONTEXT, VOCABULARY, Data, linear_decay, load
+
+MODEL = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "moba_block_size": 64,
+    "moba_topk": 2,
+    "moba_full_attention_layers": [1],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "bias_update_speed": 0.01,
+    "num_nextn_predict_layers": 0,
+}
+RATE, WARMUP, DECAY, NORM, ROWS = 6e-3, 0.03, 0.5, 1.0, 4
+OUTLIER = 2**16
+LAST = 0.2  # part of a run whose mean training loss is its final one
+HELD_OUT_ROWS = 128
+SMOOTHED = 10  # steps of a point in the picture
+STYLES = {  # colour, and what the picture calls it
+    "bf16": ("#d97706", "bf16"),
+    "tiles": ("#2563eb", "FP8 by tiles, as DeepSeek-V3"),
+    "outlier, tiles": ("#60a5fa", "the same with an outlier"),
+    "outlier, tensor": ("#b91c1c", "mutant with the outlier: one scale for a tensor"),
+}
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def with_outlier(product: Product) -> Product:
+    """The same product, the first feature of whose `x` is an outlier."""
+
+    def spoiled(x: Tensor, weight: Tensor, ends: Tensor | None = None) -> Tensor:
+        factor = x.new_ones(x.shape[-1])
+        factor[0] = OUTLIER
+        return product(x * factor, weight / factor, ends)
+
+    return spoiled
+
+
+def build(which: str, seed: int) -> MoonwhaleForCausalLM:
+    """The model of a run; all runs of a seed begin with the same weights."""
+    torch.manual_seed(seed)
+    model = MoonwhaleForCausalLM(MoonwhaleConfig(**MODEL))
+    if which != "bf16":
+        fp8.convert(model, "blockwise", emulate=True)
+    if which.startswith("outlier"):
+        for module in model.modules():
+            if getattr(module, "product", None):
+                module.product = with_outlier(module.product)
+    return model
+
+
+def one_scale() -> patch:
+    """The mutant: every tile is the whole matrix."""
+    quantise = fp8.quantise
+    return patch.object(fp8, "quantise", lambda x, rows, columns: quantise(x, *x.shape[-2:]))
+
+
+def train(data: Data, which: str, steps: int, stop: int, seed: int = 0) -> dict:
+    """The first `stop` steps of a run of `steps`: the training loss of each, the held-out one, and the seconds."""
+    model = build(which, seed).train()
+    optimizer = MuonClip(param_groups(model, lr=RATE))
+    attach_hooks(optimizer, model)
+    draw, losses, start = torch.Generator().manual_seed(seed), [], time.perf_counter()
+    with one_scale() if which.endswith("tensor") else nullcontext():
+        for step in range(stop):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * linear_decay((step + 1) / (steps + 1), WARMUP, DECAY, 0.0)
+            starts = torch.randint(len(data.train) - CONTEXT + 1, (ROWS, 1), generator=draw)
+            tokens = data.train[starts + torch.arange(CONTEXT)]
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(tokens, labels=tokens)
+            out.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(round(out.losses[0].item(), 4))
+        seconds = time.perf_counter() - start
+        held_out = score(model.eval(), data.held_out[:HELD_OUT_ROWS])
+    print(f"{which}: {stop} steps in {seconds:.0f} s, held out {held_out:.4f}", file=sys.stderr)
+    return {"losses": losses, "held_out": round(held_out, 4), "seconds": round(seconds, 1)}
+
+
+@torch.no_grad()
+def score(model: MoonwhaleForCausalLM, rows: Tensor) -> float:
+    """Mean loss of rows (n, CONTEXT) in nats per token."""
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [model(part, labels=part, logits_to_keep=1).losses[0].item() * len(part) for part in rows.split(16)]
+    return sum(parts) / len(rows)
+
+
+def final(losses: list[float]) -> float:
+    """The mean of the last of some training losses."""
+    last = losses[-max(1, round(LAST * len(losses))) :]
+    return round(sum(last) / len(last), 4)
+
+
+def summary(runs: dict[str, dict]) -> dict:
+    """What the runs say, losses in nats per token. Errors are those of FP8 beside bf16, as parts of bf16's loss."""
+    plain, tiles = runs["bf16"], runs["tiles"]
+    stop = len(runs["outlier, tiles"]["losses"])
+    training = final(tiles["losses"]) / final(plain["losses"]) - 1
+    held_out = tiles["held_out"] / plain["held_out"] - 1
+    return {
+        "relative_loss_error": round(max(abs(training), abs(held_out)), 5),  # the worse of the two
+        "steps": len(plain["losses"]),
+        "relative_training_error": round(training, 5),
+        "relative_held_out_error": round(held_out, 5),
+        "final_loss": {name: final(runs[name]["losses"]) for name in ("bf16", "tiles")},
+        "held_out_loss": {name: runs[name]["held_out"] for name in ("bf16", "tiles")},
+        "outlier": OUTLIER,
+        "outlier_steps": stop,
+        "outlier_loss": {"bf16": final(plain["losses"][:stop])}
+        | {name.split()[-1]: final(runs[name]["losses"]) for name in ("outlier, tiles", "outlier, tensor")},
+        "seconds": {name: run["seconds"] for name, run in runs.items()},
+    }
+
+
+def draw(result: dict, path: Path) -> None:
+    """Training losses of the whole runs, and of those with an outlier beside them."""
+    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2), layout="constrained")
+        stop = result["outlier_steps"]
+        for name, (colour, label) in STYLES.items():
+            losses = torch.tensor(result["curves"][name])
+            if len(losses) > stop or name == "bf16":
+                axes[0].plot(*_smoothed(losses), color=colour, label=label, linewidth=1.6)
+            axes[1].plot(*_smoothed(losses[:stop]), color=colour, label=label, linewidth=1.6)
+        axes[0].set_title(f"apart by {result['relative_loss_error']:.2%} at the end")
+        axes[1].set_title(f"one feature is 2^{OUTLIER.bit_length() - 1} times as large")
+        for ax in axes:
+            ax.set(xlabel="optimizer step", ylabel="training loss, nats per token")
+            ax.grid(alpha=0.25)
+            ax.legend(frameon=False, fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _smoothed(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps, and the mean loss of the SMOOTHED before each."""
+    means = losses.unfold(0, SMOOTHED, SMOOTHED).mean(-1)
+    return SMOOTHED * torch.arange(1, len(means) + 1), means
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("text", metavar="TEXT", help="what to learn: .txt or .txt.xz, its paragraphs are documents")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps in bf16 and in FP8 (500)")
+    parser.add_argument("--outlier-steps", type=int, default=100, help="the first of them, with an outlier (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the rows (0)")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "fp8.svg", help="where the picture goes")
+    arguments = parser.parse_args(argv)
+    if not SMOOTHED <= arguments.outlier_steps <= arguments.steps:
+        parser.error(f"--outlier-steps: give {SMOOTHED} to {arguments.steps}, as many as --steps at most")
+    matplotlib.use("Agg")
+
+    allocator_tuned = tune_allocator()
+    try:
+        data = load(arguments.text)
+    except UserError as error:
+        parser.error(str(error))
+    runs = {}
+    for name in STYLES:
+        stop = arguments.outlier_steps if "outlier" in name else arguments.steps
+        runs[name] = train(data, name, arguments.steps, stop, arguments.seed)
+    result = summary(runs) | {"seed": arguments.seed, "text": Path(arguments.text).name, "model": MODEL}
+    result["environment"] = environment("bf16 autocast, emulated FP8", allocator_tuned)
+    curves = {name: run["losses"] for name, run in runs.items()}
+    write(arguments.results, "fp8", result, curves=curves)
+    draw(result | {"curves": curves}, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
