@@ -130,6 +130,9 @@ def grpo(config: GRPOOptions) -> None:
     say(f"{'objective':<11}{config.objective}: {shown}")
     say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
     say(f"{'run':<11}{config.steps} steps of {config.questions_per_step} x {config.group_size} answers into {out}")
+    if checkpoint and checkpoints.step_of(checkpoint) >= config.steps and (out / "config.json").exists():
+        say(f"finished   already, with all {config.steps} steps: the model is in {out}")
+        return
     if runs.is_main_process():
         post.write(config)
 

@@ -82,7 +82,7 @@ class PostTraining:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
 
     def open(self, choice):
-        """The model of `checkpoint`, ready to train in the precision of precision.choose's `choice`, and its tokenizer."""
+        """The model of `checkpoint`, ready to train in a precision that precision.choose chose, and its tokenizer."""
         from moonwhale import fp8, precision
         from moonwhale.infer.checkpoint import open_checkpoint
 

@@ -49,9 +49,9 @@ def _line(logs: dict) -> str | None:
         return reward_evaluation_line(logs)
     if "eval_loss_main" in logs:
         return evaluation_line(logs)
-    if "reward" in logs:
-        return reward_line(logs)
-    return training_line(logs) if "loss" in logs else None
+    if "loss_main" in logs:
+        return training_line(logs)
+    return reward_line(logs) if "loss" in logs else None
 
 
 def training_line(logs: dict) -> str:
@@ -88,10 +88,12 @@ def rewards_of(logs: dict, prefix: str = "") -> dict[str, float]:
 
 def reward_line(logs: dict) -> str:
     """One line of a GRPO step. "no signal" is the share of groups whose answers all got the same reward."""
-    parts = [f"reward {logs['reward']:.3f}"]
-    parts += [f"{name} {value:.3f}" for name, value in rewards_of(logs).items()]
-    parts += [f"no signal {logs['frac_reward_zero_std']:.0%}", f"length {logs['completions/mean_length']:.0f}"]
-    parts += [f"cut off {logs['completions/clipped_ratio']:.0%}"] if logs["completions/clipped_ratio"] else []
+    parts = []
+    if "reward" in logs:  # not where a step learns from the last one's answers again
+        parts += [f"reward {logs['reward']:.3f}"]
+        parts += [f"{name} {value:.3f}" for name, value in rewards_of(logs).items()]
+        parts += [f"no signal {logs['frac_reward_zero_std']:.0%}", f"length {logs['completions/mean_length']:.0f}"]
+        parts += [f"cut off {logs['completions/clipped_ratio']:.0%}"] if logs["completions/clipped_ratio"] else []
     parts += [f"KL {logs['kl']:.4f}"] if "kl" in logs else []
     parts += [f"clipped {logs['clip_ratio/region_mean']:.1%}"] if logs.get("clip_ratio/region_mean") else []
     parts += [f"entropy {logs['entropy']:.3f}", f"grad {logs['grad_norm']:.2f}", f"{logs['step_time']:.1f} s"]

@@ -101,6 +101,9 @@ def sft(config: SFTOptions) -> None:
         say(f"{'split':<11}{cut:,} conversations are longer than {context} tokens, and go on in another row")
     say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
     say(f"{'run':<11}{steps:,} steps of {of_step} rows into {out}")
+    if checkpoint and checkpoints.step_of(checkpoint) >= steps and (out / "config.json").exists():
+        say(f"finished   already, with all {steps} steps: the model is in {out}")
+        return
     if runs.is_main_process():
         post.write(config)
 
