@@ -1,0 +1,254 @@
+"""Does GRPO make a model better at what it is rewarded for? The demo model on sums, from an SFT warm start.
+
+    make demo && python benchmarks/grpo.py runs/demo
+
+The warm start shows both ways to answer: half of its demonstrations add up step by step in <think>, half answer at
+once. Both are well-formed; only one is usually right. For each seed: fine-tune, measure pass@1 on held-out questions,
+train by GRPO, measure again. As a check against reward hacking, one run is paid for the format alone. Beside it, what
+post-training does to the MTP modules: the share of their drafts that hold, before and after.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import common
+from moonwhale.data.conversations import load_conversations
+from moonwhale.data.sources import load_source
+from moonwhale.data.tasks import Task, load_task
+from moonwhale.evaluate.answers import answer, score_answers
+from moonwhale.evaluate.drafts import DraftScore
+from moonwhale.infer.engine import Engine
+from moonwhale.precision import tune_allocator
+from moonwhale.train import checkpoints
+from moonwhale.train.grpo import GRPOOptions, grpo
+from moonwhale.train.report import rewards_of
+from moonwhale.train.sft import SFTOptions, sft
+
+TASK = "chain_sum:min_terms=3:max_terms=3:min_digits=1:max_digits=1"
+LONGEST = 64  # tokens of an answer
+
+
+@dataclass
+class Sizes:
+    """What a run takes; the smoke test has smaller ones."""
+
+    seeds: int = 3
+    demonstrations: int = 20_000
+    sft_steps: int = 260
+    sft_lr: float = 3e-3
+    grpo_steps: int = 100
+    grpo_lr: float = 3e-4
+    control_steps: int = 100
+    chat_steps: int = 100
+    questions: int = 3000
+    batch: int = 64
+    problems: int = 300
+    samples: int = 4
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.options(__doc__.partition("\n")[0])
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("checkpoint", help="folder of the demo model")
+    parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "grpo.svg", help="where the curves go")
+    for name, value in vars(Sizes()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    args = parser.parse_args(argv)
+    sizes = Sizes(**{name: getattr(args, name) for name in vars(Sizes())})
+    run(args.checkpoint, sizes, args.results, args.picture)
+
+
+def run(checkpoint: str, sizes: Sizes, results: Path, picture: Path) -> None:
+    tuned, task = tune_allocator(), load_task(TASK)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        write_demonstrations(task, work / "demonstrations.jsonl", sizes.demonstrations)
+        chat = chat_drafts(checkpoint, work, sizes)
+        seeds = [one_seed(checkpoint, task, work, seed, sizes) for seed in range(sizes.seeds)]
+        say(f"format alone, from seed 0's warm start, for {sizes.control_steps} steps")
+        control = work / "control"
+        quietly(grpo, grpo_options(work / "sft0", control, 0, sizes, ["format"], sizes.control_steps))
+        measured = measure(control, task, sizes)
+    kept = [chat["after"] / chat["before"], *(seed["acceptance_kept"] for seed in seeds)]
+    result = {
+        "benchmark": "grpo",
+        "task": TASK,
+        "pass1_gain": round(min(seed["after"]["pass1"] - seed["before"]["pass1"] for seed in seeds), 4),
+        "greedy_gain": round(min(seed["after"]["greedy"] - seed["before"]["greedy"] for seed in seeds), 4),
+        "seeds": sizes.seeds,
+        "mtp_acceptance_kept": round(min(kept), 4),
+        "minutes": max(seed["minutes"] for seed in seeds),
+        "before": [seed["before"] for seed in seeds],
+        "after": [seed["after"] for seed in seeds],
+        "format_alone": {"before": seeds[0]["before"], "after": measured},
+        "chat": chat,
+        "sizes": vars(sizes),
+        **common.environment("bf16 in training where the CPU has it, fp32 in the engine", tuned),
+    }
+    curves = {"curves": [seed["curve"] for seed in seeds]}
+    common.write(results, "grpo", result, **curves)
+    draw(result | curves, picture)
+
+
+def write_demonstrations(task: Task, path: Path, n: int) -> None:
+    """Right answers, every second one without its reasoning."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i, problem in enumerate(task.problems(n)):
+            shown = task.demonstrate(problem) if i % 2 else f"<think></think>\n<answer>{problem.answer}</answer>"
+            file.write(json.dumps({"messages": [*problem.messages, {"role": "assistant", "content": shown}]}) + "\n")
+
+
+def one_seed(checkpoint: str, task: Task, work: Path, seed: int, sizes: Sizes) -> dict:
+    """Warm start and GRPO of one seed, and what they came to; minutes are those of GRPO."""
+    start, out = work / f"sft{seed}", work / f"grpo{seed}"
+    say(f"seed {seed}: {sizes.sft_steps} steps of fine-tuning")
+    quietly(
+        sft,
+        SFTOptions(
+            checkpoint=checkpoint,
+            out=str(start),
+            data=str(work / "demonstrations.jsonl"),
+            steps=sizes.sft_steps,
+            lr=sizes.sft_lr,
+            seed=seed,
+            eval_every=0,
+            save_every=0,
+            eval_rows=8,
+            report_to=["none"],
+        ),
+    )
+    before = measure(start, task, sizes)
+    say(f"seed {seed}: pass@1 {before['pass1']:.3f}, greedy {before['greedy']:.3f}; {sizes.grpo_steps} steps of GRPO")
+    begin = time.perf_counter()
+    quietly(grpo, grpo_options(start, out, seed, sizes, ["accuracy", "format"], sizes.grpo_steps))
+    minutes = (time.perf_counter() - begin) / 60
+    after = measure(out, task, sizes)
+    say(f"seed {seed}: pass@1 {after['pass1']:.3f}, greedy {after['greedy']:.3f}, after {minutes:.1f} minutes")
+    log = [entry for entry in checkpoints.history(checkpoints.newest(out)) if "reward" in entry]
+    return {
+        "before": before,
+        "after": after,
+        "acceptance_kept": after["acceptance"] / before["acceptance"],
+        "minutes": round(minutes, 1),
+        "curve": [[e["step"], rewards_of(e)["accuracy"], e["completions/mean_length"]] for e in log],
+    }
+
+
+def grpo_options(start: Path, out: Path, seed: int, sizes: Sizes, rewards: list[str], steps: int) -> GRPOOptions:
+    return GRPOOptions(
+        checkpoint=str(start),
+        out=str(out),
+        task=TASK,
+        questions=sizes.questions,
+        rewards=rewards,
+        steps=steps,
+        lr=sizes.grpo_lr,
+        batch_size=sizes.batch,
+        max_new_tokens=LONGEST,
+        seed=seed,
+        eval_every=0,
+        eval_questions=8,
+        save_every=0,
+        log_every=5,
+        show=0,
+        report_to=["none"],
+    )
+
+
+def measure(folder: Path, task: Task, sizes: Sizes) -> dict:
+    """pass@1 on held-out questions, of samples at temperature 1 and greedily; MTP's drafts on the greedy answers."""
+    engine = Engine.load(folder, "cpu", "fp32", draft=1, sequences=128)
+    problems = task.problems(sizes.problems, seed=1000, held_out=True)
+    greedy, sampled = answer(engine, problems, sizes.samples, 1.0, LONGEST, seed=0)
+    score = score_answers(task, problems, greedy, sampled, [1])
+    return {
+        "pass1": round(score.pass_at[1][0], 4),
+        "greedy": round(score.greedy[0], 4),
+        "well_formed": round(score.well_formed, 4),
+        "tokens": round(score.mean_tokens, 1),
+        "acceptance": round(DraftScore.of(greedy).acceptance[0], 4),
+    }
+
+
+def chat_drafts(checkpoint: str, work: Path, sizes: Sizes) -> dict:
+    """Fine-tunes on chitchat; the share of drafts that hold in answers to held-out openings, before and after, and the
+    loss on what the assistant says.
+    """
+    out = work / "chat"
+    say(f"chitchat: {sizes.chat_steps} steps of fine-tuning")
+    config = SFTOptions(
+        checkpoint=checkpoint, out=str(out), steps=sizes.chat_steps, eval_every=0, save_every=0, report_to=["none"]
+    )
+    quietly(sft, config)
+    log = [e["loss_main"] for e in checkpoints.history(checkpoints.newest(out)) if "loss_main" in e]
+    return {
+        "before": chat_acceptance(checkpoint),
+        "after": chat_acceptance(out),
+        "first_loss": round(log[0], 3),
+        "last_loss": round(log[-1], 3),
+    }
+
+
+def chat_acceptance(folder: str | Path) -> float:
+    """Of greedy answers to the openings of held-out conversations."""
+    engine = Engine.load(folder, "cpu", "fp32", draft=1, sequences=128)
+    _, held_out = load_conversations(load_source("chitchat"), engine.tokenizer)
+    openings = []
+    for row in held_out:
+        answered = next(i for i, label in enumerate(row["labels"]) if label >= 0)
+        if answered < engine.context // 2:
+            openings.append(row["input_ids"][:answered])
+    return round(DraftScore.of(engine.generate(openings, temperature=0.0, max_new_tokens=64)).acceptance[0], 4)
+
+
+def quietly(verb, config) -> None:
+    """A run without its lines."""
+    with contextlib.redirect_stdout(None):
+        verb(config)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Share of right answers and their length over GRPO's steps, a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "moonwhale"
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for seed, curve in enumerate(result["curves"]):
+        steps, accuracy, length = zip(*curve, strict=True)
+        left.plot(steps, accuracy, color=f"C{seed}", label=f"seed {seed}")
+        right.plot(steps, length, color=f"C{seed}")
+        held_out = [result[when][seed]["pass1"] for when in ("before", "after")]
+        left.plot([0, steps[-1]], held_out, "o", color=f"C{seed}")
+    last = result["curves"][0][-1][0]
+    paid = [result["format_alone"][when]["pass1"] for when in ("before", "after")]
+    left.plot([0, last], paid, "x:", color="gray", label="paid for the format alone, held out")
+    left.set_ylabel("right answers (dots: held out)")
+    left.set_ylim(0, 1)
+    right.set_ylabel("tokens an answer")
+    for axes in (left, right):
+        axes.set_xlabel("GRPO step")
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    main()
