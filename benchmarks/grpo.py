@@ -10,6 +10,7 @@ post-training does to the MTP modules: the share of their drafts that hold, befo
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -211,7 +212,7 @@ def chat_acceptance(folder: str | Path) -> float:
 
 def quietly(verb, config) -> None:
     """A run without its lines."""
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         verb(config)
 
 
