@@ -92,7 +92,7 @@ def run(checkpoint: str, sizes: Sizes, results: Path, picture: Path) -> None:
         "format_alone": {"before": seeds[0]["before"], "after": measured},
         "chat": chat,
         "sizes": vars(sizes),
-        **common.environment("bf16 in training where the CPU has it, fp32 in the engine", tuned),
+        "environment": common.environment("bf16 in training where the CPU has it, fp32 in the engine", tuned),
     }
     curves = {"curves": [seed["curve"] for seed in seeds]}
     common.write(results, "grpo", result, **curves)

@@ -135,7 +135,7 @@ def test_the_recipe_in_docs_is_a_recipe():
     ("text", "complaint"),
     [
         ("- sft: {out: a, checkpoint: base, stepz: 3}", "stage 1: unknown key 'stepz' (did you mean steps?)"),
-        ("- sft: {out: a, checkpoint: base}\n- gpro: {out: b}", "'gpro' is none of train, sft, grpo, sample (did you mean grpo?)"),
+        ("- gpro: {out: b}", "stage 1: 'gpro' is none of train, sft, grpo, sample (did you mean grpo?)"),
         ("- sft: {checkpoint: base}", "stage 1: sft needs an `out`"),
         ("- sft: {out: a, checkpoint: base, steps: many}", "stage 1: steps: 'many' is not a whole number"),
         ("- sft: {out: a, checkpoint: base, lr: 0}", "--lr: 0.0 is impossible"),
