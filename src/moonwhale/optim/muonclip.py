@@ -245,8 +245,8 @@ def attach_hooks(
     Acts on modules by what they offer. An attention: the buffer `max_logit` (heads,), fp32, the largest causal
     pre-softmax logit, scale included, since the last step, −inf for none; `clip_qk_(tau)`, which rescales the heads
     above tau and returns their number as a tensor. An MoE: the buffer `load` (experts,), fp32, the tokens each expert
-    got since the last step; `update_bias_()`. Both buffers are reduced first, over the ranks of the process `group` that
-    hold copies of `model` (None: all ranks do), and reset in the end.
+    got since the last step; `update_bias_()`. Both buffers are reduced first, over the ranks of `group`, which hold
+    copies of `model` (None: all ranks do), and reset in the end.
     Under DDP, accumulate in `no_sync` or with `broadcast_buffers=False`, else rank 0's buffers overwrite the others'.
 
     `qk_clip_tau=None` only watches the logits. Raises UserError for a tau that is not positive.
