@@ -14,7 +14,8 @@ from moonwhale.model.loss import IGNORE
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.pipeline import schedule
-from moonwhale.pipeline.schedule import SCHEDULES, Pipeline, own_parts
+from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.schedule import Pipeline, own_parts
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
 LIMIT = 60  # seconds that a rank waits for another

@@ -13,7 +13,8 @@ import pipeline_ranks
 from conftest import TINY
 from moonwhale.counts import flops_per_token, part_flops
 from moonwhale.errors import UserError
-from moonwhale.pipeline.schedule import SCHEDULES, own_parts, splits_backward
+from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.schedule import own_parts, splits_backward
 from moonwhale.pipeline.stages import Part, cut, keep_
 
 MODEL = {

@@ -4,8 +4,6 @@ The engine is torch.distributed.pipelining, which also moves what the stages ret
 as they are, since each loss already is its share of the whole step's.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,32 +11,8 @@ from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
 from moonwhale.errors import UserError
+from moonwhale.pipeline.kinds import SCHEDULES, places
 from moonwhale.pipeline.stages import Part, Stage
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A schedule: the engine's class, stages a rank, and the micro-batches it needs for each of them."""
-
-    engine: str
-    stages: int
-    v_shape: bool  # rank r holds stages r and 2P - 1 - r
-    micro_batches: int  # least number, for each rank
-
-
-SCHEDULES = {
-    "dualpipev": Kind("ScheduleDualPipeV", 2, True, 2),
-    "zerobubble": Kind("ScheduleZBVZeroBubble", 2, True, 2),
-    "1f1b": Kind("Schedule1F1B", 1, False, 1),
-}
-
-
-def places(schedule: str, ranks: int) -> list[int]:
-    """The rank of each stage."""
-    kind = SCHEDULES[schedule]
-    if kind.v_shape:
-        return [*range(ranks), *reversed(range(ranks))]
-    return [stage % ranks for stage in range(kind.stages * ranks)]
 
 
 def splits_backward(version: str = torch.__version__) -> bool:

@@ -23,14 +23,16 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "log_every",
     "report_to",
+    "parallel",
 }
 
 
 def main(argv: list[str]) -> None:
+    launched = "WORLD_SIZE" in os.environ  # by torchrun
     try:
         train(arguments.parse(argv))
     finally:
-        if "WORLD_SIZE" in os.environ:
+        if launched:
             import torch.distributed as dist
 
             if dist.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
@@ -47,6 +49,8 @@ def train(config: TrainConfig) -> None:
     """
     main_process, world = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     say = print if main_process else (lambda *_, **__: None)
+    pipelined = config.split.pp > 1
+    micro_batches = config.micro_batches(config.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
         _check_folder(config)
@@ -63,6 +67,10 @@ def train(config: TrainConfig) -> None:
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+    from moonwhale.pipeline import ranks
+    from moonwhale.pipeline.kinds import SCHEDULES
+    from moonwhale.pipeline.stages import cut
+    from moonwhale.pipeline.trainer import PipelineTrainer
     from moonwhale.train import checkpoints, report
     from moonwhale.train.trainer import MTPTrainer
 
@@ -76,15 +84,22 @@ def train(config: TrainConfig) -> None:
         say(f"finished   already, with all {config.steps} steps: the model is in {out}")
         return
 
+    if pipelined:
+        ranks.take_gpu()
     choice = precision.choose(config.device, config.precision)
     precision.tune_allocator()
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
-    arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
-    args = _trainer_arguments(config, choice, world)
+    first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
+    place, shares = None, world  # of the rows, one for each of the Trainer's processes
+    if pipelined:
+        cut(first, SCHEDULES[config.split.schedule].stages * config.split.pp, config.context)
+        on_cpu, settings = choice.device.type == "cpu", _flat(config, also=("out", "resume"))
+        place, shares = ranks.start(config.split.pp, config.copies(world), config.split.timeout, on_cpu, settings), 1
+    args = _trainer_arguments(config, choice, shares)
     data = build_data(config.data, config.data_split, config.data_columns, config.tokenizer, vocab_size, config.context)
-    if len(data.train) < config.batch_size * world:
+    if len(data.train) < config.batch_size * shares:
         raise UserError(
-            f"--batch-size: {config.batch_size * world} rows are computed at once, but the text fills only "
+            f"--batch-size: {config.batch_size * shares} rows are computed at once, but the text fills only "
             f"{len(data.train)} rows of --context {config.context}: lower the one or the other, or give more --data"
         )
     ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -97,7 +112,7 @@ def train(config: TrainConfig) -> None:
     sizes = count(model_config)
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
-    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + (f", {world} processes" * (world > 1)))
+    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + _processes(config, world))
     say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     if main_process:
@@ -106,7 +121,9 @@ def train(config: TrainConfig) -> None:
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
     with report.Progress() as progress, report.StopAtStepEnd() as interrupt:
-        trainer = MTPTrainer(
+        pipeline = {"ranks": place, "schedule": config.split.schedule, "micro_batches": micro_batches}
+        trainer = (PipelineTrainer if pipelined else MTPTrainer)(
+            **(pipeline if pipelined else {}),
             model=model,
             args=args,
             train_dataset=data.train,
@@ -118,6 +135,10 @@ def train(config: TrainConfig) -> None:
         trainer.remove_callback(transformers.PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            if place and (why := place.lost(error, trainer.state.global_step + 1)):
+                raise UserError(why) from error
+            raise
         finally:
             if main_process:
                 report.plot_loss(trainer.state.log_history, out / "loss.png")
@@ -128,6 +149,13 @@ def train(config: TrainConfig) -> None:
     if main_process:
         checkpoints.finish(out / f"checkpoint-{step}", out)
     say(report.summary(trainer.state.log_history, config.tokens_per_step, out))
+
+
+def _processes(config: TrainConfig, world: int) -> str:
+    if config.split.pp == 1:
+        return f", {world} processes" * (world > 1)
+    copies = config.copies(world)
+    return f", {config.split.schedule} over {config.split.pp} processes" + f", {copies} times" * (copies > 1)
 
 
 def _check_folder(config: TrainConfig) -> None:
@@ -150,9 +178,10 @@ def _check_folder(config: TrainConfig) -> None:
             )
 
 
-def _flat(config: TrainConfig) -> dict:
-    """The options that decide what is learned, as they are named on the command line."""
-    values = {k.replace("_", "-"): v for k, v in vars(config).items() if k not in FREE_TO_CHANGE | {"model"}}
+def _flat(config: TrainConfig, also: tuple[str, ...] = ()) -> dict:
+    """The options that decide what is learned, `also` some others, as they are named on the command line."""
+    left_out = FREE_TO_CHANGE.difference(also) | {"model"}
+    values = {k.replace("_", "-"): v for k, v in vars(config).items() if k not in left_out}
     return values | {f"model.{k}": v for k, v in config.model.items()}
 
 

@@ -65,14 +65,17 @@ class MTPTrainer(Trainer):
         """MuonClip over all parameters, with QK-clip and the router-bias update as its step hooks."""
         if self.optimizer is None:
             args = self.args
-            self.optimizer = MuonClip(
-                param_groups(self.model, lr=args.learning_rate, weight_decay=args.weight_decay),
-                momentum=args.muon_momentum,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-            )
+            self.optimizer = self._optimizer_of(param_groups(self.model, args.learning_rate, args.weight_decay))
             self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None)
         return self.optimizer
+
+    def _optimizer_of(self, groups: list[dict]) -> MuonClip:
+        args = self.args
+        betas = (args.adam_beta1, args.adam_beta2)
+        return MuonClip(groups, momentum=args.muon_momentum, betas=betas, eps=args.adam_epsilon)
+
+    def _seen_by_hooks(self) -> dict[str, Tensor]:
+        return self._hooks.last
 
     # One optimizer step
 
@@ -150,8 +153,7 @@ class MTPTrainer(Trainer):
         parts, n_bytes = _LossParts(), torch.zeros((), dtype=torch.long, device=self.args.device)
         self.model.eval()
         for inputs in map(self._prepare_inputs, dataloader):
-            with self.accelerator.autocast():
-                parts.add(self.model(**inputs, logits_to_keep=1))
+            parts.add(self._evaluate_batch(inputs))
             if self.byte_lengths is not None:
                 targets = inputs["labels"][:, 1:]
                 n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE]].sum()
@@ -161,6 +163,10 @@ class MTPTrainer(Trainer):
             metrics["bits_per_byte"] = metrics["loss_main"] * metrics["targets"] / math.log(2) / n_bytes
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset) * self.args.world_size)
+
+    def _evaluate_batch(self, inputs: dict[str, Tensor]):
+        with self.accelerator.autocast():
+            return self.model(**inputs, logits_to_keep=1)
 
     # Checkpoints
 
@@ -206,7 +212,7 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer._hooks is not None:
-            self.trainer._watch.add(self.trainer._hooks.last)
+            self.trainer._watch.add(self.trainer._seen_by_hooks())
 
 
 class _LossParts:
