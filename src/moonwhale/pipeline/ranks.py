@@ -48,20 +48,21 @@ class Ranks:
             cause = cause.__cause__
         if not any(sign in f"{error} {cause}" for sign in LOST):
             return None
-        silent = self._silent(step)
+        silent = self._silent()
         whom = f"rank {' and '.join(map(str, silent))} no longer answers" if silent else "a connection broke"
         return (
             f"rank {self.rank}: stopped in step {step}, since {whom} ({one_line(cause)[:120]}): go on from the last "
             "checkpoint with --resume"
         )
 
-    def _silent(self, step: int, seconds: float = 3.0) -> list[int]:
+    def _silent(self, seconds: float = 3.0) -> list[int]:
         """The ranks that do not report within a few seconds that they stop, too."""
         try:
             store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-            store.set(f"stopped/{step}/{self.rank}", "")
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives the processes
+            store.set(f"stopped/{start}/{self.rank}", "")
             end = time.monotonic() + seconds
-            while missing := [r for r in range(world) if not store.check([f"stopped/{step}/{r}"])]:
+            while missing := [r for r in range(world) if not store.check([f"stopped/{start}/{r}"])]:
                 if time.monotonic() > end:
                     return missing
                 time.sleep(0.05)
