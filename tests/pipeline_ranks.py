@@ -73,40 +73,46 @@ def ranks(case: dict, alone: dist.ProcessGroup) -> list[dict]:
     parts = own_parts(cut(model.config, n_stages, length), case["schedule"], n_ranks, rank)
     keep_(model, parts)
     stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
-    optimizer, hooks = optimizer_of(model, alone)
+    mirrored = SCHEDULES[case["schedule"]].mirrored
+    same = dist.new_group([rank, n_ranks - 1 - rank], use_local_synchronization=True) if mirrored else alone
+    optimizer, hooks = optimizer_of(model, same)
     size = case["rows"] // case["micro_batches"]
     if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
         Pipeline._share_embedding = lambda self: None
     schedule.splits_backward = lambda: not case["whole"]
-    pipeline = Pipeline(stages, case["schedule"], case["micro_batches"], (size, length), torch.device("cpu"))
+    pipeline = Pipeline(stages, case["schedule"], case["micro_batches"], (size, length), torch.device("cpu"), same=same)
     return [_step(case, seed, model, optimizer, hooks, pipeline) for seed in range(case["steps"])]
 
 
 def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
     batch = batch_of(case["config"], case["rows"], case["length"], seed)
     targets = targets_of(model.config, batch)
-    outputs = []
+    outputs = {}
     if pipeline is None:
         size = case["rows"] // case["micro_batches"]
         for i in range(case["micro_batches"]):
             micro = {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
-            outputs.append(model(**micro, num_items_in_batch=targets))
-            outputs[-1].loss.backward()
+            outputs[i] = model(**micro, num_items_in_batch=targets)
+            outputs[i].loss.backward()
     else:
         for stage in pipeline.stages:
             stage.targets = targets
         pipeline.step(batch)
-        outputs = pipeline.stages[-1].outputs
+        outputs = dict(pipeline.take_outputs())
     result = {
-        "losses": [(out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for out in outputs],
+        "losses": {i: (out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for i, out in outputs.items()},
         "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
-        "buffers": {n: value.clone() for n, value in model.named_buffers() if n.endswith(("max_logit", "load"))},
     }
-    if pipeline is not None:
-        outputs.clear()
     optimizer.step()
     optimizer.zero_grad()
-    result["clipped"] = float(hooks.last.get("clipped_heads", 0))
+    result["clipped"] = float(hooks.last.get("clipped_heads", 0)) / (
+        1 if pipeline is None else dist.get_world_size(hooks.group)
+    )
+    seen = {  # by all that hold the same modules
+        "max_logits": [name for name, module in model.named_modules() if hasattr(module, "clip_qk_")],
+        "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
+    }
+    result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
     result["state"] = {name: value.clone() for name, value in model.state_dict().items()}
     return result
 

@@ -169,6 +169,14 @@ def test_two_pipelines_share_a_step(one, tmp_path):
     assert_close(out, config.out)
 
 
+@pytest.mark.slow
+def test_two_copies_against_each_other(one, tmp_path):
+    config = one(tokens_per_step=384, steps=4, save_every=4, eval_every=4)  # the epoch's last step has one micro-batch
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two"), "--parallel.pp", "2")
+    torchrun(*options, "--parallel.schedule", "dualpipe")
+    assert_close(tmp_path / "two", config.out)
+
+
 # What is refused before a process is started
 
 
@@ -178,8 +186,18 @@ def test_two_pipelines_share_a_step(one, tmp_path):
         ({"parallel": {"pp": 0}}, "--parallel.pp: 0 is impossible: it must be at least 1"),
         ({"parallel": {"timeout": 0}}, "--parallel.timeout: 0 is impossible: it must be at least 1"),
         (
-            {"parallel": {"schedule": "dualpipe"}},
-            "--parallel.schedule: 'dualpipe' is none of dualpipev, zerobubble, 1f1b (did you mean dualpipev?)",
+            {"parallel": {"schedule": "dualpip"}},
+            "--parallel.schedule: 'dualpip' is none of dualpipev, dualpipe, zerobubble, 1f1b (did you mean dualpipe?)",
+        ),
+        (
+            {"parallel": {"pp": 3, "schedule": "dualpipe"}},
+            "--parallel.pp: dualpipe runs two copies against each other, so 3 ranks are impossible: give 2 or 4, or "
+            "--parallel.schedule dualpipev",
+        ),
+        (
+            {"parallel": {"pp": 2, "schedule": "dualpipe"}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipe on 2 ranks needs "
+            "at least 4 and a multiple of 2: give 384,",
         ),
         ({"parallel": {"pp": 2}, "compile": True}, "--compile: a pipeline can't split a compiled backward pass"),
         (
@@ -223,8 +241,8 @@ def test_unknown_fields_of_parallel():
         (
             4,
             {"parallel": {"pp": 2}, "tokens_per_step": 576},
-            "--tokens-per-step: 576 is 9 micro-batches of --batch-size 2 x --context 32, but dualpipev on 2 ranks "
-            "needs at least 8 for 2 copies, a multiple of 2: give 640,",
+            "--tokens-per-step: 576 is 9 micro-batches of --batch-size 2 x --context 32, but dualpipev on 2 ranks"
+            ", 2 times, needs at least 8 and a multiple of 2: give 640,",
         ),
         (
             2,

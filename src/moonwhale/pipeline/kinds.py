@@ -5,18 +5,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """A schedule of torch.distributed.pipelining: `engine` is its class there."""
+    """What a schedule asks of P ranks. Its stages are numbered along the model, a second copy's after the first's.
 
-    engine: str
-    stages: int  # on each rank
-    micro_batches: int  # least number of them for each rank of the pipeline
-    v_shape: bool  # rank r of P holds stages r and 2P - 1 - r
+    v_shape: rank r has the stages r and 2P - 1 - r.
+    mirrored: the second of them is stage P - 1 - r of a second copy, which runs the other way; P is even, and so is the
+        number of micro-batches, half of them for each copy.
+    """
+
+    stages: int  # that the model is cut into, for each rank
+    micro_batches: int  # least number of them for each rank
+    v_shape: bool = False
+    mirrored: bool = False
 
 
 SCHEDULES = {
-    "dualpipev": Kind("ScheduleDualPipeV", stages=2, micro_batches=2, v_shape=True),
-    "zerobubble": Kind("ScheduleZBVZeroBubble", stages=2, micro_batches=2, v_shape=True),
-    "1f1b": Kind("Schedule1F1B", stages=1, micro_batches=1, v_shape=False),
+    "dualpipev": Kind(stages=2, micro_batches=2, v_shape=True),
+    "dualpipe": Kind(stages=1, micro_batches=2, v_shape=True, mirrored=True),
+    "zerobubble": Kind(stages=2, micro_batches=2, v_shape=True),
+    "1f1b": Kind(stages=1, micro_batches=1),
 }
 
 

@@ -11,7 +11,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from moonwhale.errors import UserError, one_line
 
@@ -38,7 +37,7 @@ class Ranks:
     copy: int
     copies: int
     pipeline: dist.ProcessGroup  # the ranks of this copy
-    same: dist.ProcessGroup  # the ranks of all copies that hold the same stages
+    same: dist.ProcessGroup  # all ranks that hold the same stages
     control: dist.ProcessGroup  # all processes, for objects, on the CPU
 
     def lost(self, error: RuntimeError, step: int) -> str | None:
@@ -79,9 +78,10 @@ def take_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
 
 
-def start(pp: int, copies: int, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
+def start(pp: int, copies: int, mirrored: bool, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
     """Joins the processes that torchrun started, `copies` pipelines of `pp` ranks each.
 
+    mirrored: ranks r and P - 1 - r of a pipeline hold the same stages.
     timeout: seconds that a rank waits for another. settings: what all must have been started with, by option.
 
     Raises:
@@ -94,9 +94,14 @@ def start(pp: int, copies: int, timeout: int, on_cpu: bool, settings: dict) -> R
         os.environ.pop(name, None)
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
     _agree(settings, control)
-    mesh = init_device_mesh("cpu" if on_cpu else "cuda", (copies, pp), mesh_dim_names=("copy", "stage"))
     rank = dist.get_rank()
-    return Ranks(rank, rank % pp, rank // pp, copies, mesh["stage"].get_group(), mesh["copy"].get_group(), control)
+    copy, stage = divmod(rank, pp)
+    stages = {stage, pp - 1 - stage} if mirrored else {stage}
+    pipeline, same = (
+        dist.new_group(sorted(members), timeout=limit, use_local_synchronization=True)
+        for members in ([copy * pp + s for s in range(pp)], [c * pp + s for c in range(copies) for s in stages])
+    )
+    return Ranks(rank, stage, copy, copies, pipeline, same, control)
 
 
 def _agree(settings: dict, control: dist.ProcessGroup) -> None:

@@ -50,9 +50,11 @@ class PipelineTrainer(MTPTrainer):
         super().__init__(*args, model=model, **kwargs)
         shape = (targs.per_device_train_batch_size, context)
         stages = [Stage(model, part, torch.bfloat16 if targs.bf16 else None) for part in own]
-        self.pipeline = Pipeline(stages, schedule, micro_batches, shape, targs.device, ranks.pipeline)
-        self._has_embedding_twice = own[-1].is_last and not any(part.is_first for part in own)
+        self.pipeline = Pipeline(stages, schedule, micro_batches, shape, targs.device, ranks.pipeline, ranks.same)
         self._held: list[dict] = []
+        # What a norm over the whole model must not count twice
+        self._copied = SCHEDULES[schedule].mirrored and ranks.stage >= pp // 2
+        self._embedding_copied = not any(part.is_first for part in own)
 
     def is_world_process_zero(self) -> bool:
         return self.ranks.rank == 0
@@ -90,8 +92,8 @@ class PipelineTrainer(MTPTrainer):
             stage.targets = num_items_in_batch
         mine, real = self._share_of(held)
         self.pipeline.step(mine)
-        self._sum_copies(model)
-        outputs = self._everyones(self._taken()[:real], len(held))
+        taken = [(i, out) for i, out in self.pipeline.take_outputs() if i < real]
+        outputs = self._everyones(taken, len(held))
         for out in outputs:
             self._parts.add(out)
         return torch.stack([out.loss for out in outputs]).sum()
@@ -112,28 +114,13 @@ class PipelineTrainer(MTPTrainer):
         mine = held[self.ranks.copy :: copies]
         return {name: torch.cat([inputs[name] for inputs in mine]) for name in mine[0]}, real
 
-    def _sum_copies(self, model) -> None:
-        if self.ranks.copies > 1:
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=self.ranks.same)
-            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
-
-    def _taken(self) -> list[MoonwhaleOutput]:
-        """What the last stage, if it is here, put down since the last call."""
-        outputs = self.pipeline.stages[-1].outputs
-        taken = list(outputs)
-        outputs.clear()
-        return taken
-
-    def _everyones(self, outputs: list[MoonwhaleOutput], count: int) -> list[MoonwhaleOutput]:
-        """The parts of the loss of all `count` micro-batches on every rank, from those that last stages computed: copy
-        c of C had micro-batches c, c + C, …
+    def _everyones(self, taken: list[tuple[int, MoonwhaleOutput]], count: int) -> list[MoonwhaleOutput]:
+        """The parts of the loss of all `count` micro-batches on every rank, from those that last stages computed:
+        number i of copy c of C is c + C · i of all.
         """
         depths = 1 + self.model.config.num_nextn_predict_layers
         table = torch.zeros(count, 2 + 3 * depths, device=self.args.device)
-        for i, out in enumerate(outputs):
+        for i, out in taken:
             row = torch.cat([out.loss[None], out.balance_loss[None], out.losses, out.accuracies, out.targets.float()])
             table[self.ranks.copy + i * self.ranks.copies] = row
         dist.all_reduce(table)
@@ -154,9 +141,12 @@ class PipelineTrainer(MTPTrainer):
 
     def _norm(self, model) -> Tensor:
         """The gradient's norm over the whole model, each parameter once."""
-        twice = (EMBEDDING,) if self._has_embedding_twice else ()
-        grads = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in twice]
-        square = get_total_norm(grads).square()
+        grads = [
+            p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None and not (self._embedding_copied and name == EMBEDDING)
+        ]
+        square = get_total_norm(grads).square() * (not self._copied)
         dist.all_reduce(square, group=self.ranks.pipeline)
         return square.sqrt()
 
@@ -171,18 +161,22 @@ class PipelineTrainer(MTPTrainer):
             if rows:
                 table[rows] = last[key]
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self.ranks.pipeline)
-        clipped = torch.as_tensor(last.get("clipped_heads", 0), dtype=torch.float32, device=device).clone()
+        clipped = torch.as_tensor(last.get("clipped_heads", 0), dtype=torch.float32, device=device) * (not self._copied)
         dist.all_reduce(clipped, group=self.ranks.pipeline)
         seen = {"max_logits": logits, "clipped_heads": clipped}
         return seen | ({"loads": loads} if self._moes else {})
+
+    def _speed(self) -> dict[str, float]:
+        speed = super()._speed()
+        return speed | {"mfu": speed["mfu"] / dist.get_world_size()} if speed else {}
 
     # Evaluation
 
     def _evaluate_batch(self, inputs: dict[str, Tensor]) -> MoonwhaleOutput:
         """Every copy evaluates all rows; the first one's count."""
         self.pipeline.evaluate(inputs)
-        outputs = self._taken()
-        return self._everyones(outputs if self.ranks.copy == 0 else [], 1)[0]
+        taken = self.pipeline.take_outputs()
+        return self._everyones([(0, out) for _, out in taken] if self.ranks.copy == 0 else [], 1)[0]
 
     # Checkpoints
 

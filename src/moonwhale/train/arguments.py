@@ -135,24 +135,31 @@ class TrainConfig:
         if split.schedule not in SCHEDULES:
             near = did_you_mean(split.schedule, SCHEDULES)
             raise UserError(f"--parallel.schedule: {split.schedule!r} is none of {', '.join(SCHEDULES)}{near}")
+        if SCHEDULES[split.schedule].mirrored and split.pp > 1 and split.pp % 2:
+            raise UserError(
+                f"--parallel.pp: {split.schedule} runs two copies against each other, so {split.pp} ranks are "
+                f"impossible: give {split.pp - 1} or {split.pp + 1}, or --parallel.schedule dualpipev"
+            )
         if split.pp > 1 and self.compile:
             raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
         self.micro_batches()
 
     def micro_batches(self, copies: int = 1) -> int:
         """Micro-batches that each of a pipeline's `copies` computes in a step."""
-        split, count, at_once = self.split, self.accumulation(), self.batch_size * self.context
-        least = SCHEDULES[split.schedule].micro_batches * split.pp * copies if split.pp > 1 else copies
-        if count < least or count % copies:
-            needs = f"{split.schedule} on {split.pp} ranks needs at least {least}" + f" for {copies} copies" * (
-                copies > 1
-            )
-            enough = max(least, copies * -(-count // copies))
+        split, count = self.split, self.accumulation()
+        kind, lots = SCHEDULES[split.schedule], copies
+        least = copies
+        if split.pp > 1:
+            least, lots = kind.micro_batches * split.pp * copies, copies * (1 + kind.mirrored)
+        if count < least or count % lots:
+            enough = max(least, -(-count // lots) * lots) * self.batch_size * self.context
             raise UserError(
                 f"--tokens-per-step: {self.tokens_per_step} is {count} micro-batches of --batch-size {self.batch_size} "
-                f"x --context {self.context}, but {needs}"
-                + f", a multiple of {copies}" * (copies > 1)
-                + f": give {enough * at_once}, or a smaller --batch-size"
+                f"x --context {self.context}, but {split.schedule} on {split.pp} ranks"
+                + f", {copies} times," * (copies > 1)
+                + f" needs at least {least}"
+                + f" and a multiple of {lots}" * (lots > 1)
+                + f": give {enough}, or a smaller --batch-size"
             )
         return count // copies
 

@@ -92,9 +92,11 @@ def train(config: TrainConfig) -> None:
     first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
     place, shares = None, world  # of the rows, one for each of the Trainer's processes
     if pipelined:
-        cut(first, SCHEDULES[config.split.schedule].stages * config.split.pp, config.context)
+        split, kind = config.split, SCHEDULES[config.split.schedule]
+        cut(first, kind.stages * split.pp, config.context)
         on_cpu, settings = choice.device.type == "cpu", _flat(config, also=("out", "resume"))
-        place, shares = ranks.start(config.split.pp, config.copies(world), config.split.timeout, on_cpu, settings), 1
+        place = ranks.start(split.pp, config.copies(world), kind.mirrored, split.timeout, on_cpu, settings)
+        shares = 1
     args = _trainer_arguments(config, choice, shares)
     data = build_data(config.data, config.data_split, config.data_columns, config.tokenizer, vocab_size, config.context)
     if len(data.train) < config.batch_size * shares:
