@@ -170,7 +170,13 @@ def bubble(events: list[list[tuple]], schedule: str) -> dict:
 
 def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
     """A row for each rank, a box for each piece of work with the number of its micro-batch, time in units."""
-    style = {"svg.hashsalt": "moonwhale", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.hashsalt": "moonwhale",
+        "svg.fonttype": "none",
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     longest = max(end for events in recorded.values() for rank in events for *_, end in rank)
     with matplotlib.rc_context(style):
         size = (11, 1.1 + sum(0.5 + 0.32 * len(events) for events in recorded.values()))

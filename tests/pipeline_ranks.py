@@ -18,7 +18,7 @@ from moonwhale.pipeline.kinds import SCHEDULES
 from moonwhale.pipeline.schedule import Pipeline, own_parts
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
-LIMIT = 60  # seconds that a rank waits for another
+LIMIT = 120  # seconds that a rank waits for another
 
 
 def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tensor]:

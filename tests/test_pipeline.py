@@ -64,7 +64,7 @@ def launch(tmp_path_factory):
             for rank in range(n_ranks)
         ]
         try:
-            said = [process.communicate(timeout=240)[0] for process in processes]
+            said = [process.communicate(timeout=480)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
