@@ -12,7 +12,7 @@ overlap take as long as one after the other, as they do here:
     DualPipe    (P/2 - 1) (F + B + B - 3 W)
     DualPipeV   (P - 1) (F + B + B - 3 W), of half stages
 
-Draws docs/schedules.svg from the recorded events. Two minutes, whatever the number of cores.
+Draws docs/schedules.svg from the recorded events. Three minutes, whatever the number of cores.
 """
 
 import sys
@@ -185,9 +185,9 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
             second = max(places(schedule, len(events))) + 1  # stages from here on are a rank's second ones
             for row, rank in enumerate(events):
                 for kind, stage, number, begin, end in rank:
-                    hatch = "///" if stage >= second else None
                     box = [(begin, end - begin)]
-                    axis.broken_barh(box, (row - 0.4, 0.8), color=COLOURS[kind], edgecolor="white", hatch=hatch, lw=0.4)
+                    faint = 0.55 if stage >= second else 1
+                    axis.broken_barh(box, (row - 0.4, 0.8), color=COLOURS[kind], alpha=faint, edgecolor="white", lw=0.4)
                     axis.text((begin + end) / 2, row, number, ha="center", va="center", fontsize=5.5)
             axis.set_yticks(range(len(events)), [f"rank {r}" for r in range(len(events))])
             axis.invert_yaxis()
@@ -195,9 +195,7 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
             axis.set_xlim(0, longest)
         axes[-1].set_xlabel("time; 1 = a forward pass of half a rank's part of the model")
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]
-        handles.append(
-            plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="gray", hatch="///", label="second stage")
-        )
+        handles.append(plt.Rectangle((0, 0), 1, 1, color=COLOURS["F"], alpha=0.55, label="of a rank's second stage"))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
         unfinished = path.with_name(f".{path.name}")
         figure.savefig(unfinished, format="svg", metadata={"Date": None})
@@ -210,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "schedules.svg", help="where it is drawn")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=10)
-    parser.add_argument("--unit", type=float, default=0.12, help="seconds of half a stage's forward pass")
+    parser.add_argument("--unit", type=float, default=0.15, help="seconds of half a stage's forward pass")
     given = parser.parse_args(argv)
     recorded = record(given.ranks, list(SCHEDULES), given.micro_batches, given.unit)
     found = {schedule: bubble(events, schedule) for schedule, events in recorded.items()}
