@@ -96,11 +96,13 @@ def start(pp: int, copies: int, mirrored: bool, timeout: int, on_cpu: bool, sett
     _agree(settings, control)
     rank = dist.get_rank()
     copy, stage = divmod(rank, pp)
-    stages = {stage, pp - 1 - stage} if mirrored else {stage}
-    pipeline, same = (
-        dist.new_group(sorted(members), timeout=limit, use_local_synchronization=True)
-        for members in ([copy * pp + s for s in range(pp)], [c * pp + s for c in range(copies) for s in stages])
-    )
+    groups = {}  # made by all ranks in the same order
+    for c in range(copies):
+        groups[c, "pipeline"] = dist.new_group([c * pp + s for s in range(pp)], timeout=limit)
+    for s in range(pp):
+        stages = {s, pp - 1 - s} if mirrored else {s}
+        groups[s, "same"] = dist.new_group(sorted(c * pp + x for c in range(copies) for x in stages), timeout=limit)
+    pipeline, same = groups[copy, "pipeline"], groups[stage, "same"]
     return Ranks(rank, stage, copy, copies, pipeline, same, control)
 
 
