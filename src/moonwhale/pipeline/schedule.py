@@ -231,7 +231,6 @@ class Pipeline:
         self.places = places(schedule, ranks)
         self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)]
         self.engine = build_engine(schedule, self.wrapped, micro_batches)
-        self._ends = self._share_embedding()
 
     def _wrap(self, stage: Stage, half: int) -> EngineStage:
         part, carried = stage.part, stage.carried(*self.shape)
@@ -250,16 +249,23 @@ class Pipeline:
             group=self.group,
         )
 
-    def _share_embedding(self) -> dist.ProcessGroup | None:
-        """The two ranks that have the embedding, if there are two: the first stage's, and the last's where an MTP
-        module or a tied head needs it.
+    def _share_embedding(self) -> None:
+        """Adds up the embedding's gradient where two ranks have it: the first stage's, and the last's if an MTP module
+        or a tied head needs it.
         """
         config, ends = self.stages[0].model.config, (self.places[0], self.places[-1])
-        needed = config.num_nextn_predict_layers or config.tie_word_embeddings
-        if not needed or ends[0] == ends[1] or dist.get_rank(self.group) not in ends:
-            return None
-        group = self.group or dist.group.WORLD
-        return dist.new_group([dist.get_global_rank(group, rank) for rank in ends], use_local_synchronization=True)
+        needed, here = config.num_nextn_predict_layers or config.tie_word_embeddings, dist.get_rank(self.group)
+        if not needed or ends[0] == ends[1] or here not in ends:
+            return
+        grad, other = self.stages[0].model.model.embed_tokens.weight.grad, ends[here == ends[0]]
+        theirs = torch.empty_like(grad)
+        exchange = [
+            dist.P2POp(dist.isend, grad, group=self.group, group_peer=other),
+            dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=other),
+        ]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        grad += theirs
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """Forward and backward of a whole step, {"input_ids", "labels", …}, (micro_batches · B, T) each, the same on
@@ -268,8 +274,7 @@ class Pipeline:
         for stage in self.wrapped:
             stage.events.clear()
         self.engine.step(target=batch["labels"], return_outputs=False, **batch)
-        if self._ends is not None:
-            dist.all_reduce(self.stages[0].model.model.embed_tokens.weight.grad, group=self._ends)
+        self._share_embedding()
         if self.same is not None:
             grads = [p.grad for p in self.stages[0].model.parameters() if p.grad is not None]
             flat = torch.cat([grad.flatten() for grad in grads])
