@@ -33,15 +33,22 @@ OPTIONS = {
 }
 
 
-def torchrun(*argv: str, processes: int = 2) -> str:
-    """Runs `moonwhale train` in several processes and returns what they print."""
+def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[str, ...] = ()) -> str:
+    """Runs `moonwhale train` in several processes, `before` it some code, and returns what they print."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--master-port={port}",
+        *launcher,
+    ]
     script = Path(os.environ["MOONWHALE_CACHE"]) / "ddp.py"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(SCRIPT)
+    script.write_text(before + SCRIPT)
     done = subprocess.run(
         [*launch, str(script), *argv],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

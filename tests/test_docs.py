@@ -73,6 +73,8 @@ def test_a_broken_link_is_seen():
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
+PARALLEL = {f"--parallel.{name}" for name in arguments.parallel_fields()}
+
 
 def options_of(*verb: str) -> set[str]:
     with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
@@ -104,6 +106,8 @@ def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
     fields = (
         {f"--model.{name}" for name in (*arguments.model_fields(), "FIELD")} if verb in ("train", "info") else set()
     )
+    if verb == "train":
+        fields |= PARALLEL
     unknown = given - options[verb] - fields
     if unknown:
         return f"moonwhale {verb} has no {', '.join(sorted(unknown))}"
@@ -122,7 +126,7 @@ def test_commands_can_be_typed(document, options, tmp_path, monkeypatch):
 def test_options_exist(document, options):
     """Also those that the text names by themselves."""
     known = set().union(*options.values(), {"--version", "--check", "--model.FIELD"})
-    known |= {f"--model.{name}" for name in arguments.model_fields()}
+    known |= {f"--model.{name}" for name in arguments.model_fields()} | PARALLEL
     named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
     assert not named - known
 

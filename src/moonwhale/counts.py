@@ -61,16 +61,30 @@ def flops_per_token(config, context: int, training: bool = True) -> float:
     With `training`, the MTP modules (their projection, blocks, and the head again) count too, and the backward pass
     twice as much as the forward.
     """
-    blocks = range(config.num_blocks if training else config.num_hidden_layers)
+    parts = part_flops(config, context)
     modules = config.num_nextn_predict_layers if training else 0
-    head = config.vocab_size * config.hidden_size
-    matrices = (1 + modules) * head + modules * _join(config) + sum(_matrices(config, i, active=True) for i in blocks)
-    flops = 2.0 * matrices
-    for i in blocks:
+    blocks = parts.blocks if training else parts.blocks[: config.num_hidden_layers]
+    flops = (1 + modules) * parts.head + modules * parts.join + sum(blocks)
+    return 3 * flops if training else flops
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Forward operations a token costs in each part of a model (see `flops_per_token`); an embedding costs none."""
+
+    blocks: tuple[float, ...]  # the main model's, then the MTP modules'
+    head: float  # once for each depth
+    join: float  # an MTP module's projection of two inputs to one
+
+
+def part_flops(config, context: int) -> PartFlops:
+    """Splits `flops_per_token`'s forward pass over the parts of the model."""
+    blocks = []
+    for i in range(config.num_blocks):
         keys, means = _attended(config, i, context)
         products = config.qk_head_dim * (keys + means) + config.v_head_dim * keys
-        flops += 2 * config.num_attention_heads * products
-    return 3 * flops if training else flops
+        blocks.append(2.0 * (_matrices(config, i, active=True) + config.num_attention_heads * products))
+    return PartFlops(tuple(blocks), 2.0 * config.vocab_size * config.hidden_size, 2.0 * _join(config))
 
 
 def training_bytes(config, tokens: int, number_bytes: int = 4) -> dict[str, int]:

@@ -463,24 +463,24 @@ def test_mutant_attention_across_documents(chain, monkeypatch):
 
 
 def test_mutant_normalised_by_the_main_heads_count(chain, monkeypatch):
-    right = MoonwhaleForCausalLM._add_loss
+    right = MoonwhaleForCausalLM.add_loss
 
     def add_loss(self, out, body, labels, layout, num_items):
         main = (shifted_labels(labels, layout, 0) != NO).sum() if num_items is None else num_items[0]
         right(self, out, body, labels, layout, main.expand(3))
 
-    monkeypatch.setattr(MoonwhaleForCausalLM, "_add_loss", add_loss)
+    monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)
     caught(assert_loss_by_hand, chain())
 
 
 def test_mutant_every_micro_batch_by_its_own_count(chain, monkeypatch):
-    right = MoonwhaleForCausalLM._add_loss
+    right = MoonwhaleForCausalLM.add_loss
 
     def add_loss(self, out, body, labels, layout, num_items):
         right(self, out, body, labels, layout, None)
         out.loss = out.loss if num_items is None else out.loss / 3
 
-    monkeypatch.setattr(MoonwhaleForCausalLM, "_add_loss", add_loss)
+    monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)
     caught(assert_micro_batches_are_the_large_batch, chain())
 
 

@@ -145,9 +145,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream, too
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.embed(input_ids) if inputs_embeds is None else _as_computed(inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -163,14 +161,9 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         embeds, balance, seen = x, x.new_zeros((), dtype=torch.float32), []
         for block in self.main_blocks:
             seen.append(x)
-            x, stats = block(x, table, layout, past_key_values)
-            balance = self._collect([block], [stats], balance)
+            x, balance = self.run([block], x, balance, table, layout, past_key_values)
         x = self.norm(x)
-
-        mtp = ()
-        if with_mtp:
-            mtp, mtp_balance = self.look_ahead(x, embeds, table, layout)
-            balance = balance + mtp_balance
+        mtp, balance = self.run_mtp(x, embeds, balance, table, layout) if with_mtp else ((), balance)
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -179,20 +172,33 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             balance_loss=balance,
         )
 
-    def look_ahead(
-        self, hidden: Tensor, embeds: Tensor, table: tuple[Tensor, Tensor], layout: Layout
+    # What a forward pass is made of, for those who cut it into stages
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) to (B, T, hidden), in the precision of the blocks."""
+        return _as_computed(self.embed_tokens(input_ids))
+
+    def run(self, blocks, x: Tensor, balance: Tensor, table, layout: Layout, cache=None) -> tuple[Tensor, Tensor]:
+        """x (B, T, hidden) through some main blocks, whose balance losses are added to `balance` (0-d)."""
+        for block in blocks:
+            x, stats = block(x, table, layout, cache)
+            balance = self._collect([block], [stats], balance)
+        return x, balance
+
+    def run_mtp(
+        self, hidden: Tensor, embeds: Tensor, balance: Tensor, table, layout: Layout
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The chain of MTP modules on the main model's normed hidden states and the tokens' embeddings, (B, T, hidden).
+        """The chain of MTP modules from the main model's normed output and the embeddings, both (B, T, hidden).
 
         Returns:
-            the normed hidden states of each module, and the sum of their balance losses.
+            each module's normed output; `balance` with their balance losses added.
         """
-        seen, balance = [], hidden.new_zeros((), dtype=torch.float32)
+        outputs = []
         for k, module in enumerate(self.mtp_modules, start=1):
             hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, layout.ahead(k))
             balance = self._collect([module, *module.blocks], stats, balance)
-            seen.append(hidden)
-        return tuple(seen), balance
+            outputs.append(hidden)
+        return tuple(outputs), balance
 
     def _collect(self, blocks, stats, balance: Tensor) -> Tensor:
         for block, measured in zip(blocks, stats, strict=True):
@@ -201,6 +207,12 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             if measured.balance is not None:
                 balance = balance + measured.balance
         return balance
+
+
+def _as_computed(embeds: Tensor) -> Tensor:
+    """Under autocast the residual stream has the precision of the products, too."""
+    kind = embeds.device.type
+    return embeds.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embeds
 
 
 class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
@@ -262,16 +274,19 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         )
         out = MoonwhaleOutput(past_key_values=body.past_key_values, hidden_states=body.hidden_states)
         if labels is not None:
-            self._add_loss(out, body, labels, layout, num_items_in_batch)
+            self.add_loss(out, body, labels, layout, num_items_in_batch)
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             out.logits = self.lm_head(body.last_hidden_state[:, keep])
         return out
 
-    def _add_loss(
+    def add_loss(
         self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, labels: Tensor, layout: Layout, num_items
     ) -> None:
-        """Fills in main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy."""
+        """Fills in main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy.
+
+        `body` needs its hidden states and balance loss; for the rest see `forward`.
+        """
         hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])
         targets = torch.stack([shifted_labels(labels, layout, depth) for depth in range(len(hidden))])
         counts = (targets != IGNORE).sum((1, 2))

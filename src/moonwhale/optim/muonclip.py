@@ -205,10 +205,10 @@ class StepHooks:
     experts), tokens over all micro-batches and ranks. A model without such modules lacks the entries.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None):
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None, group=None):
         if qk_clip_tau is not None and not qk_clip_tau > 0:
             raise UserError(f"qk_clip_tau: {qk_clip_tau} is out of range (give a number above 0, or None for no clip)")
-        self.qk_clip_tau = qk_clip_tau
+        self.qk_clip_tau, self.group = qk_clip_tau, group
         self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
         self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
         self.last: dict[str, Tensor] = {}
@@ -218,7 +218,7 @@ class StepHooks:
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self.attentions:
             logits = [attention.max_logit for attention in self.attentions]
-            _all_reduce(logits, "MAX")
+            _all_reduce(logits, "MAX", self.group)
             self.last["max_logits"] = torch.stack(logits)
             if self.qk_clip_tau is not None:
                 clipped = [attention.clip_qk_(self.qk_clip_tau) for attention in self.attentions]
@@ -227,7 +227,7 @@ class StepHooks:
                 logit.fill_(-math.inf)
         if self.moes:
             loads = [moe.load for moe in self.moes]
-            _all_reduce(loads, "SUM")
+            _all_reduce(loads, "SUM", self.group)
             self.last["loads"] = torch.stack(loads)
             for moe in self.moes:
                 moe.update_bias_()
@@ -237,25 +237,28 @@ class StepHooks:
         self._handle.remove()
 
 
-def attach_hooks(optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0) -> StepHooks:
+def attach_hooks(
+    optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0, group=None
+) -> StepHooks:
     """Let every step of `optimizer` (any optimizer) end with QK-Clip and the router-bias update of `model`.
 
     Acts on modules by what they offer. An attention: the buffer `max_logit` (heads,), fp32, the largest causal
     pre-softmax logit, scale included, since the last step, −inf for none; `clip_qk_(tau)`, which rescales the heads
     above tau and returns their number as a tensor. An MoE: the buffer `load` (experts,), fp32, the tokens each expert
-    got since the last step; `update_bias_()`. Both buffers are reduced over ranks first, and reset in the end.
+    got since the last step; `update_bias_()`. Both buffers are reduced first, over the ranks of `group`, which hold
+    copies of `model` (None: all ranks do), and reset in the end.
     Under DDP, accumulate in `no_sync` or with `broadcast_buffers=False`, else rank 0's buffers overwrite the others'.
 
     `qk_clip_tau=None` only watches the logits. Raises UserError for a tau that is not positive.
     """
-    return StepHooks(optimizer, model, qk_clip_tau)
+    return StepHooks(optimizer, model, qk_clip_tau, group)
 
 
-def _all_reduce(tensors: list[Tensor], op: str) -> None:
-    """In place over all ranks, in one collective."""
+def _all_reduce(tensors: list[Tensor], op: str, group) -> None:
+    """In place over a group's ranks, in one collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     flat = torch.cat(tensors)
-    dist.all_reduce(flat, getattr(dist.ReduceOp, op))
+    dist.all_reduce(flat, getattr(dist.ReduceOp, op), group=group)
     for tensor, reduced in zip(tensors, flat.split([len(t) for t in tensors]), strict=True):
         tensor.copy_(reduced)

@@ -57,15 +57,18 @@ class MuonClipTraining:
         """
         if self.optimizer is None:
             args = self.args
-            self.optimizer = MuonClip(
-                param_groups(self.model, lr=args.learning_rate, weight_decay=args.weight_decay),
-                momentum=args.muon_momentum,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-            )
+            self.optimizer = self._optimizer_of(param_groups(self.model, args.learning_rate, args.weight_decay))
             if all(p.requires_grad for p in self.model.parameters()):
                 self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None)
         return self.optimizer
+
+    def _optimizer_of(self, groups: list[dict]) -> MuonClip:
+        args = self.args
+        betas = (args.adam_beta1, args.adam_beta2)
+        return MuonClip(groups, momentum=args.muon_momentum, betas=betas, eps=args.adam_epsilon)
+
+    def _seen_by_hooks(self) -> dict[str, Tensor]:
+        return self._hooks.last
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm; the last moment before the weights change, hence where a NaN is caught."""
@@ -144,7 +147,7 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer._hooks is not None:
-            self.trainer._watch.add(self.trainer._hooks.last)
+            self.trainer._watch.add(self.trainer._seen_by_hooks())
 
 
 class _Watch:

@@ -101,9 +101,10 @@ def mtp_losses(
         the mean cross-entropy in nats of each depth (D,), and the sum of the modules' balance losses.
     """
     layout = Layout.of(*input_ids.shape, input_ids.device, attention_mask, None)
-    embeds = model.model.embed_tokens(input_ids).detach().to(hidden.dtype)
+    embeds = model.model.embed(input_ids).detach()
     table = rotation_table(model.config, layout.offset, hidden.dtype)
-    seen, balance = model.model.look_ahead(hidden.detach(), embeds, table, layout)
+    nothing = hidden.new_zeros((), dtype=torch.float32)
+    seen, balance = model.model.run_mtp(hidden.detach(), embeds, nothing, table, layout)
     losses = []
     for depth, out in enumerate(seen, start=1):
         targets = shifted_labels(labels, layout, depth)

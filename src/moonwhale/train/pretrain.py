@@ -14,10 +14,11 @@ DATA_FILE = "data.txt"
 
 
 def main(argv: list[str]) -> None:
+    launched = "WORLD_SIZE" in os.environ  # by torchrun
     try:
         train(arguments.parse(argv))
     finally:
-        if "WORLD_SIZE" in os.environ:
+        if launched:
             import torch.distributed as dist
 
             if dist.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
@@ -33,6 +34,8 @@ def train(config: TrainConfig) -> None:
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
     main_process, world = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1))
+    pipelined = config.split.pp > 1
+    micro_batches = config.micro_batches(config.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
         runs.check_folder(config, lambda run_file: arguments.resolve({}, run_file))
@@ -49,6 +52,10 @@ def train(config: TrainConfig) -> None:
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+    from moonwhale.pipeline import ranks
+    from moonwhale.pipeline.kinds import SCHEDULES
+    from moonwhale.pipeline.stages import cut
+    from moonwhale.pipeline.trainer import PipelineTrainer
     from moonwhale.train import checkpoints, report
     from moonwhale.train.trainer import MTPTrainer
 
@@ -61,12 +68,21 @@ def train(config: TrainConfig) -> None:
         say(f"finished   already, with all {config.steps} steps: the model is in {out}")
         return
 
+    if pipelined:
+        ranks.take_gpu()
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
-    arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
-    args = _trainer_arguments(config, choice, world)
+    first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
+    place, shares = None, world  # of the rows, one for each of the Trainer's processes
+    if pipelined:
+        split, kind = config.split, SCHEDULES[config.split.schedule]
+        cut(first, kind.stages * split.pp, config.context)
+        on_cpu, settings = choice.device.type == "cpu", runs.learned(config, also=("out", "resume"))
+        place = ranks.start(split.pp, config.copies(world), kind.mirrored, split.timeout, on_cpu, settings)
+        shares = 1
+    args = _trainer_arguments(config, choice, shares)
     data = build_data(
         config.data,
         config.data_split,
@@ -76,9 +92,9 @@ def train(config: TrainConfig) -> None:
         config.context,
         limit=config.data_documents,
     )
-    if len(data.train) < config.batch_size * world:
+    if len(data.train) < config.batch_size * shares:
         raise UserError(
-            f"--batch-size: {config.batch_size * world} rows are computed at once, but the text fills only "
+            f"--batch-size: {config.batch_size * shares} rows are computed at once, but the text fills only "
             f"{len(data.train)} rows of --context {config.context}: lower the one or the other, or give more --data"
         )
     ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -93,7 +109,7 @@ def train(config: TrainConfig) -> None:
     sizes = count(model_config)
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
-    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + (f", {world} processes" * (world > 1)))
+    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + _processes(config, world))
     say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}")
     out.mkdir(parents=True, exist_ok=True)
     if main_process:
@@ -101,9 +117,12 @@ def train(config: TrainConfig) -> None:
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
+    pipeline = {"ranks": place, "schedule": config.split.schedule, "micro_batches": micro_batches} if pipelined else {}
+    built: list[MTPTrainer] = []
 
     def build(callbacks: list) -> MTPTrainer:
-        return MTPTrainer(
+        trainer = (PipelineTrainer if pipelined else MTPTrainer)(
+            **pipeline,
             model=model,
             args=args,
             train_dataset=data.train,
@@ -112,11 +131,25 @@ def train(config: TrainConfig) -> None:
             byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
             callbacks=callbacks,
         )
+        built.append(trainer)
+        return trainer
 
-    trainer = runs.carry_out(build, out, checkpoint, "train", lambda log: report.plot_loss(log, out / "loss.png"))
+    try:
+        trainer = runs.carry_out(build, out, checkpoint, "train", lambda log: report.plot_loss(log, out / "loss.png"))
+    except RuntimeError as error:
+        if place and built and (why := place.lost(error, built[0].state.global_step + 1)):
+            raise UserError(why) from error
+        raise
     if main_process:
         checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
     say(report.summary(trainer.state.log_history, config.tokens_per_step, out))
+
+
+def _processes(config: TrainConfig, world: int) -> str:
+    if config.split.pp == 1:
+        return f", {world} processes" * (world > 1)
+    copies = config.copies(world)
+    return f", {config.split.schedule} over {config.split.pp} processes" + f", {copies} times" * (copies > 1)
 
 
 def _check_data(data, out: Path, config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """What all training runs share: a folder that nothing overwrites, a run that goes on where it stopped, and its end."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -21,9 +22,11 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "log_every",
     "report_to",
+    "parallel",
 }
 
 
+@functools.cache  # a pipeline takes RANK out of the environment
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
@@ -47,7 +50,7 @@ def check_folder(config, read: Callable[[str], object]) -> None:
         return
     if not config.resume:
         raise UserError(f"--out: {out} already holds a run: go on with it by --resume, or name another folder")
-    now, before = _flat(config), _flat(read(str(run_file)))
+    now, before = learned(config), learned(read(str(run_file)))
     for name in now | before:
         if now.get(name) != before.get(name):
             raise UserError(
@@ -56,13 +59,15 @@ def check_folder(config, read: Callable[[str], object]) -> None:
             )
 
 
-def _flat(config) -> dict:
-    """The options that decide what is learned, as they are named on the command line."""
+def learned(config, also: tuple[str, ...] = ()) -> dict:
+    """The options that decide what is learned, `also` some others, as they are named on the command line."""
     values = {}
     for name, value in vars(config).items():
+        if name in FREE_TO_CHANGE.difference(also):
+            continue
         if isinstance(value, dict):
             values |= {f"{name}.{key}": inner for key, inner in value.items()}
-        elif name not in FREE_TO_CHANGE:
+        else:
             values[name.replace("_", "-")] = value
     return values
 

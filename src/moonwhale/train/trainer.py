@@ -77,8 +77,7 @@ class MTPTraining(MuonClipTraining):
         parts, n_bytes = _LossParts(), torch.zeros((), dtype=torch.long, device=self.args.device)
         self.model.eval()
         for inputs in map(self._prepare_inputs, dataloader):
-            with self.accelerator.autocast():
-                parts.add(self.model(**inputs, logits_to_keep=1))
+            parts.add(self._evaluate_batch(inputs))
             if self.byte_lengths is not None:
                 targets = inputs["labels"][:, 1:]
                 n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE]].sum()
@@ -88,6 +87,10 @@ class MTPTraining(MuonClipTraining):
             metrics["bits_per_byte"] = metrics["loss_main"] * metrics["targets"] / math.log(2) / n_bytes
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset) * self.args.world_size)
+
+    def _evaluate_batch(self, inputs: dict[str, Tensor]):
+        with self.accelerator.autocast():
+            return self.model(**inputs, logits_to_keep=1)
 
 
 class MTPTrainer(MTPTraining, Trainer):

@@ -1,0 +1,119 @@
+"""The processes of a pipelined run: how they find each other, what they must agree on, and what is said when one dies.
+
+Process c · P + r is rank r of copy c of a pipeline of P ranks.
+"""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moonwhale.errors import UserError, one_line
+
+# What torchrun tells a process. The Trainer must not see it: to it, a pipeline is one device.
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+LOST = (
+    "gloo",
+    "NCCL",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "wait timeout",
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int  # among all processes
+    stage: int  # in its pipeline
+    copy: int
+    copies: int
+    pipeline: dist.ProcessGroup  # the ranks of this copy
+    same: dist.ProcessGroup  # all ranks that hold the same stages
+    control: dist.ProcessGroup  # all processes, for objects, on the CPU
+
+    def lost(self, error: RuntimeError, step: int) -> str | None:
+        """One line to say of an error in `step` if it means that another rank was lost; else None."""
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if not any(sign in f"{error} {cause}" for sign in LOST):
+            return None
+        silent = self._silent()
+        whom = f"rank {' and '.join(map(str, silent))} no longer answers" if silent else "a connection broke"
+        return (
+            f"rank {self.rank}: stopped in step {step}, since {whom} ({one_line(cause)[:120]}): go on from the last "
+            "checkpoint with --resume"
+        )
+
+    def _silent(self, seconds: float = 3.0) -> list[int]:
+        """The ranks that do not report within a few seconds that they stop, too."""
+        try:
+            store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives the processes
+            store.set(f"stopped/{start}/{self.rank}", "")
+            end = time.monotonic() + seconds
+            while missing := [r for r in range(world) if not store.check([f"stopped/{start}/{r}"])]:
+                if time.monotonic() > end:
+                    return missing
+                time.sleep(0.05)
+        except (RuntimeError, OSError):  # the store went with the rank that kept it
+            pass
+        return []
+
+
+def take_gpu() -> None:
+    """Lets this process see one of the machine's GPUs only, its own; to be called before CUDA wakes up."""
+    if torch.cuda.device_count() > 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
+
+
+def start(pp: int, copies: int, mirrored: bool, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
+    """Joins the processes that torchrun started, `copies` pipelines of `pp` ranks each.
+
+    mirrored: ranks r and P - 1 - r of a pipeline hold the same stages.
+    timeout: seconds that a rank waits for another. settings: what all must have been started with, by option.
+
+    Raises:
+        UserError: on every rank, when they were not.
+    """
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # an error is said in one line, below
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=limit)
+    for name in TOLD:
+        os.environ.pop(name, None)
+    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
+    _agree(settings, control)
+    rank = dist.get_rank()
+    copy, stage = divmod(rank, pp)
+    groups = {}  # made by all ranks in the same order
+    for c in range(copies):
+        groups[c, "pipeline"] = dist.new_group([c * pp + s for s in range(pp)], timeout=limit)
+    for s in range(pp):
+        stages = {s, pp - 1 - s} if mirrored else {s}
+        groups[s, "same"] = dist.new_group(sorted(c * pp + x for c in range(copies) for x in stages), timeout=limit)
+    pipeline, same = groups[copy, "pipeline"], groups[stage, "same"]
+    return Ranks(rank, stage, copy, copies, pipeline, same, control)
+
+
+def _agree(settings: dict, control: dist.ProcessGroup) -> None:
+    everyone = [None] * dist.get_world_size(control)
+    dist.all_gather_object(everyone, settings, group=control)
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"--{name}: rank {rank} was started with {other.get(name)!r}, rank 0 with {first.get(name)!r}: "
+                    "start all ranks with the same options"
+                )

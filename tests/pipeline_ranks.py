@@ -1,0 +1,130 @@
+"""One rank of the pipeline's tests: `python pipeline_ranks.py RANK RANKS FOLDER` runs the cases in FOLDER/cases.pt."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.model.layout import Layout
+from moonwhale.model.loss import IGNORE
+from moonwhale.model.mtp import shifted_labels
+from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.pipeline import schedule
+from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.stages import Stage, cut, keep_
+
+LIMIT = 120  # seconds that a rank waits for another
+
+
+def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tensor]:
+    """Rows of two documents each, of which every second row ends in padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config["vocab_size"], (rows, length), generator=generator)
+    starts = torch.randint(2, length - 2, (rows, 1), generator=generator)
+    position = torch.arange(length).expand(rows, length)
+    labels = ids.clone()
+    labels[::2, -3:] = IGNORE
+    positions = torch.where(position < starts, position, position - starts)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def targets_of(config: MoonwhaleConfig, batch: dict[str, Tensor]) -> Tensor:
+    layout = Layout.of(*batch["labels"].shape, "cpu", None, batch["position_ids"])
+    depths = range(1 + config.num_nextn_predict_layers)
+    return torch.stack([(shifted_labels(batch["labels"], layout, d) != IGNORE).sum() for d in depths])
+
+
+def model_of(config: dict, weights: dict[str, Tensor]) -> MoonwhaleForCausalLM:
+    model = MoonwhaleForCausalLM(MoonwhaleConfig(**config)).train()
+    model.load_state_dict(weights)
+    return model
+
+
+def optimizer_of(model, group=None):
+    optimizer = MuonClip(param_groups(model, lr=2e-3), newton_schulz_dtype=torch.float32)
+    return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=group)
+
+
+def one_process(case: dict) -> list[dict]:
+    """What a single process makes of a case: for each step its loss, gradients, and state afterwards."""
+    model = model_of(case["config"], case["weights"])
+    optimizer, hooks = optimizer_of(model)
+    return [_step(case, seed, model, optimizer, hooks, None) for seed in range(case["steps"])]
+
+
+class Forgetful(Stage):
+    """A mutant: what travels does not bring the balance losses of earlier stages their gradients."""
+
+    def forward(self, *carried, **batch):
+        out = super().forward(*carried, **batch)
+        return out if self.part.is_last else (out[0], out[1].detach().requires_grad_())
+
+
+def ranks(case: dict, alone: dist.ProcessGroup) -> list[dict]:
+    """The same as one rank of a pipeline sees it: its own parameters' gradients and state."""
+    model = model_of(case["config"], case["weights"])
+    n_ranks, rank, length = dist.get_world_size(), dist.get_rank(), case["length"]
+    n_stages = n_ranks * SCHEDULES[case["schedule"]].stages
+    parts = own_parts(cut(model.config, n_stages, length), case["schedule"], n_ranks, rank)
+    keep_(model, parts)
+    stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
+    mirrored = SCHEDULES[case["schedule"]].mirrored
+    same = dist.new_group([rank, n_ranks - 1 - rank], use_local_synchronization=True) if mirrored else alone
+    optimizer, hooks = optimizer_of(model, same)
+    size = case["rows"] // case["micro_batches"]
+    if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
+        Pipeline._share_embedding = lambda self: None
+    schedule.splits_backward = lambda: not case["whole"]
+    pipeline = Pipeline(stages, case["schedule"], case["micro_batches"], (size, length), torch.device("cpu"), same=same)
+    return [_step(case, seed, model, optimizer, hooks, pipeline) for seed in range(case["steps"])]
+
+
+def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
+    batch = batch_of(case["config"], case["rows"], case["length"], seed)
+    targets = targets_of(model.config, batch)
+    outputs = {}
+    if pipeline is None:
+        size = case["rows"] // case["micro_batches"]
+        for i in range(case["micro_batches"]):
+            micro = {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
+            outputs[i] = model(**micro, num_items_in_batch=targets)
+            outputs[i].loss.backward()
+    else:
+        for stage in pipeline.stages:
+            stage.targets = targets
+        pipeline.step(batch)
+        outputs = dict(pipeline.take_outputs())
+    result = {
+        "losses": {i: (out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for i, out in outputs.items()},
+        "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
+    optimizer.step()
+    optimizer.zero_grad()
+    result["clipped"] = float(hooks.last.get("clipped_heads", 0)) / (
+        1 if pipeline is None else dist.get_world_size(hooks.group)
+    )
+    seen = {  # by all that hold the same modules
+        "max_logits": [name for name, module in model.named_modules() if hasattr(module, "clip_qk_")],
+        "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
+    }
+    result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
+    result["state"] = {name: value.clone() for name, value in model.state_dict().items()}
+    return result
+
+
+def main(rank: int, n_ranks: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), n_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=LIMIT))
+    alone, _ = dist.new_subgroups(group_size=1)
+    cases = torch.load(folder / "cases.pt", weights_only=True)
+    torch.save({name: ranks(case, alone) for name, case in cases.items()}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

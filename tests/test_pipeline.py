@@ -1,0 +1,328 @@
+"""A model on several ranks computes what it does on one: loss, every gradient, statistics and steps."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.pipelining import ScheduleDualPipeV
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    RECV_B,
+    RECV_F,
+    SEND_B,
+    SEND_F,
+)
+
+import pipeline_ranks
+from conftest import TINY
+from moonwhale.counts import flops_per_token, part_flops
+from moonwhale.errors import UserError
+from moonwhale.pipeline.kinds import SCHEDULES, places
+from moonwhale.pipeline.schedule import dualpipe_order, own_parts, splits_backward, with_messages
+from moonwhale.pipeline.stages import Part, cut, keep_
+
+MODEL = {
+    "num_hidden_layers": 5,
+    "vocab_size": 53,
+    "moba_block_size": 4,
+    "moba_topk": 2,
+    "moba_full_attention_layers": [1],
+    "num_nextn_predict_layers": 2,
+    "mtp_num_blocks": [1, 2],
+    "aux_loss_alpha": 0.05,
+    "bias_update_speed": 0.02,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """`launch(cases, n_ranks)` runs cases in that many processes and returns what each rank saw, by case."""
+
+    def launch(cases: dict, n_ranks: int) -> list[dict]:
+        folder = tmp_path_factory.mktemp("ranks")
+        torch.save(cases, folder / "cases.pt")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        script = str(Path(pipeline_ranks.__file__))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, str(rank), str(n_ranks), str(folder)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(n_ranks)
+        ]
+        try:
+            said = [process.communicate(timeout=480)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert not any(process.returncode for process in processes), "\n".join(said)
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(n_ranks)]
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def case(tiny_config, draw):
+    """`case(schedule, ...)`: a model's configuration and weights, and how it is to be run."""
+
+    def case(schedule, n_ranks=2, steps=1, whole=False, mutant="", **overrides) -> dict:
+        from moonwhale.model import MoonwhaleForCausalLM
+
+        config = TINY | MODEL | overrides
+        micro_batches = 2 * n_ranks + (2 if SCHEDULES[schedule].mirrored else 1)  # more than it needs
+        return {
+            "config": config,
+            "weights": draw(MoonwhaleForCausalLM(tiny_config(**config))).state_dict(),
+            "schedule": schedule,
+            "steps": steps,
+            "whole": whole,
+            "mutant": mutant,
+            "micro_batches": micro_batches,
+            "rows": 2 * micro_batches,
+            "length": 14,
+        }
+
+    return case
+
+
+def largest_error(seen: list[list[dict]], expected: list[dict]) -> dict[str, float]:
+    """The largest relative error of losses, gradients, statistics and states over all steps, ranks together."""
+    errors = {}
+    for ranks, one in zip(zip(*seen, strict=True), expected, strict=True):
+        losses = {number: parts for rank in ranks for number, parts in rank["losses"].items()}
+        assert losses.keys() == one["losses"].keys()
+        a, b = (torch.tensor([seen[i] for i in sorted(seen)]) for seen in (losses, one["losses"]))
+        errors["losses"] = max(errors.get("losses", 0.0), float(((a - b).abs() / b.abs().clamp(min=1e-3)).max()))
+        for kind in ("grads", "seen", "state"):
+            assert set().union(*(rank[kind] for rank in ranks)) == set(one[kind])
+            for rank in ranks:
+                for name, value in rank[kind].items():
+                    error = (value - one[kind][name]).norm() / one[kind][name].norm().clamp(min=1e-6)
+                    errors[kind] = max(errors.get(kind, 0.0), float(error))
+        assert sum(rank["clipped"] for rank in ranks) == one["clipped"]
+    return errors
+
+
+DEEP = {"num_hidden_layers": 8, "mtp_num_blocks": 1, "num_nextn_predict_layers": 1}  # for 8 stages
+CASES = {
+    "dualpipev": {"schedule": "dualpipev"},
+    "dualpipev, tied": {"schedule": "dualpipev", "tie_word_embeddings": True},
+    "dualpipev, no MTP": {"schedule": "dualpipev", "num_nextn_predict_layers": 0, "mtp_num_blocks": 1},
+    "dualpipev, whole backward": {"schedule": "dualpipev", "whole": True},
+    "dualpipe": {"schedule": "dualpipe"},
+    "dualpipe, tied": {"schedule": "dualpipe", "tie_word_embeddings": True},
+    "zerobubble": {"schedule": "zerobubble"},
+    "1f1b": {"schedule": "1f1b"},
+    "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True},
+    "dualpipev, six steps": {"schedule": "dualpipev", "steps": 6},
+    "dualpipe, six steps": {"schedule": "dualpipe", "steps": 6},
+    "1f1b, six steps": {"schedule": "1f1b", "steps": 6, "tie_word_embeddings": True},
+}
+MUTANTS = {
+    "balance": {"schedule": "dualpipev", "mutant": "balance"},
+    "embedding": {"schedule": "1f1b", "mutant": "embedding"},
+}
+ON_FOUR = {
+    "dualpipev": {"schedule": "dualpipev", **DEEP},
+    "dualpipev, tied": {"schedule": "dualpipev", "tie_word_embeddings": True, **DEEP},
+    "dualpipe": {"schedule": "dualpipe", **DEEP},
+    "dualpipe, tied": {"schedule": "dualpipe", "tie_word_embeddings": True, **DEEP},
+    "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True, **DEEP},
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(launch, case):
+    cases = {name: case(**options) for name, options in (CASES | MUTANTS).items()}
+    return cases, launch(cases, 2)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(launch, case):
+    cases = {name: case(n_ranks=4, **options) for name, options in ON_FOUR.items()}
+    return cases, launch(cases, 4)
+
+
+def errors_of(run, name: str) -> dict[str, float]:
+    cases, seen = run
+    return largest_error([rank[name] for rank in seen], pipeline_ranks.one_process(cases[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if "steps" not in name])
+def test_two_ranks_are_one(two_ranks, name):
+    assert max(errors_of(two_ranks, name).values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if "steps" in name])
+def test_six_steps_on_two_ranks(two_ranks, name):
+    errors = errors_of(two_ranks, name)
+    assert max(errors["losses"], errors["state"], errors["seen"]) < 1e-5
+    assert errors["grads"] < 1e-4  # rounding of six steps
+    steps = pipeline_ranks.one_process(two_ranks[0][name])
+    assert all(step["clipped"] for step in steps), "QK-clip has work to do"
+    biases = [name for name in steps[0]["state"] if name.endswith("e_score_correction_bias")]
+    assert all((steps[-1]["state"][b] - steps[0]["state"][b]).abs().max() > 0.05 for b in biases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks_are_one(four_ranks, name):
+    assert max(errors_of(four_ranks, name).values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_seen(two_ranks, name):
+    errors = errors_of(two_ranks, name)
+    assert errors["losses"] < 1e-5 < 1e-4 < errors["grads"]
+
+
+# Where a model is cut
+
+
+def costs(config, parts, context: int) -> list[float]:
+    flops = part_flops(config, context)
+    modules, n = config.num_nextn_predict_layers, config.num_hidden_layers
+    tail = sum(flops.blocks[n:]) + (1 + modules) * flops.head + modules * flops.join
+    return [sum(flops.blocks[part.start : part.stop]) + part.is_last * tail for part in parts]
+
+
+@pytest.mark.parametrize("n_stages", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("modules", [0, 2])
+def test_stages_are_as_equal_as_whole_blocks_allow(tiny_config, n_stages, modules):
+    more = {"num_nextn_predict_layers": modules, "first_k_dense_replace": 2, "moba_topk": 2, "moba_block_size": 4}
+    config = tiny_config(num_hidden_layers=6, **more)
+    parts = cut(config, n_stages, 32)
+    assert [part.start for part in parts] == [0] + [part.stop for part in parts[:-1]] and parts[-1].stop == 6
+    assert sum(costs(config, parts, 32)) == pytest.approx(flops_per_token(config, 32) / 3)
+    assert all(part.stop > part.start for part in parts[:-1])
+    others = []
+    for inner in itertools.combinations_with_replacement(range(1, 7), n_stages - 1):
+        if len(set(inner)) == len(inner):
+            ends = (0, *inner, 6)
+            others.append([Part(i, n_stages, ends[i], ends[i + 1]) for i in range(n_stages)])
+    squares = [sum(c * c for c in costs(config, other, 32)) for other in others]
+    assert sum(c * c for c in costs(config, parts, 32)) == pytest.approx(min(squares))
+
+
+def test_a_large_head_has_fewer_blocks_beside_it(tiny_config):
+    config = tiny_config(num_hidden_layers=8, vocab_size=2000, num_nextn_predict_layers=1)
+    parts = cut(config, 2, 16)
+    assert parts[0].stop > 4 and parts[1].stop - parts[1].start < 4
+
+
+@pytest.mark.parametrize(("tied", "modules"), [(False, 0), (True, 0), (False, 1)])
+def test_ranks_together_are_the_model(tiny_model, tiny_config, tied, modules):
+    overrides = {"num_hidden_layers": 4, "tie_word_embeddings": tied, "num_nextn_predict_layers": modules}
+    whole = tiny_model(**overrides).state_dict()
+    for schedule in SCHEDULES:
+        parts = cut(tiny_config(**overrides), 2 * SCHEDULES[schedule].stages, 16)
+        merged, holders = {}, []
+        for rank in range(2):
+            model = tiny_model(**overrides)
+            keep_(model, own_parts(parts, schedule, 2, rank))
+            merged |= (state := model.state_dict())
+            holders.append("model.embed_tokens.weight" in state)
+        assert merged.keys() == whole.keys()
+        assert all(torch.equal(merged[name], whole[name]) for name in whole)
+        assert holders == [True, schedule == "dualpipe" or (schedule == "1f1b" and bool(tied or modules))]
+
+
+def test_more_stages_than_blocks(tiny_config):
+    with pytest.raises(UserError, match=r"^--model.num_hidden_layers: 2 blocks can't be cut into 4 stages: give at"):
+        cut(tiny_config(), 4, 16)
+
+
+def test_which_torch_splits_a_backward_pass():
+    assert not splits_backward("2.11.0+cu128") and splits_backward("2.12.0") and splits_backward("2.13.0+cpu")
+
+
+# How long ranks are idle
+
+
+def simulated(order: dict[int, list], before: Callable[[int, bool], int | None], scale: int) -> int:
+    """Units of time that an order takes: F, I and W one each, times `scale`, B two; messages take none, and leave when
+    an overlapped pair is done. `before(stage, forward)`: the stage whose result a pass needs.
+    """
+    names = {FORWARD: "F", FULL_BACKWARD: "B", BACKWARD_INPUT: "I", BACKWARD_WEIGHT: "W"}
+    clock, done = dict.fromkeys(order, 0), {}
+    todo = {rank: [action for action in actions if action] for rank, actions in order.items()}
+    while any(todo.values()):
+        progress = False
+        for rank, actions in todo.items():
+            parts = (actions[0].sub_actions or (actions[0],)) if actions else ()
+            now, ready, finished = clock[rank], bool(parts), []
+            for part in parts:
+                kind = names[part.computation_type]
+                needs = None if kind == "W" else before(part.stage_index, kind == "F")
+                key = (needs, kind == "F", part.microbatch_index)
+                if needs is not None and key not in done:
+                    ready = False
+                    break
+                now = max(now, done.get(key, 0)) + scale * (1 + (kind == "B"))
+                if kind != "W":
+                    finished.append((part.stage_index, kind == "F", part.microbatch_index))
+            if ready:
+                actions.pop(0)
+                clock[rank] = now
+                done |= dict.fromkeys(finished, now)
+                progress = True
+        assert progress, "each rank waits for another"
+    return max(clock.values())
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("more", [0, 2, 8])
+def test_the_bubble_is_the_papers(ranks, more):
+    """Of DualPipe and its V (DeepSeek-V3, table 2), where overlapping passes take as long as one after the other."""
+    micro_batches = 2 * ranks + more
+    v = SimpleNamespace(pp_group_size=ranks, _n_microbatches=micro_batches)
+    order = {rank: ScheduleDualPipeV._calculate_single_rank_operations(v, rank) for rank in range(ranks)}
+
+    def on_v(stage: int, forward: bool) -> int | None:
+        return stage - 1 if forward and stage else stage + 1 if not forward and stage < 2 * ranks - 1 else None
+
+    f, b, w = 1, 2, 1
+    assert simulated(order, on_v, 1) - 6 * micro_batches == (ranks - 1) * (f + b + b - 3 * w)
+
+    def mirrored(stage: int, forward: bool) -> int | None:
+        end = 0 if forward else ranks - 1
+        return None if stage % ranks == end else stage + (-1 if forward else 1)
+
+    f, b, w = 2, 4, 2
+    order = dualpipe_order(ranks, micro_batches // 2)
+    assert simulated(order, mirrored, 2) - 6 * micro_batches == (ranks / 2 - 1) * (f + b + b - 3 * w)
+
+
+def test_messages_are_in_the_same_order_on_both_sides():
+    """What a rank sends to another, that one receives in this order: messages have no names."""
+    ranks = 4
+    listed, place = with_messages(dualpipe_order(ranks, 5)), places("dualpipe", ranks)
+    for sender, receiver in itertools.permutations(range(ranks), 2):
+        sent, received = [], []
+        for action in listed[sender]:
+            if action.computation_type in (SEND_F, SEND_B):
+                after = action.stage_index + (1 if action.computation_type == SEND_F else -1)
+                if place[after] == receiver:
+                    sent.append((after, action.microbatch_index))
+        for action in listed[receiver]:
+            if action.computation_type in (RECV_F, RECV_B):
+                came = action.stage_index - (1 if action.computation_type == RECV_F else -1)
+                if place[came] == sender:
+                    received.append((action.stage_index, action.microbatch_index))
+        assert sent == received and (not sent or abs(sender - receiver) == 1)

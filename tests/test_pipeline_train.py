@@ -1,0 +1,260 @@
+"""`moonwhale train` over a pipeline of processes is the run that one process makes, and its folder is the same."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moonwhale.errors import UserError
+from moonwhale.train import arguments, checkpoints, pretrain
+from test_ddp import assert_close, torchrun
+
+OPTIONS = {
+    "steps": 6,  # an epoch of 39 rows has 4 steps of 5 micro-batches, the last of them of 4
+    "tokens_per_step": 320,
+    "save_every": 3,
+    "eval_every": 3,
+    "lr": 1e-3,
+    "qk_clip_tau": 2e-3,
+    "mtp_loss_weight_final": 0.1,
+    "decay_fraction": 0.4,
+    "model": {"num_hidden_layers": 4, "bias_update_speed": 0.01, "aux_loss_alpha": 0.01},
+}
+
+
+@pytest.fixture
+def one(tiny_run, tmp_path, monkeypatch):
+    """`one(**options)`: a run of one process, finished, with its options in tmp_path/run.yaml."""
+    from moonwhale.optim import muonclip
+
+    monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
+
+    def one(**options):
+        config = tiny_run(**OPTIONS | options, out=str(tmp_path / "one"))
+        pretrain.train(config)
+        arguments.write(config, tmp_path / "run.yaml")
+        return config
+
+    return one
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_one_process(one, tmp_path):
+    config = one()
+    out = tmp_path / "two"
+    pipeline = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
+    said = torchrun(*pipeline, "--parallel.schedule", "dualpipev")
+    assert said.count("step      2  loss") == 1 and "dualpipev over 2 processes" in said
+    assert_close(out, config.out)
+    for folder in ("checkpoint-3", "checkpoint-6", "."):
+        assert set(os.listdir(out / folder)) == set(os.listdir(Path(config.out) / folder))
+    log = checkpoints.history(checkpoints.newest(out))
+    assert any(entry.get("clipped_heads", 0) > 0 for entry in log)
+
+    # back on one process from the middle, and from there on two again
+    for path in (*out.glob("checkpoint-6"), *out.glob("config.json"), *out.glob("model.safetensors")):
+        path.rename(tmp_path / f"aside-{path.name}")
+    pretrain.train(arguments.parse(["--out", str(out), "--resume", "--parallel.pp", "1"]))
+    assert_close(out, config.out)
+    other = Path(config.out)
+    for path in (*other.glob("checkpoint-6"), *other.glob("config.json"), *other.glob("model.safetensors")):
+        path.rename(tmp_path / f"one-{path.name}")
+    torchrun("--out", str(other), "--resume", "--parallel.pp", "2", "--parallel.schedule", "1f1b")
+    a, b = load_file(other / "model.safetensors"), load_file(tmp_path / "one-model.safetensors")
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def start(*argvs: list[str]) -> list[subprocess.Popen]:
+    """Starts `moonwhale train` once for each list of arguments, as the ranks of one run; without torchrun, which ends
+    all when one ends.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(len(argvs))}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "moonwhale", "train", *argv],
+            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, argv in enumerate(argvs)
+    ]
+
+
+def our_lines(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("moonwhale:")]
+
+
+@pytest.fixture
+def endless(tiny_run, tmp_path):
+    """Arguments of a pipelined run on two ranks that takes its time."""
+    config = tiny_run(**OPTIONS | {"steps": 5000, "save_every": 0, "eval_every": 0}, parallel={"pp": 2, "timeout": 30})
+    arguments.write(config, tmp_path / "run.yaml")
+    return ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_are_refused(endless, tmp_path):
+    processes = start(endless, [*endless, "--lr", "0.5"])
+    try:
+        for process in processes:
+            assert our_lines(process.communicate(timeout=90)[1]) == [
+                "moonwhale: error: --lr: rank 1 was started with 0.5, rank 0 with 0.001: start all ranks with the same "
+                "options"
+            ]
+            assert process.returncode == 2
+    finally:
+        for process in processes:
+            process.kill()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_dead_rank_stops_the_others(endless, tmp_path):
+    processes = start(endless, endless)
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("step      3"):
+                processes[1].kill()
+                break
+        _, said = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    (line,) = our_lines(said)
+    assert re.match(
+        r"moonwhale: error: rank 0: stopped in step \d+, since rank 1 no longer answers \(.*\): go on", line
+    )
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_from_the_last_checkpoint(one, tmp_path):
+    """A rank is killed, as if by the system, in step 5; torchrun starts all of them again."""
+    config = one()
+    out = tmp_path / "two"
+    script = f"""
+import os, signal, sys
+from moonwhale import cli
+from moonwhale.pipeline.trainer import PipelineTrainer
+step = PipelineTrainer.training_step
+def dying(self, *args):
+    if self.state.global_step == 4 and self.ranks.rank == 1 and not os.path.exists({str(tmp_path / "died")!r}):
+        open({str(tmp_path / "died")!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+PipelineTrainer.training_step = dying
+"""
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2", "--resume")
+    torchrun(*options, before=script, launcher=("--max-restarts=1",))
+    assert (tmp_path / "died").exists()
+    assert_close(out, config.out)
+
+
+@pytest.mark.slow
+def test_two_pipelines_share_a_step(one, tmp_path):
+    config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
+    out = tmp_path / "four"
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
+    assert "dualpipev over 2 processes, 2 times" in torchrun(*options, processes=4)
+    assert_close(out, config.out)
+
+
+@pytest.mark.slow
+def test_two_copies_against_each_other(one, tmp_path):
+    config = one(tokens_per_step=384, steps=4, save_every=4, eval_every=4)  # the epoch's last step has one micro-batch
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two"), "--parallel.pp", "2")
+    torchrun(*options, "--parallel.schedule", "dualpipe")
+    assert_close(tmp_path / "two", config.out)
+
+
+# What is refused before a process is started
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": {"pp": 0}}, "--parallel.pp: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"timeout": 0}}, "--parallel.timeout: 0 is impossible: it must be at least 1"),
+        (
+            {"parallel": {"schedule": "dualpip"}},
+            "--parallel.schedule: 'dualpip' is none of dualpipev, dualpipe, zerobubble, 1f1b (did you mean dualpipe?)",
+        ),
+        (
+            {"parallel": {"pp": 3, "schedule": "dualpipe"}},
+            "--parallel.pp: dualpipe runs two copies against each other, so 3 ranks are impossible: give 2 or 4, or "
+            "--parallel.schedule dualpipev",
+        ),
+        (
+            {"parallel": {"pp": 2, "schedule": "dualpipe"}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipe on 2 ranks needs "
+            "at least 4 and a multiple of 2: give 384,",
+        ),
+        ({"parallel": {"pp": 2}, "compile": True}, "--compile: a pipeline can't split a compiled backward pass"),
+        (
+            {"parallel": {"pp": 4}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipev on 4 ranks "
+            "needs at least 8: give 512, or a smaller --batch-size",
+        ),
+        (
+            {"parallel": {"pp": 6, "schedule": "1f1b"}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but 1f1b on 6 ranks needs at "
+            "least 6: give 384, or a smaller --batch-size",
+        ),
+    ],
+)
+def test_impossible_options(tiny_run, options, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        tiny_run(**OPTIONS | options)
+
+
+def test_unknown_fields_of_parallel():
+    with pytest.raises(UserError, match=r"^--parallel.stages: there is no such field"):
+        arguments.parse(["--parallel.stages", "2"])
+    with pytest.raises(UserError, match=r"^--parallel.pp: 'two' is not a whole number"):
+        arguments.parse(["--parallel.pp", "two"])
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "message"),
+    [
+        (
+            1,
+            {"parallel": {"pp": 2}},
+            "--parallel.pp: pipelines of 2 ranks can't be made of 1 process: start torchrun --nproc-per-node 2, or "
+            "give --parallel.pp 1",
+        ),
+        (
+            5,
+            {"parallel": {"pp": 2}},
+            "--parallel.pp: pipelines of 2 ranks can't be made of 5 processes: start torchrun --nproc-per-node 4 or 6",
+        ),
+        (
+            4,
+            {"parallel": {"pp": 2}, "tokens_per_step": 576},
+            "--tokens-per-step: 576 is 9 micro-batches of --batch-size 2 x --context 32, but dualpipev on 2 ranks"
+            ", 2 times, needs at least 8 and a multiple of 2: give 640,",
+        ),
+        (
+            2,
+            {"parallel": {"pp": 2}, "model": {"num_hidden_layers": 3}},
+            "--model.num_hidden_layers: 3 blocks can't be cut into 4 stages: give at least 4, or a smaller "
+            "--parallel.pp",
+        ),
+    ],
+)
+def test_impossible_runs(tiny_run, monkeypatch, world, options, message):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    config = tiny_run(**OPTIONS | options)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        pretrain.train(config)
+    assert not torch.distributed.is_initialized() and not Path(config.out).exists()
