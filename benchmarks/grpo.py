@@ -27,11 +27,11 @@ from moonwhale.data.tasks import Task, load_task
 from moonwhale.evaluate.answers import answer, score_answers
 from moonwhale.evaluate.drafts import DraftScore
 from moonwhale.infer.engine import Engine
+from moonwhale.posttrain.grpo import GRPOOptions, grpo
+from moonwhale.posttrain.report import rewards_of
+from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.precision import tune_allocator
 from moonwhale.train import checkpoints
-from moonwhale.train.grpo import GRPOOptions, grpo
-from moonwhale.train.report import rewards_of
-from moonwhale.train.sft import SFTOptions, sft
 
 TASK = "chain_sum:min_terms=3:max_terms=3:min_digits=1:max_digits=1"
 LONGEST = 64  # tokens of an answer

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from moonwhale.errors import UserError
 from moonwhale.infer.checkpoint import open_checkpoint
-from moonwhale.train import checkpoints, post
-from moonwhale.train.grpo import GRPOOptions, grpo
+from moonwhale.posttrain import options as post
+from moonwhale.posttrain.grpo import GRPOOptions, grpo
+from moonwhale.train import checkpoints
 
 
 @pytest.fixture

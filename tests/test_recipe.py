@@ -9,9 +9,9 @@ import yaml
 from moonwhale.data.tasks import is_well_formed
 from moonwhale.errors import UserError
 from moonwhale.infer import engine
-from moonwhale.train import recipe as recipes
-from moonwhale.train.recipe import read, recipe
-from moonwhale.train.sample import SampleOptions, sample
+from moonwhale.posttrain import recipe as recipes
+from moonwhale.posttrain.recipe import read, recipe
+from moonwhale.posttrain.sample import SampleOptions, sample
 
 
 @pytest.fixture

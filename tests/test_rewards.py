@@ -7,7 +7,7 @@ import pytest
 
 from moonwhale.data.tasks import load_task
 from moonwhale.errors import UserError
-from moonwhale.train.rewards import form, language, length_rewards, load_rewards, script_of
+from moonwhale.posttrain.rewards import form, language, length_rewards, load_rewards, script_of
 
 TASK = load_task("chain_sum:max_terms=2")
 PROBLEMS = TASK.problems(2)

@@ -17,9 +17,10 @@ from moonwhale.data.shards import document_hash
 from moonwhale.data.sources import load_source
 from moonwhale.errors import UserError
 from moonwhale.infer.checkpoint import open_checkpoint
-from moonwhale.train import checkpoints, post
-from moonwhale.train.sft import SFTOptions, sft
-from moonwhale.train.sft_trainer import Collator, pack
+from moonwhale.posttrain import options as post
+from moonwhale.posttrain.sft import SFTOptions, sft
+from moonwhale.posttrain.sft_trainer import Collator, pack
+from moonwhale.train import checkpoints
 
 CHAT = [
     {"role": "user", "content": "moon?"},

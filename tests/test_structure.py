@@ -11,6 +11,7 @@ FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 CORE = ("model", "optim", "train")
 UP_TO_TRAIN = {
     "errors",
+    "report",
     "options",
     "precision",
     "fp8",
@@ -25,6 +26,7 @@ UP_TO_TRAIN = {
 # What of moonwhale a room, or a file beside the rooms, may import. Who is not listed may import anything but cli.
 MAY_IMPORT = {
     "errors": set(),
+    "report": set(),
     "counts": set(),
     "model": set(),
     "presets": {"errors"},
@@ -35,7 +37,8 @@ MAY_IMPORT = {
     "optim": {"optim", "errors"},
     "data": {"data", "errors", "options"},
     "pipeline": UP_TO_TRAIN,
-    "train": UP_TO_TRAIN | {"infer"},  # which opens checkpoints, and writes the answers that GRPO rewards
+    "train": UP_TO_TRAIN,
+    "posttrain": UP_TO_TRAIN | {"posttrain", "infer"},  # which opens checkpoints, and writes what GRPO rewards
     "infer": {"infer", "model", "data", "errors", "options", "precision", "xray"},
     "evaluate": {"evaluate", "infer", "model", "data", "errors", "options", "precision", "counts"},
     "xray": {"model", "errors", "counts"},

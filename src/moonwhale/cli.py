@@ -9,10 +9,10 @@ from moonwhale.errors import UserError, did_you_mean
 
 VERBS = {
     "train": ("moonwhale.train.pretrain:main", "train a model on text"),
-    "sft": ("moonwhale.train.sft:main", "fine-tune a model on conversations"),
-    "grpo": ("moonwhale.train.grpo:main", "train a model by rewards for checkable answers"),
-    "sample": ("moonwhale.train.sample:main", "keep a model's own right answers, to fine-tune on"),
-    "recipe": ("moonwhale.train.recipe:main", "carry out several stages of training, from a file"),
+    "sft": ("moonwhale.posttrain.sft:main", "fine-tune a model on conversations"),
+    "grpo": ("moonwhale.posttrain.grpo:main", "train a model by rewards for checkable answers"),
+    "sample": ("moonwhale.posttrain.sample:main", "keep a model's own right answers, to fine-tune on"),
+    "recipe": ("moonwhale.posttrain.recipe:main", "carry out several stages of training, from a file"),
     "generate": ("moonwhale.infer.commands:main_generate", "continue a text, or answer one"),
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
     "serve": ("moonwhale.infer.commands:main_serve", "answer over HTTP: OpenAI's API and a chat page"),

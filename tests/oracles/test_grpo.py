@@ -9,9 +9,9 @@ import torch
 
 from moonwhale.data.tasks import load_task
 from moonwhale.infer.checkpoint import open_checkpoint
+from moonwhale.posttrain.grpo import OBJECTIVES, GRPOOptions
+from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer, mtp_losses
 from moonwhale.precision import choose
-from moonwhale.train.grpo import OBJECTIVES, GRPOOptions
-from moonwhale.train.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer, mtp_losses
 
 GROUP, QUESTIONS = 4, 2
 

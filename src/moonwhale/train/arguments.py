@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from moonwhale import options
 from moonwhale.data.hub_sets import DATA_HELP
-from moonwhale.errors import UserError, did_you_mean
+from moonwhale.errors import UserError
 from moonwhale.options import option
-from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.kinds import SCHEDULES, Parallel, parallel_fields
 from moonwhale.presets import PRESETS, get_preset, model_fields
 from moonwhale.train.runs import RUN_FILE
 
@@ -23,21 +23,6 @@ if typing.TYPE_CHECKING:
 PRECISIONS = "auto, fp32, tf32, bf32, bf16, fp8-tensorwise, fp8-rowwise, fp8-blockwise"
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """`--parallel.FIELD`: how a run is spread over the processes that torchrun starts. Several times `pp` of them are
-    copies of the pipeline, which share each step's micro-batches.
-    """
-
-    pp: int = 1  # ranks of the pipeline; 1: none, every process has the whole model
-    schedule: str = "dualpipev"
-    timeout: int = 600  # seconds that a rank waits for another
-
-
-def parallel_fields() -> dict[str, typing.Any]:
-    return typing.get_type_hints(Parallel)
 
 
 @dataclass
@@ -126,59 +111,19 @@ class TrainConfig:
         )
         require((self.mtp_loss_weight_final or 0) >= 0, "mtp_loss_weight_final", "it must not be negative")
         self.accumulation()
-        self._check_parallel()
+        if self.split.pp > 1 and self.compile:
+            raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
+        self.micro_batches()
 
     @property
     def split(self) -> Parallel:
         return Parallel(**self.parallel)
 
-    def _check_parallel(self) -> None:
-        split = self.split
-        for name in ("pp", "timeout"):
-            if getattr(split, name) < 1:
-                raise UserError(f"--parallel.{name}: {getattr(split, name)} is impossible: it must be at least 1")
-        if split.schedule not in SCHEDULES:
-            near = did_you_mean(split.schedule, SCHEDULES)
-            raise UserError(f"--parallel.schedule: {split.schedule!r} is none of {', '.join(SCHEDULES)}{near}")
-        if SCHEDULES[split.schedule].mirrored and split.pp > 1 and split.pp % 2:
-            raise UserError(
-                f"--parallel.pp: {split.schedule} runs two copies against each other, so {split.pp} ranks are "
-                f"impossible: give {split.pp - 1} or {split.pp + 1}, or --parallel.schedule dualpipev"
-            )
-        if split.pp > 1 and self.compile:
-            raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
-        self.micro_batches()
-
     def micro_batches(self, copies: int = 1) -> int:
         """Micro-batches that each of a pipeline's `copies` computes in a step."""
-        split, count = self.split, self.accumulation()
-        kind, lots = SCHEDULES[split.schedule], copies
-        least = copies
-        if split.pp > 1:
-            least, lots = kind.micro_batches * split.pp * copies, copies * (1 + kind.mirrored)
-        if count < least or count % lots:
-            enough = max(least, -(-count // lots) * lots) * self.batch_size * self.context
-            raise UserError(
-                f"--tokens-per-step: {self.tokens_per_step} is {count} micro-batches of --batch-size {self.batch_size} "
-                f"x --context {self.context}, but {split.schedule} on {split.pp} ranks"
-                + f", {copies} times," * (copies > 1)
-                + f" needs at least {least}"
-                + f" and a multiple of {lots}" * (lots > 1)
-                + f": give {enough}, or a smaller --batch-size"
-            )
-        return count // copies
-
-    def copies(self, world: int) -> int:
-        """Pipelines that `world` processes are."""
-        pp = self.split.pp
-        copies, rest = divmod(world, pp)
-        if rest or not copies:
-            nearest = " or ".join(str(n * pp) for n in (copies, copies + 1) if n)
-            raise UserError(
-                f"--parallel.pp: pipelines of {pp} ranks can't be made of {world} process{'es' * (world > 1)}: "
-                f"start torchrun --nproc-per-node {nearest}" + ", or give --parallel.pp 1" * (world == 1)
-            )
-        return copies
+        what = f"--tokens-per-step: {self.tokens_per_step} is {self.accumulation()} micro-batches of --batch-size "
+        what += f"{self.batch_size} x --context {self.context}"
+        return self.split.micro_batches(self.accumulation(), copies, self.batch_size * self.context, what)
 
     def accumulation(self, world: int = 1) -> int:
         """Micro-batches of one optimizer step on each of `world` devices."""

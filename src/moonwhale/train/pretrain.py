@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from moonwhale.errors import UserError
@@ -35,7 +36,7 @@ def train(config: TrainConfig) -> None:
     """
     main_process, world = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1))
     pipelined = config.split.pp > 1
-    micro_batches = config.micro_batches(config.copies(world)) if pipelined else None
+    micro_batches = config.micro_batches(config.split.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
         runs.check_folder(config, lambda run_file: arguments.resolve({}, run_file))
@@ -47,7 +48,7 @@ def train(config: TrainConfig) -> None:
     import transformers
     from torch.utils.data import Subset
 
-    from moonwhale import fp8, precision
+    from moonwhale import fp8, precision, report
     from moonwhale.counts import count
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
@@ -56,7 +57,7 @@ def train(config: TrainConfig) -> None:
     from moonwhale.pipeline.kinds import SCHEDULES
     from moonwhale.pipeline.stages import cut
     from moonwhale.pipeline.trainer import PipelineTrainer
-    from moonwhale.train import checkpoints, report
+    from moonwhale.train import checkpoints
     from moonwhale.train.trainer import MTPTrainer
 
     runs.quieten()
@@ -80,7 +81,7 @@ def train(config: TrainConfig) -> None:
         split, kind = config.split, SCHEDULES[config.split.schedule]
         cut(first, kind.stages * split.pp, config.context)
         on_cpu, settings = choice.device.type == "cpu", runs.learned(config, also=("out", "resume"))
-        place = ranks.start(split.pp, config.copies(world), kind.mirrored, split.timeout, on_cpu, settings)
+        place = ranks.start(split.pp, config.split.copies(world), kind.mirrored, split.timeout, on_cpu, settings)
         shares = 1
     args = _trainer_arguments(config, choice, shares)
     data = build_data(
@@ -135,7 +136,8 @@ def train(config: TrainConfig) -> None:
         return trainer
 
     try:
-        trainer = runs.carry_out(build, out, checkpoint, "train", lambda log: report.plot_loss(log, out / "loss.png"))
+        plot = partial(report.plot_loss, path=out / "loss.png")
+        trainer = runs.carry_out(build, out, checkpoint, "train", plot, report.line_of)
     except RuntimeError as error:
         if place and built and (why := place.lost(error, built[0].state.global_step + 1)):
             raise UserError(why) from error
@@ -148,7 +150,7 @@ def train(config: TrainConfig) -> None:
 def _processes(config: TrainConfig, world: int) -> str:
     if config.split.pp == 1:
         return f", {world} processes" * (world > 1)
-    copies = config.copies(world)
+    copies = config.split.copies(world)
     return f", {config.split.schedule} over {config.split.pp} processes" + f", {copies} times" * (copies > 1)
 
 

@@ -95,8 +95,10 @@ def newest_checkpoint(out: str) -> Path | None:
     return checkpoint
 
 
-def carry_out(build: Callable[[list], object], out: Path, checkpoint: Path | None, verb: str, plot: Callable):
-    """Trains what `build(callbacks)` builds, from `checkpoint` on, and draws its curves by `plot(history)`.
+def carry_out(
+    build: Callable[[list], object], out: Path, checkpoint: Path | None, verb: str, plot: Callable, line_of: Callable
+):
+    """Trains what `build(callbacks)` builds, from `checkpoint` on; says `line_of(logs)` and draws `plot(history)`.
 
     Returns:
         the trainer, after its last step.
@@ -106,9 +108,9 @@ def carry_out(build: Callable[[list], object], out: Path, checkpoint: Path | Non
     """
     import transformers
 
-    from moonwhale.train import report
+    from moonwhale import report
 
-    with report.Progress() as progress, report.StopAtStepEnd() as interrupt:
+    with report.Progress(line_of) as progress, report.StopAtStepEnd() as interrupt:
         trainer = build([progress, interrupt])
         trainer.remove_callback(transformers.PrinterCallback)
         try:

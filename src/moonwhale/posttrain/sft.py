@@ -3,14 +3,16 @@
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option
-from moonwhale.train import post, runs
-from moonwhale.train.post import PostTraining
+from moonwhale.posttrain import options as post
+from moonwhale.posttrain.options import PostTraining
+from moonwhale.train import runs
 from moonwhale.train.runs import say
 
 # Of every attention and dense network, but for kv_b_proj, whose weight is also used outside of its forward.
@@ -68,12 +70,12 @@ def sft(config: SFTOptions) -> None:
 
     import torch
 
-    from moonwhale import precision
+    from moonwhale import precision, report
     from moonwhale.data.conversations import load_conversations
     from moonwhale.data.sources import load_source
     from moonwhale.data.tokenizer import byte_lengths
-    from moonwhale.train import checkpoints, report
-    from moonwhale.train.sft_trainer import MTPSFTConfig, MTPSFTTrainer, lora, merge, pack
+    from moonwhale.posttrain.sft_trainer import MTPSFTConfig, MTPSFTTrainer, lora, merge, pack
+    from moonwhale.train import checkpoints
 
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = config.open(choice)
@@ -130,7 +132,8 @@ def sft(config: SFTOptions) -> None:
             callbacks=callbacks,
         )
 
-    trainer = runs.carry_out(build, out, checkpoint, "sft", lambda log: report.plot_loss(log, out / "loss.png"))
+    plot = partial(report.plot_loss, path=out / "loss.png")
+    trainer = runs.carry_out(build, out, checkpoint, "sft", plot, report.line_of)
     if runs.is_main_process():
         last = out / f"checkpoint-{trainer.state.global_step}"
         merge(trainer.model, tokenizer, out) if config.lora_rank else checkpoints.finish(last, out)

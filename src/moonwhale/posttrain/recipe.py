@@ -6,7 +6,8 @@ import yaml
 
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean, one_line
-from moonwhale.train import arguments, grpo, pretrain, runs, sample, sft
+from moonwhale.posttrain import grpo, sample, sft
+from moonwhale.train import arguments, pretrain, runs
 
 # Of each stage: what checks its options, and what carries it out.
 STAGES = {

@@ -3,13 +3,15 @@
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from moonwhale.errors import UserError
 from moonwhale.options import option
-from moonwhale.train import post, runs
-from moonwhale.train.post import PostTraining
+from moonwhale.posttrain import options as post
+from moonwhale.posttrain.options import PostTraining
+from moonwhale.train import runs
 from moonwhale.train.runs import say
 
 # "r1" is DeepSeek-R1's objective: every answer weighs the same, whatever its length, and k3 keeps the policy near the
@@ -104,7 +106,7 @@ def grpo(config: GRPOOptions) -> None:
     runs.quieten()
 
     from moonwhale.data.tasks import load_task
-    from moonwhale.train.rewards import load_rewards
+    from moonwhale.posttrain.rewards import load_rewards
 
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
@@ -115,8 +117,9 @@ def grpo(config: GRPOOptions) -> None:
     import torch
 
     from moonwhale import precision
-    from moonwhale.train import checkpoints, report
-    from moonwhale.train.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
+    from moonwhale.posttrain import report
+    from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
+    from moonwhale.train import checkpoints
 
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = config.open(choice)
@@ -173,7 +176,8 @@ def grpo(config: GRPOOptions) -> None:
             callbacks=callbacks,
         )
 
-    trainer = runs.carry_out(build, out, checkpoint, "grpo", lambda log: report.plot_rewards(log, out / "rewards.png"))
+    plot = partial(report.plot_rewards, path=out / "rewards.png")
+    trainer = runs.carry_out(build, out, checkpoint, "grpo", plot, report.line_of)
     if runs.is_main_process():
         checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
     say(report.reward_summary(trainer.state.log_history, out))

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,12 +13,12 @@ from transformers import TrainerCallback
 
 
 class Progress(TrainerCallback):
-    """A line at each log and evaluation and, in a terminal, a bar over the steps. Use it as a context: leaving it
-    clears the bar.
+    """A line at each log and evaluation, made by `line_of`, and in a terminal a bar over the steps. Use it as a
+    context: leaving it clears the bar.
     """
 
-    def __init__(self):
-        self.bar = None
+    def __init__(self, line_of: Callable[[dict], str | None]):
+        self.line_of, self.bar = line_of, None
 
     def __enter__(self):
         return self
@@ -38,20 +39,15 @@ class Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        line = _line(logs)
+        line = self.line_of(logs)
         if line and state.is_world_process_zero:
             tqdm.write(f"step {state.global_step:>6}  {line}", file=sys.stdout)
             sys.stdout.flush()
 
 
-def _line(logs: dict) -> str | None:
-    if "eval_reward" in logs:
-        return reward_evaluation_line(logs)
-    if "eval_loss_main" in logs:
-        return evaluation_line(logs)
-    if "loss_main" in logs:
-        return training_line(logs)
-    return reward_line(logs) if "loss" in logs else None
+def line_of(logs: dict) -> str | None:
+    """What to say of an entry of the Trainer's log; nothing of its last one, which only sums up."""
+    return evaluation_line(logs) if "eval_loss_main" in logs else training_line(logs) if "loss" in logs else None
 
 
 def training_line(logs: dict) -> str:
@@ -78,41 +74,6 @@ def evaluation_line(logs: dict) -> str:
     first, *others = [f"{value:.0%}" for name, value in logs.items() if name.startswith("eval_accuracy_")]
     parts.append(f"next token right {first}" + (f", those after it {' '.join(others)}" if others else ""))
     return "  ".join(parts)
-
-
-def rewards_of(logs: dict, prefix: str = "") -> dict[str, float]:
-    """The mean of each reward that was given, by its name."""
-    names = {key: key.removeprefix(prefix).split("/")[1] for key in logs if key.startswith(f"{prefix}rewards/")}
-    return {name: logs[key] for key, name in names.items() if key.endswith("/mean") and logs[key] is not None}
-
-
-def reward_line(logs: dict) -> str:
-    """One line of a GRPO step. "no signal" is the share of groups whose answers all got the same reward."""
-    parts = []
-    if "reward" in logs:  # not where a step learns from the last one's answers again
-        parts += [f"reward {logs['reward']:.3f}"]
-        parts += [f"{name} {value:.3f}" for name, value in rewards_of(logs).items()]
-        parts += [f"no signal {logs['frac_reward_zero_std']:.0%}", f"length {logs['completions/mean_length']:.0f}"]
-        parts += [f"cut off {logs['completions/clipped_ratio']:.0%}"] if logs["completions/clipped_ratio"] else []
-    parts += [f"KL {logs['kl']:.4f}"] if "kl" in logs else []
-    parts += [f"clipped {logs['clip_ratio/region_mean']:.1%}"] if logs.get("clip_ratio/region_mean") else []
-    parts += [f"entropy {logs['entropy']:.3f}", f"grad {logs['grad_norm']:.2f}", f"{logs['step_time']:.1f} s"]
-    return "  ".join(parts)
-
-
-def reward_evaluation_line(logs: dict) -> str:
-    """One line of the rewards on held-out questions."""
-    return "held out: " + "  ".join(f"{name} {value:.3f}" for name, value in rewards_of(logs, "eval_").items())
-
-
-def reward_summary(history: list[dict], out: Path) -> str:
-    """What a finished GRPO run came to, and what to do with it."""
-    held_out = next(reward_evaluation_line(entry) for entry in reversed(history) if "eval_reward" in entry)
-    return (
-        f"done       {history[-1]['step']:,} steps; {held_out}\n"
-        f"curves     {out / 'rewards.png'}; answers: {out / 'completions'}; all of it: tensorboard --logdir {out}\n"
-        f"model      {out}; more of its answers: moonwhale eval {out} --task TASK"
-    )
 
 
 def summary(history: list[dict], tokens_per_step: int | None, out: Path) -> str:
@@ -154,42 +115,6 @@ def plot_loss(history: list[dict], path: str | Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.set_ylim(bottom=0)
-    figure.align_ylabels()
-    unfinished = Path(path).with_name(f".{Path(path).name}")
-    figure.savefig(unfinished, format="png", dpi=120)
-    plt.close(figure)
-    os.replace(unfinished, path)
-
-
-def plot_rewards(history: list[dict], path: str | Path) -> None:
-    """Draws each reward over the steps, held-out ones dotted, with the length of answers and the share of groups
-    without a signal, from the Trainer's log history; nothing if there is none yet.
-    """
-    train, held_out = ([e for e in history if name in e] for name in ("reward", "eval_reward"))
-    if not train:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(8, 7), sharex=True, height_ratios=(4, 1, 1), layout="constrained"
-    )
-    steps = [e["step"] for e in train]
-    for i, name in enumerate(rewards_of(train[0])):
-        top.plot(steps, [rewards_of(e).get(name) for e in train], color=f"C{i}", label=name)
-        values = [rewards_of(e, "eval_").get(name) for e in held_out]
-        top.plot([e["step"] for e in held_out], values, "o--", color=f"C{i}", label=f"{name}, held out")
-    top.set_ylabel("mean reward")
-    top.grid(alpha=0.3)
-    top.legend(frameon=False)
-    middle.plot(steps, [e["completions/mean_length"] for e in train], color="gray")
-    middle.set_ylabel("tokens an answer")
-    bottom.plot(steps, [e["frac_reward_zero_std"] for e in train], color="gray")
-    bottom.set_ylabel("no signal")
-    bottom.set_ylim(0, 1)
-    bottom.set_xlabel("optimizer step")
     figure.align_ylabels()
     unfinished = Path(path).with_name(f".{Path(path).name}")
     figure.savefig(unfinished, format="png", dpi=120)
