@@ -33,7 +33,10 @@ from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.precision import tune_allocator
 from moonwhale.train import checkpoints
 
-TASK = "chain_sum:min_terms=3:max_terms=3:min_digits=1:max_digits=1"
+TASK = (  # sums of four numbers up to ten
+    'basic_arithmetic:operators=["+"]:min_terms=4:max_terms=4:min_digits=1:max_digits=1:'
+    "allow_parentheses=false:allow_negation=false"
+)
 LONGEST = 64  # tokens of an answer
 
 
@@ -43,11 +46,11 @@ class Sizes:
 
     seeds: int = 3
     demonstrations: int = 20_000
-    sft_steps: int = 260
+    sft_steps: int = 220
     sft_lr: float = 3e-3
-    grpo_steps: int = 100
+    grpo_steps: int = 60
     grpo_lr: float = 3e-4
-    control_steps: int = 100
+    control_steps: int = 40
     chat_steps: int = 100
     questions: int = 3000
     batch: int = 64
