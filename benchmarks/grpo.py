@@ -46,7 +46,7 @@ class Sizes:
 
     seeds: int = 3
     demonstrations: int = 20_000
-    sft_steps: int = 220
+    sft_steps: int = 130
     sft_lr: float = 3e-3
     grpo_steps: int = 60
     grpo_lr: float = 3e-4
@@ -103,10 +103,10 @@ def run(checkpoint: str, sizes: Sizes, results: Path, picture: Path) -> None:
 
 
 def write_demonstrations(task: Task, path: Path, n: int) -> None:
-    """Right answers, every second one without its reasoning."""
+    """Right answers, added up step by step."""
     with open(path, "w", encoding="utf-8") as file:
-        for i, problem in enumerate(task.problems(n)):
-            shown = task.demonstrate(problem) if i % 2 else f"<think></think>\n<answer>{problem.answer}</answer>"
+        for problem in task.problems(n):
+            shown = task.demonstrate(problem)
             file.write(json.dumps({"messages": [*problem.messages, {"role": "assistant", "content": shown}]}) + "\n")
 
 

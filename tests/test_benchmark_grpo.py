@@ -1,4 +1,4 @@
-"""benchmarks/grpo.py at toy size: what it writes, and that its demonstrations show both ways to answer."""
+"""benchmarks/grpo.py at toy size: what it writes, and that its demonstrations are right."""
 
 import importlib.util
 import json
@@ -22,11 +22,11 @@ def grpo(monkeypatch):
     return module
 
 
-def test_every_second_demonstration_thinks(grpo, tmp_path):
+def test_demonstrations_add_up(grpo, tmp_path):
     task = load_task(grpo.TASK)
     grpo.write_demonstrations(task, tmp_path / "d.jsonl", 10)
     shown = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    assert ["<think></think>" in text for text in shown] == [True, False] * 5
+    assert all(text.count(" = ") == 3 for text in shown)
     for problem, text in zip(task.problems(10), shown, strict=True):
         assert is_well_formed(text) and task.accuracy(problem, text) == 1
 
