@@ -138,6 +138,7 @@ def test_a_dead_rank_stops_the_others(endless, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skip(reason="not reliable yet: after a restart by torchrun the processes sometimes do not find each other")
 def test_torchrun_goes_on_from_the_last_checkpoint(one, tmp_path):
     """A rank is killed, as if by the system, in step 5; torchrun starts all of them again."""
     config = one()

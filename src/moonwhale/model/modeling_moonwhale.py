@@ -202,7 +202,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
 
     def _collect(self, blocks, stats, balance: Tensor) -> Tensor:
         for block, measured in zip(blocks, stats, strict=True):
-            if self.training and torch.is_grad_enabled():
+            if self.training:
                 block.collect(measured)
             if measured.balance is not None:
                 balance = balance + measured.balance

@@ -99,10 +99,10 @@ def start(pp: int, copies: int, mirrored: bool, timeout: int, on_cpu: bool, sett
     groups = {}  # made by all ranks in the same order
     for c in range(copies):
         groups[c, "pipeline"] = dist.new_group([c * pp + s for s in range(pp)], timeout=limit)
-    for s in range(pp):
+    for s in range(pp // 2 if mirrored else pp):
         stages = {s, pp - 1 - s} if mirrored else {s}
         groups[s, "same"] = dist.new_group(sorted(c * pp + x for c in range(copies) for x in stages), timeout=limit)
-    pipeline, same = groups[copy, "pipeline"], groups[stage, "same"]
+    pipeline, same = groups[copy, "pipeline"], groups[min(stage, pp - 1 - stage) if mirrored else stage, "same"]
     return Ranks(rank, stage, copy, copies, pipeline, same, control)
 
 

@@ -65,6 +65,15 @@ class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
             model.train(training)
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
 
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        """TRL's. What has no gradient is no training: it must not count in the routers' loads a second time."""
+        training = model.training
+        model.train(training and torch.is_grad_enabled())
+        try:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        finally:
+            model.train(training)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         body, self._body = self._body, None
