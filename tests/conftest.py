@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from toy import TOY
+
 TINY = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -78,24 +80,8 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     from moonwhale.train.arguments import resolve
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    model = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "moba_block_size": 8,
-        "moba_topk": 2,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "num_nextn_predict_layers": 2,
-        "mtp_num_blocks": 1,
-    }
+    # Two MTP modules, and no block with full attention
+    model = TOY | {"moba_full_attention_layers": None, "num_nextn_predict_layers": 2}
     options = {
         "out": str(tmp_path / "run"),
         "data": str(text_folder),

@@ -213,9 +213,18 @@ def merge(*layers: dict) -> dict:
 
 def write_yaml(path: str | os.PathLike, values: dict, comment: str) -> None:
     """Writes a mapping as YAML, atomically."""
+    write_whole(path, f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(
-        f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def require(config: object, name: str, ok: bool, fix: str) -> None:
+    """Raises a UserError about the option `name` of `config` unless its value is ok."""
+    if not ok:
+        raise UserError(f"--{name.replace('_', '-')}: {getattr(config, name)!r} is impossible: {fix}")

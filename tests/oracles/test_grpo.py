@@ -12,6 +12,7 @@ from moonwhale.infer.checkpoint import open_checkpoint
 from moonwhale.posttrain.grpo import OBJECTIVES, GRPOOptions
 from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer, mtp_losses
 from moonwhale.precision import choose
+from moonwhale.train import runs
 
 GROUP, QUESTIONS = 4, 2
 
@@ -41,8 +42,8 @@ def batch(small_checkpoint, tmp_path, monkeypatch):
             questions_per_step=QUESTIONS, device="cpu", precision="fp32", report_to=["none"],
         )  # fmt: skip
         args = MTPGRPOConfig(
-            **config.arguments(choose("cpu", "fp32"), 1), **(OBJECTIVES[objective] | changes), num_generations=GROUP,
-            max_completion_length=12, eval_on_start=False,
+            **runs.trainer_arguments(config, choose("cpu", "fp32"), 1), **(OBJECTIVES[objective] | changes),
+            num_generations=GROUP, max_completion_length=12, eval_on_start=False,
         )  # fmt: skip
         args.eval_strategy = "no"
         data = datasets.Dataset.from_dict({"prompt": [p.messages for p in problems], "problem": [0, 1]})

@@ -21,6 +21,8 @@ DEMONSTRATIONS = 10_000  # of a task used as a source of data, if not told other
 QUESTIONS = 1_000_000  # that reasoning-gym is asked for; it makes each when it is read
 TRIES = 1000  # questions drawn in vain before a task counts as exhausted
 WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+# What the command lines say of --task.
+TASK_HELP = "one of reasoning-gym's, as chain_sum:max_terms=3; gsm8k; or a .jsonl of questions and answers"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 

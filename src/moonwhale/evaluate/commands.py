@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from moonwhale import __version__, options
+from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
 from moonwhale.infer.sampling import SamplingOptions
-from moonwhale.options import option
+from moonwhale.options import option, require
 
 AT_LEAST_ONE = ("rows", "batch_size", "problems", "samples", "limit")
 PROBLEMS = 100  # of a task, if it has as many
@@ -25,15 +26,13 @@ class EvalConfig:
         UserError: one line naming the option, its value and the fix.
     """
 
-    data: str | None = option(None, "file, folder, glob, hub set, or built in: chitchat, python", group="text")
+    data: str | None = option(None, DATA_HELP, group="text")
     data_split: str | None = option(None, "split of a hub set (train)", group="text")
     data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="text")
     context: int | None = option(None, "tokens of a row (the model's)", group="text")
     rows: int | None = option(None, "rows to read, spread over all there are (all)", group="text")
 
-    task: str | None = option(
-        None, "reasoning-gym's, as chain_sum:max_terms=3; gsm8k; a .jsonl of questions and answers", group="task"
-    )
+    task: str | None = option(None, TASK_HELP, group="task")
     problems: int | None = option(None, f"problems to solve ({PROBLEMS}, or as many as there are)", group="task")
     samples: int = option(4, "answers drawn for each problem, beside the greedy one", group="task")
     k: list[int] | None = option(None, "of pass@k (those of 1,4,16 that --samples allow)", group="task")
@@ -58,8 +57,8 @@ class EvalConfig:
         if not (self.data or self.task or self.lm_eval):
             raise UserError("there is nothing to evaluate: give --data, --task or --lm-eval, or several of them")
         for name in AT_LEAST_ONE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {value} is impossible: it must be at least 1")
+            value = getattr(self, name)
+            require(self, name, value is None or value >= 1, "it must be at least 1")
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
         if not self.temperature:
             raise UserError("--temperature: 0 draws the greedy answer again and again: give a number above 0")
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> None:
     if config.json:
         settings = dataclasses.asdict(config)
         report = {"checkpoint": rest.folder, "moonwhale": __version__, "settings": settings, "results": results}
-        _write(Path(config.json), report)
+        options.write_whole(config.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
@@ -181,10 +180,3 @@ def _problems(config: EvalConfig):
         )
     task.accuracy(problems[0], task.demonstrate(problems[0]))  # a package that scoring lacks is missed now, not later
     return task, problems
-
-
-def _write(path: Path, values: dict) -> None:
-    """As JSON, atomically."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moonwhale.errors import UserError
+from moonwhale.options import require
 
 INFINITY = float("inf")
 
@@ -34,15 +34,11 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "give at least 1")
-        self._require("temperature", 0 <= self.temperature < INFINITY, "give 0 (greedy) or more")
-        self._require("top_k", self.top_k >= 0, "give the number of tokens to choose from, or 0 for all")
-        self._require("top_p", 0 < self.top_p <= 1, "give a probability above 0, at most 1 (1 keeps every token)")
-        self._require("min_p", 0 <= self.min_p <= 1, "give a number from 0 (keeps every token) to 1")
-        self._require("repetition_penalty", 0 < self.repetition_penalty < INFINITY, "give a number above 0 (1 is none)")
-        self._require("stop", not isinstance(self.stop, str) and all(self.stop), "give strings that are not empty")
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "give a whole number from 0 to 2^63 - 1")
-
-    def _require(self, name: str, ok: bool, fix: str) -> None:
-        if not ok:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
+        require(self, "max_new_tokens", self.max_new_tokens >= 1, "give at least 1")
+        require(self, "temperature", 0 <= self.temperature < INFINITY, "give 0 (greedy) or more")
+        require(self, "top_k", self.top_k >= 0, "give the number of tokens to choose from, or 0 for all")
+        require(self, "top_p", 0 < self.top_p <= 1, "give a probability above 0, at most 1 (1 keeps every token)")
+        require(self, "min_p", 0 <= self.min_p <= 1, "give a number from 0 (keeps every token) to 1")
+        require(self, "repetition_penalty", 0 < self.repetition_penalty < INFINITY, "give a number above 0 (1 is none)")
+        require(self, "stop", not isinstance(self.stop, str) and all(self.stop), "give strings that are not empty")
+        require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "give a whole number from 0 to 2^63 - 1")

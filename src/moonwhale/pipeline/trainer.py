@@ -27,7 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 class PipelineTrainer(MTPTrainer):
     """Takes the whole model, of which it keeps what this rank needs.
 
-    micro_batches: of a step, on each copy of the pipeline; shape: (B, T) of one.
+    micro_batches: of a step, on each copy of the pipeline.
     """
 
     def __init__(self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, **kwargs):

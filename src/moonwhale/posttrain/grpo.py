@@ -1,14 +1,14 @@
 """`moonwhale grpo`: reinforcement learning from answers that can be checked."""
 
-import logging
 import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
-from moonwhale.options import option
+from moonwhale.options import option, require
 from moonwhale.posttrain import options as post
 from moonwhale.posttrain.options import PostTraining
 from moonwhale.train import runs
@@ -34,9 +34,7 @@ class GRPOOptions(PostTraining):
 
     verb: ClassVar[str] = "grpo"
 
-    task: str = option(
-        "chain_sum", "of reasoning-gym, as chain_sum:max_terms=3; gsm8k; or a .jsonl of questions", group="task"
-    )
+    task: str = option("chain_sum", TASK_HELP, group="task")
     questions: int = option(10_000, "training questions that are drawn from the task", group="task")
     rewards: list[str] = option(
         ["accuracy", "format"], "of accuracy, format, language, length, module:function; NAME=WEIGHT", group="task"
@@ -62,12 +60,12 @@ class GRPOOptions(PostTraining):
         super().__post_init__()
         at_least_one = ("questions", "questions_per_step", "iterations", "max_new_tokens", "steps", "eval_questions")
         for name in at_least_one:
-            self.require(getattr(self, name) >= 1, name, "it must be at least 1")
-        self.require(self.group_size >= 2, "group_size", "an answer is judged among at least 2")
-        self.require(self.temperature > 0, "temperature", "without chance all answers of a group are the same")
-        self.require(self.show >= 0, "show", "it must not be negative")
+            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        require(self, "group_size", self.group_size >= 2, "an answer is judged among at least 2")
+        require(self, "temperature", self.temperature > 0, "without chance all answers of a group are the same")
+        require(self, "show", self.show >= 0, "it must not be negative")
         for name in ("beta", "epsilon"):
-            self.require((getattr(self, name) or 0) >= 0, name, "it must not be negative")
+            require(self, name, (getattr(self, name) or 0) >= 0, "it must not be negative")
         self.accumulation()
         if self.questions < self.questions_per_step:
             raise UserError(f"--questions: {self.questions} are fewer than --questions-per-step: give at least those")
@@ -99,11 +97,7 @@ def grpo(config: GRPOOptions) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    logging.basicConfig(format="%(message)s")
-    if runs.is_main_process():
-        runs.check_folder(config, lambda run_file: post.parse(GRPOOptions, ["--config", run_file], ""))
-    checkpoint = runs.newest_checkpoint(config.out) if config.resume else None
-    runs.quieten()
+    checkpoint = config.begin()
 
     from moonwhale.data.tasks import load_task
     from moonwhale.posttrain.rewards import load_rewards
@@ -133,8 +127,7 @@ def grpo(config: GRPOOptions) -> None:
     say(f"{'objective':<11}{config.objective}: {shown}")
     say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
     say(f"{'run':<11}{config.steps} steps of {config.questions_per_step} x {config.group_size} answers into {out}")
-    if checkpoint and checkpoints.step_of(checkpoint) >= config.steps and (out / "config.json").exists():
-        say(f"finished   already, with all {config.steps} steps: the model is in {out}")
+    if config.is_finished(checkpoint, config.steps):
         return
     if runs.is_main_process():
         post.write(config)
@@ -150,10 +143,9 @@ def grpo(config: GRPOOptions) -> None:
         )
 
     args = MTPGRPOConfig(
-        **config.arguments(choice, config.steps),
+        **runs.trainer_arguments(config, choice, config.steps),
         **objective,
         gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=config.batch_size,
         lr_scheduler_type="constant_with_warmup",
         num_generations=config.group_size,
         num_generations_eval=1,

@@ -117,10 +117,7 @@ def mtp_losses(
     losses = []
     for depth, out in enumerate(seen, start=1):
         targets = shifted_labels(labels, layout, depth)
-        share = torch.full_like(targets, 1, dtype=torch.float32) / (targets != IGNORE).sum().clamp(min=1)
-        losses.append(
-            linear_cross_entropy(out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share.flatten())[
-                0
-            ]
-        )
+        share = torch.ones(targets.numel(), device=out.device) / (targets != IGNORE).sum().clamp(min=1)
+        loss, _, _ = linear_cross_entropy(out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share)
+        losses.append(loss)
     return torch.stack(losses), balance

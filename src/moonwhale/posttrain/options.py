@@ -1,6 +1,6 @@
 """What `moonwhale sft` and `moonwhale grpo` share: options of post-training, and how they become a run."""
 
-import dataclasses
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from moonwhale import options
 from moonwhale.errors import UserError
-from moonwhale.options import option
+from moonwhale.options import option, require
+from moonwhale.train import runs
 from moonwhale.train.arguments import PRECISIONS
-from moonwhale.train.runs import RUN_FILE
 
 AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = (
@@ -70,16 +70,12 @@ class PostTraining:
         if self.checkpoint is None:
             raise UserError("CHECKPOINT: name the folder of the model to start from")
         self.out = self.out or default_out(self.checkpoint, self.verb)
-        self.require(self.lr > 0, "lr", "it must be above 0")
-        self.require(0 <= self.momentum < 1, "momentum", "it lies in [0, 1)")
+        require(self, "lr", self.lr > 0, "it must be above 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
         for name in AT_LEAST_ONE:
-            self.require(getattr(self, name) >= 1, name, "it must be at least 1")
+            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in NOT_NEGATIVE:
-            self.require(getattr(self, name) >= 0, name, "it must not be negative")
-
-    def require(self, ok: bool, name: str, fix: str) -> None:
-        if not ok:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
+            require(self, name, getattr(self, name) >= 0, "it must not be negative")
 
     def open(self, choice):
         """The model of `checkpoint`, ready to train in a precision that precision.choose chose, and its tokenizer."""
@@ -96,38 +92,24 @@ class PostTraining:
             fp8.convert(model, choice.fp8)
         return model, tokenizer
 
-    def arguments(self, choice, max_steps: int) -> dict:
-        """The shared options in transformers' words; `choice` is precision.choose's."""
-        return {
-            "output_dir": self.out,
-            "seed": self.seed,
-            "data_seed": self.seed,
-            "max_steps": max_steps,
-            "per_device_train_batch_size": self.batch_size,
-            "learning_rate": self.lr,
-            "warmup_steps": min(self.warmup_steps, max_steps),
-            "weight_decay": self.weight_decay,
-            "adam_beta2": 0.95,
-            "max_grad_norm": self.grad_clip,
-            "muon_momentum": self.momentum,
-            "qk_clip_tau": self.qk_clip_tau,
-            "use_cpu": choice.device.type == "cpu",
-            "bf16": choice.autocast,
-            "activation_checkpointing": self.gradient_checkpointing,
-            "eval_strategy": "steps",
-            "eval_steps": self.eval_every or max_steps,
-            "save_strategy": "steps",
-            "save_steps": self.save_every or max_steps,
-            "save_total_limit": self.keep_checkpoints,
-            "logging_strategy": "steps",
-            "logging_steps": self.log_every,
-            "logging_first_step": True,
-            "logging_nan_inf_filter": False,
-            "report_to": self.report_to,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": choice.device.type == "cuda",
-            "ddp_find_unused_parameters": False,
-        }
+    def begin(self) -> Path | None:
+        """Checks the run's folder and quietens the libraries. Returns the checkpoint to go on from, if there is one."""
+        logging.basicConfig(format="%(message)s")
+        if runs.is_main_process():
+            runs.check_folder(self, lambda run_file: parse(type(self), ["--config", run_file], ""))
+        checkpoint = runs.newest_checkpoint(self.out) if self.resume else None
+        runs.quieten()
+        return checkpoint
+
+    def is_finished(self, checkpoint: Path | None, steps: int) -> bool:
+        """Whether the run has ended already, which is said."""
+        from moonwhale.train import checkpoints
+
+        done = checkpoint is not None and checkpoints.step_of(checkpoint) >= steps
+        done = done and (Path(self.out) / "config.json").exists()
+        if done:
+            runs.say(f"finished   already, with all {steps} steps: the model is in {self.out}")
+        return done
 
 
 Config = TypeVar("Config", bound=PostTraining)
@@ -147,16 +129,13 @@ def parse(cls: type[Config], argv: list[str], description: str, epilog: str | No
     given, rest = options.read_argv(parser, cls, argv)
     path = rest.config
     if given.get("resume") and path is None:
-        out = given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)
-        own = os.path.join(out, RUN_FILE) if out else ""
-        path = own if os.path.exists(own) else None
+        path = runs.own_file(
+            given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)
+        )
     return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
 
 
 def write(config: PostTraining) -> None:
-    """Writes the resolved values, which --config replays; --resume belongs to one call."""
-    values = dataclasses.asdict(config)
-    del values["resume"]
+    """Writes the resolved values into the run's folder, which is made if need be."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    replay = f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER"
-    options.write_yaml(Path(config.out) / RUN_FILE, values, replay)
+    runs.write(config, Path(config.out) / runs.RUN_FILE, config.verb)

@@ -2,14 +2,14 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from moonwhale import options
+from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
 from moonwhale.infer.sampling import SamplingOptions
-from moonwhale.options import option
+from moonwhale.options import option, require
 
 AT_LEAST_ONE = ("questions", "samples")
 
@@ -23,9 +23,7 @@ class SampleOptions:
     """
 
     checkpoint: str | None = option(None, "folder of the model that answers", group="positional")
-    task: str = option(
-        "chain_sum", "of reasoning-gym, as chain_sum:max_terms=3; gsm8k; or a .jsonl of questions", group="task"
-    )
+    task: str = option("chain_sum", TASK_HELP, group="task")
     questions: int = option(1000, "training questions to ask", group="task")
     out: str | None = option(None, "new file for the conversations, .jsonl", group="answers")
     samples: int = option(4, "answers drawn to each", group="answers")
@@ -41,8 +39,7 @@ class SampleOptions:
         if self.out is None or not self.out.endswith(".jsonl"):
             raise UserError(f"--out: {self.out!r} is no .jsonl file: name one for the conversations")
         for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}: {getattr(self, name)} is impossible: it must be at least 1")
+            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
 
 
@@ -76,13 +73,13 @@ def sample(config: SampleOptions) -> None:
     engine = Engine.load(config.checkpoint, config.device, config.precision)
     prompts = [engine.encode(problem.messages) for problem in problems for _ in range(config.samples)]
     drawn = {"temperature": config.temperature, "min_p": 0.0, "max_new_tokens": config.max_new_tokens}
-    kept: list[dict[str, None]] = [{} for _ in problems]  # ordered sets of answers
+    kept: list[set[str]] = [set() for _ in problems]
     with tqdm(total=len(prompts), desc="answers", leave=False, disable=None) as bar:
         for i, completion in engine.as_completed(prompts, **drawn, seed=config.seed):
             problem = problems[i // config.samples]
             bar.update()
             if is_well_formed(completion.text) and task.accuracy(problem, completion.text) == 1:
-                kept[i // config.samples][completion.text] = None
+                kept[i // config.samples].add(completion.text)
     n = sum(map(len, kept))
     if not n:
         raise UserError(
@@ -90,12 +87,12 @@ def sample(config: SampleOptions) -> None:
         )
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for problem, answers in zip(problems, kept, strict=True):
-            for answer in sorted(answers):
-                messages = [*problem.messages, {"role": "assistant", "content": answer}]
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    os.replace(unfinished, out)
+    conversations = [
+        [*problem.messages, {"role": "assistant", "content": answer}]
+        for problem, answers in zip(problems, kept, strict=True)
+        for answer in sorted(answers)
+    ]
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
+    options.write_whole(out, "".join(lines))
     solved = sum(map(bool, kept))
     print(f"kept {n:,} of {len(prompts):,} answers, to {solved:,} of {len(problems):,} questions: {out}")

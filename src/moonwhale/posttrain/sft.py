@@ -1,6 +1,5 @@
 """`moonwhale sft`: from a base model to an assistant."""
 
-import logging
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,7 @@ from typing import ClassVar
 
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
-from moonwhale.options import option
+from moonwhale.options import option, require
 from moonwhale.posttrain import options as post
 from moonwhale.posttrain.options import PostTraining
 from moonwhale.train import runs
@@ -41,10 +40,10 @@ class SFTOptions(PostTraining):
     def __post_init__(self):
         super().__post_init__()
         for name in ("accumulation", "eval_rows", "steps", "data_documents"):
-            self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "it must be at least 1")
-        self.require(self.context is None or self.context >= 2, "context", "a row needs at least 2 tokens")
-        self.require(self.epochs > 0, "epochs", "it must be above 0")
-        self.require(self.lora_rank >= 0, "lora_rank", "it must not be negative")
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
+        require(self, "context", self.context is None or self.context >= 2, "a row needs at least 2 tokens")
+        require(self, "epochs", self.epochs > 0, "it must be above 0")
+        require(self, "lora_rank", self.lora_rank >= 0, "it must not be negative")
 
 
 def main(argv: list[str]) -> None:
@@ -62,11 +61,7 @@ def sft(config: SFTOptions) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    logging.basicConfig(format="%(message)s")
-    if runs.is_main_process():
-        runs.check_folder(config, lambda run_file: post.parse(SFTOptions, ["--config", run_file], ""))
-    checkpoint = runs.newest_checkpoint(config.out) if config.resume else None
-    runs.quieten()
+    checkpoint = config.begin()
 
     import torch
 
@@ -103,16 +98,14 @@ def sft(config: SFTOptions) -> None:
         say(f"{'split':<11}{cut:,} conversations are longer than {context} tokens, and go on in another row")
     say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
     say(f"{'run':<11}{steps:,} steps of {of_step} rows into {out}")
-    if checkpoint and checkpoints.step_of(checkpoint) >= steps and (out / "config.json").exists():
-        say(f"finished   already, with all {steps} steps: the model is in {out}")
+    if config.is_finished(checkpoint, steps):
         return
     if runs.is_main_process():
         post.write(config)
 
     args = MTPSFTConfig(
-        **config.arguments(choice, steps),
+        **runs.trainer_arguments(config, choice, steps),
         gradient_accumulation_steps=config.accumulation,
-        per_device_eval_batch_size=config.batch_size,
         lr_scheduler_type="linear",
         max_length=context,
         dataloader_drop_last=True,

@@ -3,7 +3,6 @@
 Later sources win: defaults, the preset, a YAML file (`--config`), the command line.
 """
 
-import dataclasses
 import os
 import textwrap
 import typing
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from moonwhale import options
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
-from moonwhale.options import option
+from moonwhale.options import option, require
 from moonwhale.pipeline.kinds import SCHEDULES, Parallel, parallel_fields
 from moonwhale.presets import PRESETS, get_preset, model_fields
-from moonwhale.train.runs import RUN_FILE
+from moonwhale.train import runs
 
 if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
@@ -91,25 +90,24 @@ class TrainConfig:
     model: dict = option({}, "fields of MoonwhaleConfig that differ from its defaults", fields=model_fields)
 
     def __post_init__(self):
-        def require(ok: bool, name: str, fix: str) -> None:
-            if not ok:
-                raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is impossible: {fix}")
-
         self.out = self.out or default_out(self.preset)
         for name in AT_LEAST_ONE:
-            require(getattr(self, name) >= 1, name, "it must be at least 1")
+            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in NOT_NEGATIVE:
-            require(getattr(self, name) >= 0, name, "it must not be negative")
-        require(self.lr > 0, "lr", "it must be above 0")
-        require(0 <= self.momentum < 1, "momentum", "it lies in [0, 1)")
+            require(self, name, getattr(self, name) >= 0, "it must not be negative")
+        require(self, "lr", self.lr > 0, "it must be above 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
         for name in ("decay_fraction", "min_lr_ratio"):
-            require(0 <= getattr(self, name) <= 1, name, "it lies in [0, 1]")
+            require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
         decay = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
         room = f"--steps {self.steps}" + (f" less {decay} of decay" if decay else "")
         require(
-            self.warmup_steps + decay <= self.steps, "warmup_steps", f"{room} leave {self.steps - decay} for warm-up"
+            self,
+            "warmup_steps",
+            self.warmup_steps + decay <= self.steps,
+            f"{room} leave {self.steps - decay} for warm-up",
         )
-        require((self.mtp_loss_weight_final or 0) >= 0, "mtp_loss_weight_final", "it must not be negative")
+        require(self, "mtp_loss_weight_final", (self.mtp_loss_weight_final or 0) >= 0, "it must not be negative")
         self.accumulation()
         if self.split.pp > 1 and self.compile:
             raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
@@ -159,8 +157,7 @@ def parse(argv: list[str]) -> TrainConfig:
     path = rest.config
     if given.get("resume") and path is None:
         given.setdefault("out", default_out(given.get("preset", TrainConfig.preset)))
-        own = os.path.join(given["out"], RUN_FILE)
-        path = own if os.path.exists(own) else None
+        path = runs.own_file(given["out"])
     return resolve(given, path)
 
 
@@ -178,9 +175,7 @@ def resolve(given: dict, path: str | None = None) -> TrainConfig:
 
 def write(config: TrainConfig, path: str | os.PathLike) -> None:
     """Writes the resolved values, which `moonwhale train --config PATH` replays; --resume belongs to one call."""
-    values = dataclasses.asdict(config)
-    del values["resume"]
-    options.write_yaml(path, values, "Replay with: moonwhale train --config THIS_FILE --out NEW_FOLDER")
+    runs.write(config, path, "train")
 
 
 def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: int | None) -> "MoonwhaleConfig":

@@ -182,45 +182,16 @@ def _trainer_arguments(config: TrainConfig, choice, world: int):
         scheduler_kwargs = {"num_decay_steps": decay, "min_lr_ratio": config.min_lr_ratio, "decay_type": "linear"}
     else:
         scheduler, scheduler_kwargs = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
-    on_cpu = choice.device.type == "cpu"
     return MTPTrainingArguments(
-        output_dir=config.out,
-        seed=config.seed,
-        data_seed=config.seed,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        **runs.trainer_arguments(config, choice, config.steps),
         gradient_accumulation_steps=config.accumulation(world),
-        learning_rate=config.lr,
         lr_scheduler_type=scheduler,
         lr_scheduler_kwargs=scheduler_kwargs,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=config.grad_clip,
-        muon_momentum=config.momentum,
-        qk_clip_tau=config.qk_clip_tau,
         mtp_loss_weight_final=config.mtp_loss_weight_final,
         decay_steps=decay,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and world > 1 else None,
-        bf16=choice.autocast,
-        activation_checkpointing=config.gradient_checkpointing,
-        eval_strategy="steps",
-        eval_steps=config.eval_every or config.steps,
-        save_strategy="steps",
-        save_steps=config.save_every or config.steps,
-        save_total_limit=config.keep_checkpoints,
-        logging_strategy="steps",
-        logging_steps=config.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        report_to=config.report_to,
-        disable_tqdm=True,
+        ddp_backend="gloo" if choice.device.type == "cpu" and world > 1 else None,
         remove_unused_columns=False,
         dataloader_drop_last=True,
-        dataloader_pin_memory=choice.device.type == "cuda",
-        ddp_find_unused_parameters=False,
     )
 
 

@@ -1,11 +1,13 @@
 """What all training runs share: a folder that nothing overwrites, a run that goes on where it stopped, and its end."""
 
+import dataclasses
 import functools
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from moonwhale import options
 from moonwhale.errors import UserError
 
 RUN_FILE = "run.yaml"
@@ -83,6 +85,54 @@ def quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def trainer_arguments(config, choice, max_steps: int) -> dict:
+    """The options that all runs have in transformers' words; `choice` is precision.choose's."""
+    return {
+        "output_dir": config.out,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "learning_rate": config.lr,
+        "warmup_steps": min(config.warmup_steps, max_steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta2": 0.95,
+        "max_grad_norm": config.grad_clip,
+        "muon_momentum": config.momentum,
+        "qk_clip_tau": config.qk_clip_tau,
+        "use_cpu": choice.device.type == "cpu",
+        "bf16": choice.autocast,
+        "activation_checkpointing": config.gradient_checkpointing,
+        "eval_strategy": "steps",
+        "eval_steps": config.eval_every or max_steps,
+        "save_strategy": "steps",
+        "save_steps": config.save_every or max_steps,
+        "save_total_limit": config.keep_checkpoints,
+        "logging_strategy": "steps",
+        "logging_steps": config.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "report_to": config.report_to,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": choice.device.type == "cuda",
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def write(config, path: str | os.PathLike, verb: str) -> None:
+    """Writes a run's resolved values, which --config replays; --resume belongs to one call."""
+    values = dataclasses.asdict(config)
+    del values["resume"]
+    options.write_yaml(path, values, f"Replay with: moonwhale {verb} --config THIS_FILE --out NEW_FOLDER")
+
+
+def own_file(out: str | None) -> str | None:
+    """The file of options that a run in `out` wrote, if there is one."""
+    path = os.path.join(out or "", RUN_FILE)
+    return path if out and os.path.exists(path) else None
 
 
 def newest_checkpoint(out: str) -> Path | None:
