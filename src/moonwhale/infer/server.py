@@ -5,8 +5,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -16,30 +15,26 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 
 from moonwhale import __version__
 from moonwhale.errors import UserError
-from moonwhale.infer.answers import Logprobs, event, invalid, usage
+from moonwhale.infer.answering import Answering
+from moonwhale.infer.answers import invalid
 from moonwhale.infer.checkpoint import open_checkpoint
 from moonwhale.infer.engine import Engine
-from moonwhale.infer.guard import APIError, Guard, Limits, Metrics, Stopwatch
-from moonwhale.infer.protocol import ChatRequest, CompletionRequest, XrayRequest
-from moonwhale.infer.sampling import SamplingOptions
-from moonwhale.infer.scheduler import Request
-from moonwhale.infer.worker import Failed, Gain, Job, Worker
+from moonwhale.infer.guard import APIError, Guard, Limits, Metrics
+from moonwhale.infer.protocol import XrayRequest
+from moonwhale.infer.worker import Worker
 from moonwhale.xray import xray as draw
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 NOTHING = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
 PAGE_POLICY = f"{NOTHING}script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'"
 XRAY_POLICY = f"{NOTHING}script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 KEPT_XRAYS = 16
-# What a choice says besides index and finish_reason: of a request, its text, and its tokens from the first to the last.
-Part = Callable[[Request, str, int, int], dict]
 
 
 def create_app(
@@ -69,135 +64,10 @@ def create_app(
         await asyncio.to_thread(worker.stop)
 
     app = FastAPI(title="moonwhale", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.worker, logprobs = worker, Logprobs(engine.token_bytes)
-
-    def known(model: str) -> None:
-        if model != name:
-            message = f"there is no model {model!r} here: ask for {name!r}"
-            raise APIError(404, message, param="model", code="model_not_found")
-
-    def submit(body: ChatRequest | CompletionRequest, prompts: list, default_tokens: int) -> Job:
-        """The body's requests, n of each prompt, on their way."""
-        known(body.model)
-        if body.stream_options and not body.stream:
-            raise APIError(400, "stream_options: set stream to true with it", param="stream_options")
-        options = SamplingOptions(**body.sampling(default_tokens))
-        requests: list[Request] = []
-        for prompt in map(engine.encode, prompts):
-            for _ in range(body.n or 1):
-                seed = None if options.seed is None else options.seed + len(requests)
-                requests.append(engine.request(prompt, options, seed, body.alternatives))
-        if worker.waiting + len(requests) > limits.queue:
-            raise APIError(429, f"{limits.queue} prompts wait already: try again soon", "rate_limit_error")
-        metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
-        return worker.submit(requests)
-
-    async def gains(job: Job) -> AsyncIterator[Gain]:
-        """What a job gains, timed and counted, within the time there is; leaving it frees the slots."""
-        watch = Stopwatch(metrics)
-        try:
-            async with aclosing(job.gains(limits.answer)) as all_gains:
-                async for gain in all_gains:
-                    watch.token()
-                    yield gain
-            watch.end()
-        except TimeoutError:
-            raise APIError(408, f"the answer took more than {limits.answer:g} seconds", "timeout") from None
-        except Failed as error:
-            raise APIError(503, f"the model had to stop: {error}", "server_error") from None
-        finally:
-            worker.cancel(job)
-            for request in job.requests:
-                metrics.generated_tokens.inc(len(request.token_ids))
-                for depth, (tested, held) in enumerate(zip(request.drafted, request.accepted, strict=True), start=1):
-                    metrics.drafts_tested.labels(depth).inc(tested)
-                    metrics.drafts_accepted.labels(depth).inc(held)
-
-    async def finished(job: Job, http: HTTPRequest) -> None:
-        """Waits for a job's end, unless the client goes away."""
-
-        async def to_the_end() -> None:
-            async with aclosing(gains(job)) as all_gains:
-                async for _ in all_gains:
-                    pass
-
-        task = asyncio.ensure_future(to_the_end())
-        try:
-            while not (await asyncio.wait([task], timeout=0.25))[0]:
-                if await http.is_disconnected():
-                    raise APIError(499, "the client went away")
-            task.result()
-        finally:
-            task.cancel()
-
-    def stream(job: Job, head: dict, part: Part, body: ChatRequest | CompletionRequest) -> StreamingResponse:
-        """Server-sent events: a chunk for each gain."""
-        told = [0] * len(job.requests)
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                async with aclosing(gains(job)) as all_gains:
-                    async for gain in all_gains:
-                        request, first = job.requests[gain.index], told[gain.index]
-                        told[gain.index] = gain.tokens
-                        said = part(request, gain.text, first, gain.tokens)
-                        choice = {"index": gain.index, **said, "finish_reason": FINISH.get(gain.finish_reason)}
-                        yield event(head | {"choices": [choice]})
-                if body.wants_usage:
-                    yield event(head | {"choices": [], "usage": usage(job.requests, body.n or 1)})
-            except APIError as error:
-                yield event(error.body)
-            except UserError as error:
-                yield event(APIError(400, str(error)).body)
-            yield "data: [DONE]\n\n"
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-
-    async def whole(job: Job, http: HTTPRequest, head: dict, part: Part, body: ChatRequest | CompletionRequest) -> dict:
-        """The answer once all of it is there."""
-        await finished(job, http)
-        choices = [
-            {
-                "index": i,
-                **part(request, request.text.text, 0, len(request.token_ids)),
-                "finish_reason": FINISH[request.finish_reason],
-            }
-            for i, request in enumerate(job.requests)
-        ]
-        return head | {"choices": choices, "usage": usage(job.requests, body.n or 1)}
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, http: HTTPRequest):
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        job = submit(body, [messages], engine.context)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-
-        def delta(request: Request, text: str, first: int, last: int) -> dict:
-            opening = {} if first else {"role": "assistant"}
-            return {"delta": opening | {"content": text}, "logprobs": logprobs.of_chat(request, first, last)}
-
-        def message(request: Request, text: str, first: int, last: int) -> dict:
-            said = {"role": "assistant", "content": text, "refusal": None}
-            return {"message": said, "logprobs": logprobs.of_chat(request, first, last)}
-
-        if body.stream:
-            return stream(job, head | {"object": "chat.completion.chunk"}, delta, body)
-        return await whole(job, http, head | {"object": "chat.completion"}, message, body)
-
-    @app.post("/v1/completions")
-    async def complete(body: CompletionRequest, http: HTTPRequest):
-        job = submit(body, body.prompts, 16)
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        head["object"] = "text_completion"
-
-        def text_of(request: Request, text: str, first: int, last: int) -> dict:
-            if body.echo and not first:
-                text = engine.tokenizer.decode(request.prompt, skip_special_tokens=True) + text
-            return {"text": text, "logprobs": logprobs.of_completion(request, first, last)}
-
-        if body.stream:
-            return stream(job, head, text_of, body)
-        return await whole(job, http, head, text_of, body)
+    app.state.worker = worker
+    answering = Answering(engine, name, worker, limits, metrics)
+    app.post("/v1/chat/completions")(answering.chat)
+    app.post("/v1/completions")(answering.complete)
 
     card = {"id": name, "object": "model", "created": created, "owned_by": "moonwhale", "context": engine.context}
 
@@ -207,7 +77,7 @@ def create_app(
 
     @app.get("/v1/models/{model}")
     async def model(model: str):
-        known(model)
+        answering.known(model)
         return card
 
     @app.get("/health")
@@ -232,7 +102,7 @@ def create_app(
 
     @app.post("/xray")
     async def xray(body: XrayRequest):
-        known(body.model)
+        answering.known(body.model)
         messages = [message.model_dump() for message in body.messages]
         async with looking:
             page = await asyncio.to_thread(_look, folder, engine, messages)
@@ -247,6 +117,15 @@ def create_app(
         if number not in xrays:
             raise APIError(404, "this X-ray is gone: make it again")
         return _page(xrays[number], "text/html", XRAY_POLICY)
+
+    _explain_errors(app)
+    paths = {route.path for route in app.routes}
+    app.add_middleware(Guard, limits=limits, metrics=metrics, api_key=api_key, hosts=hosts, paths=paths)
+    return app
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Every failure as OpenAI's error object."""
 
     @app.exception_handler(APIError)
     async def _(_, error: APIError):
@@ -274,10 +153,6 @@ def create_app(
     @app.exception_handler(Exception)
     async def _(_, error: Exception):
         return JSONResponse(APIError(500, "the server made a mistake; its log says which", "server_error").body, 500)
-
-    paths = {route.path for route in app.routes}
-    app.add_middleware(Guard, limits=limits, metrics=metrics, api_key=api_key, hosts=hosts, paths=paths)
-    return app
 
 
 def _page(text: str, kind: str, policy: str) -> Response:
