@@ -2,9 +2,11 @@
 
     make demo && python benchmarks/grpo.py runs/demo
 
-The warm start has seen demonstrations that add up step by step. From there, for each seed: train by GRPO, and measure
-pass@1 on held-out questions before and after. As a check against reward hacking, one run is paid for the format alone.
-Beside it, what post-training does to the MTP modules: the share of their drafts that hold, before and after.
+The warm start has seen two ways to answer, both in R1's form: a third of its demonstrations add up step by step, the
+others think nothing (`<think></think>`) and say the sum. From there, for each seed: train by GRPO, and measure pass@1
+on held-out questions before and after. Nothing but the rewards tells which way is better. As a check against reward
+hacking, one run is paid for the format alone, which both ways have. Beside it, what post-training does to the MTP
+modules: the share of their drafts that hold, before and after.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -32,11 +35,13 @@ from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.precision import tune_allocator
 from moonwhale.train import checkpoints
 
-TASK = (  # sums of four numbers up to ten
-    'basic_arithmetic:operators=["+"]:min_terms=4:max_terms=4:min_digits=1:max_digits=1:'
+TASK = (  # sums of six numbers up to ten
+    'basic_arithmetic:operators=["+"]:min_terms=6:max_terms=6:min_digits=1:max_digits=1:'
     "allow_parentheses=false:allow_negation=false"
 )
-LONGEST = 64  # tokens of an answer
+LONGEST = 80  # tokens of an answer
+STRAIGHT = "<think></think>"  # how an answer without a thought begins
+EVERY = 3  # of the demonstrations, one in so many thinks
 
 
 @dataclass
@@ -45,13 +50,13 @@ class Sizes:
 
     seeds: int = 3
     demonstrations: int = 20_000
-    sft_steps: int = 200
+    sft_steps: int = 350
     sft_lr: float = 3e-3
     grpo_steps: int = 60
     grpo_lr: float = 1e-4
     control_steps: int = 40
     chat_steps: int = 100
-    questions: int = 3000
+    questions: int = 20_000
     batch: int = 64
     problems: int = 300
     samples: int = 4
@@ -103,11 +108,11 @@ def run(checkpoint: str, sizes: Sizes, results: Path, picture: Path) -> None:
 
 
 def write_demonstrations(task: Task, path: Path, n: int) -> None:
-    """Right answers, added up step by step."""
+    """Right answers, of which some are added up step by step."""
     with open(path, "w", encoding="utf-8") as file:
-        for problem in task.problems(n):
-            shown = task.demonstrate(problem)
-            file.write(json.dumps({"messages": [*problem.messages, {"role": "assistant", "content": shown}]}) + "\n")
+        for i, problem in enumerate(task.problems(n)):
+            text = f"{STRAIGHT}\n<answer>{problem.answer}</answer>" if i % EVERY else task.demonstrate(problem)
+            file.write(json.dumps({"messages": [*problem.messages, {"role": "assistant", "content": text}]}) + "\n")
 
 
 def warm_start(checkpoint: str, task: Task, work: Path, sizes: Sizes) -> dict:
@@ -128,7 +133,7 @@ def warm_start(checkpoint: str, task: Task, work: Path, sizes: Sizes) -> dict:
         ),
     )
     before = measure(work / "warm", task, sizes)
-    say(f"warm start: pass@1 {before['pass1']:.3f}, greedy {before['greedy']:.3f}")
+    say(f"warm start: {shown(before)}")
     return before
 
 
@@ -138,7 +143,7 @@ def one_seed(task: Task, work: Path, seed: int, sizes: Sizes, before: dict) -> d
     quietly(grpo, grpo_options(work / "warm", out, seed, sizes, ["accuracy", "format"], sizes.grpo_steps))
     minutes = (time.perf_counter() - begin) / 60
     after = measure(out, task, sizes)
-    say(f"seed {seed}: pass@1 {after['pass1']:.3f}, greedy {after['greedy']:.3f}, after {minutes:.1f} minutes of GRPO")
+    say(f"seed {seed}: {shown(after)}, after {minutes:.1f} minutes of GRPO")
     log = [entry for entry in checkpoints.history(checkpoints.newest(out)) if "reward" in entry]
     return {
         "after": after,
@@ -170,18 +175,31 @@ def grpo_options(start: Path, out: Path, seed: int, sizes: Sizes, rewards: list[
 
 
 def measure(folder: Path, task: Task, sizes: Sizes) -> dict:
-    """pass@1 on held-out questions, of samples at temperature 1 and greedily; MTP's drafts on the greedy answers."""
+    """pass@1 on held-out questions, of samples at temperature 1 and greedily; the share of samples that think, and how
+    many of them and of the others are right; MTP's drafts on the greedy answers.
+    """
     engine = Engine.load(folder, "cpu", "fp32", draft=1, sequences=128)
     problems = task.problems(sizes.problems, seed=1000, held_out=True)
     greedy, sampled = answer(engine, problems, sizes.samples, 1.0, LONGEST, seed=0)
     score = score_answers(task, problems, greedy, sampled, [1])
+    right: dict[bool, list[float]] = {True: [], False: []}
+    for problem, answers in zip(problems, sampled, strict=True):
+        for each in answers:
+            right[not each.text.startswith(STRAIGHT)].append(task.accuracy(problem, each.text))
     return {
         "pass1": round(score.pass_at[1][0], 4),
         "greedy": round(score.greedy[0], 4),
         "well_formed": round(score.well_formed, 4),
+        "thinks": round(len(right[True]) / (len(problems) * sizes.samples), 4),
+        "right_with_thought": round(mean(right[True]), 4) if right[True] else None,
+        "right_without": round(mean(right[False]), 4) if right[False] else None,
         "tokens": round(score.mean_tokens, 1),
         "acceptance": round(DraftScore.of(greedy).acceptance[0], 4),
     }
+
+
+def shown(measured: dict) -> str:
+    return f"pass@1 {measured['pass1']:.3f}, greedy {measured['greedy']:.3f}, {measured['thinks']:.0%} with a thought"
 
 
 def chat_drafts(checkpoint: str, work: Path, sizes: Sizes) -> dict:

@@ -55,32 +55,32 @@ def _reading(rows: Iterable[dict], spec: str) -> Iterator[dict]:
         raise UserError(f"--data: reading {spec} broke off, try again: {one_line(error)}") from error
 
 
-def why_not(spec: str, id: str, known: HubSet | None, error: Exception) -> str:
-    """What to tell a user of a set that could not be loaded."""
+def why_not(spec: str, id: str, known: HubSet | None, error: Exception, option: str = "--data") -> str:
+    """What to tell a user of a set that could not be loaded, and was asked for by `option`."""
     # Of a failing preparation, the library's own error says only that it failed.
     message = one_line(error.__cause__ if "error occurred while generating" in str(error) else error)
     if "scripts are no longer supported" in message:
         instead = "wikicorpus" if "wikicorpus" in id else "a copy of it in Parquet"
-        return f"--data: {spec} is a loading script, which the datasets library no longer runs (use {instead})"
+        return f"{option}: {spec} is a loading script, which the datasets library no longer runs (use {instead})"
     missing = "doesn't exist on the Hub" in message
     if "gated" in message or (missing and known and known.gated):
         return (
-            f"--data: {spec} is gated: ask for access at https://huggingface.co/datasets/{id}, "
+            f"{option}: {spec} is gated: ask for access at https://huggingface.co/datasets/{id}, "
             "then run `hf auth login` or set HF_TOKEN"
         )
     if missing:
-        return f"--data: no such file, folder or hub data set: {spec} (a private one needs `hf auth login`)"
+        return f"{option}: no such file, folder or hub data set: {spec} (a private one needs `hf auth login`)"
     if "Couldn't reach" in message:
         return (
-            f"--data: {spec} is not in the cache, and the hub ({id}) cannot be reached or HF_HUB_OFFLINE is set: "
+            f"{option}: {spec} is not in the cache, and the hub ({id}) cannot be reached or HF_HUB_OFFLINE is set: "
             "connect once, or copy the set's files here and name their folder"
         )
     if re.search("(Unknown|Bad) split", message):
-        return f"--data-split: {spec}: {message}"
+        return f"{option}-split: {spec}: {message}"
     if names := re.search(r"[Aa]vailable(?: configs.*?)?: (\[.*?\])", str(error), re.DOTALL):
         cached = " (in the cache: the hub cannot be reached)" if "in the cache" in message else ""
-        return f"--data: {spec}: {_configurations(spec, ast.literal_eval(names[1]))}{cached}"
-    return f"--data: {spec} is no file or folder here, and cannot be loaded from the hub: {message}"
+        return f"{option}: {spec}: {_configurations(spec, ast.literal_eval(names[1]))}{cached}"
+    return f"{option}: {spec} is no file or folder here, and cannot be loaded from the hub: {message}"
 
 
 def _configurations(spec: str, names: list[str]) -> str:

@@ -192,8 +192,7 @@ def _gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
     try:
         rows = datasets.load_dataset("openai/gsm8k", "main", split="test" if held_out else "train")
     except Exception as error:  # offline, moved, no space: each is another class
-        reason = why_not("gsm8k", "openai/gsm8k", None, error)
-        raise UserError(reason.replace("--data", "--task")) from error
+        raise UserError(why_not("gsm8k", "openai/gsm8k", None, error, "--task")) from error
     for row in rows.shuffle(seed=seed):
         steps, _, answer = row["answer"].rpartition("####")
         steps = re.sub(r"<<.*?>>", "", steps).strip()  # its calculator's notes
