@@ -2,7 +2,7 @@
 
     make demo && python benchmarks/grpo.py runs/demo
 
-The warm start has seen two ways to answer, both in R1's form: a third of its demonstrations add up step by step, the
+The warm start has seen two ways to answer, both in R1's form: half of its demonstrations add up step by step, the
 others think nothing (`<think></think>`) and say the sum. From there, for each seed: train by GRPO, and measure pass@1
 on held-out questions before and after. Nothing but the rewards tells which way is better. As a check against reward
 hacking, one run is paid for the format alone, which both ways have. Beside it, what post-training does to the MTP
@@ -35,13 +35,13 @@ from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.precision import tune_allocator
 from moonwhale.train import checkpoints
 
-TASK = (  # sums of six numbers up to ten
-    'basic_arithmetic:operators=["+"]:min_terms=6:max_terms=6:min_digits=1:max_digits=1:'
+TASK = (  # sums of eight numbers up to ten
+    'basic_arithmetic:operators=["+"]:min_terms=8:max_terms=8:min_digits=1:max_digits=1:'
     "allow_parentheses=false:allow_negation=false"
 )
-LONGEST = 80  # tokens of an answer
+LONGEST = 128  # tokens of an answer
 STRAIGHT = "<think></think>"  # how an answer without a thought begins
-EVERY = 3  # of the demonstrations, one in so many thinks
+EVERY = 2  # of the demonstrations, one in so many thinks
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Sizes:
     """What a run takes; the smoke test has smaller ones."""
 
     seeds: int = 3
-    demonstrations: int = 20_000
-    sft_steps: int = 350
+    demonstrations: int = 40_000
+    sft_steps: int = 500
     sft_lr: float = 3e-3
     grpo_steps: int = 60
-    grpo_lr: float = 1e-4
+    grpo_lr: float = 1.5e-4
     control_steps: int = 40
     chat_steps: int = 100
     questions: int = 20_000

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SOURCES = "train", "moba", "optimizer", "quality", "decode", "serve", "grpo", "fp8", "parallel"  # of the figures
 
 
 def demo() -> str:
@@ -50,10 +51,20 @@ def step() -> str:
 
 def figures() -> str:
     """What the benchmarks say, a line for each question."""
-    return figures_table(*map(read, ("train", "moba", "optimizer", "quality", "decode", "serve")))
+    return figures_table(*map(read, SOURCES))
 
 
-def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict, decode: dict, serve: dict) -> str:
+def figures_table(
+    train: dict,
+    moba: dict,
+    optimizer: dict,
+    quality: dict,
+    decode: dict,
+    serve: dict,
+    grpo: dict,
+    fp8: dict,
+    parallel: dict,
+) -> str:
     over = [f"{train[f'vs_transformers_{mode}']:.2f}×" for mode in ("fp32", "autocast", "bf16")]
     bits, seeds = quality["bits_per_byte"], optimizer["tokens_vs_adamw_by_seed"]
     sparse = [f"{moba[f'fwd_{case}']:.1f}× and {moba[f'fwdbwd_{case}']:.1f}×" for case in ("1k", "16k", "32k")]
@@ -87,7 +98,7 @@ def figures_table(train: dict, moba: dict, optimizer: dict, quality: dict, decod
     }
     if "nanochat" in bits:
         lines["nanochat"] = (f"{bits['nanochat']:.3f}", "quality")
-    lines |= inference_lines(decode, serve)
+    lines |= inference_lines(decode, serve) | later_lines(grpo, fp8, parallel)
     rows = [f"| {what} | {figure} | [{name}.py](benchmarks/{name}.py) |" for what, (figure, name) in lines.items()]
     machine = train["environment"]
     where = (
@@ -131,6 +142,27 @@ def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
         f"{serve['malformed_requests']:,} malformed requests: 5xx, hangs, leaks": (
             f"{serve['server_errors']}, {serve['hangs']}, {serve['leaks']}",
             "serve",
+        ),
+    }
+
+
+def later_lines(grpo: dict, fp8: dict, parallel: dict) -> dict[str, tuple[str, str]]:
+    """The figures of post-training, of FP8 and of pipelines."""
+    before, after = grpo["before"]["pass1"], min(each["pass1"] for each in grpo["after"])
+    control = grpo["after_format_alone"]["pass1"]
+    return {
+        f"GRPO on sums: held-out pass@1 before and after, the least of {grpo['seeds']} seeds; after rewards for the "
+        "format alone; MTP's acceptance beside before": (
+            f"{before:.0%} → {after:.0%}; {control:.0%}; {grpo['mtp_acceptance_kept']:.2f}×",
+            "grpo",
+        ),
+        f"{fp8['steps']} steps in DeepSeek's FP8, emulated: final loss off bf16's": (
+            f"{fp8['relative_loss_error']:.2%}",
+            "fp8",
+        ),
+        "DualPipeV's idle share of a step, beside the formula; beside 1F1B's": (
+            f"{parallel['bubble_vs_formula']:.2f}×; {parallel['bubble_vs_1f1b']:.2f}×",
+            "parallel",
         ),
     }
 

@@ -22,11 +22,11 @@ def grpo(monkeypatch):
     return module
 
 
-def test_demonstrations_are_right_and_a_third_of_them_add_up(grpo, tmp_path):
+def test_demonstrations_are_right_and_half_of_them_add_up(grpo, tmp_path):
     task = load_task(grpo.TASK)
     grpo.write_demonstrations(task, tmp_path / "d.jsonl", 10)
     shown = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    assert [text.count(" = ") for text in shown] == [5 if i % 3 == 0 else 0 for i in range(10)]
+    assert [text.count(" = ") for text in shown] == [7 if i % 2 == 0 else 0 for i in range(10)]
     for problem, text in zip(task.problems(10), shown, strict=True):
         assert is_well_formed(text) and task.accuracy(problem, text) == 1
 

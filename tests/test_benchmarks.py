@@ -60,7 +60,12 @@ def test_the_table_of_figures():
     decode["cache_bytes_per_token"] = {"seed_190m": {"latent_allocated": 3584.0, "multi_head": 30720}}
     serve = {"clients": 64, "errors": 0, "throughput_vs_one": 7.7, "malformed_requests": 10000}
     serve |= {"server_errors": 0, "hangs": 0, "leaks": 0}
-    table = update_readme().figures_table(train, moba, optimizer, quality, decode, serve)
+    grpo = {"seeds": 3, "before": {"pass1": 0.4}, "after": [{"pass1": 0.9}, {"pass1": 0.8}, {"pass1": 0.85}]}
+    grpo |= {"after_format_alone": {"pass1": 0.41}, "mtp_acceptance_kept": 0.99}
+    fp8 = {"steps": 600, "relative_loss_error": 0.0012}
+    parallel = {"bubble_vs_formula": 1.03, "bubble_vs_1f1b": 0.4}
+    results = train, moba, optimizer, quality, decode, serve, grpo, fp8, parallel
+    table = update_readme().figures_table(*results)
     for name, figures in {
         "train": ["2.01×, 1.52×, 1.33×", "0.91×", "62%", "0.48×"],
         "moba": ["1.1× and 1.1×; 2.2× and 2.2×; 3.3× and 3.3×"],
@@ -68,13 +73,16 @@ def test_the_table_of_figures():
         "quality": ["1.900", "2.200"],
         "decode": ["2.1×, 4.2×; 3.3×, 6.4×", "1.25×; 3.5×", "3,584; 30,720", "1.61; 61%; 1.02×", "1.800, 1.801, 1.804"],
         "serve": ["0; 7.7×", "0, 0, 0"],
+        "grpo": ["40% → 80%; 41%; 0.99×"],
+        "fp8": ["0.12%"],
+        "parallel": ["1.03×; 0.40×"],
     }.items():
         lines = [line for line in table.splitlines() if f"benchmarks/{name}.py" in line]
         assert len(lines) == len(figures) and all(f in line for f, line in zip(figures, lines, strict=True))
     assert "3 seeds" in table and "240 s" in table and "a CPU, 3 threads on 4 cores" in table
     assert "nanochat" not in table
     quality["bits_per_byte"]["nanochat"] = 1.95
-    assert "| nanochat | 1.950 |" in update_readme().figures_table(train, moba, optimizer, quality, decode, serve)
+    assert "| nanochat | 1.950 |" in update_readme().figures_table(*results)
 
 
 def test_demo_step_refuses_models_that_differ():
