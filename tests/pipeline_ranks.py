@@ -1,6 +1,7 @@
 """One rank of the pipeline's tests: `python pipeline_ranks.py RANK RANKS FOLDER` runs the cases in FOLDER/cases.pt."""
 
 import sys
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moonwhale import fp8
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.model.layout import Layout
 from moonwhale.model.loss import IGNORE
+from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.pipeline import experts, schedule
@@ -127,16 +130,55 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
         "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
     }
     result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
+    passes = [event for stage in pipeline.wrapped for event in stage.events] if pipeline else []
+    result["pairs"] = sum(  # backward passes that began in the middle of a forward pass
+        f.begin < b.begin < f.end for f in passes for b in passes if (f.kind, b.kind) == ("F", "B")
+    )
     result["experts"] = {name: (own.start, own.stop) for name, own in own_experts(model).items()}
     result["state"] = {name: value.clone() for name, value in model.state_dict().items()}
     return result
+
+
+def layer(case: dict) -> dict:
+    """Experts alone, of which each of two ranks has half, beside a whole layer: how many rows came, and the relative
+    errors of what came out and of every gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config, rank = MoonwhaleConfig(**case["config"]), dist.get_rank()
+    e, k, hidden = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
+    whole = Experts(config)
+    if case["precision"] == "fp8":
+        whole.product, whole.step = fp8.emulated_product, fp8.TILE
+    for p in whole.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
+    first, n = 7, 50  # tokens of rank 0, and of both
+    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
+    x, d_out = (torch.randn(n, hidden, generator=generator).to(dtype) for _ in range(2))
+    index = torch.rand(n, e - case["shut"], generator=generator).topk(k).indices
+    gates = torch.rand(n, k, generator=generator)
+    part = deepcopy(whole)
+    exchange = Exchange(dist.group.WORLD)
+    share_(part, exchange)
+    mine = slice(0, first) if rank == 0 else slice(first, n)
+    seen = []
+    for module, tokens in ((whole, slice(None)), (part, mine)):
+        inputs = [x[tokens].clone().requires_grad_(), gates[tokens].clone().requires_grad_()]
+        out = module(inputs[0], index[tokens], inputs[1])
+        out.backward(d_out[tokens])
+        seen.append([out, *(t.grad for t in inputs), *(p.grad for p in module.parameters())])
+    expected = [t[mine] for t in seen[0][:3]] + [t[part.mine] for t in seen[0][3:]]
+    errors = [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(seen[1], expected, strict=True)]
+    return {"rows": sum(Trip.of(index[mine], e, exchange).received), "errors": errors}
 
 
 def main(rank: int, n_ranks: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), n_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=LIMIT))
     cases = torch.load(folder / "cases.pt", weights_only=True)
-    torch.save({name: ranks(case) for name, case in cases.items()}, folder / f"rank{rank}.pt")
+    torch.save(
+        {name: (layer if "precision" in case else ranks)(case) for name, case in cases.items()},
+        folder / f"rank{rank}.pt",
+    )
     dist.destroy_process_group()
 
 

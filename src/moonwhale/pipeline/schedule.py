@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import (
     BACKWARD_WEIGHT,
     FORWARD,
+    OVERLAP_F_B,
     RECV_B,
     RECV_F,
     SEND_B,
@@ -31,6 +32,7 @@ from torch.distributed.pipelining.schedules import (
 from moonwhale.errors import UserError
 from moonwhale.pipeline.experts import Exchange, own_experts
 from moonwhale.pipeline.kinds import SCHEDULES, places
+from moonwhale.pipeline.overlap import Overlap
 from moonwhale.pipeline.stages import Part, Stage
 
 
@@ -234,6 +236,8 @@ class Pipeline:
         self.places = places(schedule, ranks)
         self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)]
         self.engine = build_engine(schedule, self.wrapped, micro_batches)
+        if exchange is not None and kind.v_shape:  # of which the zero-bubble order has no pairs
+            self.engine.register_custom_function(OVERLAP_F_B, Overlap(exchange))
 
     def _wrap(self, stage: Stage, half: int) -> EngineStage:
         part, carried = stage.part, stage.carried(*self.shape)
