@@ -291,8 +291,8 @@ def test_unknown_fields_of_parallel():
         (
             4,
             {"parallel": {"ep": 2}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but a run on 4 processes needs "
-            "at least 4 and a multiple of 4: give 512,",
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but a run on 4 processes "
+            "needs at least 4 and a multiple of 4: give 512,",
         ),
         (
             1,
@@ -303,8 +303,8 @@ def test_unknown_fields_of_parallel():
         (
             8,
             {"parallel": {"pp": 2, "ep": 3}, "tokens_per_step": 1024},
-            "--parallel.ep: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or start "
-            "torchrun --nproc-per-node 6 or 12",
+            "--parallel.ep: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or "
+            "start torchrun --nproc-per-node 6 or 12",
         ),
         (
             3,
