@@ -103,13 +103,22 @@ def endless(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_disagree_are_refused(endless, tmp_path):
-    processes = start(endless, [*endless, "--lr", "0.5"])
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (("--lr", "0.5"), "--lr: rank 1 was started with 0.5, rank 0 with 0.001"),
+        (
+            ("--parallel.schedule", "1f1b"),
+            "--parallel.schedule: rank 1 was started with '1f1b', rank 0 with 'dualpipev'",
+        ),
+    ],
+)
+def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
+    processes = start(endless, [*endless, *other])
     try:
         for process in processes:
             assert our_lines(process.communicate(timeout=90)[1]) == [
-                "moonwhale: error: --lr: rank 1 was started with 0.5, rank 0 with 0.001: start all ranks with the same "
-                "options"
+                f"moonwhale: error: {found}: start all ranks with the same options"
             ]
             assert process.returncode == 2
     finally:
@@ -291,7 +300,7 @@ def test_unknown_fields_of_parallel():
         (
             4,
             {"parallel": {"ep": 2}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but a run on 4 processes "
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 4 processes "
             "needs at least 4 and a multiple of 4: give 512,",
         ),
         (

@@ -62,8 +62,8 @@ class Parallel:
             )
 
     @property
-    def spread(self) -> bool:
-        """Whether a process has less than the whole model."""
+    def cuts(self) -> bool:
+        """Whether a process has less than the whole model, and so needs the PipelineTrainer."""
         return self.pp > 1 or self.ep > 1
 
     @property
@@ -88,12 +88,11 @@ class Parallel:
             least, lots = kind.micro_batches * self.pp * copies, copies * (1 + kind.mirrored)
         if count < least or count % lots:
             enough = max(least, -(-count // lots) * lots) * tokens
-            if self.pp > 1:
-                who = f"{self.schedule} on {self.pp} ranks" + f", {copies} times," * (copies > 1)
-            else:
-                who = f"a run on {copies} processes"
             raise UserError(
-                f"{what}, but {who} needs at least {least}"
+                f"{what}, but "
+                + (f"{self.schedule} on {self.pp} ranks" if self.pp > 1 else f"the work of {copies} processes")
+                + f", {copies} times," * (copies > 1 and self.pp > 1)
+                + f" needs at least {least}"
                 + f" and a multiple of {lots}" * (lots > 1)
                 + f": give {enough}, or a smaller --batch-size"
             )

@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> None:
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
     main_process, world = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1))
-    pipelined = config.split.spread
+    pipelined = config.split.cuts
     micro_batches = config.micro_batches(config.split.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
@@ -82,6 +82,7 @@ def train(config: TrainConfig) -> None:
         cut(first, kind.stages * split.pp, config.context)
         split.check_experts(first.n_routed_experts if first.first_k_dense_replace < first.num_blocks else 0)
         on_cpu, settings = choice.device.type == "cpu", runs.learned(config, also=("out", "resume"))
+        settings |= {f"parallel.{name}": value for name, value in vars(split).items()}
         copies = split.copies(world)
         place = ranks.start(split.pp, copies, split.ep, kind.mirrored, split.timeout, on_cpu, settings)
         shares = 1
