@@ -1,20 +1,26 @@
 """One rank of the pipeline's tests: `python pipeline_ranks.py RANK RANKS FOLDER` runs the cases in FOLDER/cases.pt."""
 
 import sys
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moonwhale import fp8
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.model.layout import Layout
 from moonwhale.model.loss import IGNORE
+from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
-from moonwhale.pipeline import schedule
+from moonwhale.pipeline import experts, schedule
+from moonwhale.pipeline.experts import Exchange, Trip, own_experts, share_
 from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.ranks import stand
 from moonwhale.pipeline.schedule import Pipeline, own_parts
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
@@ -65,31 +71,42 @@ class Forgetful(Stage):
         return out if self.part.is_last else (out[0], out[1].detach().requires_grad_())
 
 
-def ranks(case: dict, alone: dist.ProcessGroup) -> list[dict]:
-    """The same as one rank of a pipeline sees it: its own parameters' gradients and state."""
+def swapped(index, *args) -> Trip:
+    """A mutant: what experts made of two choices comes home in each other's place."""
+    trip = Trip.of(index, *args)
+    return trip._replace(home=trip.home.flip(0))
+
+
+def ranks(case: dict) -> list[dict]:
+    """The same as one rank of one of several pipelines sees it: its own parameters' gradients and state."""
     model = model_of(case["config"], case["weights"])
-    n_ranks, rank, length = dist.get_world_size(), dist.get_rank(), case["length"]
-    n_stages = n_ranks * SCHEDULES[case["schedule"]].stages
-    parts = own_parts(cut(model.config, n_stages, length), case["schedule"], n_ranks, rank)
+    pp, ep, length = case["pp"], case["ep"], case["length"]
+    copies, kind = dist.get_world_size() // pp, SCHEDULES[case["schedule"]]
+    place = stand(pp, copies, ep, kind.mirrored, timedelta(seconds=LIMIT))
+    parts = own_parts(cut(model.config, pp * kind.stages, length), case["schedule"], pp, place.stage)
     keep_(model, parts)
+    exchange = Exchange(place.sharing, place.same_experts) if ep > 1 else None
+    if exchange:
+        share_(model, exchange)
     stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
-    mirrored = SCHEDULES[case["schedule"]].mirrored
-    same = dist.new_group([rank, n_ranks - 1 - rank], use_local_synchronization=True) if mirrored else alone
-    optimizer, hooks = optimizer_of(model, same)
+    optimizer, hooks = optimizer_of(model, place.same)
     size = case["rows"] // case["micro_batches"]
     if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
         Pipeline._share_embedding = lambda self: None
+    if case["mutant"] == "experts":  # each copy keeps its own share of the gradient
+        exchange.same = None
+    experts.Trip = SimpleNamespace(of=swapped) if case["mutant"] == "home" else Trip
     schedule.splits_backward = lambda: not case["whole"]
-    pipeline = Pipeline(stages, case["schedule"], case["micro_batches"], (size, length), torch.device("cpu"), same=same)
-    return [_step(case, seed, model, optimizer, hooks, pipeline) for seed in range(case["steps"])]
+    each, on = case["micro_batches"] // copies, torch.device("cpu")
+    pipeline = Pipeline(stages, case["schedule"], each, (size, length), on, place.pipeline, place.same, exchange)
+    return [_step(case, seed, model, optimizer, hooks, pipeline, place) for seed in range(case["steps"])]
 
 
-def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
+def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
     batch = batch_of(case["config"], case["rows"], case["length"], seed)
     targets = targets_of(model.config, batch)
-    outputs = {}
+    outputs, size = {}, case["rows"] // case["micro_batches"]
     if pipeline is None:
-        size = case["rows"] // case["micro_batches"]
         for i in range(case["micro_batches"]):
             micro = {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
             outputs[i] = model(**micro, num_items_in_batch=targets)
@@ -97,8 +114,8 @@ def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
     else:
         for stage in pipeline.stages:
             stage.targets = targets
-        pipeline.step(batch)
-        outputs = dict(pipeline.take_outputs())
+        pipeline.step({name: torch.cat(value.split(size)[place.copy :: place.copies]) for name, value in batch.items()})
+        outputs = {place.copy + i * place.copies: out for i, out in pipeline.take_outputs()}
     result = {
         "losses": {i: (out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for i, out in outputs.items()},
         "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
@@ -113,16 +130,55 @@ def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
         "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
     }
     result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
+    passes = [event for stage in pipeline.wrapped for event in stage.events] if pipeline else []
+    result["pairs"] = sum(  # backward passes that began in the middle of a forward pass
+        f.begin < b.begin < f.end for f in passes for b in passes if (f.kind, b.kind) == ("F", "B")
+    )
+    result["experts"] = {name: (own.start, own.stop) for name, own in own_experts(model).items()}
     result["state"] = {name: value.clone() for name, value in model.state_dict().items()}
     return result
+
+
+def layer(case: dict) -> dict:
+    """Experts alone, of which each of two ranks has half, beside a whole layer: how many rows came, and the relative
+    errors of what came out and of every gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config, rank = MoonwhaleConfig(**case["config"]), dist.get_rank()
+    e, k, hidden = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
+    whole = Experts(config)
+    if case["precision"] == "fp8":
+        whole.product, whole.step = fp8.emulated_product, fp8.TILE
+    for p in whole.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
+    first, n = 7, 50  # tokens of rank 0, and of both
+    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
+    x, d_out = (torch.randn(n, hidden, generator=generator).to(dtype) for _ in range(2))
+    index = torch.rand(n, e - case["shut"], generator=generator).topk(k).indices
+    gates = torch.rand(n, k, generator=generator)
+    part = deepcopy(whole)
+    exchange = Exchange(dist.group.WORLD)
+    share_(part, exchange)
+    mine = slice(0, first) if rank == 0 else slice(first, n)
+    seen = []
+    for module, tokens in ((whole, slice(None)), (part, mine)):
+        inputs = [x[tokens].clone().requires_grad_(), gates[tokens].clone().requires_grad_()]
+        out = module(inputs[0], index[tokens], inputs[1])
+        out.backward(d_out[tokens])
+        seen.append([out, *(t.grad for t in inputs), *(p.grad for p in module.parameters())])
+    expected = [t[mine] for t in seen[0][:3]] + [t[part.mine] for t in seen[0][3:]]
+    errors = [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(seen[1], expected, strict=True)]
+    return {"rows": sum(Trip.of(index[mine], e, exchange).received), "errors": errors}
 
 
 def main(rank: int, n_ranks: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), n_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=LIMIT))
-    alone, _ = dist.new_subgroups(group_size=1)
     cases = torch.load(folder / "cases.pt", weights_only=True)
-    torch.save({name: ranks(case, alone) for name, case in cases.items()}, folder / f"rank{rank}.pt")
+    torch.save(
+        {name: (layer if "precision" in case else ranks)(case) for name, case in cases.items()},
+        folder / f"rank{rank}.pt",
+    )
     dist.destroy_process_group()
 
 

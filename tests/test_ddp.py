@@ -55,7 +55,7 @@ def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -26,7 +26,9 @@ import pipeline_ranks
 from conftest import TINY
 from moonwhale.counts import flops_per_token, part_flops
 from moonwhale.errors import UserError
+from moonwhale.pipeline.experts import Exchange
 from moonwhale.pipeline.kinds import SCHEDULES, places
+from moonwhale.pipeline.overlap import Overlap
 from moonwhale.pipeline.schedule import dualpipe_order, own_parts, splits_backward, with_messages
 from moonwhale.pipeline.stages import Part, cut, keep_
 
@@ -78,15 +80,23 @@ def launch(tmp_path_factory):
 def case(tiny_config, draw):
     """`case(schedule, ...)`: a model's configuration and weights, and how it is to be run."""
 
-    def case(schedule, n_ranks=2, steps=1, whole=False, mutant="", **overrides) -> dict:
+    def case(schedule, n_ranks=2, pp=None, ep=1, steps=1, whole=False, mutant="", shut=0, **overrides) -> dict:
+        """shut: the last experts, which no token chooses."""
         from moonwhale.model import MoonwhaleForCausalLM
 
         config = TINY | MODEL | overrides
-        micro_batches = 2 * n_ranks + (2 if SCHEDULES[schedule].mirrored else 1)  # more than it needs
+        weights = draw(MoonwhaleForCausalLM(tiny_config(**config))).state_dict()
+        for name, value in weights.items():
+            if shut and name.endswith("e_score_correction_bias"):
+                value[-shut:] -= 100
+        pp = pp or n_ranks
+        micro_batches = n_ranks // pp * (2 * pp + (2 if SCHEDULES[schedule].mirrored else 1))  # more than it needs
         return {
             "config": config,
-            "weights": draw(MoonwhaleForCausalLM(tiny_config(**config))).state_dict(),
+            "weights": weights,
             "schedule": schedule,
+            "pp": pp,
+            "ep": ep,
             "steps": steps,
             "whole": whole,
             "mutant": mutant,
@@ -110,7 +120,8 @@ def largest_error(seen: list[list[dict]], expected: list[dict]) -> dict[str, flo
             assert set().union(*(rank[kind] for rank in ranks)) == set(one[kind])
             for rank in ranks:
                 for name, value in rank[kind].items():
-                    error = (value - one[kind][name]).norm() / one[kind][name].norm().clamp(min=1e-6)
+                    expected = one[kind][name][slice(*rank["experts"].get(name, (None,)))]
+                    error = (value - expected).norm() / expected.norm().clamp(min=1e-6)
                     errors[kind] = max(errors.get(kind, 0.0), float(error))
         assert sum(rank["clipped"] for rank in ranks) == one["clipped"]
     return errors
@@ -131,10 +142,31 @@ CASES = {
     "dualpipe, six steps": {"schedule": "dualpipe", "steps": 6},
     "1f1b, six steps": {"schedule": "1f1b", "steps": 6, "tie_word_embeddings": True},
 }
+SHARED = {  # a single stage each, which share their experts
+    "ep 2": {"schedule": "1f1b", "pp": 1, "ep": 2},
+    "ep 2, tied": {"schedule": "1f1b", "pp": 1, "ep": 2, "tie_word_embeddings": True},
+    "ep 2, a rank without tokens": {"schedule": "1f1b", "pp": 1, "ep": 2, "shut": 3},
+    "ep 2, six steps": {"schedule": "1f1b", "pp": 1, "ep": 2, "steps": 6},
+}
+SHARED_ON_FOUR = {
+    "ep 2, twice": {"schedule": "1f1b", "pp": 1, "ep": 2},
+    "ep 2, twice, tied": {"schedule": "1f1b", "pp": 1, "ep": 2, "tie_word_embeddings": True},
+    "dualpipev, ep 2": {"schedule": "dualpipev", "pp": 2, "ep": 2},
+    "dualpipev, ep 2, tied": {"schedule": "dualpipev", "pp": 2, "ep": 2, "tie_word_embeddings": True},
+    "dualpipe, ep 2": {"schedule": "dualpipe", "pp": 2, "ep": 2, "shut": 3},
+    "zerobubble, ep 2": {"schedule": "zerobubble", "pp": 2, "ep": 2},
+}
 MUTANTS = {
     "balance": {"schedule": "dualpipev", "mutant": "balance"},
     "embedding": {"schedule": "1f1b", "mutant": "embedding"},
 }
+LAYERS = {  # experts alone
+    f"{precision}, {shut} experts shut": {"config": TINY, "precision": precision, "shut": shut}
+    for precision in ("fp32", "bf16", "fp8")
+    for shut in (0, 3)
+}
+HOME = {"ep 2, home": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "home"}}
+MUTANTS_ON_FOUR = {"experts": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "experts"}}
 ON_FOUR = {
     "dualpipev": {"schedule": "dualpipev", **DEEP},
     "dualpipev, tied": {"schedule": "dualpipev", "tie_word_embeddings": True, **DEEP},
@@ -146,13 +178,13 @@ ON_FOUR = {
 
 @pytest.fixture(scope="module")
 def two_ranks(launch, case):
-    cases = {name: case(**options) for name, options in (CASES | MUTANTS).items()}
-    return cases, launch(cases, 2)
+    cases = {name: case(**options) for name, options in (CASES | SHARED | MUTANTS | HOME).items()}
+    return cases, launch(cases | LAYERS, 2)
 
 
 @pytest.fixture(scope="module")
 def four_ranks(launch, case):
-    cases = {name: case(n_ranks=4, **options) for name, options in ON_FOUR.items()}
+    cases = {name: case(n_ranks=4, **options) for name, options in (ON_FOUR | SHARED_ON_FOUR | MUTANTS_ON_FOUR).items()}
     return cases, launch(cases, 4)
 
 
@@ -162,13 +194,13 @@ def errors_of(run, name: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if "steps" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES | SHARED if "steps" not in name])
 def test_two_ranks_are_one(two_ranks, name):
     assert max(errors_of(two_ranks, name).values()) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if "steps" in name])
+@pytest.mark.parametrize("name", [name for name in CASES | SHARED if "steps" in name])
 def test_six_steps_on_two_ranks(two_ranks, name):
     errors = errors_of(two_ranks, name)
     assert max(errors["losses"], errors["state"], errors["seen"]) < 1e-5
@@ -180,7 +212,7 @@ def test_six_steps_on_two_ranks(two_ranks, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_FOUR)
+@pytest.mark.parametrize("name", ON_FOUR | SHARED_ON_FOUR)
 def test_four_ranks_are_one(four_ranks, name):
     assert max(errors_of(four_ranks, name).values()) < 1e-5
 
@@ -190,6 +222,79 @@ def test_four_ranks_are_one(four_ranks, name):
 def test_a_mutant_is_seen(two_ranks, name):
     errors = errors_of(two_ranks, name)
     assert errors["losses"] < 1e-5 < 1e-4 < errors["grads"]
+
+
+@pytest.mark.slow
+def test_rows_that_come_home_to_the_wrong_tokens_are_seen(two_ranks):
+    errors = errors_of(two_ranks, "ep 2, home")
+    assert min(errors["losses"], errors["grads"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_gradient_that_one_copy_keeps_is_seen(four_ranks):
+    errors = errors_of(four_ranks, "experts")
+    assert errors["losses"] < 1e-5 < 1e-2 < errors["grads"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_experts_in_every_precision(two_ranks, name):
+    """A rank whose experts nobody chooses, too. FP8's tiles of the weights' gradients hold other tokens."""
+    _, seen = two_ranks
+    rows = [rank[name]["rows"] for rank in seen]
+    assert sum(rows) == 50 * TINY["num_experts_per_tok"] and (rows[1] == 0) == ("3 experts" in name)
+    for rank in seen:
+        (*near, d_up, d_down), weights = rank[name]["errors"], 0.1 if "fp8" in name else 1e-2
+        assert max(near) < (1e-2 if "bf16" in name else 1e-5)
+        assert max(d_up, d_down) < (1e-5 if "fp32" in name else weights)
+
+
+@pytest.mark.slow
+def test_passes_take_turns_where_experts_are_shared(two_ranks, four_ranks):
+    """In the schedules that have pairs of passes."""
+    for name in ("dualpipev, ep 2", "dualpipe, ep 2"):
+        assert all(rank[name][0]["pairs"] > 2 for rank in four_ranks[1])
+    for (_, seen), name in ((four_ranks, "zerobubble, ep 2"), (two_ranks, "dualpipev"), (two_ranks, "ep 2")):
+        assert all(rank[name][0]["pairs"] == 0 for rank in seen)
+
+
+def test_a_pair_takes_turns():
+    """Each goes on when the other sends rows, in one order whatever the threads' luck; both end, and only then it."""
+    exchange, said = Exchange(None), []
+    overlap = Overlap(exchange)
+
+    def speak(who: str, times: int):
+        for i in range(times):
+            said.append(f"{who}{i}")
+            exchange.hand_over()
+        said.append(f"{who} ends")
+
+    for _ in range(50):
+        said.clear()
+        overlap.take_turns(lambda: speak("a", 3), lambda: speak("b", 1))
+        assert said == ["a0", "b0", "a1", "b ends", "a2", "a ends"]
+    said.clear()
+    overlap.take_turns(lambda: speak("a", 0), lambda: speak("b", 2))
+    assert said == ["a ends", "b0", "b1", "b ends"]
+    exchange.hand_over()  # outside a pair there is nobody to go on
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pair_of_which_one_fails(first):
+    exchange, went_on = Exchange(None), []
+
+    def fail():
+        exchange.hand_over()
+        raise ValueError("no")
+
+    def go_on():
+        for _ in range(3):
+            exchange.hand_over()
+            went_on.append(1)
+
+    with pytest.raises(ValueError, match="no"):
+        Overlap(exchange).take_turns(*((fail, go_on) if first else (go_on, fail)))
+    assert len(went_on) < 3
 
 
 # Where a model is cut

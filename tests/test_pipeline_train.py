@@ -103,13 +103,22 @@ def endless(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_disagree_are_refused(endless, tmp_path):
-    processes = start(endless, [*endless, "--lr", "0.5"])
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (("--lr", "0.5"), "--lr: rank 1 was started with 0.5, rank 0 with 0.001"),
+        (
+            ("--parallel.schedule", "1f1b"),
+            "--parallel.schedule: rank 1 was started with '1f1b', rank 0 with 'dualpipev'",
+        ),
+    ],
+)
+def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
+    processes = start(endless, [*endless, *other])
     try:
         for process in processes:
             assert our_lines(process.communicate(timeout=90)[1]) == [
-                "moonwhale: error: --lr: rank 1 was started with 0.5, rank 0 with 0.001: start all ranks with the same "
-                "options"
+                f"moonwhale: error: {found}: start all ranks with the same options"
             ]
             assert process.returncode == 2
     finally:
@@ -178,6 +187,41 @@ def test_two_copies_against_each_other(one, tmp_path):
     assert_close(tmp_path / "two", config.out)
 
 
+@pytest.mark.slow
+def test_processes_that_share_experts(one, tmp_path):
+    config = one(tokens_per_step=256, steps=6)  # the epoch's last step has 3 micro-batches, of which one copy has one
+    out = tmp_path / "two"
+    shared = ("--parallel.ep", "2")
+    said = torchrun("--config", str(tmp_path / "run.yaml"), "--out", str(out), *shared)
+    assert "2 processes, each layer's experts over 2" in said
+    assert_close(out, config.out)
+    a, b = (torch.load(folder / "checkpoint-6" / "optimizer.pt")["state"] for folder in (out, Path(config.out)))
+    assert a.keys() == b.keys()
+    for i, state in b.items():
+        for key, value in state.items():
+            torch.testing.assert_close(a[i][key], value, atol=1e-5, rtol=1e-3)
+
+    # on one process from the middle of the shared run, and on two from the middle of the other
+    for folder in (out, Path(config.out)):
+        for path in (*folder.glob("checkpoint-6"), *folder.glob("config.json"), *folder.glob("model.safetensors")):
+            path.rename(tmp_path / f"{folder.name}-{path.name}")
+    pretrain.train(arguments.parse(["--out", str(out), "--resume", "--parallel.ep", "1"]))
+    torchrun("--out", config.out, "--resume", *shared)
+    assert_close(out, config.out)
+    a, b = load_file(Path(config.out) / "model.safetensors"), load_file(tmp_path / "one-model.safetensors")
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_pipelines_that_share_experts(one, tmp_path):
+    """With activations that are computed again, which sends the tokens once more."""
+    config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "four"), "--gradient-checkpointing")
+    torchrun(*options, "--parallel.pp", "2", "--parallel.ep", "2", processes=4)
+    assert_close(tmp_path / "four", config.out)
+
+
 # What is refused before a process is started
 
 
@@ -201,6 +245,8 @@ def test_two_copies_against_each_other(one, tmp_path):
             "at least 4 and a multiple of 2: give 384,",
         ),
         ({"parallel": {"pp": 2}, "compile": True}, "--compile: a pipeline can't split a compiled backward pass"),
+        ({"parallel": {"ep": 0}}, "--parallel.ep: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"ep": 2}, "compile": True}, "--compile: experts on several ranks can't be compiled: leave it"),
         (
             {"parallel": {"pp": 4}},
             "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipev on 4 ranks "
@@ -250,6 +296,34 @@ def test_unknown_fields_of_parallel():
             {"parallel": {"pp": 2}, "model": {"num_hidden_layers": 3}},
             "--model.num_hidden_layers: 3 blocks can't be cut into 4 stages: give at least 4, or a smaller "
             "--parallel.pp",
+        ),
+        (
+            4,
+            {"parallel": {"ep": 2}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 4 processes "
+            "needs at least 4 and a multiple of 4: give 512,",
+        ),
+        (
+            1,
+            {"parallel": {"ep": 2}},
+            "--parallel.ep: 2 copies of the model are to share experts, which can't be made of 1: give 1, or start "
+            "torchrun --nproc-per-node 2",
+        ),
+        (
+            8,
+            {"parallel": {"pp": 2, "ep": 3}, "tokens_per_step": 1024},
+            "--parallel.ep: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or "
+            "start torchrun --nproc-per-node 6 or 12",
+        ),
+        (
+            3,
+            {"parallel": {"ep": 3}, "tokens_per_step": 384},
+            "--parallel.ep: 4 experts can't be shared by 3 ranks: give 2 or 4",
+        ),
+        (
+            2,
+            {"parallel": {"ep": 2}, "tokens_per_step": 384, "model": {"first_k_dense_replace": 9}},
+            "--parallel.ep: the model has no experts to share: leave it out",
         ),
     ],
 )

@@ -37,18 +37,19 @@ def places(schedule: str, ranks: int) -> list[int]:
 @dataclass(frozen=True)
 class Parallel:
     """`--parallel.FIELD`: how a run is spread over the processes that torchrun starts. Several times `pp` of them are
-    copies of the pipeline, which share each step's micro-batches.
+    copies of the pipeline, which share each step's micro-batches; and `ep` copies share their routed experts.
 
     Raises:
         UserError: an impossible setting, naming the nearest that works.
     """
 
     pp: int = 1  # ranks of the pipeline; 1: none, every process has the whole model
+    ep: int = 1  # copies that share their experts; 1: each has all of them
     schedule: str = "dualpipev"
     timeout: int = 600  # seconds that a rank waits for another
 
     def __post_init__(self):
-        for name in ("pp", "timeout"):
+        for name in ("pp", "ep", "timeout"):
             if getattr(self, name) < 1:
                 raise UserError(f"--parallel.{name}: {getattr(self, name)} is impossible: it must be at least 1")
         if self.schedule not in SCHEDULES:
@@ -60,18 +61,37 @@ class Parallel:
                 f"impossible: give {self.pp - 1} or {self.pp + 1}, or --parallel.schedule dualpipev"
             )
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a process has less than the whole model, and so needs the PipelineTrainer."""
+        return self.pp > 1 or self.ep > 1
+
+    @property
+    def order(self) -> str:
+        """The schedule that runs: a single stage has one micro-batch after the other."""
+        return self.schedule if self.pp > 1 else "1f1b"
+
+    def check_experts(self, experts: int) -> None:
+        """Of how many routed experts the model's layers have, 0 if no layer has any."""
+        if self.ep > 1 and not experts:
+            raise UserError("--parallel.ep: the model has no experts to share: leave it out")
+        if experts % self.ep:
+            near = _divisors_near(experts, self.ep)
+            raise UserError(f"--parallel.ep: {experts} experts can't be shared by {self.ep} ranks: give {near}")
+
     def micro_batches(self, count: int, copies: int, tokens: int, what: str) -> int:
         """How many of a step's `count` micro-batches of so many `tokens` each of `copies` pipelines computes; `what`
         says in words what there are.
         """
-        kind, lots, least = SCHEDULES[self.schedule], copies, copies
+        kind, lots, least = SCHEDULES[self.order], copies, copies
         if self.pp > 1:
             least, lots = kind.micro_batches * self.pp * copies, copies * (1 + kind.mirrored)
         if count < least or count % lots:
             enough = max(least, -(-count // lots) * lots) * tokens
             raise UserError(
-                f"{what}, but {self.schedule} on {self.pp} ranks"
-                + f", {copies} times," * (copies > 1)
+                f"{what}, but "
+                + (f"{self.schedule} on {self.pp} ranks" if self.pp > 1 else f"the work of {copies} processes")
+                + f", {copies} times," * (copies > 1 and self.pp > 1)
                 + f" needs at least {least}"
                 + f" and a multiple of {lots}" * (lots > 1)
                 + f": give {enough}, or a smaller --batch-size"
@@ -79,7 +99,7 @@ class Parallel:
         return count // copies
 
     def copies(self, world: int) -> int:
-        """Pipelines that `world` processes are."""
+        """Pipelines that `world` processes are; without a pipeline, the processes."""
         copies, rest = divmod(world, self.pp)
         if rest or not copies:
             nearest = " or ".join(str(n * self.pp) for n in (copies, copies + 1) if n)
@@ -87,7 +107,20 @@ class Parallel:
                 f"--parallel.pp: pipelines of {self.pp} ranks can't be made of {world} process{'es' * (world > 1)}: "
                 f"start torchrun --nproc-per-node {nearest}" + ", or give --parallel.pp 1" * (world == 1)
             )
+        if copies % self.ep:
+            nearest = " or ".join(str(n * self.ep * self.pp) for n in (copies // self.ep, copies // self.ep + 1) if n)
+            raise UserError(
+                f"--parallel.ep: {self.ep} copies of the model are to share experts, which can't be made of {copies}: "
+                f"give {_divisors_near(copies, self.ep)}, or start torchrun --nproc-per-node {nearest}"
+            )
         return copies
+
+
+def _divisors_near(number: int, wrong: int) -> str:
+    """Of a number's divisors, the nearest on both sides of one that is none."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    near = [max(n for n in divisors if n < wrong), *(n for n in divisors if n > wrong)][:2]
+    return " or ".join(map(str, near))
 
 
 def parallel_fields() -> dict[str, typing.Any]:

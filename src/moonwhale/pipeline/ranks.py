@@ -6,6 +6,7 @@ Process c · P + r is rank r of copy c of a pipeline of P ranks.
 import logging
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -38,7 +39,14 @@ class Ranks:
     copies: int
     pipeline: dist.ProcessGroup  # the ranks of this copy
     same: dist.ProcessGroup  # all ranks that hold the same stages
+    sharing: dist.ProcessGroup | None  # the ranks that share these stages' experts; None: each has all of them
+    same_experts: dist.ProcessGroup  # all ranks that hold the same experts
     control: dist.ProcessGroup  # all processes, for objects, on the CPU
+
+    @property
+    def ep(self) -> int:
+        """Copies that share their experts."""
+        return dist.get_world_size(self.sharing) if self.sharing else 1
 
     def lost(self, error: RuntimeError, step: int) -> str | None:
         """One line to say of an error in `step` if it means that another rank was lost; else None."""
@@ -78,10 +86,11 @@ def take_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
 
 
-def start(pp: int, copies: int, mirrored: bool, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
+def start(pp: int, copies: int, ep: int, mirrored: bool, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
     """Joins the processes that torchrun started, `copies` pipelines of `pp` ranks each.
 
-    mirrored: ranks r and P - 1 - r of a pipeline hold the same stages.
+    ep: copies that share their experts, each with a part of them. mirrored: ranks r and P - 1 - r of a pipeline hold
+    the same stages.
     timeout: seconds that a rank waits for another. settings: what all must have been started with, by option.
 
     Raises:
@@ -94,16 +103,28 @@ def start(pp: int, copies: int, mirrored: bool, timeout: int, on_cpu: bool, sett
         os.environ.pop(name, None)
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
     _agree(settings, control)
+    return stand(pp, copies, ep, mirrored, limit, control)
+
+
+def stand(
+    pp: int, copies: int, ep: int, mirrored: bool, limit: timedelta, control: dist.ProcessGroup | None = None
+) -> Ranks:
+    """This process's place, and its groups, which all processes make together. See `start`."""
     rank = dist.get_rank()
-    copy, stage = divmod(rank, pp)
-    groups = {}  # made by all ranks in the same order
-    for c in range(copies):
-        groups[c, "pipeline"] = dist.new_group([c * pp + s for s in range(pp)], timeout=limit)
-    for s in range(pp // 2 if mirrored else pp):
-        stages = {s, pp - 1 - s} if mirrored else {s}
-        groups[s, "same"] = dist.new_group(sorted(c * pp + x for c in range(copies) for x in stages), timeout=limit)
-    pipeline, same = groups[copy, "pipeline"], groups[min(stage, pp - 1 - stage) if mirrored else stage, "same"]
-    return Ranks(rank, stage, copy, copies, pipeline, same, control)
+    cells = [sorted({s, pp - 1 - s}) for s in range(pp // 2)] if mirrored else [[s] for s in range(pp)]
+
+    def own(groups: Iterable[list[int]]) -> dist.ProcessGroup | None:
+        made = [(ranks, dist.new_group(ranks, timeout=limit)) for ranks in groups]
+        return next((group for ranks, group in made if rank in ranks), None)
+
+    pipeline = own([c * pp + s for s in range(pp)] for c in range(copies))
+    same = own([c * pp + s for c in range(copies) for s in cell] for cell in cells)
+    if ep == 1:
+        return Ranks(rank, rank % pp, rank // pp, copies, pipeline, same, None, same, control)
+    firsts = range(0, copies, ep)
+    sharing = own([c * pp + s for c in range(first, first + ep)] for first in firsts for s in range(pp))
+    same_experts = own([c * pp + s for c in range(k, copies, ep) for s in cell] for k in range(ep) for cell in cells)
+    return Ranks(rank, rank % pp, rank // pp, copies, pipeline, same, sharing, same_experts, control)
 
 
 def _agree(settings: dict, control: dist.ProcessGroup) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import (
     BACKWARD_WEIGHT,
     FORWARD,
+    OVERLAP_F_B,
     RECV_B,
     RECV_F,
     SEND_B,
@@ -29,7 +30,9 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from moonwhale.errors import UserError
+from moonwhale.pipeline.experts import Exchange, own_experts
 from moonwhale.pipeline.kinds import SCHEDULES, places
+from moonwhale.pipeline.overlap import Overlap
 from moonwhale.pipeline.stages import Part, Stage
 
 
@@ -205,7 +208,8 @@ class Pipeline:
     """A rank's stages and the schedule that runs them, for micro-batches of `shape` (B, T).
 
     stages: the rank's, as `own_parts` has them. `group` holds one copy of the pipeline, a rank for each place; `same`,
-    if there is more than one, the ranks whose stages are the same, over which gradients are added up.
+    if there is more than one, the ranks whose stages are the same, over which gradients are added up; those of experts
+    that ranks share, by `exchange`, over the ranks that hold the same experts.
 
     A backward pass is split only where that is right and pays: not in the last stage, whose weights have several uses,
     nor with activation checkpointing, which would compute a stage's forward pass twice more.
@@ -220,17 +224,20 @@ class Pipeline:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         same: dist.ProcessGroup | None = None,
+        exchange: Exchange | None = None,
     ):
         ranks, kind = dist.get_world_size(group), SCHEDULES[schedule]
         least = kind.micro_batches * ranks
         if micro_batches < least:
             raise UserError(f"{schedule}: {micro_batches} micro-batches are too few for {ranks} ranks: give {least}")
         self.stages, self.group, self.device, self.shape = stages, group, device, shape
-        self.same = same if same is not None and dist.get_world_size(same) > 1 else None
+        self.same, self.exchange = same, exchange
         self.micro_batches, self.mirrored = micro_batches, kind.mirrored
         self.places = places(schedule, ranks)
         self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)]
         self.engine = build_engine(schedule, self.wrapped, micro_batches)
+        if exchange is not None and kind.v_shape:  # of which the zero-bubble order has no pairs
+            self.engine.register_custom_function(OVERLAP_F_B, Overlap(exchange))
 
     def _wrap(self, stage: Stage, half: int) -> EngineStage:
         part, carried = stage.part, stage.carried(*self.shape)
@@ -275,12 +282,12 @@ class Pipeline:
             stage.events.clear()
         self.engine.step(target=batch["labels"], return_outputs=False, **batch)
         self._share_embedding()
-        if self.same is not None:
-            grads = [p.grad for p in self.stages[0].model.parameters() if p.grad is not None]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=self.same)
-            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
+        model = self.stages[0].model
+        experts = own_experts(model)
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        _add_up([grad for name, grad in grads.items() if name not in experts], self.same)
+        if self.exchange is not None:
+            _add_up([grad for name, grad in grads.items() if name in experts], self.exchange.same)
 
     def take_outputs(self) -> list[tuple[int, object]]:
         """The parts of the loss that the last stage, if it is here, put down since the last call, each with the number
@@ -310,6 +317,16 @@ class Pipeline:
                 carried = tuple(torch.empty_like(t, device=self.device, requires_grad=False) for t in shapes)
                 for tensor in carried:
                     dist.recv(tensor, group=self.group, group_src=rank)
+
+
+def _add_up(grads: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """In place over a group's ranks, in one collective."""
+    if group is None or dist.get_world_size(group) == 1 or not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=group)
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
 
 
 def own_parts(parts: list[Part], schedule: str, ranks: int, rank: int) -> list[Part]:

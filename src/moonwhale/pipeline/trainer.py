@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from moonwhale.model.loss import IGNORE
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
 from moonwhale.optim.muonclip import attach_hooks, param_groups
+from moonwhale.pipeline.experts import Exchange, join, own_experts, share_
 from moonwhale.pipeline.kinds import SCHEDULES
 from moonwhale.pipeline.ranks import Ranks
 from moonwhale.pipeline.schedule import Pipeline, own_parts
@@ -47,10 +48,15 @@ class PipelineTrainer(MTPTrainer):
         parts = cut(model.config, SCHEDULES[schedule].stages * pp, context)
         own = own_parts(parts, schedule, pp, ranks.stage)
         keep_(model, own)
+        exchange = Exchange(ranks.sharing, ranks.same_experts) if ranks.sharing else None
+        if exchange:
+            share_(model, exchange)
         super().__init__(*args, model=model, **kwargs)
         shape = (targs.per_device_train_batch_size, context)
         stages = [Stage(model, part, torch.bfloat16 if targs.bf16 else None) for part in own]
-        self.pipeline = Pipeline(stages, schedule, micro_batches, shape, targs.device, ranks.pipeline, ranks.same)
+        self.pipeline = Pipeline(
+            stages, schedule, micro_batches, shape, targs.device, ranks.pipeline, ranks.same, exchange
+        )
         self._held: list[dict] = []
         # What a norm over the whole model must not count twice
         self._copied = SCHEDULES[schedule].mirrored and ranks.stage >= pp // 2
@@ -141,12 +147,18 @@ class PipelineTrainer(MTPTrainer):
 
     def _norm(self, model) -> Tensor:
         """The gradient's norm over the whole model, each parameter once."""
-        grads = [
-            p.grad
+        experts = own_experts(model)
+        grads = {
+            name: p.grad
             for name, p in model.named_parameters()
             if p.grad is not None and not (self._embedding_copied and name == EMBEDDING)
-        ]
-        square = get_total_norm(grads).square() * (not self._copied)
+        }
+        square = get_total_norm([grad for name, grad in grads.items() if name not in experts]).square()
+        if self.ranks.sharing:
+            of_experts = get_total_norm([grad for name, grad in grads.items() if name in experts]).square()
+            dist.all_reduce(of_experts, group=self.ranks.sharing)
+            square += of_experts
+        square *= not self._copied
         dist.all_reduce(square, group=self.ranks.pipeline)
         return square.sqrt()
 
@@ -184,14 +196,18 @@ class PipelineTrainer(MTPTrainer):
         """Puts the whole model and its optimizer together on rank 0, which saves them as one process does."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         state = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        optimizer = {
-            names[p]: {k: v.cpu() for k, v in values.items()}
+        states = {
+            (names[p], key): value.cpu()
             for p, values in self.optimizer.state.items()
             if p in names
+            for key, value in values.items()
         }
+        if self.ranks.copy:  # the first copy has all but the experts that others have
+            experts = own_experts(self.model) if self.ranks.copy < self.ranks.ep else {}
+            state = {name: value for name, value in state.items() if name in experts}
+            states = {name: value for name, value in states.items() if name[0] in experts}
         everyones = [None] * dist.get_world_size() if self.ranks.rank == 0 else None
-        own = (state, optimizer) if self.ranks.copy == 0 else ({}, {})
-        dist.gather_object(own, everyones, group=self.ranks.control)
+        dist.gather_object((state, states), everyones, group=self.ranks.control)
         error = [None]
         if self.ranks.rank == 0:
             try:
@@ -205,18 +221,20 @@ class PipelineTrainer(MTPTrainer):
     def _save_whole(self, everyones: list[tuple[dict, dict]], trial) -> None:
         with torch.device("meta"):
             whole = MoonwhaleForCausalLM(self.model.config)
-        state, states = {}, {}
-        for part, part_states in everyones:
-            state |= part
-            states |= part_states
+        pp = dist.get_world_size(self.ranks.pipeline)
+        copies = [everyones[c * pp : (c + 1) * pp] for c in range(self.ranks.ep)]
+        state, states = (
+            join([{name: value for rank in copy for name, value in rank[kind].items()} for copy in copies])
+            for kind in (0, 1)
+        )
         whole.load_state_dict(state, assign=True)
         whole.tie_weights()
         optimizer = self._optimizer_of(self._groups_of(whole))
         for group, own in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
             group |= {name: value for name, value in own.items() if name != "params"}
-        for name, parameter in whole.named_parameters():
-            if name in states:
-                optimizer.state[parameter] = states[name]
+        parameters = dict(whole.named_parameters())
+        for (name, key), value in states.items():
+            optimizer.state[parameters[name]][key] = value
         here = self.model, self.optimizer
         self.model, self.optimizer = whole, optimizer
         try:
@@ -231,6 +249,8 @@ class PipelineTrainer(MTPTrainer):
         saved = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)
         order = [name for group in self._groups for name in group["params"]]
         states = {name: saved["state"][i] for i, name in enumerate(order) if i in saved["state"]}
+        for name, own in own_experts(self.model).items():
+            states[name] = {key: value[own] for key, value in states.get(name, {}).items()}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         mine = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         own = self.optimizer.state_dict()

@@ -86,7 +86,7 @@ class TrainConfig:
         ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
     )
 
-    parallel: dict = option({}, "a pipeline over several processes", fields=parallel_fields)
+    parallel: dict = option({}, "how the model is spread over several processes", fields=parallel_fields)
     model: dict = option({}, "fields of MoonwhaleConfig that differ from its defaults", fields=model_fields)
 
     def __post_init__(self):
@@ -111,6 +111,8 @@ class TrainConfig:
         self.accumulation()
         if self.split.pp > 1 and self.compile:
             raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
+        if self.split.ep > 1 and self.compile:
+            raise UserError("--compile: experts on several ranks can't be compiled: leave it out")
         self.micro_batches()
 
     @property
@@ -149,7 +151,8 @@ def parse(argv: list[str]) -> TrainConfig:
         description="Train a model on text. The preset, --config and the command line: a later one wins.",
         epilog="--model.FIELD VALUE overrides the model's configuration, here as in `moonwhale info`, which says "
         f"what it costs. Fields:\n{fields}\n\n"
-        "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes.",
+        "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes; "
+        ".ep N: N processes share the experts.",
     )
     options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")

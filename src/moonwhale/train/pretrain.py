@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> None:
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
     main_process, world = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1))
-    pipelined = config.split.pp > 1
+    pipelined = config.split.cuts
     micro_batches = config.micro_batches(config.split.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
@@ -78,10 +78,13 @@ def train(config: TrainConfig) -> None:
     first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
     place, shares = None, world  # of the rows, one for each of the Trainer's processes
     if pipelined:
-        split, kind = config.split, SCHEDULES[config.split.schedule]
+        split, kind = config.split, SCHEDULES[config.split.order]
         cut(first, kind.stages * split.pp, config.context)
+        split.check_experts(first.n_routed_experts if first.first_k_dense_replace < first.num_blocks else 0)
         on_cpu, settings = choice.device.type == "cpu", runs.learned(config, also=("out", "resume"))
-        place = ranks.start(split.pp, config.split.copies(world), kind.mirrored, split.timeout, on_cpu, settings)
+        settings |= {f"parallel.{name}": value for name, value in vars(split).items()}
+        copies = split.copies(world)
+        place = ranks.start(split.pp, copies, split.ep, kind.mirrored, split.timeout, on_cpu, settings)
         shares = 1
     args = _trainer_arguments(config, choice, shares)
     data = build_data(
@@ -118,7 +121,7 @@ def train(config: TrainConfig) -> None:
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
-    pipeline = {"ranks": place, "schedule": config.split.schedule, "micro_batches": micro_batches} if pipelined else {}
+    pipeline = {"ranks": place, "schedule": config.split.order, "micro_batches": micro_batches} if pipelined else {}
     built: list[MTPTrainer] = []
 
     def build(callbacks: list) -> MTPTrainer:
@@ -148,10 +151,12 @@ def train(config: TrainConfig) -> None:
 
 
 def _processes(config: TrainConfig, world: int) -> str:
-    if config.split.pp == 1:
-        return f", {world} processes" * (world > 1)
-    copies = config.split.copies(world)
-    return f", {config.split.schedule} over {config.split.pp} processes" + f", {copies} times" * (copies > 1)
+    split = config.split
+    sharing = f", each layer's experts over {split.ep}" * (split.ep > 1)
+    if split.pp == 1:
+        return f", {world} processes" * (world > 1) + sharing
+    copies = split.copies(world)
+    return f", {split.schedule} over {split.pp} processes" + f", {copies} times" * (copies > 1) + sharing
 
 
 def _check_data(data, out: Path, config: TrainConfig) -> None:
