@@ -65,8 +65,12 @@ class PipelineTrainer(MTPTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self._optimizer_of(self._groups_of(self.model))
-            self._hooks = attach_hooks(self.optimizer, self.model, self.args.qk_clip_tau or None, self.ranks.same)
+            self._hooks = attach_hooks(self.optimizer, self.model, self.args.qk_clip_tau or None, self._alike)
         return self.optimizer
+
+    @property
+    def _alike(self) -> dist.ProcessGroup:
+        return self.ranks.same
 
     def _groups_of(self, model) -> list[dict]:
         own = dict(model.named_parameters())
