@@ -15,7 +15,9 @@ from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.pipeline import schedule
 from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.muon import SharedMuonClip
 from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.shards import gathered
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
 LIMIT = 120  # seconds that a rank waits for another
@@ -46,7 +48,11 @@ def model_of(config: dict, weights: dict[str, Tensor]) -> MoonwhaleForCausalLM:
 
 
 def optimizer_of(model, group=None):
-    optimizer = MuonClip(param_groups(model, lr=2e-3), newton_schulz_dtype=torch.float32)
+    groups, dtype = param_groups(model, lr=2e-3), torch.float32
+    if group is None:
+        optimizer = MuonClip(groups, newton_schulz_dtype=dtype)
+    else:
+        optimizer = SharedMuonClip(groups, group=group, newton_schulz_dtype=dtype)
     return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=group)
 
 
@@ -65,31 +71,40 @@ class Forgetful(Stage):
         return out if self.part.is_last else (out[0], out[1].detach().requires_grad_())
 
 
-def ranks(case: dict, alone: dist.ProcessGroup) -> list[dict]:
-    """The same as one rank of a pipeline sees it: its own parameters' gradients and state."""
+def ranks(case: dict) -> list[dict]:
+    """The same as one rank of a pipeline, or of several, sees it: its own parameters' gradients and state."""
     model = model_of(case["config"], case["weights"])
-    n_ranks, rank, length = dist.get_world_size(), dist.get_rank(), case["length"]
-    n_stages = n_ranks * SCHEDULES[case["schedule"]].stages
-    parts = own_parts(cut(model.config, n_stages, length), case["schedule"], n_ranks, rank)
+    pp, length, kind = case["pp"], case["length"], SCHEDULES[case["schedule"]]
+    copies = dist.get_world_size() // pp
+    copy, place = divmod(dist.get_rank(), pp)
+    parts = own_parts(cut(model.config, pp * kind.stages, length), case["schedule"], pp, place)
     keep_(model, parts)
     stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
-    mirrored = SCHEDULES[case["schedule"]].mirrored
-    same = dist.new_group([rank, n_ranks - 1 - rank], use_local_synchronization=True) if mirrored else alone
-    optimizer, hooks = optimizer_of(model, same)
+    places = {place, pp - 1 - place} if kind.mirrored else {place}
+    group, same = (
+        dist.new_group(sorted(ranks), use_local_synchronization=True)
+        for ranks in ([copy * pp + p for p in range(pp)], [c * pp + p for c in range(copies) for p in places])
+    )
     size = case["rows"] // case["micro_batches"]
     if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
         Pipeline._share_embedding = lambda self: None
     schedule.splits_backward = lambda: not case["whole"]
-    pipeline = Pipeline(stages, case["schedule"], case["micro_batches"], (size, length), torch.device("cpu"), same=same)
-    return [_step(case, seed, model, optimizer, hooks, pipeline) for seed in range(case["steps"])]
+    device, micro_batches = torch.device("cpu"), case["micro_batches"] // copies
+    pipeline = Pipeline(stages, case["schedule"], micro_batches, (size, length), device, group, same)
+    if case["fsdp"]:
+        pipeline.shard_()
+        if case["mutant"] == "mean":
+            for unit in pipeline.shards.units:
+                unit.set_gradient_divide_factor(2.0)
+    optimizer, hooks = optimizer_of(model, same)
+    return [_step(case, seed, model, optimizer, hooks, pipeline, copy, copies) for seed in range(case["steps"])]
 
 
-def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
+def _step(case, seed, model, optimizer, hooks, pipeline, copy=0, copies=1) -> dict:
     batch = batch_of(case["config"], case["rows"], case["length"], seed)
     targets = targets_of(model.config, batch)
-    outputs = {}
+    outputs, size = {}, case["rows"] // case["micro_batches"]
     if pipeline is None:
-        size = case["rows"] // case["micro_batches"]
         for i in range(case["micro_batches"]):
             micro = {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
             outputs[i] = model(**micro, num_items_in_batch=targets)
@@ -97,11 +112,11 @@ def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
     else:
         for stage in pipeline.stages:
             stage.targets = targets
-        pipeline.step(batch)
-        outputs = dict(pipeline.take_outputs())
+        pipeline.step({n: torch.cat(value.split(size)[copy::copies]) for n, value in batch.items()})
+        outputs = {copy + i * copies: out for i, out in pipeline.take_outputs()}
     result = {
         "losses": {i: (out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for i, out in outputs.items()},
-        "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "grads": {name: gathered(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None},
     }
     optimizer.step()
     optimizer.zero_grad()
@@ -113,16 +128,15 @@ def _step(case, seed, model, optimizer, hooks, pipeline) -> dict:
         "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
     }
     result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
-    result["state"] = {name: value.clone() for name, value in model.state_dict().items()}
+    result["state"] = {name: gathered(value).clone() for name, value in model.state_dict().items()}
     return result
 
 
 def main(rank: int, n_ranks: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), n_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=LIMIT))
-    alone, _ = dist.new_subgroups(group_size=1)
     cases = torch.load(folder / "cases.pt", weights_only=True)
-    torch.save({name: ranks(case, alone) for name, case in cases.items()}, folder / f"rank{rank}.pt")
+    torch.save({name: ranks(case) for name, case in cases.items()}, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 

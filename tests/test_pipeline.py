@@ -78,15 +78,17 @@ def launch(tmp_path_factory):
 def case(tiny_config, draw):
     """`case(schedule, ...)`: a model's configuration and weights, and how it is to be run."""
 
-    def case(schedule, n_ranks=2, steps=1, whole=False, mutant="", **overrides) -> dict:
+    def case(schedule, n_ranks=2, pp=None, fsdp=False, steps=1, whole=False, mutant="", **overrides) -> dict:
         from moonwhale.model import MoonwhaleForCausalLM
 
         config = TINY | MODEL | overrides
-        micro_batches = 2 * n_ranks + (2 if SCHEDULES[schedule].mirrored else 1)  # more than it needs
+        micro_batches = 2 * n_ranks + (2 if fsdp or SCHEDULES[schedule].mirrored else 1)  # more than it needs
         return {
             "config": config,
             "weights": draw(MoonwhaleForCausalLM(tiny_config(**config))).state_dict(),
             "schedule": schedule,
+            "pp": pp or n_ranks,
+            "fsdp": fsdp,
             "steps": steps,
             "whole": whole,
             "mutant": mutant,

@@ -25,7 +25,7 @@ def descend(make_optimizer, dtype: torch.dtype) -> dict:
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**TINY, num_nextn_predict_layers=1))
     optimizer = make_optimizer(param_groups(model, lr=0.02), newton_schulz_dtype=dtype)
     iterate, done = muonclip.newton_schulz, []
-    muonclip.newton_schulz = lambda stack, *args: done.extend(cost(m) for m in stack) or iterate(stack, *args)
+    muonclip.newton_schulz = lambda stack, *args: done.extend(cost(m.shape) for m in stack) or iterate(stack, *args)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():

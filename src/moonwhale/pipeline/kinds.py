@@ -45,6 +45,7 @@ class Parallel:
 
     pp: int = 1  # ranks of the pipeline; 1: none, every process has the whole model
     schedule: str = "dualpipev"
+    fsdp: bool = False  # ranks that hold the same weights keep a part of them each (FSDP2)
     timeout: int = 600  # seconds that a rank waits for another
 
     def __post_init__(self):
@@ -70,13 +71,19 @@ class Parallel:
         if count < least or count % lots:
             enough = max(least, -(-count // lots) * lots) * tokens
             raise UserError(
-                f"{what}, but {self.schedule} on {self.pp} ranks"
-                + f", {copies} times," * (copies > 1)
+                f"{what}, but "
+                + (f"{self.schedule} on {self.pp} ranks" if self.pp > 1 else f"the work of {copies} processes")
+                + f", {copies} times," * (copies > 1 and self.pp > 1)
                 + f" needs at least {least}"
                 + f" and a multiple of {lots}" * (lots > 1)
                 + f": give {enough}, or a smaller --batch-size"
             )
         return count // copies
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a process has less than the whole model, and so needs the PipelineTrainer."""
+        return self.pp > 1 or self.fsdp
 
     def copies(self, world: int) -> int:
         """Pipelines that `world` processes are."""
@@ -86,6 +93,11 @@ class Parallel:
             raise UserError(
                 f"--parallel.pp: pipelines of {self.pp} ranks can't be made of {world} process{'es' * (world > 1)}: "
                 f"start torchrun --nproc-per-node {nearest}" + ", or give --parallel.pp 1" * (world == 1)
+            )
+        if self.fsdp and copies == 1 and not (self.pp > 1 and SCHEDULES[self.schedule].mirrored):
+            raise UserError(
+                f"--parallel.fsdp: {world} process{'es' * (world > 1)} with --parallel.pp {self.pp} hold nothing twice "
+                f"that could be shared out: start torchrun --nproc-per-node {2 * self.pp}, or leave --parallel.fsdp out"
             )
         return copies
 

@@ -30,6 +30,7 @@ from torch.distributed.pipelining.schedules import (
 
 from moonwhale.errors import UserError
 from moonwhale.pipeline.kinds import SCHEDULES, places
+from moonwhale.pipeline.shards import Shards
 from moonwhale.pipeline.stages import Part, Stage
 
 
@@ -202,7 +203,8 @@ def build_engine(schedule: str, stages: list[EngineStage], micro_batches: int):
 
 
 class Pipeline:
-    """A rank's stages and the schedule that runs them, for micro-batches of `shape` (B, T).
+    """A rank's stages and the schedule that runs them, for micro-batches of `shape` (B, T); on one rank, one after
+    another.
 
     stages: the rank's, as `own_parts` has them. `group` holds one copy of the pipeline, a rank for each place; `same`,
     if there is more than one, the ranks whose stages are the same, over which gradients are added up.
@@ -229,8 +231,13 @@ class Pipeline:
         self.same = same if same is not None and dist.get_world_size(same) > 1 else None
         self.micro_batches, self.mirrored = micro_batches, kind.mirrored
         self.places = places(schedule, ranks)
-        self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)]
-        self.engine = build_engine(schedule, self.wrapped, micro_batches)
+        self.shards: Shards | None = None
+        self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)] if ranks > 1 else []
+        self.engine = build_engine(schedule, self.wrapped, micro_batches) if ranks > 1 else None
+
+    def shard_(self) -> None:
+        """Spreads weights, gradients and what an optimizer makes of them over the ranks whose stages are the same."""
+        self.shards = Shards(self.stages, self.same, self.device)
 
     def _wrap(self, stage: Stage, half: int) -> EngineStage:
         part, carried = stage.part, stage.carried(*self.shape)
@@ -273,9 +280,17 @@ class Pipeline:
         """
         for stage in self.wrapped:
             stage.events.clear()
-        self.engine.step(target=batch["labels"], return_outputs=False, **batch)
-        self._share_embedding()
-        if self.same is not None:
+        if self.shards is not None:
+            self.shards.gather()
+        if self.engine is None:
+            for i in range(0, len(batch["labels"]), self.shape[0]):
+                self.stages[0](**{name: value[i : i + self.shape[0]] for name, value in batch.items()}).backward()
+        else:
+            self.engine.step(target=batch["labels"], return_outputs=False, **batch)
+            self._share_embedding()
+        if self.shards is not None:
+            self.shards.scatter()
+        elif self.same is not None:
             grads = [p.grad for p in self.stages[0].model.parameters() if p.grad is not None]
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=self.same)
@@ -297,6 +312,8 @@ class Pipeline:
     def evaluate(self, batch: dict[str, Tensor]) -> None:
         """Forward of one micro-batch of any shape, stage after stage; the last one is left in its `outputs`."""
         here, carried = dist.get_rank(self.group), ()
+        if self.shards is not None:
+            self.shards.gather()
         path = self.places[: self.stages[0].part.count]
         for index, rank in enumerate(path):
             if rank == here:
@@ -310,6 +327,8 @@ class Pipeline:
                 carried = tuple(torch.empty_like(t, device=self.device, requires_grad=False) for t in shapes)
                 for tensor in carried:
                     dist.recv(tensor, group=self.group, group_src=rank)
+        if self.shards is not None:
+            self.shards.release()
 
 
 def own_parts(parts: list[Part], schedule: str, ranks: int, rank: int) -> list[Part]:

@@ -18,6 +18,7 @@ from moonwhale.optim.muonclip import attach_hooks, param_groups
 from moonwhale.pipeline.kinds import SCHEDULES
 from moonwhale.pipeline.ranks import Ranks
 from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.shards import gathered, part_of
 from moonwhale.pipeline.stages import Stage, cut, keep_
 from moonwhale.train.trainer import MTPTrainer
 
@@ -27,11 +28,13 @@ EMBEDDING = "model.embed_tokens.weight"
 class PipelineTrainer(MTPTrainer):
     """Takes the whole model, of which it keeps what this rank needs.
 
-    micro_batches: of a step, on each copy of the pipeline.
+    micro_batches: of a step, on each copy of the pipeline. fsdp: ranks that hold the same stages keep parts of them.
     """
 
-    def __init__(self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, **kwargs):
-        self.ranks = ranks
+    def __init__(
+        self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, fsdp=False, **kwargs
+    ):
+        self.ranks, self.fsdp = ranks, fsdp
         names = {parameter: name for name, parameter in model.named_parameters()}
         targs = kwargs["args"]
         self._groups = [  # of the whole model, by name: an optimizer's groups are the same on every rank
@@ -43,6 +46,7 @@ class PipelineTrainer(MTPTrainer):
         if targs.activation_checkpointing:
             model.gradient_checkpointing_enable()
         pp = dist.get_world_size(ranks.pipeline)
+        schedule = schedule if pp > 1 else "1f1b"
         context = kwargs["train_dataset"][0]["labels"].numel()
         parts = cut(model.config, SCHEDULES[schedule].stages * pp, context)
         own = own_parts(parts, schedule, pp, ranks.stage)
@@ -64,6 +68,8 @@ class PipelineTrainer(MTPTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            if self.fsdp:  # not before a checkpoint's weights are loaded
+                self.pipeline.shard_()
             self.optimizer = self._optimizer_of(self._groups_of(self.model))
             self._hooks = attach_hooks(self.optimizer, self.model, self.args.qk_clip_tau or None, self._alike)
         return self.optimizer
@@ -150,7 +156,7 @@ class PipelineTrainer(MTPTrainer):
             for name, p in model.named_parameters()
             if p.grad is not None and not (self._embedding_copied and name == EMBEDDING)
         ]
-        square = get_total_norm(grads).square() * (not self._copied)
+        square = gathered(get_total_norm(grads)).square() * (not self._copied)
         dist.all_reduce(square, group=self.ranks.pipeline)
         return square.sqrt()
 
@@ -187,9 +193,9 @@ class PipelineTrainer(MTPTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Puts the whole model and its optimizer together on rank 0, which saves them as one process does."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        state = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        state = {name: gathered(value).cpu() for name, value in self.model.state_dict().items()}
         optimizer = {
-            names[p]: {k: v.cpu() for k, v in values.items()}
+            names[p]: {k: gathered(v).cpu() for k, v in values.items()}
             for p, values in self.optimizer.state.items()
             if p in names
         }
@@ -236,9 +242,13 @@ class PipelineTrainer(MTPTrainer):
         order = [name for group in self._groups for name in group["params"]]
         states = {name: saved["state"][i] for i, name in enumerate(order) if i in saved["state"]}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        mine = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+        mine = [p for group in self.optimizer.param_groups for p in group["params"]]
         own = self.optimizer.state_dict()
-        own["state"] = {i: states[name] for i, name in enumerate(mine) if name in states}
+        own["state"] = {
+            i: {name: part_of(value, p) for name, value in states[names[p]].items()}
+            for i, p in enumerate(mine)
+            if names[p] in states
+        }
         for group, whole in zip(own["param_groups"], saved["param_groups"], strict=True):
             group |= {name: value for name, value in whole.items() if name != "params"}
         self.optimizer.load_state_dict(own)

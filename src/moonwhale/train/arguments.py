@@ -111,6 +111,8 @@ class TrainConfig:
         self.accumulation()
         if self.split.pp > 1 and self.compile:
             raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
+        if self.split.fsdp and self.compile:
+            raise UserError("--compile: compiled blocks don't gather their weights: leave it or --parallel.fsdp out")
         self.micro_batches()
 
     @property
@@ -149,7 +151,8 @@ def parse(argv: list[str]) -> TrainConfig:
         description="Train a model on text. The preset, --config and the command line: a later one wins.",
         epilog="--model.FIELD VALUE overrides the model's configuration, here as in `moonwhale info`, which says "
         f"what it costs. Fields:\n{fields}\n\n"
-        "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes.",
+        "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes.\n"
+        "--parallel.fsdp true: processes that hold the same weights keep a part of them each.",
     )
     options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
