@@ -82,7 +82,7 @@ def case(tiny_config, draw):
         from moonwhale.model import MoonwhaleForCausalLM
 
         config = TINY | MODEL | overrides
-        micro_batches = 2 * n_ranks + (2 if fsdp or SCHEDULES[schedule].mirrored else 1)  # more than it needs
+        micro_batches = 2 * n_ranks + (2 if pp or SCHEDULES[schedule].mirrored else 1)  # more than it needs
         return {
             "config": config,
             "weights": draw(MoonwhaleForCausalLM(tiny_config(**config))).state_dict(),
@@ -129,6 +129,10 @@ CASES = {
     "zerobubble": {"schedule": "zerobubble"},
     "1f1b": {"schedule": "1f1b"},
     "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True},
+    "fsdp": {"schedule": "1f1b", "pp": 1, "fsdp": True},
+    "fsdp, tied": {"schedule": "1f1b", "pp": 1, "fsdp": True, "tie_word_embeddings": True},
+    "fsdp of mirrored ranks": {"schedule": "dualpipe", "fsdp": True},
+    "fsdp, six steps": {"schedule": "1f1b", "pp": 1, "fsdp": True, "steps": 6},
     "dualpipev, six steps": {"schedule": "dualpipev", "steps": 6},
     "dualpipe, six steps": {"schedule": "dualpipe", "steps": 6},
     "1f1b, six steps": {"schedule": "1f1b", "steps": 6, "tie_word_embeddings": True},
@@ -136,6 +140,7 @@ CASES = {
 MUTANTS = {
     "balance": {"schedule": "dualpipev", "mutant": "balance"},
     "embedding": {"schedule": "1f1b", "mutant": "embedding"},
+    "mean": {"schedule": "1f1b", "pp": 1, "fsdp": True, "mutant": "mean"},
 }
 ON_FOUR = {
     "dualpipev": {"schedule": "dualpipev", **DEEP},
@@ -143,6 +148,9 @@ ON_FOUR = {
     "dualpipe": {"schedule": "dualpipe", **DEEP},
     "dualpipe, tied": {"schedule": "dualpipe", "tie_word_embeddings": True, **DEEP},
     "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True, **DEEP},
+    "two pipelines": {"schedule": "dualpipev", "pp": 2},
+    "two pipelines, fsdp": {"schedule": "dualpipev", "pp": 2, "fsdp": True},
+    "two pipelines, fsdp, tied": {"schedule": "1f1b", "pp": 2, "fsdp": True, "tie_word_embeddings": True},
 }
 
 

@@ -96,8 +96,8 @@ class Parallel:
             )
         if self.fsdp and copies == 1 and not (self.pp > 1 and SCHEDULES[self.schedule].mirrored):
             raise UserError(
-                f"--parallel.fsdp: {world} process{'es' * (world > 1)} with --parallel.pp {self.pp} hold nothing twice "
-                f"that could be shared out: start torchrun --nproc-per-node {2 * self.pp}, or leave --parallel.fsdp out"
+                f"--parallel.fsdp: with {world} process{'es' * (world > 1)} and --parallel.pp {self.pp} no weight is "
+                f"held twice: start torchrun --nproc-per-node {2 * self.pp}, or leave --parallel.fsdp out"
             )
         return copies
 

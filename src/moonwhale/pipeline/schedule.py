@@ -101,6 +101,9 @@ class EngineStage(PipelineStage):
         self.events.append(Event(kind, self.stage_index, micro_batch, begin, time.perf_counter()))
         return result
 
+    def _post_metadata_inference_cleanup(self):
+        """Nothing was inferred, and weights that FSDP gathered for this step must not be put into parts again."""
+
     # The engine takes the end of one copy and the start of the next, on one rank, for neighbours.
 
     def set_local_fwd_input(self, prev_stage_outputs, mb_index):
