@@ -20,8 +20,10 @@ from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.pipeline import experts, schedule
 from moonwhale.pipeline.experts import Exchange, Trip, own_experts, share_
 from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.muon import SharedMuonClip
 from moonwhale.pipeline.ranks import stand
 from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.shards import gathered
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
 LIMIT = 120  # seconds that a rank waits for another
@@ -51,9 +53,14 @@ def model_of(config: dict, weights: dict[str, Tensor]) -> MoonwhaleForCausalLM:
     return model
 
 
-def optimizer_of(model, group=None):
-    optimizer = MuonClip(param_groups(model, lr=2e-3), newton_schulz_dtype=torch.float32)
-    return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=group)
+def optimizer_of(model, place=None):
+    groups, dtype = param_groups(model, lr=2e-3), torch.float32
+    if place is None:
+        optimizer, same = MuonClip(groups, newton_schulz_dtype=dtype), None
+    else:
+        same, experts = place.same, place.same_experts
+        optimizer = SharedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
+    return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=same)
 
 
 def one_process(case: dict) -> list[dict]:
@@ -78,7 +85,7 @@ def swapped(index, *args) -> Trip:
 
 
 def ranks(case: dict) -> list[dict]:
-    """The same as one rank of one of several pipelines sees it: its own parameters' gradients and state."""
+    """The same as one rank of a pipeline, or of several, sees it: its own parameters' gradients and state."""
     model = model_of(case["config"], case["weights"])
     pp, ep, length = case["pp"], case["ep"], case["length"]
     copies, kind = dist.get_world_size() // pp, SCHEDULES[case["schedule"]]
@@ -89,7 +96,6 @@ def ranks(case: dict) -> list[dict]:
     if exchange:
         share_(model, exchange)
     stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
-    optimizer, hooks = optimizer_of(model, place.same)
     size = case["rows"] // case["micro_batches"]
     if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
         Pipeline._share_embedding = lambda self: None
@@ -99,6 +105,12 @@ def ranks(case: dict) -> list[dict]:
     schedule.splits_backward = lambda: not case["whole"]
     each, on = case["micro_batches"] // copies, torch.device("cpu")
     pipeline = Pipeline(stages, case["schedule"], each, (size, length), on, place.pipeline, place.same, exchange)
+    if case["fsdp"]:
+        pipeline.shard_()
+        if case["mutant"] == "mean":
+            for unit in pipeline.shards.units:
+                unit.set_gradient_divide_factor(2.0)
+    optimizer, hooks = optimizer_of(model, place)
     return [_step(case, seed, model, optimizer, hooks, pipeline, place) for seed in range(case["steps"])]
 
 
@@ -118,7 +130,7 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
         outputs = {place.copy + i * place.copies: out for i, out in pipeline.take_outputs()}
     result = {
         "losses": {i: (out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for i, out in outputs.items()},
-        "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "grads": {name: gathered(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None},
     }
     optimizer.step()
     optimizer.zero_grad()
@@ -135,7 +147,7 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
         f.begin < b.begin < f.end for f in passes for b in passes if (f.kind, b.kind) == ("F", "B")
     )
     result["experts"] = {name: (own.start, own.stop) for name, own in own_experts(model).items()}
-    result["state"] = {name: value.clone() for name, value in model.state_dict().items()}
+    result["state"] = {name: gathered(value).clone() for name, value in model.state_dict().items()}
     return result
 
 

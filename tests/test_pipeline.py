@@ -80,7 +80,7 @@ def launch(tmp_path_factory):
 def case(tiny_config, draw):
     """`case(schedule, ...)`: a model's configuration and weights, and how it is to be run."""
 
-    def case(schedule, n_ranks=2, pp=None, ep=1, steps=1, whole=False, mutant="", shut=0, **overrides) -> dict:
+    def case(schedule, n_ranks=2, pp=None, ep=1, fsdp=False, steps=1, whole=False, mutant="", shut=0, **overrides):
         """shut: the last experts, which no token chooses."""
         from moonwhale.model import MoonwhaleForCausalLM
 
@@ -97,6 +97,7 @@ def case(tiny_config, draw):
             "schedule": schedule,
             "pp": pp,
             "ep": ep,
+            "fsdp": fsdp,
             "steps": steps,
             "whole": whole,
             "mutant": mutant,
@@ -138,6 +139,10 @@ CASES = {
     "zerobubble": {"schedule": "zerobubble"},
     "1f1b": {"schedule": "1f1b"},
     "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True},
+    "fsdp": {"schedule": "1f1b", "pp": 1, "fsdp": True},
+    "fsdp, tied": {"schedule": "1f1b", "pp": 1, "fsdp": True, "tie_word_embeddings": True},
+    "fsdp of mirrored ranks": {"schedule": "dualpipe", "fsdp": True},
+    "fsdp, six steps": {"schedule": "1f1b", "pp": 1, "fsdp": True, "steps": 6},
     "dualpipev, six steps": {"schedule": "dualpipev", "steps": 6},
     "dualpipe, six steps": {"schedule": "dualpipe", "steps": 6},
     "1f1b, six steps": {"schedule": "1f1b", "steps": 6, "tie_word_embeddings": True},
@@ -159,6 +164,7 @@ SHARED_ON_FOUR = {
 MUTANTS = {
     "balance": {"schedule": "dualpipev", "mutant": "balance"},
     "embedding": {"schedule": "1f1b", "mutant": "embedding"},
+    "mean": {"schedule": "1f1b", "pp": 1, "fsdp": True, "mutant": "mean"},
 }
 LAYERS = {  # experts alone
     f"{precision}, {shut} experts shut": {"config": TINY, "precision": precision, "shut": shut}
@@ -173,13 +179,16 @@ ON_FOUR = {
     "dualpipe": {"schedule": "dualpipe", **DEEP},
     "dualpipe, tied": {"schedule": "dualpipe", "tie_word_embeddings": True, **DEEP},
     "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True, **DEEP},
+    "two pipelines": {"schedule": "dualpipev", "pp": 2},
+    "two pipelines, fsdp": {"schedule": "dualpipev", "pp": 2, "fsdp": True},
+    "two pipelines, fsdp, tied": {"schedule": "1f1b", "pp": 2, "fsdp": True, "tie_word_embeddings": True},
 }
 
 
 @pytest.fixture(scope="module")
 def two_ranks(launch, case):
     cases = {name: case(**options) for name, options in (CASES | SHARED | MUTANTS | HOME).items()}
-    return cases, launch(cases | LAYERS, 2)
+    return cases, launch(LAYERS | cases, 2)  # mutants last
 
 
 @pytest.fixture(scope="module")

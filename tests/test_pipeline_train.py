@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -222,6 +223,27 @@ def test_pipelines_that_share_experts(one, tmp_path):
     assert_close(tmp_path / "four", config.out)
 
 
+def test_weights_in_parts_are_one_process(one, tmp_path):
+    config = one(tokens_per_step=256)
+    out = tmp_path / "parts"
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.fsdp", "true")
+    assert "2 processes, weights in parts" in torchrun(*options)
+    assert_close(out, config.out)
+    for folder in ("checkpoint-3", "checkpoint-6", "."):
+        assert set(os.listdir(out / folder)) == set(os.listdir(Path(config.out) / folder))
+
+    def from_the_middle(name: str) -> str:
+        shutil.copytree(out, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-6", "config.json", "model.*"))
+        shutil.copytree(out / "checkpoint-3", tmp_path / name / "checkpoint-3", dirs_exist_ok=True)
+        return str(tmp_path / name)
+
+    pretrain.train(arguments.parse(["--out", from_the_middle("alone"), "--resume", "--parallel.fsdp", "false"]))
+    assert_close(tmp_path / "alone", config.out)
+    mirrored = ("--out", from_the_middle("mirrored"), "--resume", "--parallel.pp", "2", "--parallel.schedule")
+    assert "weights in parts" in torchrun(*mirrored, "dualpipe")
+    assert_close(tmp_path / "mirrored", config.out)
+
+
 # What is refused before a process is started
 
 
@@ -247,6 +269,7 @@ def test_pipelines_that_share_experts(one, tmp_path):
         ({"parallel": {"pp": 2}, "compile": True}, "--compile: a pipeline can't split a compiled backward pass"),
         ({"parallel": {"ep": 0}}, "--parallel.ep: 0 is impossible: it must be at least 1"),
         ({"parallel": {"ep": 2}, "compile": True}, "--compile: experts on several ranks can't be compiled: leave it"),
+        ({"parallel": {"fsdp": True}, "compile": True}, "--compile: compiled blocks don't gather their weights: leave"),
         (
             {"parallel": {"pp": 4}},
             "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipev on 4 ranks "
@@ -279,6 +302,24 @@ def test_unknown_fields_of_parallel():
             {"parallel": {"pp": 2}},
             "--parallel.pp: pipelines of 2 ranks can't be made of 1 process: start torchrun --nproc-per-node 2, or "
             "give --parallel.pp 1",
+        ),
+        (
+            1,
+            {"parallel": {"fsdp": True}},
+            "--parallel.fsdp: with 1 process and --parallel.pp 1 no weight is held twice: start torchrun "
+            "--nproc-per-node 2, or leave --parallel.fsdp out",
+        ),
+        (
+            2,
+            {"parallel": {"pp": 2, "fsdp": True}},
+            "--parallel.fsdp: with 2 processes and --parallel.pp 2 no weight is held twice: start torchrun "
+            "--nproc-per-node 4, or leave --parallel.fsdp out",
+        ),
+        (
+            2,
+            {"parallel": {"fsdp": True}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 2 processes "
+            "needs at least 2 and a multiple of 2: give 384, or a smaller --batch-size",
         ),
         (
             5,

@@ -8,6 +8,7 @@ expansion into the queries and works on latents. Both give the same numbers.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .attention import attend
 from .layout import Layout
@@ -150,11 +151,15 @@ class MultiheadLatentAttention(nn.Module):
             the number of heads clipped, a 0-d tensor.
         """
         above = self.max_logit > tau
-        gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)
+        gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)[:, None]
         query = self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
-        q_rows = query.weight.view(self.heads, self.nope + self.rope, -1)
-        gamma = gamma[:, None, None]
-        q_rows[:, : self.nope] *= gamma.sqrt()
-        q_rows[:, self.nope :] *= gamma
-        self._split_up()[0].mul_(gamma.sqrt())
+        root = gamma.sqrt().expand(-1, self.nope)
+        _scale_rows_(query.weight, torch.cat([root, gamma.expand(-1, self.rope)], dim=1))
+        _scale_rows_(self.kv_b_proj.weight, torch.cat([root, gamma.new_ones(self.heads, self.v_dim)], dim=1))
         return above.sum()
+
+
+def _scale_rows_(weight: Tensor, factors: Tensor) -> None:
+    """Each row by one of the `factors` (heads, rows of a head); the weight may be in parts, spread over ranks."""
+    factors = factors.reshape(-1, 1)
+    weight.mul_(DTensor.from_local(factors, weight.device_mesh) if isinstance(weight, DTensor) else factors)

@@ -114,16 +114,22 @@ class MuonClip(torch.optim.Optimizer):
         updates = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov's look ahead
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
-        batches = defaultdict(list)
-        for p, update in zip(params, updates, strict=True):
-            matrices = update.reshape(-1, p.size(-2) // group["split"], p.size(-1))
-            batches[p.device, p.dtype, matrices.shape[1:]].append((p, matrices))
-        for (_, _, shape), batch in batches.items():
+        dtype = group["newton_schulz_dtype"] or _fast_dtype(params[0].device)
+        for p, direction in zip(params, self._orthogonalise(updates, group["split"], dtype), strict=True):
+            longest = max(p.size(-2) // group["split"], p.size(-1))
+            p.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+
+    def _orthogonalise(self, updates: list[Tensor], split: int, dtype: torch.dtype) -> list[Tensor]:
+        """`newton_schulz` of every matrix in some weights' updates, of the same shapes; equal matrices in one stack."""
+        batches, directions = defaultdict(list), {}
+        for i, update in enumerate(updates):
+            matrices = update.reshape(-1, update.size(-2) // split, update.size(-1))
+            batches[update.device, update.dtype, matrices.shape[1:]].append((i, matrices))
+        for batch in batches.values():
             stack = torch.cat([matrices for _, matrices in batch])
-            directions = newton_schulz(stack, group["newton_schulz_dtype"]).split([len(m) for _, m in batch])
-            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            for (p, _), direction in zip(batch, directions, strict=True):
-                p.add_(direction.reshape(p.shape), alpha=-rate)
+            done = newton_schulz(stack, dtype).split([len(matrices) for _, matrices in batch])
+            directions |= {i: part.reshape(updates[i].shape) for (i, _), part in zip(batch, done, strict=True)}
+        return [directions[i] for i in range(len(updates))]
 
     def _adamw(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         for p in params:

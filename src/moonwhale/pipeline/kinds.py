@@ -46,6 +46,7 @@ class Parallel:
     pp: int = 1  # ranks of the pipeline; 1: none, every process has the whole model
     ep: int = 1  # copies that share their experts; 1: each has all of them
     schedule: str = "dualpipev"
+    fsdp: bool = False  # ranks that hold the same weights keep a part of them each (FSDP2)
     timeout: int = 600  # seconds that a rank waits for another
 
     def __post_init__(self):
@@ -60,11 +61,13 @@ class Parallel:
                 f"--parallel.pp: {self.schedule} runs two copies against each other, so {self.pp} ranks are "
                 f"impossible: give {self.pp - 1} or {self.pp + 1}, or --parallel.schedule dualpipev"
             )
+        if self.fsdp and self.ep > 1:
+            raise UserError("--parallel.fsdp: weights in parts don't go with shared experts: leave --parallel.ep out")
 
     @property
     def cuts(self) -> bool:
         """Whether a process has less than the whole model, and so needs the PipelineTrainer."""
-        return self.pp > 1 or self.ep > 1
+        return self.pp > 1 or self.ep > 1 or self.fsdp
 
     @property
     def order(self) -> str:
@@ -112,6 +115,11 @@ class Parallel:
             raise UserError(
                 f"--parallel.ep: {self.ep} copies of the model are to share experts, which can't be made of {copies}: "
                 f"give {_divisors_near(copies, self.ep)}, or start torchrun --nproc-per-node {nearest}"
+            )
+        if self.fsdp and copies == 1 and not (self.pp > 1 and SCHEDULES[self.schedule].mirrored):
+            raise UserError(
+                f"--parallel.fsdp: with {world} process{'es' * (world > 1)} and --parallel.pp {self.pp} no weight is "
+                f"held twice: start torchrun --nproc-per-node {2 * self.pp}, or leave --parallel.fsdp out"
             )
         return copies
 

@@ -33,6 +33,7 @@ from moonwhale.errors import UserError
 from moonwhale.pipeline.experts import Exchange, own_experts
 from moonwhale.pipeline.kinds import SCHEDULES, places
 from moonwhale.pipeline.overlap import Overlap
+from moonwhale.pipeline.shards import Shards
 from moonwhale.pipeline.stages import Part, Stage
 
 
@@ -102,6 +103,9 @@ class EngineStage(PipelineStage):
         result = do(micro_batch, *args)
         self.events.append(Event(kind, self.stage_index, micro_batch, begin, time.perf_counter()))
         return result
+
+    def _post_metadata_inference_cleanup(self):
+        """Nothing was inferred, and weights that FSDP gathered for this step must not be put into parts again."""
 
     # The engine takes the end of one copy and the start of the next, on one rank, for neighbours.
 
@@ -205,7 +209,8 @@ def build_engine(schedule: str, stages: list[EngineStage], micro_batches: int):
 
 
 class Pipeline:
-    """A rank's stages and the schedule that runs them, for micro-batches of `shape` (B, T).
+    """A rank's stages and the schedule that runs them, for micro-batches of `shape` (B, T); on one rank, one after
+    another.
 
     stages: the rank's, as `own_parts` has them. `group` holds one copy of the pipeline, a rank for each place; `same`,
     if there is more than one, the ranks whose stages are the same, over which gradients are added up; those of experts
@@ -234,10 +239,15 @@ class Pipeline:
         self.same, self.exchange = same, exchange
         self.micro_batches, self.mirrored = micro_batches, kind.mirrored
         self.places = places(schedule, ranks)
-        self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)]
-        self.engine = build_engine(schedule, self.wrapped, micro_batches)
+        self.shards: Shards | None = None
+        self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)] if ranks > 1 else []
+        self.engine = build_engine(schedule, self.wrapped, micro_batches) if ranks > 1 else None
         if exchange is not None and kind.v_shape:  # of which the zero-bubble order has no pairs
             self.engine.register_custom_function(OVERLAP_F_B, Overlap(exchange))
+
+    def shard_(self) -> None:
+        """Spreads weights, gradients and what an optimizer makes of them over the ranks whose stages are the same."""
+        self.shards = Shards(self.stages, self.same, self.device)
 
     def _wrap(self, stage: Stage, half: int) -> EngineStage:
         part, carried = stage.part, stage.carried(*self.shape)
@@ -280,14 +290,27 @@ class Pipeline:
         """
         for stage in self.wrapped:
             stage.events.clear()
-        self.engine.step(target=batch["labels"], return_outputs=False, **batch)
-        self._share_embedding()
+        if self.shards is not None:
+            self.shards.gather()
+        if self.engine is None:
+            for i in range(0, len(batch["labels"]), self.shape[0]):
+                self.stages[0](**{name: value[i : i + self.shape[0]] for name, value in batch.items()}).backward()
+        else:
+            self.engine.step(target=batch["labels"], return_outputs=False, **batch)
+            self._share_embedding()
+        if self.shards is not None:
+            self.shards.scatter()
+        else:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Gradients over all ranks that hold the same weights."""
         model = self.stages[0].model
         experts = own_experts(model)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        _add_up([grad for name, grad in grads.items() if name not in experts], self.same)
+        _sum_over(self.same, [grad for name, grad in grads.items() if name not in experts])
         if self.exchange is not None:
-            _add_up([grad for name, grad in grads.items() if name in experts], self.exchange.same)
+            _sum_over(self.exchange.same, [grad for name, grad in grads.items() if name in experts])
 
     def take_outputs(self) -> list[tuple[int, object]]:
         """The parts of the loss that the last stage, if it is here, put down since the last call, each with the number
@@ -304,6 +327,8 @@ class Pipeline:
     def evaluate(self, batch: dict[str, Tensor]) -> None:
         """Forward of one micro-batch of any shape, stage after stage; the last one is left in its `outputs`."""
         here, carried = dist.get_rank(self.group), ()
+        if self.shards is not None:
+            self.shards.gather()
         path = self.places[: self.stages[0].part.count]
         for index, rank in enumerate(path):
             if rank == here:
@@ -317,9 +342,11 @@ class Pipeline:
                 carried = tuple(torch.empty_like(t, device=self.device, requires_grad=False) for t in shapes)
                 for tensor in carried:
                     dist.recv(tensor, group=self.group, group_src=rank)
+        if self.shards is not None:
+            self.shards.release()
 
 
-def _add_up(grads: list[Tensor], group: dist.ProcessGroup | None) -> None:
+def _sum_over(group: dist.ProcessGroup | None, grads: list[Tensor]) -> None:
     """In place over a group's ranks, in one collective."""
     if group is None or dist.get_world_size(group) == 1 or not grads:
         return

@@ -19,6 +19,7 @@ from moonwhale.pipeline.experts import Exchange, join, own_experts, share_
 from moonwhale.pipeline.kinds import SCHEDULES
 from moonwhale.pipeline.ranks import Ranks
 from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.shards import gathered, part_of
 from moonwhale.pipeline.stages import Stage, cut, keep_
 from moonwhale.train.trainer import MTPTrainer
 
@@ -28,11 +29,13 @@ EMBEDDING = "model.embed_tokens.weight"
 class PipelineTrainer(MTPTrainer):
     """Takes the whole model, of which it keeps what this rank needs.
 
-    micro_batches: of a step, on each copy of the pipeline.
+    micro_batches: of a step, on each copy of the pipeline. fsdp: ranks that hold the same stages keep parts of them.
     """
 
-    def __init__(self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, **kwargs):
-        self.ranks = ranks
+    def __init__(
+        self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, fsdp=False, **kwargs
+    ):
+        self.ranks, self.fsdp = ranks, fsdp
         names = {parameter: name for name, parameter in model.named_parameters()}
         targs = kwargs["args"]
         self._groups = [  # of the whole model, by name: an optimizer's groups are the same on every rank
@@ -70,9 +73,15 @@ class PipelineTrainer(MTPTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            if self.fsdp:  # not before a checkpoint's weights are loaded
+                self.pipeline.shard_()
             self.optimizer = self._optimizer_of(self._groups_of(self.model))
             self._hooks = attach_hooks(self.optimizer, self.model, self.args.qk_clip_tau or None, self.ranks.same)
         return self.optimizer
+
+    @property
+    def _alike(self) -> dict[str, dist.ProcessGroup]:
+        return {"group": self.ranks.same, "experts": self.ranks.same_experts}
 
     def _groups_of(self, model) -> list[dict]:
         own = dict(model.named_parameters())
@@ -153,7 +162,7 @@ class PipelineTrainer(MTPTrainer):
             for name, p in model.named_parameters()
             if p.grad is not None and not (self._embedding_copied and name == EMBEDDING)
         }
-        square = get_total_norm([grad for name, grad in grads.items() if name not in experts]).square()
+        square = gathered(get_total_norm([grad for name, grad in grads.items() if name not in experts])).square()
         if self.ranks.sharing:
             of_experts = get_total_norm([grad for name, grad in grads.items() if name in experts]).square()
             dist.all_reduce(of_experts, group=self.ranks.sharing)
@@ -195,9 +204,9 @@ class PipelineTrainer(MTPTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Puts the whole model and its optimizer together on rank 0, which saves them as one process does."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        state = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        state = {name: gathered(value).cpu() for name, value in self.model.state_dict().items()}
         states = {
-            (names[p], key): value.cpu()
+            (names[p], key): gathered(value).cpu()
             for p, values in self.optimizer.state.items()
             if p in names
             for key, value in values.items()
@@ -252,9 +261,13 @@ class PipelineTrainer(MTPTrainer):
         for name, own in own_experts(self.model).items():
             states[name] = {key: value[own] for key, value in states.get(name, {}).items()}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        mine = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+        mine = [p for group in self.optimizer.param_groups for p in group["params"]]
         own = self.optimizer.state_dict()
-        own["state"] = {i: states[name] for i, name in enumerate(mine) if name in states}
+        own["state"] = {
+            i: {name: part_of(value, p) for name, value in states[names[p]].items()}
+            for i, p in enumerate(mine)
+            if names[p] in states
+        }
         for group, whole in zip(own["param_groups"], saved["param_groups"], strict=True):
             group |= {name: value for name, value in whole.items() if name != "params"}
         self.optimizer.load_state_dict(own)

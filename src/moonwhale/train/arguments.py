@@ -113,6 +113,8 @@ class TrainConfig:
             raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
         if self.split.ep > 1 and self.compile:
             raise UserError("--compile: experts on several ranks can't be compiled: leave it out")
+        if self.split.fsdp and self.compile:
+            raise UserError("--compile: compiled blocks don't gather their weights: leave it or --parallel.fsdp out")
         self.micro_batches()
 
     @property
@@ -152,7 +154,8 @@ def parse(argv: list[str]) -> TrainConfig:
         epilog="--model.FIELD VALUE overrides the model's configuration, here as in `moonwhale info`, which says "
         f"what it costs. Fields:\n{fields}\n\n"
         "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes; "
-        ".ep N: N processes share the experts.",
+        ".ep N: N processes share the experts.\n"
+        "--parallel.fsdp true: processes that hold the same weights keep a part of them each.",
     )
     options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")

@@ -5,12 +5,14 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
 from moonwhale.counts import flops_per_token
 from moonwhale.errors import UserError
-from moonwhale.optim.muonclip import MuonClip, StepHooks, attach_hooks, param_groups
+from moonwhale.optim.muonclip import StepHooks, attach_hooks, param_groups
+from moonwhale.pipeline.muon import SharedMuonClip
 from moonwhale.precision import peak_flops
 from moonwhale.train import checkpoints
 
@@ -59,13 +61,19 @@ class MuonClipTraining:
             args = self.args
             self.optimizer = self._optimizer_of(param_groups(self.model, args.learning_rate, args.weight_decay))
             if all(p.requires_grad for p in self.model.parameters()):
-                self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None)
+                self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._alike)
         return self.optimizer
 
-    def _optimizer_of(self, groups: list[dict]) -> MuonClip:
+    def _optimizer_of(self, groups: list[dict]) -> SharedMuonClip:
         args = self.args
         betas = (args.adam_beta1, args.adam_beta2)
-        return MuonClip(groups, momentum=args.muon_momentum, betas=betas, eps=args.adam_epsilon)
+        settings = {"momentum": args.muon_momentum, "betas": betas, "eps": args.adam_epsilon}
+        return SharedMuonClip(groups, **self._alike, **settings)
+
+    @property
+    def _alike(self) -> dict[str, dist.ProcessGroup | None]:
+        """The processes that hold the weights that this one does."""
+        return {"group": dist.group.WORLD if dist.is_initialized() else None}
 
     def _seen_by_hooks(self) -> dict[str, Tensor]:
         return self._hooks.last

@@ -34,9 +34,9 @@ def train(config: TrainConfig) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    main_process, world = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1))
-    pipelined = config.split.cuts
-    micro_batches = config.micro_batches(config.split.copies(world)) if pipelined else None
+    main_process, world, split = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1)), config.split
+    pipelined = split.cuts
+    micro_batches = config.micro_batches(split.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
         runs.check_folder(config, lambda run_file: arguments.resolve({}, run_file))
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> None:
     first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
     place, shares = None, world  # of the rows, one for each of the Trainer's processes
     if pipelined:
-        split, kind = config.split, SCHEDULES[config.split.order]
+        kind = SCHEDULES[split.order]
         cut(first, kind.stages * split.pp, config.context)
         split.check_experts(first.n_routed_experts if first.first_k_dense_replace < first.num_blocks else 0)
         on_cpu, settings = choice.device.type == "cpu", runs.learned(config, also=("out", "resume"))
@@ -121,12 +121,12 @@ def train(config: TrainConfig) -> None:
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
-    pipeline = {"ranks": place, "schedule": config.split.order, "micro_batches": micro_batches} if pipelined else {}
+    how = {"ranks": place, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
     built: list[MTPTrainer] = []
 
     def build(callbacks: list) -> MTPTrainer:
         trainer = (PipelineTrainer if pipelined else MTPTrainer)(
-            **pipeline,
+            **(how if pipelined else {}),
             model=model,
             args=args,
             train_dataset=data.train,
@@ -152,11 +152,11 @@ def train(config: TrainConfig) -> None:
 
 def _processes(config: TrainConfig, world: int) -> str:
     split = config.split
-    sharing = f", each layer's experts over {split.ep}" * (split.ep > 1)
+    shared = f", each layer's experts over {split.ep}" * (split.ep > 1) + ", weights in parts" * split.fsdp
     if split.pp == 1:
-        return f", {world} processes" * (world > 1) + sharing
+        return f", {world} processes" * (world > 1) + shared
     copies = split.copies(world)
-    return f", {split.schedule} over {split.pp} processes" + f", {copies} times" * (copies > 1) + sharing
+    return f", {split.schedule} over {split.pp} processes" + f", {copies} times" * (copies > 1) + shared
 
 
 def _check_data(data, out: Path, config: TrainConfig) -> None:
