@@ -95,10 +95,11 @@ def our_lines(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("moonwhale:")]
 
 
-@pytest.fixture
-def endless(tiny_run, tmp_path):
-    """Arguments of a pipelined run on two ranks that takes its time."""
-    config = tiny_run(**OPTIONS | {"steps": 5000, "save_every": 0, "eval_every": 0}, parallel={"pp": 2, "timeout": 30})
+@pytest.fixture(params=["pp"])
+def endless(tiny_run, tmp_path, request):
+    """Arguments of a run that takes its time, on two ranks of a pipeline, or that share experts."""
+    changes = {"steps": 5000, "save_every": 0, "eval_every": 0, "tokens_per_step": 384}
+    config = tiny_run(**OPTIONS | changes, parallel={request.param: 2, "timeout": 30})
     arguments.write(config, tmp_path / "run.yaml")
     return ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
 
@@ -129,6 +130,7 @@ def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("endless", ["pp", "ep"], indirect=True)
 def test_a_dead_rank_stops_the_others(endless, tmp_path):
     processes = start(endless, endless)
     try:

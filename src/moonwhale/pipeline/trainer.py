@@ -165,6 +165,7 @@ class PipelineTrainer(MTPTrainer):
         square = gathered(get_total_norm([grad for name, grad in grads.items() if name not in experts])).square()
         if self.ranks.sharing:
             of_experts = get_total_norm([grad for name, grad in grads.items() if name in experts]).square()
+            of_experts = of_experts.to(square.device)  # a stage may have none
             dist.all_reduce(of_experts, group=self.ranks.sharing)
             square += of_experts
         square *= not self._copied
