@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moonwhale import fp8
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
@@ -114,6 +115,10 @@ def ranks(case: dict) -> list[dict]:
     return [_step(case, seed, model, optimizer, hooks, pipeline, place) for seed in range(case["steps"])]
 
 
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
     batch = batch_of(case["config"], case["rows"], case["length"], seed)
     targets = targets_of(model.config, batch)
@@ -134,6 +139,8 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
     }
     optimizer.step()
     optimizer.zero_grad()
+    states = [state.get("momentum_buffer", state.get("exp_avg")) for state in optimizer.state.values()]
+    result["held"] = [sum(local(t).numel() for t in tensors) for tensors in (model.parameters(), states)]
     result["clipped"] = float(hooks.last.get("clipped_heads", 0)) / (
         1 if pipeline is None else dist.get_world_size(hooks.group)
     )

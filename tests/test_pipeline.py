@@ -227,6 +227,15 @@ def test_four_ranks_are_one(four_ranks, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if "fsdp" in name])
+def test_ranks_hold_weights_and_momenta_in_parts(two_ranks, name):
+    whole = pipeline_ranks.one_process(two_ranks[0][name])[0]["held"]
+    ranks = [rank[name][0]["held"] for rank in two_ranks[1]]
+    assert [sum(held) for held in zip(*ranks, strict=True)] == whole
+    assert all(0.4 < held / all_of_it < 0.6 for rank in ranks for held, all_of_it in zip(rank, whole, strict=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_seen(two_ranks, name):
     errors = errors_of(two_ranks, name)
