@@ -1,14 +1,15 @@
 """Does training over several processes compute what one process does, outlive their deaths, and how much of a step do
 the pipeline's schedules leave idle?
 
-    python benchmarks/parallel.py [bubble] [equality] [kills]
+    python benchmarks/parallel.py [bubble] [equality] [memory] [kills]
 
 Each part writes its own keys into results/parallel.json and leaves those of the others; none given means all.
 
-**equality** and **kills** are runs of `moonwhale train` at toy size, in parallel_runs.py: `max_gradient_error` and
-`max_loss_error` compare with one process, relative, over all LAYOUTS; `kills_survived` counts how often a rank was
+**equality**, **memory** and **kills** are runs of `moonwhale train` at toy size, in parallel_runs.py.
+`max_gradient_error` and `max_loss_error` compare with one process, relative, over all LAYOUTS. `max_memory_error`
+compares what each rank holds in a step with what `moonwhale plan` says. `kills_survived` counts how often a rank was
 killed (kill -9) and the run, which torchrun starts again, still ended with the undisturbed one's weights and logs, bit
-for bit. A quarter of an hour each on two cores.
+for bit. Up to a quarter of an hour each on two cores.
 
 **bubble** needs a quiet machine for three minutes. Stages that sleep: a forward pass F takes one unit for each half of
 a rank's share of the model, the backward pass as long for its inputs and as long again for its weights (W), so B = 2 F.
@@ -42,14 +43,14 @@ from common import ROOT, environment, options, write
 from moonwhale.pipeline.kinds import SCHEDULES, places
 from moonwhale.pipeline.schedule import EngineStage, build_engine
 from moonwhale.pipeline.stages import Part
-from parallel_runs import LAYOUTS, equality, kills
+from parallel_runs import LAYOUTS, equality, kills, memory
 
 COST = {"F": 1, "B": 2, "I": 1, "W": 1}
 COLOURS = {"F": "#fbbf24", "B": "#22c55e", "I": "#38bdf8", "W": "#1d4ed8"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs only", "W": "backward, weights only"}
 STEPS = 3  # of each schedule, of which the shortest counts: what else the machine does can only make one longer
 LIMIT = 300  # seconds a process may take
-PARTS = ("bubble", "equality", "kills")
+PARTS = ("bubble", "equality", "memory", "kills")
 
 
 class Toy(nn.Module):
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=4, help="of the bubble's pipeline")
     parser.add_argument("--micro-batches", type=int, default=10, help="of the bubble's step")
     parser.add_argument("--unit", type=float, default=0.15, help="seconds of half a stage's forward pass")
-    parser.add_argument("--layouts", default="; ".join(LAYOUTS), help="that are compared with one process")
+    parser.add_argument("--layouts", default="; ".join(LAYOUTS), help="of equality and memory")
     parser.add_argument("--steps", type=int, default=20, help="of the losses compared")
     parser.add_argument("--runs", type=int, default=5, help="in which ranks are killed")
     parser.add_argument("--kills", type=int, default=4, help="in each of these runs")
@@ -252,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
             result = bubbles(given.ranks, given.micro_batches, given.unit, given.picture)
         elif part == "equality":
             result = equality(given.layouts.split("; "), given.steps)
+        elif part == "memory":
+            result = memory(given.layouts.split("; "))
         else:
             result = kills(given.runs, given.kills)
         path = given.results / "parallel.json"

@@ -3,7 +3,8 @@
     torchrun … benchmarks/parallel_rank.py FOLDER [options of moonwhale train]
 
 Leaves FOLDER/RANK.pt, of the first step: {"grads": the gradients by name; "bytes": what this process holds of weights,
-gradients and optimizer state, and at most at once for backward passes}.
+gradients and optimizer state, and at most at once for backward passes; "sent": the bytes it sends to "pipeline"
+neighbours, and to "reduce" over a ring}.
 """
 
 import os
@@ -12,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -51,6 +53,23 @@ def here(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
+class Sent:
+    """Counts what leaves this process, while `torch.distributed` is asked through it."""
+
+    total, isend, reduce = Counter(), dist.isend, dist.all_reduce
+
+    @staticmethod
+    def isend_(tensor, *args, **kwargs):
+        Sent.total["pipeline"] += here([tensor])
+        return Sent.isend(tensor, *args, **kwargs)
+
+    @staticmethod
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        ranks = dist.get_world_size(group)
+        Sent.total["reduce"] += here([tensor]) * 2 * (ranks - 1) // ranks
+        return Sent.reduce(tensor, op, group, async_op)
+
+
 class Look(TrainerCallback):
     """Writes down the first step."""
 
@@ -62,12 +81,14 @@ class Look(TrainerCallback):
         if state.global_step == 0:
             Held.parameters = frozenset(p.untyped_storage().data_ptr() for p in model.parameters())
             self.watch.__enter__()
+            Sent.total.clear()
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step == 0:
             self.watch.__exit__()
+            self.seen["sent"] = dict(Sent.total)
             grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-            self.seen = {"grads": {name: grad.clone() for name, grad in grads.items()}}
+            self.seen["grads"] = {name: grad.clone() for name, grad in grads.items()}
             held = here(p.grad for p in model.parameters())
             self.seen["bytes"] = {"weights": here(model.parameters()), "gradients": held, "activations": Held.most}
 
@@ -80,6 +101,8 @@ class Look(TrainerCallback):
 
 def main(folder: str, argv: list[str]) -> int:
     muonclip._fast_dtype = lambda device: torch.float32  # rounding must stay rounding
+    dist.all_reduce = Sent.all_reduce
+    dist.isend = dist.distributed_c10d.isend = Sent.isend_  # torch compares what it is given with its own
     path = Path(folder) / f"{os.environ.get('RANK', 0)}.pt"
     build = MTPTrainer.__init__
 

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 import parallel_rank
 from common import environment
 from moonwhale import options
+from moonwhale.model import MoonwhaleConfig
+from moonwhale.pipeline.estimate import Estimate, Layout
 from moonwhale.train import checkpoints
 
 MODEL = {
@@ -68,10 +70,13 @@ LAYOUTS = {
     "pp 2, dualpipe": (2, {"pp": 2, "schedule": "dualpipe"}),
     "pp 4, dualpipev": (4, {"pp": 4, "schedule": "dualpipev"}),
     "pp 4, dualpipe": (4, {"pp": 4, "schedule": "dualpipe"}),
+    "pp 2, 1f1b": (2, {"pp": 2, "schedule": "1f1b"}),
     "dp 2": (2, {}),
     "pp 2 x dp 2": (4, {"pp": 2, "schedule": "dualpipev"}),
 }
 KILLED = ("pp 2, dualpipev", "pp 2, dualpipe")
+SIZE = {"context": 256, "tokens_per_step": 4096, "model": MODEL | {"hidden_size": 128, "moe_intermediate_size": 64}}
+HELD = ("weights", "gradients", "optimizer", "activations")
 LIMIT = 300  # seconds that a run may take, and once more for each kill
 
 
@@ -242,6 +247,33 @@ def equality(layouts: list[str], steps: int) -> dict:
         "max_loss_error": max(errors["loss_error"] for errors in found.values()),
         "equality": {"layouts": found, "steps": steps, "environment": environment("fp32", False)},
     }
+
+
+def memory(layouts: list[str]) -> dict:
+    """What each rank holds and sends in a step, beside what `moonwhale plan` makes of it."""
+    found, errors = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        run = RUN | SIZE | {"data": write_text(Path(folder, "data"), 20), "steps": 1}
+        for name in layouts:
+            processes, parallel = LAYOUTS[name]
+            several = Run(Path(folder, name), run | {"parallel": parallel})
+            measured = [rank["bytes"] | rank["sent"] for rank in several.together(processes)]
+            config = MoonwhaleConfig.from_pretrained(several.out)
+            found[name] = {"measured": measured, "planned": planned(config, run, processes, parallel)}
+            print(f"{name:<24}{found[name]}", file=sys.stderr)
+            held = [[sum(rank[part] for part in HELD) for rank in ranks] for ranks in found[name].values()]
+            errors += [theirs / ours - 1 for ours, theirs in zip(*held, strict=True)]
+    about = {"layouts": found, "environment": environment("fp32", False)}
+    return {"max_memory_error": round(max(map(abs, errors)), 3), "memory": about}
+
+
+def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) -> list[dict[str, int]]:
+    """What `moonwhale plan` says of every process."""
+    pp, schedule = parallel.get("pp", 1), parallel.get("schedule", "1f1b")
+    micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
+    layout = Layout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
+    costs = Estimate(config, run["context"], number_bytes=4).costs(layout)
+    return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
 
 
 def kills(runs: int, each: int, steps: int = 12) -> dict:
