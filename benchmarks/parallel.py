@@ -1,20 +1,30 @@
-"""How much of a step does each pipeline schedule leave idle, and how much does its formula say?
+"""Does training over several processes compute what one process does, outlive their deaths, and how much of a step do
+the pipeline's schedules leave idle?
 
-    python benchmarks/parallel.py
+    python benchmarks/parallel.py [bubble] [equality] [memory] [kills]
 
-Stages that sleep: a forward pass F takes one unit for each half of a rank's share of the model, the backward pass as
-long for its inputs and as long again for its weights (W), so B = 2 F. What each rank did when is recorded, by processes
-that talk over gloo as in training. The bubble is the time from the first rank's start to the last one's end, less
-what a rank works. Formulas (DeepSeek-V3, table 2; a V over P ranks is one over 2 P stages), where two chunks that
-overlap take as long as one after the other, as they do here:
+Each part writes its own keys into results/parallel.json and leaves those of the others; none given means all.
+
+**equality**, **memory** and **kills** are runs of `moonwhale train` at toy size, in parallel_runs.py.
+`max_gradient_error` and `max_loss_error` compare with one process, relative, over all LAYOUTS. `max_memory_error`
+compares what each rank holds in a step with what `moonwhale plan` says. `kills_survived` counts how often a rank was
+killed (kill -9) and the run, which torchrun starts again, still ended with the undisturbed one's weights and logs, bit
+for bit. Up to a quarter of an hour each on two cores.
+
+**bubble** needs a quiet machine for three minutes. Stages that sleep: a forward pass F takes one unit for each half of
+a rank's share of the model, the backward pass as long for its inputs and as long again for its weights (W), so B = 2 F.
+What each rank did when is recorded, by processes that talk over gloo as in training. The bubble is the time from the
+first rank's start to the last one's end, less what a rank works. Formulas (DeepSeek-V3, table 2; a V over P ranks is
+one over 2 P stages), where two chunks that overlap take as long as one after the other, as they do here:
 
     1F1B        (P - 1) (F + B)
     DualPipe    (P/2 - 1) (F + B + B - 3 W)
     DualPipeV   (P - 1) (F + B + B - 3 W), of half stages
 
-Draws docs/schedules.svg from the recorded events. Three minutes, whatever the number of cores.
+Draws docs/schedules.svg from the recorded events.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -33,12 +43,14 @@ from common import ROOT, environment, options, write
 from moonwhale.pipeline.kinds import SCHEDULES, places
 from moonwhale.pipeline.schedule import EngineStage, build_engine
 from moonwhale.pipeline.stages import Part
+from parallel_runs import LAYOUTS, equality, kills, memory
 
 COST = {"F": 1, "B": 2, "I": 1, "W": 1}
 COLOURS = {"F": "#fbbf24", "B": "#22c55e", "I": "#38bdf8", "W": "#1d4ed8"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs only", "W": "backward, weights only"}
 STEPS = 3  # of each schedule, of which the shortest counts: what else the machine does can only make one longer
 LIMIT = 300  # seconds a process may take
+PARTS = ("bubble", "equality", "memory", "kills")
 
 
 class Toy(nn.Module):
@@ -203,32 +215,51 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
     unfinished.replace(path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "schedules.svg", help="where it is drawn")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--micro-batches", type=int, default=10)
-    parser.add_argument("--unit", type=float, default=0.15, help="seconds of half a stage's forward pass")
-    given = parser.parse_args(argv)
-    recorded = record(given.ranks, list(SCHEDULES), given.micro_batches, given.unit)
+def bubbles(ranks: int, micro_batches: int, unit: float, picture: Path) -> dict:
+    """Every schedule's bubble beside its formula; draws the picture."""
+    recorded = record(ranks, list(SCHEDULES), micro_batches, unit)
     found = {schedule: bubble(events, schedule) for schedule, events in recorded.items()}
     for schedule, figures in found.items():
         print(f"{schedule:<11}{figures}", file=sys.stderr)
-    draw(recorded, given.picture)
+    draw(recorded, picture)
     v = found["dualpipev"]
-    write(
-        given.results,
-        "parallel",
-        {
-            "bubble_vs_formula": round(v["share"] / v["formula_share"], 3),
-            "bubble_vs_1f1b": round(v["share"] / found["1f1b"]["share"], 3),
-            "schedules": found,
-            "ranks": given.ranks,
-            "micro_batches": given.micro_batches,
-            "unit_seconds": given.unit,
-            "environment": environment("fp32", False),
-        },
-    )
+    return {
+        "bubble_vs_formula": round(v["share"] / v["formula_share"], 3),
+        "bubble_vs_1f1b": round(v["share"] / found["1f1b"]["share"], 3),
+        "schedules": found,
+        "ranks": ranks,
+        "micro_batches": micro_batches,
+        "unit_seconds": unit,
+        "environment": environment("fp32", False),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "schedules.svg", help="where it is drawn")
+    parser.add_argument("--ranks", type=int, default=4, help="of the bubble's pipeline")
+    parser.add_argument("--micro-batches", type=int, default=10, help="of the bubble's step")
+    parser.add_argument("--unit", type=float, default=0.15, help="seconds of half a stage's forward pass")
+    parser.add_argument("--layouts", default="; ".join(LAYOUTS), help="of equality and memory")
+    parser.add_argument("--steps", type=int, default=20, help="of the losses compared")
+    parser.add_argument("--runs", type=int, default=5, help="in which ranks are killed")
+    parser.add_argument("--kills", type=int, default=4, help="in each of these runs")
+    given = parser.parse_args(argv)
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    for part in given.parts or PARTS:
+        if part == "bubble":
+            result = bubbles(given.ranks, given.micro_batches, given.unit, given.picture)
+        elif part == "equality":
+            result = equality(given.layouts.split("; "), given.steps)
+        elif part == "memory":
+            result = memory(given.layouts.split("; "))
+        else:
+            result = kills(given.runs, given.kills)
+        path = given.results / "parallel.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        write(given.results, "parallel", before | result)
 
 
 if __name__ == "__main__":

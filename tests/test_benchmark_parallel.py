@@ -1,10 +1,11 @@
-"""The benchmark of idle time counts right, and runs."""
+"""The benchmark of pipelines counts right, and runs."""
 
 import importlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,6 +14,11 @@ ROOT = Path(__file__).parent.parent
 def parallel(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("parallel")
+
+
+@pytest.fixture
+def parallel_runs(parallel):
+    return importlib.import_module("parallel_runs")
 
 
 def test_idle_time_by_hand(parallel, tmp_path):
@@ -33,8 +39,44 @@ def test_idle_time_by_hand(parallel, tmp_path):
 def test_it_runs(parallel, tmp_path, capsys):
     picture = tmp_path / "schedules.svg"
     toy = ["--ranks", "2", "--micro-batches", "4", "--unit", "0.002", "--results", str(tmp_path)]
-    parallel.main([*toy, "--picture", str(picture)])
+    (tmp_path / "parallel.json").write_text('{"kills_survived": 1}')
+    parallel.main(["bubble", *toy, "--picture", str(picture)])
     result = json.loads((tmp_path / "parallel.json").read_text())
     assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["kills_survived"] == 1, "what other parts found stays"
     assert set(result["schedules"]) == {"dualpipev", "dualpipe", "zerobubble", "1f1b"} and picture.exists()
     assert all(0 < found["share"] < 1 for found in result["schedules"].values())
+
+
+def test_a_wrong_gradient_is_seen(parallel_runs):
+    a, b = torch.arange(8.0).view(4, 2), torch.ones(3)
+    expected = {"experts": a, "norm": b}
+    ranks = [{"experts": a[:2], "norm": b}, {"experts": a[2:]}]  # which share their experts
+    assert parallel_runs.gradient_error(ranks, expected) == 0
+    assert parallel_runs.gradient_error(ranks[::-1], expected) > 0.5
+    assert parallel_runs.gradient_error([expected, {"norm": 1.01 * b}], expected) == pytest.approx(0.01, rel=1e-4)
+    with pytest.raises(RuntimeError, match="no rank has a gradient of norm"):
+        parallel_runs.gradient_error([{"experts": a}], expected)
+    with pytest.raises(RuntimeError, match="one process has no gradient of head"):
+        parallel_runs.gradient_error([expected, {"head": b}], expected)
+
+
+def test_a_wrong_loss_is_seen(parallel_runs):
+    logs = [{"loss": 2.0, "loss_main": 1.5, "step": 1}, {"eval_loss": 3.0, "step": 1}]
+    assert parallel_runs.loss_error(logs, logs) == 0
+    assert parallel_runs.loss_error([logs[0] | {"loss_main": 1.503}, logs[1]], logs) == pytest.approx(0.002)
+
+
+@pytest.mark.slow
+def test_several_processes_and_one(parallel, tmp_path):
+    parallel.main(["equality", "--layouts", "pp 2, dualpipev", "--steps", "2", "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "parallel.json").read_text())
+    assert set(result["equality"]["layouts"]) == {"pp 2, dualpipev", "pp 2, dualpipev, tied"}
+    assert 0 < result["max_gradient_error"] < 1e-5 and result["max_loss_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_kill_is_survived(parallel, tmp_path):
+    parallel.main(["kills", "--runs", "1", "--kills", "1", "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "parallel.json").read_text())
+    assert result["kills_survived"] == 1 == len(result["kills"]["runs"][0]["killed"])

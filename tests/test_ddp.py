@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,6 +34,13 @@ OPTIONS = {
 }
 
 
+def processes_of(launched: subprocess.Popen) -> list[psutil.Process]:
+    """A launcher that still runs, and what it started; the launcher comes last."""
+    if launched.poll() is not None:
+        return []
+    return [*psutil.Process(launched.pid).children(recursive=True), psutil.Process(launched.pid)]
+
+
 def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[str, ...] = ()) -> str:
     """Runs `moonwhale train` in several processes, `before` it some code, and returns what they print."""
     with socket.socket() as free:
@@ -49,16 +57,20 @@ def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[s
     script = Path(os.environ["MOONWHALE_CACHE"]) / "ddp.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(before + SCRIPT)
-    done = subprocess.run(
+    launched = subprocess.Popen(
         [*launch, str(script), *argv],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    try:
+        said, _ = launched.communicate(timeout=300)
+    finally:
+        for process in processes_of(launched):  # which may wait for each other, after it has gone
+            process.kill()
+    assert launched.returncode == 0, said
+    return said
 
 
 def assert_close(out, reference) -> None:

@@ -104,7 +104,9 @@ def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
         return None if verb in ("VERB", "tokenizer") or verb.startswith("--") else f"no verb {verb}"
     given = {word.partition("=")[0] for word in command if word.startswith("--")}
     fields = (
-        {f"--model.{name}" for name in (*arguments.model_fields(), "FIELD")} if verb in ("train", "info") else set()
+        {f"--model.{name}" for name in (*arguments.model_fields(), "FIELD")}
+        if verb in ("train", "info", "plan")
+        else set()
     )
     if verb == "train":
         fields |= PARALLEL

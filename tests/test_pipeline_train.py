@@ -6,13 +6,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from moonwhale.errors import UserError
+from moonwhale.pipeline import ranks
 from moonwhale.train import arguments, checkpoints, pretrain
 from test_ddp import assert_close, torchrun
 
@@ -149,8 +152,32 @@ def test_a_dead_rank_stops_the_others(endless, tmp_path):
     assert "Traceback" not in said
 
 
+def names_of_start(store: dist.Store, world: int) -> set[str]:
+    """What `world` processes that start together, the first one last, call their start."""
+    with ThreadPoolExecutor(world) as pool:
+        return set(pool.map(lambda rank: ranks._name_of_start(store, rank, world, 30), reversed(range(world))))
+
+
+def test_each_start_has_a_name_of_its_own():
+    """In a store that outlives the processes, even where some of them died while they looked for each other."""
+    store = dist.HashStore()
+    (first,) = names_of_start(store, 3)
+    (second,) = names_of_start(store, 3)
+    store.set("asks/2", "of one who died")
+    (third,) = names_of_start(store, 3)
+    assert len({first, second, third}) == 3
+    with pytest.raises(TimeoutError):
+        ranks._name_of_start(store, 0, 3, 0)
+
+
+def test_a_restart_goes_on_by_itself(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not arguments.parse([]).resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert arguments.parse([]).resume
+
+
 @pytest.mark.slow
-@pytest.mark.skip(reason="not reliable yet: after a restart by torchrun the processes sometimes do not find each other")
 def test_torchrun_goes_on_from_the_last_checkpoint(one, tmp_path):
     """A rank is killed, as if by the system, in step 5; torchrun starts all of them again."""
     config = one()
@@ -167,7 +194,7 @@ def dying(self, *args):
     return step(self, *args)
 PipelineTrainer.training_step = dying
 """
-    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2", "--resume")
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
     torchrun(*options, before=script, launcher=("--max-restarts=1",))
     assert (tmp_path / "died").exists()
     assert_close(out, config.out)

@@ -22,6 +22,7 @@ VERBS = {
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
     "export": ("moonwhale.export:main", "write a checkpoint in another format"),
     "info": ("moonwhale.info:main", "count what a preset or a checkpoint costs"),
+    "plan": ("moonwhale.plan:main", "lay a run out over many GPUs, and count what it costs"),
     "doctor": ("moonwhale.doctor:main", "say what this machine can do, and why not more"),
 }
 

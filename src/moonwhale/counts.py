@@ -87,6 +87,34 @@ def part_flops(config, context: int) -> PartFlops:
     return PartFlops(tuple(blocks), 2.0 * config.vocab_size * config.hidden_size, 2.0 * _join(config))
 
 
+@dataclass(frozen=True)
+class PartSizes:
+    """Parameters of each part of a model, and what it leaves for the backward pass."""
+
+    blocks: tuple[int, ...]  # the main model's, then the MTP modules'
+    experts: tuple[int, ...]  # of these, the routed experts'
+    matrices: tuple[int, ...]  # of these, what Muon trains
+    saved: tuple[int, ...]  # numbers that a token leaves, roughly, for each block's backward pass
+    embedding: int
+    join: int  # an MTP module's projection of two inputs to one, and its norms
+    join_matrices: int
+
+
+def part_sizes(config) -> PartSizes:
+    """Splits `count`'s parameters over the parts of the model."""
+    blocks = range(config.num_blocks)
+    routed = config.n_routed_experts * _expert(config)
+    return PartSizes(
+        blocks=tuple(_block(config, i) for i in blocks),
+        experts=tuple(0 if _is_dense(config, i) else routed for i in blocks),
+        matrices=tuple(_matrices(config, i) for i in blocks),
+        saved=tuple(_saved(config, i) for i in blocks),
+        embedding=config.vocab_size * config.hidden_size,
+        join=_join(config) + 3 * config.hidden_size,
+        join_matrices=_join(config),
+    )
+
+
 def training_bytes(config, tokens: int, number_bytes: int = 4) -> dict[str, int]:
     """Memory of a training step on one device, roughly: fp32 weights, gradients and optimizer state (momentum for
     Muon's matrices, two moments for AdamW's), and what the backward pass needs of `tokens` tokens in `number_bytes`
@@ -167,8 +195,8 @@ def _attended(config, layer: int, context: int) -> tuple[float, float]:
 
 def _saved(config, layer: int) -> int:
     """Numbers a token leaves for a block's backward pass, roughly: each norm's input and output, the queries, keys and
-    values of attention and its output twice, and what enters and leaves the feed-forward networks. MoBA's second look
-    at chosen blocks, and rows that only pad, are left out.
+    values of attention and its output twice, what enters and leaves the feed-forward networks, and each chosen expert's
+    own copy of what it reads. MoBA's second look at chosen blocks, and rows that only pad, are left out.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
@@ -176,4 +204,4 @@ def _saved(config, layer: int) -> int:
     if _is_dense(config, layer):
         return norms + attention + 5 * config.intermediate_size
     inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
-    return norms + attention + (2 * chosen + 5 * config.n_shared_experts) * inner
+    return norms + attention + chosen * (hidden + 3 * inner) + 5 * config.n_shared_experts * inner

@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
         config = build_model_config(run)
     else:
         config = read_config(arguments.target, overrides)
-    context = _positive(arguments.context, "--context") if arguments.context else config.max_position_embeddings
-    figures = gather(config, context, _positive(arguments.batch, "--batch"), run)
+    context = positive(arguments.context, "--context") if arguments.context else config.max_position_embeddings
+    figures = gather(config, context, positive(arguments.batch, "--batch"), run)
     print(json.dumps(figures, indent=2) if arguments.json else table(arguments.target, figures))
     return 0
 
@@ -100,36 +100,36 @@ def table(name: str, figures: dict) -> str:
     mtp = " + ".join(map(str, f["mtp_blocks"]))
     at = f"{f['batch']} x {f['context']:,} tokens"
     rows = [
-        ("parameters", f"{_si(f['parameters'])}, {_si(f['active_parameters'])} active"),
-        ("  a block", f"{_si(f['parameters_per_block'])}, {_si(f['active_parameters_per_block'])} active"),
-        ("  blocks", f"{f['blocks']}" + (f", and {mtp} in MTP modules ({_si(f['mtp'])})" if mtp else "")),
-        ("  embedding, head", f"{_si(f['embedding'])}, {_si(f['head']) if f['head'] else 'tied'}"),
+        ("parameters", f"{si(f['parameters'])}, {si(f['active_parameters'])} active"),
+        ("  a block", f"{si(f['parameters_per_block'])}, {si(f['active_parameters_per_block'])} active"),
+        ("  blocks", f"{f['blocks']}" + (f", and {mtp} in MTP modules ({si(f['mtp'])})" if mtp else "")),
+        ("  embedding, head", f"{si(f['embedding'])}, {si(f['head']) if f['head'] else 'tied'}"),
         (
             "FLOPs a token",
-            f"{_si(f['flops_per_token_forward'])} forward, {_si(f['flops_per_token_training'])} training",
+            f"{si(f['flops_per_token_forward'])} forward, {si(f['flops_per_token_training'])} training",
         ),
         ("  at a context of", f"{f['context']:,} tokens"),
         ("cache a token", f"{f['kv_cache_bytes_per_token']:,} bytes in bf16"),
         ("  plain MHA", f"{f['mha_cache_bytes_per_token']:,} bytes, {f['cache_saving']:.1f} times as much"),
-        ("memory to train", f"{_bytes(sum(train.values()))} in fp32, with {at} at once"),
-        *((f"  {part}", _bytes(size)) for part, size in train.items()),
-        ("memory to infer", f"{_bytes(sum(infer.values()))} in bf16, with {at} in the cache"),
-        *((f"  {part}", _bytes(size)) for part, size in infer.items()),
+        ("memory to train", f"{in_bytes(sum(train.values()))} in fp32, with {at} at once"),
+        *((f"  {part}", in_bytes(size)) for part, size in train.items()),
+        ("memory to infer", f"{in_bytes(sum(infer.values()))} in bf16, with {at} in the cache"),
+        *((f"  {part}", in_bytes(size)) for part, size in infer.items()),
     ]
     if "steps" in f:
         rows.append(("the preset's run", f"{f['steps']:,} steps of {f['tokens_per_step']:,} tokens"))
-        rows.append(("  in all", f"{_si(f['tokens'])} tokens, {_si(f['training_flops'])} FLOPs"))
+        rows.append(("  in all", f"{si(f['tokens'])} tokens, {si(f['training_flops'])} FLOPs"))
     return "\n".join([name, *(f"  {label:<20}{value}" for label, value in rows)])
 
 
-def _positive(text: str, name: str) -> int:
+def positive(text: str, name: str) -> int:
     value = options.convert(text, int, name, from_text=True)
     if value < 1:
         raise UserError(f"{name}: {value} is impossible: it must be at least 1")
     return value
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
     """Three digits and a unit: 7.11 M."""
     power = 0
     while number >= 999.5 and power < 6:
@@ -138,5 +138,5 @@ def _si(number: float) -> str:
     return f"{number:.{digits}f} {' kMGTPE'[power]}".rstrip()
 
 
-def _bytes(number: float) -> str:
-    return _si(number) + "B" if number >= 999.5 else f"{number:.0f} B"
+def in_bytes(number: float) -> str:
+    return si(number) + "B" if number >= 999.5 else f"{number:.0f} B"

@@ -6,6 +6,7 @@ Process c · P + r is rank r of copy c of a pipeline of P ranks.
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,10 +67,9 @@ class Ranks:
         """The ranks that do not report within a few seconds that they stop, too."""
         try:
             store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's store outlives the processes
-            store.set(f"stopped/{start}/{self.rank}", "")
+            store.set(f"stopped/{self.rank}", "")
             end = time.monotonic() + seconds
-            while missing := [r for r in range(world) if not store.check([f"stopped/{start}/{r}"])]:
+            while missing := [r for r in range(world) if not store.check([f"stopped/{r}"])]:
                 if time.monotonic() > end:
                     return missing
                 time.sleep(0.05)
@@ -86,6 +86,54 @@ def take_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
 
 
+def join(on_cpu: bool, timeout: int) -> None:
+    """Makes the process group of all that torchrun started.
+
+    torch would do it with the keys of torchrun's store as they are. But that store outlives the processes: after a
+    restart it still has the addresses of those before, and the new ones would try to reach them. So each start keeps
+    its keys under a name of its own.
+
+    Raises:
+        UserError: not all came within `timeout` seconds.
+    """
+    limit = timedelta(seconds=timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    try:
+        name = _name_of_start(store, rank, world, timeout)
+    except (dist.DistStoreError, TimeoutError) as error:
+        raise UserError(
+            f"rank {rank}: not all {world} ranks came within {timeout} s: see what the others say, or raise "
+            "--parallel.timeout"
+        ) from error
+    own = dist.PrefixStore(name, store)
+    dist.init_process_group("gloo" if on_cpu else "nccl", store=own, rank=rank, world_size=world, timeout=limit)
+
+
+def _name_of_start(store: dist.Store, rank: int, world: int, timeout: int) -> str:
+    """A name that the processes started together know, and none before them did.
+
+    Rank 0 draws it. Every other rank asks for it under a number of its own, since what stands in the store may be an
+    older one's, and rank 0 answers until all have heard it. (torchrun's count of restarts would do on one machine, but
+    on several each counts its own.)
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.add(f"heard/{name}", 1)
+        return name
+    end = time.monotonic() + timeout
+    while store.add(f"heard/{own}", 0) < world - 1:
+        if time.monotonic() > end:
+            raise TimeoutError
+        for other in range(1, world):
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        time.sleep(0.05)
+    return own
+
+
 def start(pp: int, copies: int, ep: int, mirrored: bool, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
     """Joins the processes that torchrun started, `copies` pipelines of `pp` ranks each.
 
@@ -94,11 +142,11 @@ def start(pp: int, copies: int, ep: int, mirrored: bool, timeout: int, on_cpu: b
     timeout: seconds that a rank waits for another. settings: what all must have been started with, by option.
 
     Raises:
-        UserError: on every rank, when they were not.
+        UserError: on every rank, when they were not; when not all came in time.
     """
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # an error is said in one line, below
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=limit)
+    join(on_cpu, timeout)
     for name in TOLD:
         os.environ.pop(name, None)
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)

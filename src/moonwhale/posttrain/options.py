@@ -128,6 +128,8 @@ def parse(cls: type[Config], argv: list[str], description: str, epilog: str | No
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
     given, rest = options.read_argv(parser, cls, argv)
     path = rest.config
+    if runs.restarted():
+        given["resume"] = True
     if given.get("resume") and path is None:
         path = runs.own_file(
             given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)

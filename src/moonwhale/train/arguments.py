@@ -161,6 +161,8 @@ def parse(argv: list[str]) -> TrainConfig:
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
     given, rest = options.read_argv(parser, TrainConfig, argv)
     path = rest.config
+    if runs.restarted():
+        given["resume"] = True
     if given.get("resume") and path is None:
         given.setdefault("out", default_out(given.get("preset", TrainConfig.preset)))
         path = runs.own_file(given["out"])

@@ -6,6 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.train import arguments, runs
 from moonwhale.train.arguments import TrainConfig
@@ -86,6 +87,8 @@ def train(config: TrainConfig) -> None:
         copies = split.copies(world)
         place = ranks.start(split.pp, copies, split.ep, kind.mirrored, split.timeout, on_cpu, settings)
         shares = 1
+    elif world > 1:
+        ranks.join(choice.device.type == "cpu", config.split.timeout)
     args = _trainer_arguments(config, choice, shares)
     data = build_data(
         config.data,
@@ -164,7 +167,7 @@ def _check_data(data, out: Path, config: TrainConfig) -> None:
     record = out / DATA_FILE
     checksum = hashlib.sha256(repr(data.train.shards.index["files"]).encode()).hexdigest()
     if not record.exists():
-        record.write_text(f"{data.describe()}\nchecksum   {checksum}\n", encoding="utf-8")
+        options.write_whole(record, f"{data.describe()}\nchecksum   {checksum}\n")
     elif checksum not in record.read_text(encoding="utf-8"):
         raise UserError(
             f"--data: {config.data}, or its tokenizer, has changed since the run in {out} began (see {record}): "

@@ -33,6 +33,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def say(line: str) -> None:
     """Prints a line, once for all processes."""
     if is_main_process():
@@ -47,7 +52,7 @@ def check_folder(config, read: Callable[[str], object]) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file: name a folder")
     if not run_file.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(not path.name.startswith(f".{RUN_FILE}") for path in out.iterdir()):
             raise UserError(f"--out: {out} holds files that are not a run's: name a new or an empty folder")
         return
     if not config.resume:

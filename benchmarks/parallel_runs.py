@@ -1,0 +1,333 @@
+"""What benchmarks/parallel.py finds out by real runs of `moonwhale train`, on CPUs: do several processes compute what
+one does, does a run outlive the death of a process, and what does a process hold in memory?
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+import parallel_rank
+from common import environment
+from moonwhale import options
+from moonwhale.model import MoonwhaleConfig
+from moonwhale.pipeline.estimate import Estimate, Layout
+from moonwhale.train import checkpoints
+
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 8,  # a block for each of the most stages
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "moba_block_size": 8,
+    "moba_topk": 2,
+    "moba_full_attention_layers": [1],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_nextn_predict_layers": 1,
+    "mtp_num_blocks": 1,
+    "aux_loss_alpha": 0.01,
+    "bias_update_speed": 0.01,
+}
+RUN = {
+    "context": 32,
+    "batch_size": 2,
+    "tokens_per_step": 512,  # 8 micro-batches, which four ranks of DualPipe need
+    "lr": 1e-3,
+    "warmup_steps": 1,
+    "qk_clip_tau": 2e-3,  # low enough to clip
+    "grad_clip": 0.0,
+    "eval_every": 0,
+    "eval_rows": 4,
+    "save_every": 0,
+    "log_every": 1,
+    "report_to": ["none"],
+    "device": "cpu",
+    "precision": "fp32",
+    "model": MODEL,
+}
+# Processes, and what they are told
+LAYOUTS = {
+    "pp 2, dualpipev": (2, {"pp": 2, "schedule": "dualpipev"}),
+    "pp 2, dualpipe": (2, {"pp": 2, "schedule": "dualpipe"}),
+    "pp 4, dualpipev": (4, {"pp": 4, "schedule": "dualpipev"}),
+    "pp 4, dualpipe": (4, {"pp": 4, "schedule": "dualpipe"}),
+    "pp 2, 1f1b": (2, {"pp": 2, "schedule": "1f1b"}),
+    "dp 2": (2, {}),
+    "pp 2 x dp 2": (4, {"pp": 2, "schedule": "dualpipev"}),
+    "ep 2": (2, {"ep": 2}),
+    "ep 2 x dp 2": (4, {"ep": 2}),
+    "pp 2 x ep 2": (4, {"pp": 2, "ep": 2, "schedule": "dualpipev"}),
+    "fsdp 2": (2, {"fsdp": True}),
+    "pp 2 x fsdp 2": (4, {"pp": 2, "fsdp": True, "schedule": "dualpipev"}),
+}
+KILLED = ("pp 2, dualpipev", "pp 2, dualpipe")
+SIZE = {"context": 256, "tokens_per_step": 4096, "model": MODEL | {"hidden_size": 128, "moe_intermediate_size": 64}}
+HELD = ("weights", "gradients", "optimizer", "activations")
+LIMIT = 300  # seconds that a run may take, and once more for each kill
+
+
+class Run:
+    """A run of `moonwhale train` in a folder `out`, told what `run` says; what parallel_rank.py leaves of each process,
+    and what it prints, stands beside it.
+    """
+
+    def __init__(self, out: Path, run: dict):
+        self.out, self.seen = out, Path(f"{out}-seen")
+        self.seen.mkdir(parents=True)
+        self.argv = ["--config", str(self.seen / "run.yaml"), "--out", str(out)]
+        self.told = {"OMP_NUM_THREADS": "1", "MOONWHALE_CACHE": str(out.parent / "cache")}
+        options.write_yaml(self.seen / "run.yaml", run, "a benchmark's run")
+
+    def together(self, processes: int) -> list[dict]:
+        """Carries it out in processes that are forked from one with everything imported: as torchrun's, but there at
+        once. Returns what each saw.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": str(processes)}
+        ranks = [place | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)] if processes > 1 else [{}]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # where the preloaded module is found
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["parallel_rank"])
+        started = [
+            context.Process(
+                target=parallel_rank.forked, args=(self.told | rank, str(self.seen), self.argv), daemon=True
+            )
+            for rank in ranks
+        ]
+        for process in started:
+            process.start()
+        end = time.monotonic() + LIMIT
+        while any(process.is_alive() for process in started) and time.monotonic() < end:
+            if any(process.exitcode for process in started):
+                break
+            time.sleep(0.05)
+        for process in started:
+            process.kill()
+            process.join()
+        if any(process.exitcode for process in started):
+            said = "".join(path.read_text() for path in sorted(self.seen.glob("said*.txt")))
+            raise RuntimeError(f"{[process.exitcode for process in started]}: {said[-3000:]}")
+        return [torch.load(self.seen / f"{r}.pt", weights_only=True) for r in range(processes)]
+
+    def history(self) -> list[dict]:
+        """What was logged, without the times."""
+        logs = checkpoints.history(checkpoints.newest(self.out))
+        return [{k: v for k, v in log.items() if not re.search("second|runtime|mfu", k)} for log in logs]
+
+
+class Disturbed:
+    """A run under torchrun, whose processes are killed now and then."""
+
+    def __init__(self, run: Run, processes: int, restarts: int):
+        self.run, self.deadline = run, time.monotonic() + LIMIT * (1 + restarts)
+        launcher = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            f"--max-restarts={restarts}",
+        ]
+        script = str(Path(__file__).with_name("parallel_rank.py"))
+        self.said = run.seen / "said.txt"
+        with self.said.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *launcher, script, str(run.seen), *run.argv],
+                env=os.environ | run.told,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def steps(self) -> list[int]:
+        """The steps that were logged so far, those after a restart again."""
+        return [int(number) for number in re.findall(r"^step +(\d+)  loss", self.said.read_text(), re.MULTILINE)]
+
+    def kill(self, rank: int) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if child.environ().get("RANK") == str(rank):
+                child.kill()
+                return
+        raise RuntimeError(f"there is no rank {rank}: {self.said.read_text()[-3000:]}")
+
+    def is_over(self) -> bool:
+        return self.process.poll() is not None or time.monotonic() > self.deadline
+
+    def end(self) -> None:
+        """Waits for the end; whatever then still runs is stopped.
+
+        Raises:
+            RuntimeError: it failed or took too long, with what it said.
+        """
+        while not self.is_over():
+            time.sleep(0.05)
+        with contextlib.suppress(psutil.Error):
+            launcher = psutil.Process(self.process.pid)
+            for process in (*launcher.children(recursive=True), launcher):
+                process.kill()
+        if self.process.wait():
+            raise RuntimeError(f"{self.process.returncode}: {self.said.read_text()[-3000:]}")
+
+
+def write_text(folder: Path, steps: int) -> str:
+    """Documents of few words, which fill more rows than so many steps need: an epoch's last step may be short."""
+    rows = 2 * steps * RUN["tokens_per_step"] // RUN["context"]
+    draw, words = random.Random(0), ["the", "a", "whale", "moon", "sea", "sings", "swims", "rises", "over", "under"]
+    folder.mkdir()
+    for i in range(rows):
+        (folder / f"{i:04}.txt").write_text(" ".join(draw.choice(words) for _ in range(draw.randint(30, 90))))
+    return str(folder)
+
+
+def put_together(seen: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Every rank's gradients by name. Where ranks share a tensor's first dimension, they have it in their order."""
+    found = {}
+    for name, expected in like.items():
+        parts = [grads[name] for grads in seen if name in grads]
+        if not parts:
+            raise RuntimeError(f"no rank has a gradient of {name}")
+        each = len(expected) // len(parts[0]) if expected.ndim else 1
+        found[name] = [torch.cat(parts[i : i + each]) if each > 1 else parts[i] for i in range(0, len(parts), each)]
+    return found
+
+
+def gradient_error(seen: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of a parameter's gradient on any rank."""
+    if unknown := set().union(*seen) - set(expected):
+        raise RuntimeError(f"one process has no gradient of {', '.join(sorted(unknown))}")
+    errors = [
+        float((grad - expected[name]).norm() / expected[name].norm().clamp(min=1e-12))
+        for name, grads in put_together(seen, expected).items()
+        for grad in grads
+    ]
+    return max(errors)
+
+
+def loss_error(history: list[dict], expected: list[dict]) -> float:
+    """The largest relative error of a logged loss."""
+    pairs = [(a, b) for a, b in zip(history, expected, strict=True) if "loss_main" in b]
+    names = [name for name in pairs[0][1] if name == "loss" or name.startswith("loss_")]
+    return max(abs(a[name] - b[name]) / max(abs(b[name]), 1e-6) for a, b in pairs for name in names)
+
+
+def equality(layouts: list[str], steps: int) -> dict:
+    """Gradients of the first step and losses of `steps`, several processes' beside one's."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_text(Path(folder, "data"), steps)
+        for tied in (False, True):
+            run = RUN | {"data": data, "steps": steps, "model": MODEL | {"tie_word_embeddings": tied}}
+            suffix = ", tied" * tied
+            one = Run(Path(folder, f"one{suffix}"), run)
+            (expected,) = one.together(1)
+            for name in layouts:
+                processes, parallel = LAYOUTS[name]
+                several = Run(Path(folder, name + suffix), run | {"parallel": parallel})
+                seen = several.together(processes)
+                found[name + suffix] = {
+                    "gradient_error": gradient_error([rank["grads"] for rank in seen], expected["grads"]),
+                    "loss_error": loss_error(several.history(), one.history()),
+                }
+                print(f"{name + suffix:<24}{found[name + suffix]}", file=sys.stderr)
+    return {
+        "max_gradient_error": max(errors["gradient_error"] for errors in found.values()),
+        "max_loss_error": max(errors["loss_error"] for errors in found.values()),
+        "equality": {"layouts": found, "steps": steps, "environment": environment("fp32", False)},
+    }
+
+
+def memory(layouts: list[str]) -> dict:
+    """What each rank holds and sends in a step, beside what `moonwhale plan` makes of it."""
+    found, errors = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        run = RUN | SIZE | {"data": write_text(Path(folder, "data"), 20), "steps": 1}
+        for name in layouts:
+            processes, parallel = LAYOUTS[name]
+            several = Run(Path(folder, name), run | {"parallel": parallel})
+            measured = [rank["bytes"] | rank["sent"] for rank in several.together(processes)]
+            config = MoonwhaleConfig.from_pretrained(several.out)
+            found[name] = {"measured": measured, "planned": planned(config, run, processes, parallel)}
+            print(f"{name:<24}{found[name]}", file=sys.stderr)
+            held = [[sum(rank[part] for part in HELD) for rank in ranks] for ranks in found[name].values()]
+            errors += [theirs / ours - 1 for ours, theirs in zip(*held, strict=True)]
+    about = {"layouts": found, "environment": environment("fp32", False)}
+    return {"max_memory_error": round(max(map(abs, errors)), 3), "memory": about}
+
+
+def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) -> list[dict[str, int]]:
+    """What `moonwhale plan` says of every process."""
+    pp, schedule = parallel.get("pp", 1), parallel.get("schedule", "1f1b")
+    micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
+    layout = Layout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
+    costs = Estimate(config, run["context"], number_bytes=4).costs(layout)
+    return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
+
+
+def kills(runs: int, each: int, steps: int = 12) -> dict:
+    """Kills a random rank at a random moment of `each` random steps of every run."""
+    draw, survived, found = random.Random(0), 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        run = RUN | {"data": write_text(Path(folder, "data"), steps), "steps": steps, "save_every": 2, "eval_every": 4}
+        run |= {"tokens_per_step": 256, "model": MODEL | {"num_hidden_layers": 4}}  # enough for two ranks
+        undisturbed = {}
+        for i in range(runs):
+            name = KILLED[i % len(KILLED)]
+            processes, parallel = LAYOUTS[name]
+            if name not in undisturbed:
+                undisturbed[name] = Run(Path(folder, name), run | {"parallel": parallel})
+                undisturbed[name].together(processes)
+            disturbed = Disturbed(Run(Path(folder, f"{name} {i}"), run | {"parallel": parallel}), processes, each)
+            killed = kill_at(disturbed, sorted(draw.sample(range(1, steps), each)), processes, draw)
+            disturbed.end()
+            equal = same_end(disturbed.run, undisturbed[name])
+            survived += equal * len(killed)
+            found.append({"layout": name, "killed": killed, "equal": equal})
+            print(found[-1], file=sys.stderr)
+    about = {"made": runs * each, "steps": steps, "save_every": run["save_every"], "runs": found}
+    return {"kills_survived": survived, "kills": about | {"environment": environment("fp32", False)}}
+
+
+def kill_at(disturbed: Disturbed, moments: list[int], processes: int, draw: random.Random) -> list[dict]:
+    """Kills a rank some time after each of some steps was logged. Returns who died, and after which step."""
+    killed, known = [], 0
+    for moment in moments:
+        while not any(step >= moment for step in disturbed.steps()[known:]):
+            if disturbed.is_over():
+                disturbed.end()
+                raise RuntimeError(f"it never came to step {moment}: {disturbed.said.read_text()[-3000:]}")
+            time.sleep(0.02)
+        time.sleep(draw.random())  # about a step's time
+        rank = draw.randrange(processes)
+        disturbed.kill(rank)
+        logged = disturbed.steps()
+        killed.append({"rank": rank, "after_step": logged[-1]})
+        known = len(logged)
+    return killed
+
+
+def same_end(run: Run, other: Run) -> bool:
+    """Whether two runs ended with the same weights and the same logs, bit for bit."""
+    a, b = (load_file(each.out / "model.safetensors") for each in (run, other))
+    return (
+        a.keys() == b.keys()
+        and all(torch.equal(value, b[name]) for name, value in a.items())
+        and json.dumps(run.history()) == json.dumps(other.history())
+    )
