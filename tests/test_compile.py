@@ -1,4 +1,4 @@
-"""torch.compile sees the whole model as one graph, whatever its blocks, experts and documents, and computes the same."""
+"""torch.compile sees the whole model as one graph, with blocks, experts and documents, and computes the same."""
 
 from pathlib import Path
 

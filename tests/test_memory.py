@@ -76,7 +76,7 @@ def test_out_of_memory_becomes_advice(error):
 def test_only_what_is_left_to_do_is_advised():
     least = run(batch_size=1, gradient_checkpointing=True)
     del least.context
-    with pytest.raises(UserError, match="rows: train a smaller model$"), memory.explained(least, GPU):
+    with pytest.raises(UserError, match=r"rows: train a smaller model$"), memory.explained(least, GPU):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, mla, paths
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, mla
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moe import Router, Routing
 
@@ -238,8 +238,8 @@ def test_mutant_shut_groups_score_zero(pair, monkeypatch):
 
 
 def test_mutant_prefill_that_is_not_causal(pair, monkeypatch):
-    right = paths.attend
-    monkeypatch.setattr(paths, "attend", lambda *args, causal, **kwargs: right(*args, causal=False, **kwargs))
+    right = mla.attend
+    monkeypatch.setattr(mla, "attend", lambda *args, causal, **kwargs: right(*args, causal=False, **kwargs))
     caught(assert_same_decoding, *pair())
 
 

@@ -21,8 +21,9 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(torch_flex, "_apply_kernel_options", options)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(flex, "_compiled", flex._attention)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(moba, "unseen", lambda device: True)
+    monkeypatch.setattr(flex, "_has_flex", lambda q: True)
     monkeypatch.setattr(flex, "TILE", 2)
 
 
@@ -46,7 +47,7 @@ def assert_naive(rows, topk):
     q, k, v = heads_of(layout)
     k, results = k[..., :WIDTH], []
     for function in (
-        lambda *qkv: flex.attention(*qkv, layout.segment, layout.offset, SCALE, SIZE, topk),
+        lambda *qkv: flex.attention(*qkv, SCALE, layout, SIZE, topk),
         lambda *qkv: naive(*qkv, documents, topk or 99),
     ):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -57,11 +58,12 @@ def assert_naive(rows, topk):
         assert close(ours, oracle), name
 
 
-@pytest.mark.parametrize("context", ["short", "long"])
+@pytest.mark.parametrize("way", ["short", "long", "in a graph elsewhere"])
 @pytest.mark.parametrize("topk", [0, 1, 2, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_flex_is_moba(rows, topk, context, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+def test_flex_is_moba(rows, topk, way, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0 if way == "long" else 99)
+    monkeypatch.setattr(flex, "_has_flex", lambda q: way != "in a graph elsewhere")
     assert_naive(rows, topk)
 
 
@@ -105,7 +107,7 @@ def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
     monkeypatch.setattr(flex, "LONG", 0)
     layout, _ = read([[64]])
     q, k, v = (normal(1, HEADS, 64, width, seed=width) for width in (WIDTH, WIDTH, 5))
-    flex.attention(q, k, v, layout.segment, layout.offset, SCALE, SIZE, 3)
+    flex.attention(q, k, v, SCALE, layout, SIZE, 3)
     (own, _), (far, _) = masks
     assert (own.kv_num_blocks + own.full_kv_num_blocks).sum() == 16 * 3, "of 2 x 2 tiles of a block, three"
     pairs_chosen = HEADS * SIZE * (1 + 2 * 14)

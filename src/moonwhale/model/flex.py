@@ -1,12 +1,13 @@
-"""Attention on an NVIDIA GPU by `flex_attention`: only tiles of 128 x 128 in which some query attends to some key, each
-query's largest logit from the same kernel, and no size decided by the data, so that nothing waits for the GPU.
+"""Attention whose sizes the data do not decide: for a GPU, which would have to be waited for, and for compiled graphs.
 
-Each query has its own blocks, and 128 queries together nearly all. In a short context all the same every query sees its
-blocks through a mask; in a long one queries are lined up by the blocks they chose, and the parts merged. Neither was
-measured on a GPU yet.
+On an NVIDIA GPU it is block-sparse `flex_attention`: only tiles of 128 x 128 in which some query attends to some key,
+and each query's largest logit from the same kernel. Each query has its own blocks, though, and 128 queries together
+nearly all. In a short context every query all the same sees its blocks through a mask; in a long one queries are lined
+up by the blocks they chose, and the parts merged. Neither was measured on a GPU yet.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +22,22 @@ LONG = 8  # times topk * block_size tokens make a context long
 
 
 def serves(q: Tensor, layout: Layout) -> bool:
-    """Whether this is the way: training on CUDA (a prompt of any length would be compiled anew), and no tiny heads."""
-    trains = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return q.device.type == "cuda" and trains and q.shape[2] == layout.segment.shape[1] and q.shape[-1] >= 16
+    """Whether this is the way: in a graph, and in training on CUDA (a prompt of any length would be compiled anew)."""
+    if q.shape[2] != layout.segment.shape[1]:
+        return False
+    return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.is_grad_enabled())
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, segment: Tensor, offset: Tensor, scale: float, block_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """`paths.attention`, with `segment` and `offset` (B, T) of the layout."""
-    run = _attention if torch.compiler.is_compiling() else _compiled
-    return run(q, k, v, segment, offset, scale, block_size, topk)
+    """Attention of q, k (B, H, T, D) and v (B, H, T, Dv) over MoBA's blocks, or full where `topk` is 0.
+
+    Returns:
+        out (B, H, T, Dv), and each query's largest scaled logit (B, H, T) in fp32.
+    """
+    run = _attention if torch.compiler.is_compiling() else _compiled()
+    return run(q, k, v, layout.segment, layout.offset, scale, block_size, topk)
 
 
 def _attention(q, k, v, segment, offset, scale, block_size, topk) -> tuple[Tensor, Tensor]:
@@ -40,17 +46,19 @@ def _attention(q, k, v, segment, offset, scale, block_size, topk) -> tuple[Tenso
     q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
     segment, offset = F.pad(segment, (0, missing), value=-1), F.pad(offset, (0, missing))
     blocks = Blocks.of(segment, offset, block_size if topk else len(segment[0]))  # full attention: one block a sequence
-    chosen = None
-    if topk > 1 and blocks.count and length > block_size:
-        chosen = blocks.choose(q, k, topk - 1)
-    if chosen is not None and length > LONG * topk * block_size and block_size % TILE == 0:
-        out, top = _gathered(q, k, v, scale, blocks, chosen)
-    else:
-        out, _, top = _masked(q, k, v, scale, blocks, chosen)
+    chosen = blocks.choose(q, k, topk - 1) if topk > 1 and length > block_size else None
+    lined_up = chosen is not None and _has_flex(q) and block_size % TILE == 0 and length > LONG * topk * block_size
+    out, top = _gathered(q, k, v, scale, blocks, chosen) if lined_up else _masked(q, k, v, scale, blocks, chosen)[::2]
     return out[:, :, :length], top[:, :, :length].detach()
 
 
-_compiled = torch.compile(_attention, dynamic=False)
+@cache
+def _compiled():
+    return torch.compile(_attention, dynamic=False)
+
+
+def _has_flex(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.shape[-1] >= 16  # the least width of its kernels
 
 
 @dataclass
@@ -83,14 +91,14 @@ class Blocks:
         index = self.first[..., None] + torch.arange(self.size, device=x.device)
         return _take(x, index.clamp(max=x.shape[2] - 1).flatten(1))
 
-    @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, n: int) -> Tensor:
         """The `n` earlier blocks with the best gates, (B, H, T, n); -1 where there are fewer."""
-        gates = q.float() @ self.take(k).float().unflatten(2, (self.count, -1)).mean(3).mT
-        segment = self.segment.gather(1, self.first.clamp(max=q.shape[2] - 1))
-        earlier = (self.first[:, None] < self.own[..., None]) & (segment[:, None] == self.segment[..., None])
-        values, index = gates.masked_fill_(~earlier[:, None], -torch.inf).topk(min(n, self.count), dim=-1)
-        return index.masked_fill(values == -torch.inf, -1)
+        with torch.no_grad():
+            gates = q.float() @ self.take(k).float().unflatten(2, (self.count, -1)).mean(3).mT
+            segment = self.segment.gather(1, self.first.clamp(max=q.shape[2] - 1))
+            earlier = (self.first[:, None] < self.own[..., None]) & (segment[:, None] == self.segment[..., None])
+            values, index = gates.masked_fill_(~earlier[:, None], -torch.inf).topk(min(n, self.count), dim=-1)
+            return index.masked_fill(values == -torch.inf, -1)
 
 
 def _masked(
@@ -105,6 +113,8 @@ def _masked(
             seen = seen | (chosen[b, h, query, j] == whole[b, key])
         return seen
 
+    if not _has_flex(q):
+        return _dense(q, k, v, scale, mask)
     length = q.shape[2]
     tile = torch.arange(length // TILE, device=q.device)
     begins = own.unflatten(1, (-1, TILE))  # of the blocks of each tile's queries
@@ -132,6 +142,15 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
     out, aux = flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True, max_scores=True))
     return out, aux.lse, aux.max_scores
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, mask) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_flex` gives, with all scores at once."""
+    sizes = (*q.shape[:3], k.shape[2])
+    seen = mask(*(torch.arange(n, device=q.device)[(..., *[None] * (3 - i))] for i, n in enumerate(sizes)))
+    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    logits = logits.masked_fill(~seen, -torch.inf)
+    return logits.softmax(-1).to(v.dtype) @ v, logits.logsumexp(-1), logits.amax(-1)
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Blocks, chosen: Tensor) -> tuple[Tensor, Tensor]:

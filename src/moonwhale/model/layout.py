@@ -95,9 +95,9 @@ class Layout:
         starts &= real
         segment = (starts.cumsum(1) - 1).masked_fill(~real, -1)
         begin = torch.where(starts, index, 0).cummax(1).values
-        training = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        given = attention_mask is not None or position_ids is not None
-        plain = not given or not (unseen(device) and training) and not bool(segment.any())
+        plain = attention_mask is None and position_ids is None
+        if not plain and not (unseen(device) and (torch.is_grad_enabled() or torch.compiler.is_compiling())):
+            plain = not bool(segment.any())
         if not plain and attention_mask is not None:
             reopened = starts[:, 1:] & ~real[:, :-1] & (segment[:, 1:] > 0)
             wrong = (reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)).any()

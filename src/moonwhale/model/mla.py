@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import flex
+from .attention import attend
 from .layout import Layout
-from .moba import moba_mask
+from .moba import moba_attention, moba_mask
 from .norm import RMSNorm
-from .paths import attention
 from .rope import rotate
 
 
@@ -93,7 +94,11 @@ class MultiheadLatentAttention(nn.Module):
             w_k = self._split_up()[0].flatten(0, 1)
             k_nope = self._by_head(F.linear(self._convolved(latent, layout).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
-        return attention(q, k, v, self.scale, layout, self.block_size, self.topk)
+        if flex.serves(q, layout):
+            return flex.attention(q, k, v, self.scale, layout, self.block_size, self.topk)
+        if self.topk:
+            return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
+        return attend(q, k, v, self.scale, causal=True, segment=layout.packing)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
         """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is

@@ -1,8 +1,6 @@
 """DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared ones, and a router kept balanced."""
 
-import itertools
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -129,29 +127,16 @@ def _line_up(index: Tensor, n_experts: int, step: int = STEP) -> tuple[Tensor, T
 
 
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """`F.grouped_mm` on any device and of any dtype: rows a (R, in) through stacks b (E, in, out), (R, out); or, of
-    a (M, R) and b (R, N), the product of each group's columns and rows (E, M, N). `ends` (E,) is where groups end.
+    """`F.grouped_mm`: rows a (R, in) through stacks b (E, in, out), (R, out); or, of a (M, R) and b (R, N), the product
+    of each group's columns and rows (E, M, N). `ends` (E,) is where groups end.
     """
-    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:  # the only one a graph takes
-        return _grouped_product(a, b, ends)
-    if has_grouped_mm(a.device.type):
-        return F.grouped_mm(a, b, offs=ends)
-    cuts = [0, *ends.tolist()]
-    groups = [slice(*cut) for cut in itertools.pairwise(cuts)]
-    if b.ndim == 2:
-        return torch.stack([a[:, group] @ b[group] for group in groups])
-    return torch.cat([a[group] @ b[e] for e, group in enumerate(groups)] + [a.new_zeros(len(a) - cuts[-1], b.shape[2])])
-
-
-@cache
-def has_grouped_mm(kind: str) -> bool:
-    """Whether this torch has the product on a kind of device, as it may not on MPS."""
-    return torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", kind.upper())
+    in_graph = torch.compiler.is_compiling() and a.dtype != torch.bfloat16  # the only one that a graph takes
+    return _grouped_product(a, b, ends) if in_graph else F.grouped_mm(a, b, offs=ends)
 
 
 @torch.library.custom_op("moonwhale::grouped_product", mutates_args=())
 def _grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    return grouped_product(a, b, ends)
+    return F.grouped_mm(a, b, offs=ends)
 
 
 @_grouped_product.register_fake

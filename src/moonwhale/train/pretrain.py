@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> None:
     if choice.fp8:
         fp8.convert(model, choice.fp8)
     if config.compile:
-        _compile(model, choice.device)
+        compile_blocks(model, choice.device)
 
     sizes = count(model_config)
     fits = memory.estimate(model_config, config, choice.device, choice.dtype.itemsize) if not pipelined else ""
@@ -199,9 +199,9 @@ def _trainer_arguments(config: TrainConfig, choice, world: int):
     )
 
 
-def _compile(model, device) -> None:
-    """Compiles each block, and on a GPU the loss; on a CPU around attention and experts, whose sizes the data decide there,
-    which is faster than what a graph could do.
+def compile_blocks(model, device) -> None:
+    """Compiles each block, and on a GPU the loss. On a CPU attention and experts stay out: there the data decide their
+    sizes, which is faster than any graph.
 
     Raises:
         UserError: something that compiling needs is missing.
