@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 TOKENS = (torch.arange(40) * torch.tensor([[1], [3]])) % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(23)], [*range(40)]])
+PADDED = torch.tensor([[0] * 9 + [1] * 31, [1] * 40])
 LABELS = TOKENS.masked_fill(DOCUMENTS < 3, -100)
 
 
@@ -55,12 +56,14 @@ def results(model, forward, **inputs) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", [None, DOCUMENTS], ids=["rows", "documents"])
-def test_a_training_step_is_one_graph_and_computes_the_same(model, positions):
-    expected = results(model, model, position_ids=positions)
+@pytest.mark.parametrize(
+    "inputs", [{}, {"position_ids": DOCUMENTS}, {"attention_mask": PADDED}], ids=["rows", "documents", "padded"]
+)
+def test_a_training_step_is_one_graph_and_computes_the_same(model, inputs):
+    expected = results(model, model, **inputs)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    found = results(model, compiled, position_ids=positions)
+    found = results(model, compiled, **inputs)
     assert counter.frame_count == 1
     assert found.keys() == expected.keys() and len(found) > 60
     for name, value in expected.items():

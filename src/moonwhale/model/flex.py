@@ -93,7 +93,7 @@ class Blocks:
 
     def choose(self, q: Tensor, k: Tensor, n: int) -> Tensor:
         """The `n` earlier blocks with the best gates, (B, H, T, n); -1 where there are fewer."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             gates = q.float() @ self.take(k).float().unflatten(2, (self.count, -1)).mean(3).mT
             segment = self.segment.gather(1, self.first.clamp(max=q.shape[2] - 1))
             earlier = (self.first[:, None] < self.own[..., None]) & (segment[:, None] == self.segment[..., None])
