@@ -1,13 +1,16 @@
-"""How far torch.compile sees: where a graph of the model breaks, and that it breaks nowhere else."""
+"""torch.compile sees the whole model as one graph, with blocks, experts and documents, and computes the same."""
+
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
 
 TOKENS = (torch.arange(40) * torch.tensor([[1], [3]])) % 61
-# What is sized by the data: blocks that were chosen, tokens of an expert, targets of a batch. On a CPU that is where
-# the speed comes from, and `moonwhale train --compile` leaves these out of its graphs.
-DATA_DEPENDENT = {("moba.py", "of"), ("moe.py", "_line_up"), ("loss.py", "forward")}
+DOCUMENTS = torch.tensor([[*range(17), *range(23)], [*range(40)]])
+PADDED = torch.tensor([[0] * 9 + [1] * 31, [1] * 40])
+LABELS = TOKENS.masked_fill(DOCUMENTS < 3, -100)
 
 
 @pytest.fixture(autouse=True)
@@ -17,41 +20,76 @@ def fresh():
     torch._dynamo.reset()
 
 
-def places(model, **inputs) -> set[tuple[str, str]]:
-    """Files and functions in which a graph of the model breaks."""
+@pytest.fixture
+def model(tiny_model):
+    """Every mechanism: a block that chooses, one with full attention, a dense one, and a chain of two MTP modules."""
+    return tiny_model(
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        moba_topk=2,
+        moba_block_size=8,
+        moba_full_attention_layers=[1],
+        num_nextn_predict_layers=2,
+    ).train()
 
+
+def breaks(run, *inputs) -> list[str]:
+    """Where graphs of `run(*inputs)` end before it does, as "file:function"."""
+    found = torch._dynamo.explain(run)(*inputs)
+    frames = [reason.user_stack[-1] for reason in found.break_reasons]
+    return [f"{Path(frame.filename).name}:{frame.name}" for frame in frames]
+
+
+def results(model, forward, **inputs) -> dict[str, torch.Tensor]:
+    """Loss, its parts, every gradient, and what QK-clip and the bias update read, of one training batch."""
+    model.zero_grad()
+    for module in model.modules():
+        if hasattr(module, "max_logit"):
+            module.max_logit.fill_(-torch.inf)
+        if hasattr(module, "load"):
+            module.load.zero_()
+    out = forward(input_ids=TOKENS, labels=LABELS, **inputs)
+    out.loss.backward()
+    found = {"loss": out.loss, "losses": out.losses, "accuracies": out.accuracies}
+    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: b.clone() for name, b in model.named_buffers() if name.endswith(("max_logit", "load"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "inputs", [{}, {"position_ids": DOCUMENTS}, {"attention_mask": PADDED}], ids=["rows", "documents", "padded"]
+)
+def test_a_training_step_is_one_graph_and_computes_the_same(model, inputs):
+    expected = results(model, model, **inputs)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    found = results(model, compiled, **inputs)
+    assert counter.frame_count == 1
+    assert found.keys() == expected.keys() and len(found) > 60
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+def test_so_is_one_in_bf16(model):
     def run(tokens):
         with torch.autocast("cpu", torch.bfloat16):
-            return model(tokens, use_cache=False, **inputs).to_tuple()
+            return model(tokens, labels=LABELS, position_ids=DOCUMENTS).loss
 
-    found = torch._dynamo.explain(run)(TOKENS)
-    frames = [reason.user_stack[-1] for reason in found.break_reasons]
-    assert found.graph_break_count <= 50 and bool(frames) is (found.graph_break_count > 0)
-    return {(frame.filename.replace("\\", "/").rsplit("/", 1)[-1], frame.name) for frame in frames}
+    assert breaks(run, TOKENS) == []
 
 
 @pytest.mark.slow
-def test_dense_blocks_and_full_attention_are_one_graph(tiny_model):
-    model = tiny_model(first_k_dense_replace=2, moba_topk=0)
-    assert not places(model)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+def test_so_is_a_forward_pass_without_labels(model):
+    model.eval()
+    with torch.no_grad():
+        expected = model(TOKENS, use_cache=False).logits
+        found = torch.compile(model, backend="eager", fullgraph=True)(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_attention_over_blocks_and_experts_break_it_where_the_data_decides(tiny_model):
-    model = tiny_model(moba_topk=2, moba_block_size=8)
-    assert places(model) == {("moba.py", "of"), ("moe.py", "_line_up")}
-
-
-@pytest.mark.slow
-def test_so_does_the_loss(tiny_model):
-    model = tiny_model(moba_topk=2, moba_block_size=8, num_nextn_predict_layers=1).train()
-    assert places(model, labels=TOKENS) == DATA_DEPENDENT
-
-
-def test_a_break_elsewhere_is_seen(tiny_model, monkeypatch):
+def test_a_break_is_seen(tiny_model, monkeypatch):
     model = tiny_model(first_k_dense_replace=2, moba_topk=0)
     norm, forward = type(model.model.norm), type(model.model.norm).forward
     monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x) if x.sum().item() else x)
-    assert places(model) == {("test_compile.py", "<lambda>")}
+    assert set(breaks(lambda tokens: model(tokens, use_cache=False).logits, TOKENS)) == {"test_compile.py:<lambda>"}

@@ -40,6 +40,13 @@ class BlockTable:
         return _take(x, self.slot)
 
 
+def unseen(device) -> bool:
+    """Whether no size may depend on what a tensor holds: a graph being compiled does not know it, and a GPU would have
+    to be waited for. Upper bounds stand in there; on a CPU, exact sizes are the faster ones.
+    """
+    return torch.compiler.is_compiling() or torch.device(device).type == "cuda"
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x (B, H, N, …) at index (B, M) of its third dimension, in whole rows: several times faster than `gather`."""
     batch, heads, n = x.shape[:3]
@@ -88,16 +95,20 @@ class Layout:
         starts &= real
         segment = (starts.cumsum(1) - 1).masked_fill(~real, -1)
         begin = torch.where(starts, index, 0).cummax(1).values
-        # Without a mask and positions there is nothing to look at, for which a GPU has to be waited for and a compiled
-        # graph ends.
-        plain = (attention_mask is None and position_ids is None) or not bool(segment.any())
-        if not plain:
+        plain = attention_mask is None and position_ids is None
+        if not plain and not (unseen(device) and (torch.is_grad_enabled() or torch.compiler.is_compiling())):
+            plain = not bool(segment.any())
+        if not plain and attention_mask is not None:
             reopened = starts[:, 1:] & ~real[:, :-1] & (segment[:, 1:] > 0)
-            if bool((reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)).any()):
-                raise ValueError(
-                    "attention_mask has padding between tokens: pad at one end (the left, to generate), "
-                    "or let position_ids restart at 0 behind it"
-                )
+            wrong = (reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)).any()
+            message = (
+                "attention_mask has padding between tokens: pad at one end (the left, to generate), "
+                "or let position_ids restart at 0 behind it"
+            )
+            if unseen(device):  # said by the device, when it gets there
+                torch._assert_async(~wrong, message)
+            elif bool(wrong):
+                raise ValueError(message)
         return cls(segment, (index - begin).masked_fill(~real, 0), real, plain)
 
     def ahead(self, k: int) -> "Layout":

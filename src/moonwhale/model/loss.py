@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .layout import unseen
+
 IGNORE = -100
 LOG2 = math.log(2)
 CHUNK = 1024  # rows of logits held at once
@@ -35,8 +37,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, row_weight):
         ignored = labels == IGNORE
-        n_targets = len(labels) - int(ignored.sum())
-        rows = ignored.int().argsort(stable=True)[: -(-n_targets // STEP) * STEP]  # targets, and a few ignored ones
+        if unseen(labels.device):
+            rows, at_once = torch.arange(len(labels), device=labels.device), CHUNK
+        else:
+            n_targets = len(labels) - int(ignored.sum())
+            rows = ignored.int().argsort(stable=True)[: -(-n_targets // STEP) * STEP]  # targets, a few ignored ones
+            at_once = max(1, FEW // len(weight))
         row_weight, labels = row_weight.masked_fill(ignored, 0.0), labels.clamp(min=0)
         head = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -45,7 +51,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = torch.empty_like(weight, dtype=wide) if need_weight else None
-        at_once = max(1, FEW // len(weight))
         buffer = hidden.new_empty(min(CHUNK, len(rows)), len(weight))
         for i, part in enumerate(rows.split(CHUNK)):
             h = hidden[part]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import attend, attend_backward, attend_forward
-from .layout import BlockTable, Layout
+from .layout import BlockTable, Layout, unseen
 
 QUERIES = 256  # most queries of one chunk of the sparse path
 STEP = 16  # chunks by which their number grows: a kernel library compiles a product for each shape it meets
@@ -68,31 +68,31 @@ class Chunks:
     missing: Tensor  # (B * H * S, n) these
 
     @classmethod
-    def of(cls, chosen: Tensor, table: BlockTable) -> "Chunks | None":
-        """From `choose_blocks`' (B, H, S, n); None if nothing was chosen."""
+    def of(cls, chosen: Tensor, count: int, width: int) -> "Chunks | None":
+        """From `choose_blocks`' (B, H, S, n) of `count` blocks; None if it is seen that nothing was chosen."""
         heads, n, device = chosen.shape[0] * chosen.shape[1], chosen.shape[3], chosen.device
-        groups = heads * table.count
-        width = min(QUERIES, max(table.size, 64))  # a chunk copies its block: as many queries as keys, about
-        chosen = chosen.view(heads, -1)
-        block = (chosen + torch.arange(heads, device=device)[:, None] * table.count).flatten()
-        pair = (chosen >= 0).flatten().nonzero().squeeze(1)
-        if not len(pair):
-            return None
-        block, order = block[pair].sort(stable=True)
-        pair = pair[order]
-        sizes = torch.bincount(block, minlength=groups)
-        chunks = -(-sizes // width)
-        begin = (chunks.cumsum(0) - chunks) * width - (sizes.cumsum(0) - sizes)
+        groups, missing = heads * count, (chosen < 0).view(-1, n)
+        block = chosen.view(heads, -1) + torch.arange(heads, device=device)[:, None] * count
+        block, pair = block.flatten().masked_fill(missing.flatten(), groups).sort(stable=True)
+        if not unseen(device):
+            n_pairs = block.numel() - int(missing.sum())
+            if not n_pairs:
+                return None
+            block, pair = block[:n_pairs], pair[:n_pairs]
+        last = torch.searchsorted(block, torch.arange(groups + 1, device=device), right=True)
+        sizes = last.diff(prepend=last.new_zeros(1))
+        chunks = -(-sizes[:-1] // width)
+        ends = chunks.cumsum(0)
+        total = len(pair) // width + groups if unseen(device) else -(-int(ends[-1]) // STEP) * STEP
+        begin = F.pad((ends - chunks) * width, (0, 1)) - (last - sizes)
         place = torch.arange(len(pair), device=device) + begin[block]
-        total = -(-int(chunks.sum()) // STEP) * STEP
-        query = torch.full((total * width,), -1, device=device)
-        query[place] = pair // n
+        query = torch.full((total * width + 1,), -1, device=device)
+        query[torch.where(block < groups, place, total * width)] = pair // n
+        query = query[:-1].view(total, width)
         place_of_pair = torch.zeros(chosen.numel(), dtype=torch.long, device=device)
         place_of_pair[pair] = place
-        block = torch.arange(groups, device=device).repeat_interleave(chunks)
-        block = F.pad(block, (0, total - len(block)))
-        query = query.view(total, width)
-        return cls(query.clamp(min=0), query < 0, block, place_of_pair.view(-1, n), (chosen < 0).view(-1, n))
+        block = torch.searchsorted(ends, torch.arange(total, device=device), right=True).clamp_(max=groups - 1)
+        return cls(query.clamp(min=0), query < 0, block, place_of_pair.view(-1, n).masked_fill_(missing, 0), missing)
 
 
 class _MoBA(torch.autograd.Function):
@@ -109,7 +109,9 @@ class _MoBA(torch.autograd.Function):
         own = (q, k[:, :, -slots:], v[:, :, -slots:])
         out, lse, top = attend_forward(*(x.reshape(-1, table.size, x.shape[-1]) for x in own), scale, causal=True)
         out, lse, top = out.flatten(0, 1), lse.flatten(), top.flatten()
-        chunks = Chunks.of(choose_blocks(q, k, table, n), table) if n else None
+        # A chunk copies its block, so that it should have as many queries as keys, about.
+        width = min(QUERIES, max(table.size, 64))
+        chunks = Chunks.of(choose_blocks(q, k, table, n), table.count, width) if n else None
         if chunks is not None:
             # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
             far_out, far_lse, far_top = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False)

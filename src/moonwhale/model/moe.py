@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .layout import unseen
+
 STEP = 64  # rows by which an expert's share grows
 
 
@@ -91,8 +93,8 @@ class Experts(nn.Module):
         """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K)."""
         if self.product is None:
             return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
-        _, home, ends = _line_up(index, len(self.down_proj), self.step)
-        rows = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, home, x.repeat_interleave(index.shape[1], 0))
+        token, home, ends = _line_up(index, len(self.down_proj), self.step)
+        rows = x.new_zeros(len(token), x.shape[1]).index_copy(0, home, x.repeat_interleave(index.shape[1], 0))
         gate, up = self.product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
         out = self.product(F.silu(gate) * up, self.down_proj, ends).index_select(0, home).view(*index.shape, -1)
         return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1)
@@ -108,14 +110,38 @@ def _line_up(index: Tensor, n_experts: int, step: int = STEP) -> tuple[Tensor, T
         the token of each row (R,), 0 in the padding; the row of each pair (N * K,); where each expert's rows end (E,).
     """
     expert, order = index.flatten().sort(stable=True)
-    sizes = torch.bincount(expert, minlength=n_experts)
+    last = torch.searchsorted(expert, torch.arange(n_experts, device=index.device), right=True)
+    sizes = last.diff(prepend=last.new_zeros(1))
     padded = -(-sizes // step) * step
     ends = padded.cumsum(0)
-    shift = (ends - padded) - (sizes.cumsum(0) - sizes)
+    shift = (ends - padded) - (last - sizes)
     row = torch.arange(len(order), device=index.device) + shift[expert]
-    token = torch.zeros(int(ends[-1]), dtype=torch.long, device=index.device)
+    if unseen(index.device):  # as many rows as there can be, those left over the last expert's
+        rows = -(-(len(order) + n_experts * (step - 1)) // step) * step
+        ends = torch.cat([ends[:-1], ends.new_full((1,), rows)])
+    else:
+        rows = int(ends[-1])
+    token = torch.zeros(rows, dtype=torch.long, device=index.device)
     token[row] = order // index.shape[1]
     return token, torch.empty_like(order).scatter_(0, order, row), ends.to(torch.int32)
+
+
+def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """`F.grouped_mm`: rows a (R, in) through stacks b (E, in, out), (R, out); or, of a (M, R) and b (R, N), the product
+    of each group's columns and rows (E, M, N). `ends` (E,) is where groups end.
+    """
+    in_graph = torch.compiler.is_compiling() and a.dtype != torch.bfloat16  # the only one that a graph takes
+    return _grouped_product(a, b, ends) if in_graph else F.grouped_mm(a, b, offs=ends)
+
+
+@torch.library.custom_op("moonwhale::grouped_product", mutates_args=())
+def _grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@_grouped_product.register_fake
+def _(a, b, ends):
+    return a.new_empty(*([len(ends)] if b.ndim == 2 else []), len(a), b.shape[-1])
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -130,10 +156,10 @@ class _GroupedExperts(torch.autograd.Function):
         weight = gates.new_zeros(len(token)).scatter_(0, home, gates.flatten()).to(x.dtype).unsqueeze(1)  # 0: padding
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
         rows = x.index_select(0, token)
-        inner = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends)
+        inner = grouped_product(rows, gate_up_proj.transpose(1, 2), ends)
         gate, up = inner.chunk(2, dim=-1)
         activated = F.silu(gate)
-        out = F.grouped_mm((activated * up).mul_(weight), down_proj.transpose(1, 2), offs=ends)
+        out = grouped_product((activated * up).mul_(weight), down_proj.transpose(1, 2), ends)
         ctx.save_for_backward(rows, gate_up_proj, down_proj, inner, activated, weight, token, home, ends)
         ctx.gates_dtype, ctx.shape = gates.dtype, index.shape
         return F.embedding_bag(home.view(index.shape), out, mode="sum")  # a token's rows, added up in one pass
@@ -145,13 +171,13 @@ class _GroupedExperts(torch.autograd.Function):
         gate, up = inner.chunk(2, dim=-1)
         product = activated * up
         d_rows = d_out.index_select(0, token)
-        d_down = F.grouped_mm(d_rows.T, product * weight, offs=ends)
-        d_product = F.grouped_mm(d_rows, down_proj, offs=ends)
+        d_down = grouped_product(d_rows.T, product * weight, ends)
+        d_product = grouped_product(d_rows, down_proj, ends)
         d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, home).view(ctx.shape)
         d_product = d_product.mul_(weight)
         d_inner = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * activated], dim=-1)
-        d_gate_up = F.grouped_mm(d_inner.T, rows, offs=ends)
-        d_x = F.embedding_bag(home.view(ctx.shape), F.grouped_mm(d_inner, gate_up_proj, offs=ends), mode="sum")
+        d_gate_up = grouped_product(d_inner.T, rows, ends)
+        d_x = F.embedding_bag(home.view(ctx.shape), grouped_product(d_inner, gate_up_proj, ends), mode="sum")
         return d_x, d_gate_up, d_down, None, d_gates
 
 

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> None:
     import transformers
     from torch.utils.data import Subset
 
-    from moonwhale import fp8, precision, report
+    from moonwhale import fp8, memory, precision, report
     from moonwhale.counts import count
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
@@ -111,12 +111,15 @@ def train(config: TrainConfig) -> None:
     if choice.fp8:
         fp8.convert(model, choice.fp8)
     if config.compile:
-        _compile(model, choice.device)
+        compile_blocks(model, choice.device)
 
     sizes = count(model_config)
+    fits = memory.estimate(model_config, config, choice.device, choice.dtype.itemsize) if not pipelined else ""
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
     say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + _processes(config, world))
+    if fits:
+        say(fits)
     say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}")
     out.mkdir(parents=True, exist_ok=True)
     if main_process:
@@ -143,7 +146,8 @@ def train(config: TrainConfig) -> None:
 
     try:
         plot = partial(report.plot_loss, path=out / "loss.png")
-        trainer = runs.carry_out(build, out, checkpoint, "train", plot, report.line_of)
+        with memory.explained(config, choice.device):
+            trainer = runs.carry_out(build, out, checkpoint, "train", plot, report.line_of)
     except RuntimeError as error:
         if place and built and (why := place.lost(error, built[0].state.global_step + 1)):
             raise UserError(why) from error
@@ -203,8 +207,9 @@ def _trainer_arguments(config: TrainConfig, choice, world: int):
     )
 
 
-def _compile(model, device) -> None:
-    """Compiles each block around its attention and its experts, which are large products and loops over data already.
+def compile_blocks(model, device) -> None:
+    """Compiles each block, and on a GPU the loss. On a CPU attention and experts stay out: there the data decide their
+    sizes, which is faster than any graph.
 
     Raises:
         UserError: something that compiling needs is missing.
@@ -218,7 +223,9 @@ def _compile(model, device) -> None:
     if why := why_not_compile(device):
         raise UserError(f"--compile: {why}, or leave it out")
     for module in model.modules():
-        if isinstance(module, MultiheadLatentAttention | Experts):
+        if device.type == "cpu" and isinstance(module, MultiheadLatentAttention | Experts):
             module.forward = torch.compiler.disable(module.forward)
+    if device.type != "cpu":
+        model.add_loss = torch.compile(model.add_loss)
     for layer in model.model.layers:
         layer.compile()

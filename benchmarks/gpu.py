@@ -1,0 +1,304 @@
+"""How fast are training and MoBA on one NVIDIA GPU, beside transformers, nanochat and SDPA's flash kernel?
+
+    python benchmarks/gpu.py [--only mfu,moba,...] [--nanochat FOLDER]
+
+Parts are run one after another and written as they come, so that what a machine's time did not suffice for can follow
+with --only. A training step is forward and backward of the seed's shapes with labels, under bf16 autocast, each model
+compiled; the fastest way counts where transformers has several. MoBA is `attention` as the model calls it, its gate and
+the largest logits of QK-clip included; it has to give what a dense mask gives before it is timed.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import environment, options, write
+from moonwhale import fp8
+from moonwhale.counts import flops_per_token
+from moonwhale.model import MoonwhaleConfig, flex
+from moonwhale.model.layout import Layout
+from moonwhale.model.moba import moba_attention, moba_mask
+from moonwhale.precision import peak_flops, why_not_precision
+from moonwhale.presets import PRESETS
+from moonwhale.train.pretrain import compile_blocks
+from train import EXPERTS, active, build
+
+BF16 = torch.bfloat16
+SETTINGS = {"128_top8": (128, 8), "512_top3": (512, 3)}  # keys of a block, blocks
+LENGTHS = {"8k": 8192, "32k": 32_768, "128k": 131_072}
+HEADS, KEY_WIDTH, VALUE_WIDTH = 12, 96, 64  # the seed's
+
+
+class Bench:
+    """Where and how long: `rows` of `context` tokens a step, the median of `rounds` after a few to warm up."""
+
+    def __init__(self, device: torch.device, rows: int = 16, context: int = 1024, rounds: int = 10):
+        self.device, self.rows, self.context, self.rounds = device, rows, context, rounds
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(self.rounds + 3):
+            self._wait()
+            start = time.perf_counter()
+            function()
+            self._wait()
+            taken.append(time.perf_counter() - start)
+        return median(taken[3:])
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def training(self, model: nn.Module, rows: int, context: int) -> tuple[float, float]:
+        """Seconds of a step, and gigabytes of memory at its peak, weights and gradients included."""
+        tokens = torch.randint(model.config.vocab_size, (rows, context), device=self.device)
+
+        def step() -> None:
+            with torch.autocast(self.device.type, BF16):
+                out = model(input_ids=tokens, labels=tokens)
+            out.loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        torch._dynamo.reset()  # a few models' graphs are as many as it keeps
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = self.seconds(step)
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return seconds, peak / 1e9
+
+    def ours(self, kind: str, shapes: dict, context: int) -> nn.Module:
+        model = build(kind, shapes, context).to(self.device).train()
+        if self.device.type == "cuda":
+            compile_blocks(model, self.device)
+        return model
+
+
+def mfu(bench: Bench, _) -> dict:
+    """The whole seed model, its MTP modules included: its share of the peak by active FLOPs."""
+    shapes = PRESETS["seed_190m"].model
+    seconds, peak = bench.training(bench.ours("moonwhale with MTP", shapes, bench.context), bench.rows, bench.context)
+    speed = bench.rows * bench.context / seconds
+    flops = flops_per_token(MoonwhaleConfig(**shapes), bench.context)
+    share = speed * flops / peak_flops(bench.device, BF16)
+    return {
+        "mfu": round(share, 4),
+        "tokens_per_second_with_mtp": round(speed),
+        "peak_gigabytes_with_mtp": round(peak, 2),
+    }
+
+
+def peers(bench: Bench, nanochat: Path | None) -> dict:
+    """Tokens a second of ours without MTP modules, which no peer has, over each peer's."""
+    shapes, context, speeds, peaks = PRESETS["seed_190m"].model, bench.context, {}, {}
+
+    def measure(name: str, model: nn.Module) -> None:
+        seconds, peak = bench.training(model, bench.rows, context)
+        speeds[name], peaks[name] = round(bench.rows * context / seconds), round(peak, 2)
+        print(f"{name}: {speeds[name]:,} tokens/s", file=sys.stderr)
+
+    measure("moonwhale", bench.ours("moonwhale", shapes, context))
+    for experts in EXPERTS:
+        for compiled in (False, True):
+            model = build("transformers", shapes, context).to(bench.device).train()
+            model.set_experts_implementation(experts)
+            name = f"transformers, {experts}" + ", compiled" * compiled
+            try:
+                if compiled and bench.device.type == "cuda":
+                    model.compile()
+                measure(name, model)
+            except RuntimeError as error:  # a peer that can't is left out, by name
+                speeds[name] = None
+                print(f"{name}: left out, {str(error).splitlines()[0]}", file=sys.stderr)
+    if nanochat:
+        measure("nanochat", Nanochat(nanochat, shapes, context, bench.device))
+    theirs = max((speed for name, speed in speeds.items() if name.startswith("transformers") and speed), default=None)
+    return {
+        "vs_transformers": ratio(speeds["moonwhale"], theirs),
+        "vs_nanochat": ratio(speeds["moonwhale"], speeds.get("nanochat")),
+        "tokens_per_second": speeds,
+        "peak_gigabytes": peaks,
+        "active_parameters": active(MoonwhaleConfig(**shapes | {"num_nextn_predict_layers": 0})),
+    }
+
+
+class Nanochat(nn.Module):
+    """The model in a checkout of nanochat, compiled, as wide and as deep as ours: a layer's parameters are 12 times the
+    square of its width, at the seed's width as many as are active in a block of ours.
+    """
+
+    def __init__(self, folder: Path, shapes: dict, context: int, device: torch.device):
+        super().__init__()
+        sys.path.insert(0, str(folder))
+        from nanochat.gpt import GPT, GPTConfig
+
+        heads = {"n_head": shapes["num_attention_heads"], "n_kv_head": shapes["num_attention_heads"]}
+        widths = {"n_layer": shapes["num_hidden_layers"], "n_embd": shapes["hidden_size"], "window_pattern": "L"}
+        self.config = MoonwhaleConfig(**shapes)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(vocab_size=shapes["vocab_size"], sequence_len=context, **heads, **widths))
+        model.to_empty(device=device)
+        model.init_weights()
+        self.model = torch.compile(model, dynamic=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor):
+        following = labels.roll(-1, 1)
+        following[:, -1] = -1
+        return SimpleNamespace(loss=self.model(input_ids, following))
+
+
+def max_logits(bench: Bench, _) -> dict:
+    """What finding the largest logits costs: a step with them over one without."""
+    shapes, right = PRESETS["seed_190m"].model, flex._flex
+
+    def without(q, k, v, scale, mask):
+        auxiliary = flex.AuxRequest(lse=True)
+        out, aux = flex.flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=auxiliary)
+        return out, aux.lse, torch.zeros_like(aux.lse)
+
+    found = {}
+    for name, function in (("without", without), ("with", right), ("without again", without)):
+        flex._flex = function
+        try:
+            found[name], _ = bench.training(bench.ours("moonwhale", shapes, bench.context), bench.rows, bench.context)
+        finally:
+            flex._flex = right
+    least = min(found["without"], found["without again"])
+    return {"max_logit_share": round(found["with"] / least - 1, 4), "max_logit_seconds": found}
+
+
+def moba(bench: Bench, _) -> dict:
+    """MoBA's forward and backward against SDPA's flash kernel, at both settings; the slower of the two is the key."""
+    scale, result, table = KEY_WIDTH**-0.5, {}, {}
+    result["moba_error"] = max(error(bench, *setting, scale) for setting in SETTINGS.values())
+    for case, length in LENGTHS.items():
+        widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
+        *inputs, d_out = (torch.randn(1, HEADS, length, width, device=bench.device, dtype=BF16) for width in widths)
+        inputs = [x.requires_grad_() for x in inputs]
+        layout = Layout.of(1, length, bench.device, None, None)
+
+        def both(run, inputs=inputs, d_out=d_out):
+            torch.autograd.grad(run(*inputs), inputs, d_out)
+
+        taken = {"flash": bench.seconds(lambda both=both: both(lambda *qkv: flash(*qkv, scale)))}
+        for name, setting in SETTINGS.items():
+            taken[name] = bench.seconds(
+                lambda both=both, layout=layout, setting=setting: both(
+                    lambda *qkv: attention(*qkv, scale, layout, *setting)
+                )
+            )
+        ratios = {name: round(taken["flash"] / taken[name], 3) for name in SETTINGS}
+        result[f"moba_{case}"], table[case] = min(ratios.values()), {"seconds": taken, "times_as_fast": ratios}
+        print(f"{case}: {ratios} times as fast as flash", file=sys.stderr)
+    return result | {"moba": table}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int) -> Tensor:
+    """MoBA's output by the way that the model would take here."""
+    way = flex.attention if flex.serves(q, layout) else moba_attention
+    return way(q, k, v, scale, layout, block_size, topk)[0]
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Full attention by the flash kernel, whose values have to be as wide as its keys."""
+    wide = F.pad(v, (0, KEY_WIDTH - VALUE_WIDTH))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        return F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)[..., :VALUE_WIDTH]
+
+
+def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
+    """The largest relative difference of output and gradients, long contexts' way, from a dense mask in fp32."""
+    length = block_size * (topk + 5)
+    layout, widths = Layout.of(1, length, bench.device, None, None), (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
+    *given, d_out = (torch.randn(1, 2, length, width, device=bench.device, dtype=BF16) for width in widths)
+    results, usual = [], flex.LONG
+    for long in (0, usual, None):
+        inputs = [x.float() if long is None else x for x in given]
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        if long is None:
+            q, k, v = inputs
+            seen = moba_mask(q @ k.mT, layout, block_size, topk)
+            out = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        else:
+            torch._dynamo.reset()
+            flex.LONG = long
+            out = attention(*inputs, scale, layout, block_size, topk)
+            flex.LONG = usual
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))])
+    *ours, exact = results
+    worst = max(((a.float() - b).norm() / b.norm()).item() for found in ours for a, b in zip(found, exact, strict=True))
+    if worst > 0.02:  # bf16 has eight bits
+        raise ValueError(f"MoBA differs from its dense twin by {worst:.3f}")
+    return round(worst, 5)
+
+
+def fp8_step(bench: Bench, _) -> dict:
+    """A step of `large` in DeepSeek's blockwise FP8 over one in bf16."""
+    shapes, emulate = PRESETS["large"].model, bench.device.type == "cpu"
+    if not emulate and (why := why_not_precision(bench.device, "fp8-blockwise")):
+        return {"fp8_vs_bf16": None, "why_no_fp8": why}
+    rows, context, seconds = max(1, bench.rows // 4), bench.context, {}
+    for name in ("bf16", "fp8-blockwise"):
+        model = build("moonwhale", shapes, context).to(bench.device).train()
+        if name != "bf16":
+            fp8.convert(model, "blockwise", emulate=emulate)
+        if bench.device.type == "cuda":
+            compile_blocks(model, bench.device)
+        seconds[name], _ = bench.training(model, rows, context)
+    return {"fp8_vs_bf16": ratio(seconds["bf16"], seconds["fp8-blockwise"]), "fp8_seconds": seconds}
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    return round(above / below, 3) if above and below else None
+
+
+PARTS = {"mfu": mfu, "moba": moba, "peers": peers, "max_logits": max_logits, "fp8": fp8_step}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, as A,B ({','.join(PARTS)})")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch of 1,024 tokens each (16)")
+    parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="a checkout of nanochat, one of the peers")
+    arguments = parser.parse_args(argv)
+    chosen = arguments.only.split(",")
+    if unknown := [name for name in chosen if name not in PARTS]:
+        parser.error(f"--only: no part {unknown[0]!r} (give some of {','.join(PARTS)})")
+    if not torch.cuda.is_available():
+        print("gpu.py needs an NVIDIA GPU, and torch finds none: nothing was measured or written", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    run(
+        Bench(device, arguments.rows), torch.cuda.get_device_name(device), chosen, arguments.nanochat, arguments.results
+    )
+    return 0
+
+
+def run(bench: Bench, gpu: str, chosen: list[str], nanochat: Path | None, results: Path) -> None:
+    """Runs the parts and adds each to gpu.json, if that is of the same GPU."""
+    file = results / "gpu.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    result = before if before.get("gpu") == gpu else {}
+    result |= {"gpu": gpu, "rows": bench.rows, "context": bench.context}
+    for name in chosen:
+        start = time.perf_counter()
+        failed = result.setdefault("failed", {})
+        failed.pop(name, None)
+        try:
+            result |= PARTS[name](bench, nanochat)
+        except Exception as error:  # the others may still tell something in the time that a GPU is there
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{name}: {time.perf_counter() - start:.0f} s {failed.get(name, '')}", file=sys.stderr)
+        write(results, "gpu", result | {"environment": environment("bf16 autocast", False)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The GPU's attention, run by flex_attention's own reference on a CPU, against MoBA taken word by word.
+
+That reference looks at a mask's function alone, and never at its lists of tiles, which are compared with it here.
+"""
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+
+from moonwhale.model import flex, moba
+from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, heads_of, naive, normal, read
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """What CPUs refuse though their reference has it: gradients, and largest scores. No size may depend on the data."""
+
+    def options(query, key, value, return_lse, kernel_options, return_aux=None):
+        return {"BACKEND": "AUTO", "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": True}
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch_flex, "_apply_kernel_options", options)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
+    monkeypatch.setattr(moba, "unseen", lambda device: True)
+    monkeypatch.setattr(flex, "_has_flex", lambda q: True)
+    monkeypatch.setattr(flex, "TILE", 2)
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """Every BlockMask that is used, and the numbers of its queries and keys."""
+    seen, right = [], flex._flex
+
+    def watched(q, k, v, scale, mask):
+        seen.append((mask, q.shape[:2]))
+        return right(q, k, v, scale, mask)
+
+    monkeypatch.setattr(flex, "_flex", watched)
+    return seen
+
+
+def assert_naive(rows, topk):
+    """Output, largest logits and all three gradients, at every token that is not padding."""
+    layout, documents = read(rows)
+    real = layout.valid[:, None].expand(-1, HEADS, -1)
+    q, k, v = heads_of(layout)
+    k, results = k[..., :WIDTH], []
+    for function in (
+        lambda *qkv: flex.attention(*qkv, SCALE, layout, SIZE, topk),
+        lambda *qkv: naive(*qkv, documents, topk or 99),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, top = function(*inputs)
+        (out * normal(*out.shape, seed=9))[real].sum().backward()
+        results.append([out[real], top[real], *(x.grad for x in inputs)])
+    for name, ours, oracle in zip(("out", "top", "dq", "dk", "dv"), *results, strict=True):
+        assert close(ours, oracle), name
+
+
+@pytest.mark.parametrize("way", ["short", "long", "in a graph elsewhere"])
+@pytest.mark.parametrize("topk", [0, 1, 2, 3])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_flex_is_moba(rows, topk, way, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0 if way == "long" else 99)
+    monkeypatch.setattr(flex, "_has_flex", lambda q: way != "in a graph elsewhere")
+    assert_naive(rows, topk)
+
+
+def pairs(tiles_of_row, row_of_tiles, n_columns):
+    """The (row, column) tiles of a list, (heads, rows, columns) of how often each is named."""
+    found = torch.zeros(*row_of_tiles.shape[:3], n_columns, dtype=torch.int)
+    for *row, index in torch.cartesian_prod(*(torch.arange(n) for n in row_of_tiles.shape)).tolist():
+        if index < tiles_of_row[tuple(row)]:
+            found[(*row, row_of_tiles[(*row, index)])] += 1
+    return found
+
+
+def assert_lists_agree(mask, heads):
+    """Tiles that are listed as whole are, those as partial may be, and nothing is seen in the others; and queries list
+    the same keys as keys list queries.
+    """
+    n_queries, n_keys = (n // flex.TILE for n in mask.seq_lengths)
+    dense = torch_flex.create_mask(mask.mask_mod, *heads, *mask.seq_lengths, device="cpu")
+    dense = dense.unflatten(3, (n_keys, -1)).unflatten(2, (n_queries, -1))
+    part = pairs(mask.kv_num_blocks, mask.kv_indices, n_keys)
+    full = pairs(mask.full_kv_num_blocks, mask.full_kv_indices, n_keys)
+    assert torch.equal(part, pairs(mask.q_num_blocks, mask.q_indices, n_queries).mT)
+    assert torch.equal(full, pairs(mask.full_q_num_blocks, mask.full_q_indices, n_queries).mT)
+    assert (part + full <= 1).all()
+    assert dense.all(5).all(3)[full.expand(*heads, -1, -1) == 1].all(), "a tile that is not whole"
+    assert not dense.any(5).any(3)[(part + full).expand(*heads, -1, -1) == 0].any(), "a tile that is left out"
+
+
+@pytest.mark.parametrize("context", ["short", "long"])
+@pytest.mark.parametrize("topk", [0, 3])
+@pytest.mark.parametrize("rows", ["whole blocks", "packed and padded"])
+def test_the_lists_of_tiles_say_what_the_mask_says(rows, topk, context, masks, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+    assert_naive(ROWS[rows], topk)
+    assert len(masks) == (2 if context == "long" and topk else 1)
+    for mask, heads in masks:
+        assert_lists_agree(mask, heads)
+
+
+def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0)
+    layout, _ = read([[64]])
+    q, k, v = (normal(1, HEADS, 64, width, seed=width) for width in (WIDTH, WIDTH, 5))
+    flex.attention(q, k, v, SCALE, layout, SIZE, 3)
+    (own, _), (far, _) = masks
+    assert (own.kv_num_blocks + own.full_kv_num_blocks).sum() == 16 * 3, "of 2 x 2 tiles of a block, three"
+    pairs_chosen = HEADS * SIZE * (1 + 2 * 14)
+    tiles = far.full_kv_num_blocks.sum() * flex.TILE**2
+    assert pairs_chosen * SIZE <= tiles <= (pairs_chosen + HEADS * 16) * SIZE, "all, and at most a query more a block"
+
+
+# --- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def test_mutant_blocks_go_by_the_row_and_not_by_the_sequence(monkeypatch):
+    right = flex.Blocks.of
+
+    def of(segment, offset, size):
+        return right(segment, torch.arange(segment.shape[1]).expand_as(segment), size)
+
+    monkeypatch.setattr(flex.Blocks, "of", of)
+    assert_naive(ROWS["whole blocks"], 2)
+    caught(assert_naive, ROWS["packed"], 2)
+
+
+def test_mutant_merged_without_log_sum_exp(monkeypatch):
+    right = flex._flex
+    monkeypatch.setattr(flex, "LONG", 0)
+    monkeypatch.setattr(flex, "_flex", lambda *args: (right(*args)[0], right(*args)[1] * 0, right(*args)[2]))
+    assert_naive(ROWS["ragged"], 1)
+    caught(assert_naive, ROWS["ragged"], 2)
+
+
+def test_mutant_a_tile_is_missing(masks, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0)
+    assert_naive(ROWS["whole blocks"], 3)
+    (mask, heads) = masks[1]
+    mask.full_q_num_blocks[0, 0, 0] -= 1
+    caught(assert_lists_agree, mask, heads)
