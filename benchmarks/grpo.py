@@ -258,9 +258,8 @@ def draw(result: dict, path: Path) -> None:
         right.plot(steps, length, color=f"C{seed}")
         held_out = [result["before"]["pass1"], result["after"][seed]["pass1"]]
         left.plot([0, steps[-1]], held_out, "o", color=f"C{seed}")
-    last = result["curves"][0][-1][0]
     paid = [result[when]["pass1"] for when in ("before", "after_format_alone")]
-    left.plot([0, last], paid, "x:", color="gray", label="paid for the format alone, held out")
+    left.plot([0, result["sizes"]["control_steps"]], paid, "x:", color="gray", label="paid for the format alone, held out")
     left.set_ylabel("right answers (dots: held out)")
     left.set_ylim(0, 1)
     right.set_ylabel("tokens an answer")
