@@ -120,5 +120,7 @@ def test_an_allowed_import_passes(path, source):
 
 
 def test_the_core_is_small():
-    lines = {path: len((SOURCE / path).read_text().splitlines()) for path in FILES if path.parts[0] in CORE}
+    """Without the twin of MoBA for GPUs and graphs, which nobody has to read to understand the model."""
+    core = [path for path in FILES if path.parts[0] in CORE and path != Path("model/flex.py")]
+    lines = {path: len((SOURCE / path).read_text().splitlines()) for path in core}
     assert sum(lines.values()) <= 3000, lines

@@ -123,6 +123,15 @@ class Parallel:
             )
         return copies
 
+    def describe(self, world: int) -> str:
+        """How `world` processes share the work, in words."""
+        words = [f"{world} processes"] * (world > 1 and self.pp == 1)
+        if self.pp > 1:
+            words.append(f"{self.schedule} over {self.pp} processes")
+            words += [f"{self.copies(world)} times"] * (self.copies(world) > 1)
+        words += [f"each layer's experts over {self.ep}"] * (self.ep > 1) + ["weights in parts"] * self.fsdp
+        return "".join(f", {word}" for word in words)
+
 
 def _divisors_near(number: int, wrong: int) -> str:
     """Of a number's divisors, the nearest on both sides of one that is none."""

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 
 from moonwhale.errors import UserError, one_line
+from moonwhale.model import MoonwhaleConfig
+from moonwhale.pipeline.kinds import SCHEDULES, Parallel
+from moonwhale.pipeline.stages import cut
 
 # What torchrun tells a process. The Trainer must not see it: to it, a pipeline is one device.
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -84,6 +87,24 @@ def take_gpu() -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
+
+
+def meet(split: Parallel, config: MoonwhaleConfig, context: int, on_cpu: bool, settings: dict) -> Ranks | None:
+    """Joins the processes that torchrun started. Returns this one's place; None where each has the whole model.
+
+    Raises:
+        UserError: before any group is made, if the model can't be split up so; or as `start` says.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if not split.cuts:
+        if world > 1:
+            join(on_cpu, split.timeout)
+        return None
+    kind = SCHEDULES[split.order]
+    cut(config, kind.stages * split.pp, context)
+    split.check_experts(config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 0)
+    settings |= {f"parallel.{name}": value for name, value in vars(split).items()}
+    return start(split.pp, split.copies(world), split.ep, kind.mirrored, split.timeout, on_cpu, settings)
 
 
 def join(on_cpu: bool, timeout: int) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
 from moonwhale.optim.muonclip import attach_hooks, param_groups
@@ -86,6 +87,15 @@ class PipelineTrainer(MTPTrainer):
     def _groups_of(self, model) -> list[dict]:
         own = dict(model.named_parameters())
         return [group | {"params": [own[n] for n in group["params"] if n in own]} for group in self._groups]
+
+    def train(self, *args, **kwargs):
+        """The Trainer's. A UserError in one line where another rank was lost."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if why := self.ranks.lost(error, self.state.global_step + 1):
+                raise UserError(why) from error
+            raise
 
     # One optimizer step
 

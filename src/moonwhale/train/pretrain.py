@@ -55,8 +55,6 @@ def train(config: TrainConfig) -> None:
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
     from moonwhale.pipeline import ranks
-    from moonwhale.pipeline.kinds import SCHEDULES
-    from moonwhale.pipeline.stages import cut
     from moonwhale.pipeline.trainer import PipelineTrainer
     from moonwhale.train import checkpoints
     from moonwhale.train.trainer import MTPTrainer
@@ -77,18 +75,9 @@ def train(config: TrainConfig) -> None:
     precision.tune_allocator()
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
     first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
-    place, shares = None, world  # of the rows, one for each of the Trainer's processes
-    if pipelined:
-        kind = SCHEDULES[split.order]
-        cut(first, kind.stages * split.pp, config.context)
-        split.check_experts(first.n_routed_experts if first.first_k_dense_replace < first.num_blocks else 0)
-        on_cpu, settings = choice.device.type == "cpu", runs.learned(config, also=("out", "resume"))
-        settings |= {f"parallel.{name}": value for name, value in vars(split).items()}
-        copies = split.copies(world)
-        place = ranks.start(split.pp, copies, split.ep, kind.mirrored, split.timeout, on_cpu, settings)
-        shares = 1
-    elif world > 1:
-        ranks.join(choice.device.type == "cpu", config.split.timeout)
+    settings = runs.learned(config, also=("out", "resume"))
+    place = ranks.meet(split, first, config.context, choice.device.type == "cpu", settings)
+    shares = 1 if place else world  # of the rows, one for each of the Trainer's processes
     args = _trainer_arguments(config, choice, shares)
     data = build_data(
         config.data,
@@ -117,7 +106,7 @@ def train(config: TrainConfig) -> None:
     fits = memory.estimate(model_config, config, choice.device, choice.dtype.itemsize) if not pipelined else ""
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
-    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + _processes(config, world))
+    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + split.describe(world))
     if fits:
         say(fits)
     say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}")
@@ -127,43 +116,25 @@ def train(config: TrainConfig) -> None:
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
-    how = {"ranks": place, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
-    built: list[MTPTrainer] = []
-
-    def build(callbacks: list) -> MTPTrainer:
-        trainer = (PipelineTrainer if pipelined else MTPTrainer)(
-            **(how if pipelined else {}),
-            model=model,
-            args=args,
-            train_dataset=data.train,
-            eval_dataset=Subset(data.held_out, rows),
-            processing_class=data.tokenizer,
-            byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
-            callbacks=callbacks,
-        )
-        built.append(trainer)
-        return trainer
-
-    try:
-        plot = partial(report.plot_loss, path=out / "loss.png")
-        with memory.explained(config, choice.device):
-            trainer = runs.carry_out(build, out, checkpoint, "train", plot, report.line_of)
-    except RuntimeError as error:
-        if place and built and (why := place.lost(error, built[0].state.global_step + 1)):
-            raise UserError(why) from error
-        raise
+    build = MTPTrainer
+    if place:
+        split_up = {"ranks": place, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
+        build = partial(PipelineTrainer, **split_up)
+    build = partial(
+        build,
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=Subset(data.held_out, rows),
+        processing_class=data.tokenizer,
+        byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
+    )
+    plot = partial(report.plot_loss, path=out / "loss.png")
+    with memory.explained(config, choice.device):
+        trainer = runs.carry_out(build, out, checkpoint, "train", plot, report.line_of)
     if main_process:
         checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
     say(report.summary(trainer.state.log_history, config.tokens_per_step, out))
-
-
-def _processes(config: TrainConfig, world: int) -> str:
-    split = config.split
-    shared = f", each layer's experts over {split.ep}" * (split.ep > 1) + ", weights in parts" * split.fsdp
-    if split.pp == 1:
-        return f", {world} processes" * (world > 1) + shared
-    copies = split.copies(world)
-    return f", {split.schedule} over {split.pp} processes" + f", {copies} times" * (copies > 1) + shared
 
 
 def _check_data(data, out: Path, config: TrainConfig) -> None:

@@ -153,7 +153,7 @@ def newest_checkpoint(out: str) -> Path | None:
 def carry_out(
     build: Callable[[list], object], out: Path, checkpoint: Path | None, verb: str, plot: Callable, line_of: Callable
 ):
-    """Trains what `build(callbacks)` builds, from `checkpoint` on; says `line_of(logs)` and draws `plot(history)`.
+    """Trains what `build(callbacks=…)` builds, from `checkpoint` on; says `line_of(logs)` and draws `plot(history)`.
 
     Returns:
         the trainer, after its last step.
@@ -166,7 +166,7 @@ def carry_out(
     from moonwhale import report
 
     with report.Progress(line_of) as progress, report.StopAtStepEnd() as interrupt:
-        trainer = build([progress, interrupt])
+        trainer = build(callbacks=[progress, interrupt])
         trainer.remove_callback(transformers.PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
