@@ -57,6 +57,20 @@ def test_idle_time_is_the_measured():
     assert idle_over_busy(Layout(1, 4, "1f1b", 8, 1)) == 0
 
 
+def test_memory_is_the_measured():
+    """Of real runs: weights, gradients and state exactly, what is kept for backward passes roughly."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "parallel.json").read_text())
+    assert abs(result["max_memory_error"]) < 0.1
+    for name, layout in result["memory"]["layouts"].items():
+        for measured, planned in zip(layout["measured"], layout["planned"], strict=True):
+            assert measured["weights"] == planned["weights"] and measured["gradients"] == planned["gradients"]
+            assert measured["optimizer"] == pytest.approx(planned["optimizer"], rel=1e-3)
+            assert measured["activations"] == pytest.approx(planned["activations"], rel=0.15)
+            if "pp" in name:
+                assert measured["pipeline"] == pytest.approx(planned["pipeline"], rel=1e-3)
+                assert measured["reduce"] == pytest.approx(planned["reduce"], rel=1e-3, abs=1000)
+
+
 @pytest.mark.parametrize("schedule", plan.COUNTED)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_and_state_are_those_of_the_cut_model(tiny_config, schedule, tied):
@@ -125,6 +139,8 @@ def test_the_command(capsys):
     assert plan.main(["--gpus", "64", "--preset", "seed_190m", "--memory", "0.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["memory"] == 0.5 and not any(p["fits"] for p in result["layouts"])
+    needs = [p["memory"]["memory"] for p in result["layouts"]]
+    assert needs == sorted(needs)
     fits = plan.rank(resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.5})
     seconds = [p["seconds"] for p in fits]
     assert all(p["fits"] for p in fits) and seconds == sorted(seconds)

@@ -107,7 +107,7 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
 
 
 def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
-    """Layouts with their figures, ready for JSON: those that fit first, the fastest first.
+    """Layouts with their figures, ready for JSON: those that fit, the fastest first, then the others, the least first.
 
     figures: memory in GB, flops in TFLOP/s and bandwidth in GB/s of a GPU, and the part of its flops that it reaches.
 
@@ -141,7 +141,8 @@ def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
             f"--gpus: {run.tokens_per_step:,} tokens a step are {rows} rows of {run.context}, which {gpus} GPUs can't "
             f"share: give --gpus {near} or --tokens-per-step {-(-rows // gpus) * gpus * run.context}"
         )
-    return sorted(map(_choose, best.values()), key=lambda plan: (not plan["fits"], plan["seconds"]))
+    chosen = [_choose(sizes) for sizes in best.values()]
+    return sorted(chosen, key=lambda p: (not p["fits"], p["seconds"] if p["fits"] else p["memory"]["memory"]))
 
 
 def _choose(sizes: list[dict]) -> dict:
