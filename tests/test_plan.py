@@ -17,6 +17,7 @@ from moonwhale.pipeline.estimate import Estimate, Layout, idle_over_busy, in_fli
 from moonwhale.pipeline.kinds import SCHEDULES, Parallel
 from moonwhale.pipeline.schedule import dualpipe_order, own_parts
 from moonwhale.pipeline.stages import cut, keep_
+from moonwhale.train import arguments
 from moonwhale.train.arguments import build_model_config, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,13 @@ def test_the_command(capsys):
     said = capsys.readouterr().out
     assert "seed_190m on 64 h100: 491,520 tokens a step in rows of 1024" in said
     assert said.count(" x ") == 11 and "torchrun --nnodes 8 --nproc-per-node 8 -m moonwhale train --preset seed" in said
+    changes = ["--tokens-per-step", "983040", "--model.n_routed_experts", "16", "--layouts", "1"]
+    assert plan.main(["--gpus", "16", "--preset", "seed_190m", *changes]) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    words = command.partition(" moonwhale train ")[2].split()
+    here = next((i for i, word in enumerate(words) if word.startswith("--parallel.")), len(words))
+    run = arguments.parse(words[:here])
+    assert run.tokens_per_step == 983040 and run.model["n_routed_experts"] == 16
     assert plan.main(["--gpus", "64", "--preset", "seed_190m", "--memory", "0.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["memory"] == 0.5 and not any(p["fits"] for p in result["layouts"])

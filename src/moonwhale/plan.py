@@ -198,7 +198,14 @@ def command(run: TrainConfig, plan: dict) -> str:
     """What starts a plan's run."""
     gpus = plan["pp"] * plan["dp"]
     machines = f"--nnodes {gpus // 8} --nproc-per-node 8" if gpus > 8 and gpus % 8 == 0 else f"--nproc-per-node {gpus}"
-    words = [f"torchrun {machines} -m moonwhale train --preset {run.preset} --batch-size {plan['rows']}"]
+    words, preset = [f"torchrun {machines} -m moonwhale train --preset {run.preset}"], PRESETS[run.preset]
+    for name in ("context", "tokens_per_step"):
+        if getattr(run, name) != preset.train[name]:
+            words.append(f"--{name.replace('_', '-')} {getattr(run, name)}")
+    words.append(f"--batch-size {plan['rows']}")
+    for name, value in run.model.items():
+        if preset.model.get(name) != value:
+            words.append(f"--model.{name} {value}".replace(", ", ","))
     if plan["pp"] > 1:
         words.append(f"--parallel.pp {plan['pp']} --parallel.schedule {plan['schedule']}")
     if plan["ep"] > 1:

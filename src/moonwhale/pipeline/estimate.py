@@ -104,10 +104,8 @@ class Estimate:
 
     def _cost(self, layout: Layout, rank: int, stages: list[tuple[int, Part]], where: list[int]) -> Cost:
         held, number_bytes = [part for _, part in stages], self.number_bytes
-        tokens, each = (
-            layout.rows * self.context,
-            layout.micro_batches // (1 + layout.mirrored),
-        )  # that a stage computes
+        tokens = layout.rows * self.context
+        each = layout.micro_batches // (1 + layout.mirrored)  # micro-batches that a stage computes
         dense, experts, matrices = self._parameters(held)
         matrices -= experts * (1 - 1 / layout.ep)
         experts /= layout.ep
