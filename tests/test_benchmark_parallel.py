@@ -76,6 +76,17 @@ def test_several_processes_and_one(parallel, tmp_path):
 
 
 @pytest.mark.slow
+def test_memory_beside_the_plan(parallel, tmp_path):
+    parallel.main(["memory", "--layouts", "pp 2, dualpipev", "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "parallel.json").read_text())
+    (layout,) = result["memory"]["layouts"].values()
+    for measured, planned in zip(layout["measured"], layout["planned"], strict=True):
+        assert measured["weights"] == planned["weights"]
+        assert measured["pipeline"] == pytest.approx(planned["pipeline"], rel=1e-3)
+    assert result["max_memory_error"] < 0.1
+
+
+@pytest.mark.slow
 def test_a_kill_is_survived(parallel, tmp_path):
     parallel.main(["kills", "--runs", "1", "--kills", "1", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "parallel.json").read_text())

@@ -17,6 +17,7 @@ from moonwhale.pipeline.estimate import Estimate, Layout, idle_over_busy, in_fli
 from moonwhale.pipeline.kinds import SCHEDULES, Parallel
 from moonwhale.pipeline.schedule import dualpipe_order, own_parts
 from moonwhale.pipeline.stages import cut, keep_
+from moonwhale.train import arguments
 from moonwhale.train.arguments import build_model_config, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,20 @@ def test_idle_time_is_the_measured():
         idle = idle_over_busy(Layout(result["ranks"], 1, schedule, result["micro_batches"], 1))
         assert idle / (1 + idle) == pytest.approx(result["schedules"][schedule]["share"], rel=0.1)
     assert idle_over_busy(Layout(1, 4, "1f1b", 8, 1)) == 0
+
+
+def test_memory_is_the_measured():
+    """Of real runs: weights, gradients and state exactly, what is kept for backward passes roughly."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "parallel.json").read_text())
+    assert abs(result["max_memory_error"]) < 0.1
+    for name, layout in result["memory"]["layouts"].items():
+        for measured, planned in zip(layout["measured"], layout["planned"], strict=True):
+            assert measured["weights"] == planned["weights"] and measured["gradients"] == planned["gradients"]
+            assert measured["optimizer"] == pytest.approx(planned["optimizer"], rel=1e-3)
+            assert measured["activations"] == pytest.approx(planned["activations"], rel=0.15)
+            if "pp" in name:
+                assert measured["pipeline"] == pytest.approx(planned["pipeline"], rel=1e-3)
+                assert measured["reduce"] == pytest.approx(planned["reduce"], rel=1e-3, abs=1000)
 
 
 @pytest.mark.parametrize("schedule", plan.COUNTED)
@@ -122,9 +137,18 @@ def test_the_command(capsys):
     said = capsys.readouterr().out
     assert "seed_190m on 64 h100: 491,520 tokens a step in rows of 1024" in said
     assert said.count(" x ") == 11 and "torchrun --nnodes 8 --nproc-per-node 8 -m moonwhale train --preset seed" in said
+    changes = ["--tokens-per-step", "983040", "--model.n_routed_experts", "16", "--layouts", "1"]
+    assert plan.main(["--gpus", "16", "--preset", "seed_190m", *changes]) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    words = command.partition(" moonwhale train ")[2].split()
+    here = next((i for i, word in enumerate(words) if word.startswith("--parallel.")), len(words))
+    run = arguments.parse(words[:here])
+    assert run.tokens_per_step == 983040 and run.model["n_routed_experts"] == 16
     assert plan.main(["--gpus", "64", "--preset", "seed_190m", "--memory", "0.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["memory"] == 0.5 and not any(p["fits"] for p in result["layouts"])
+    needs = [p["memory"]["memory"] for p in result["layouts"]]
+    assert needs == sorted(needs)
     fits = plan.rank(resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.5})
     seconds = [p["seconds"] for p in fits]
     assert all(p["fits"] for p in fits) and seconds == sorted(seconds)

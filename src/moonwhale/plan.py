@@ -108,7 +108,7 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
 
 
 def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
-    """Layouts with their figures, ready for JSON: those that fit first, the fastest first.
+    """Layouts with their figures, ready for JSON: those that fit, the fastest first, then the others, the least first.
 
     figures: memory in GB, flops in TFLOP/s and bandwidth in GB/s of a GPU, and the part of its flops that it reaches.
 
@@ -142,7 +142,8 @@ def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
             f"--gpus: {run.tokens_per_step:,} tokens a step are {rows} rows of {run.context}, which {gpus} GPUs can't "
             f"share: give --gpus {near} or --tokens-per-step {-(-rows // gpus) * gpus * run.context}"
         )
-    return sorted(map(_choose, best.values()), key=lambda plan: (not plan["fits"], plan["seconds"]))
+    chosen = [_choose(sizes) for sizes in best.values()]
+    return sorted(chosen, key=lambda p: (not p["fits"], p["seconds"] if p["fits"] else p["memory"]["memory"]))
 
 
 def _choose(sizes: list[dict]) -> dict:
@@ -198,7 +199,14 @@ def command(run: TrainConfig, plan: dict) -> str:
     """What starts a plan's run."""
     gpus = plan["pp"] * plan["dp"]
     machines = f"--nnodes {gpus // 8} --nproc-per-node 8" if gpus > 8 and gpus % 8 == 0 else f"--nproc-per-node {gpus}"
-    words = [f"torchrun {machines} -m moonwhale train --preset {run.preset} --batch-size {plan['rows']}"]
+    words, preset = [f"torchrun {machines} -m moonwhale train --preset {run.preset}"], PRESETS[run.preset]
+    for name in ("context", "tokens_per_step"):
+        if getattr(run, name) != preset.train[name]:
+            words.append(f"--{name.replace('_', '-')} {getattr(run, name)}")
+    words.append(f"--batch-size {plan['rows']}")
+    for name, value in run.model.items():
+        if preset.model.get(name) != value:
+            words.append(f"--model.{name} {value}".replace(", ", ","))
     if plan["pp"] > 1:
         words.append(f"--parallel.pp {plan['pp']} --parallel.schedule {plan['schedule']}")
     if plan["ep"] > 1:

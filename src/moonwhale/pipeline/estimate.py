@@ -104,10 +104,8 @@ class Estimate:
 
     def _cost(self, layout: Layout, rank: int, stages: list[tuple[int, Part]], where: list[int]) -> Cost:
         held, number_bytes = [part for _, part in stages], self.number_bytes
-        tokens, each = (
-            layout.rows * self.context,
-            layout.micro_batches // (1 + layout.mirrored),
-        )  # that a stage computes
+        tokens = layout.rows * self.context
+        each = layout.micro_batches // (1 + layout.mirrored)  # micro-batches that a stage computes
         dense, experts, matrices = self._parameters(held)
         matrices -= experts * (1 - 1 / layout.ep)
         experts /= layout.ep
@@ -123,7 +121,8 @@ class Estimate:
             gradients=gradients,
             optimizer=(8 * owned - 4 * matrices) * kept,
             activations=sum(
-                count * self._saved(part, tokens) for count, part in zip(in_flight(layout, rank), held, strict=True)
+                count * self._saved(part, tokens, layout.ep)
+                for count, part in zip(in_flight(layout, rank), held, strict=True)
             ),
             pipeline=hops * (tokens * self.config.hidden_size * number_bytes + 4) + self._embedding_sent(rank, where),
             reduce=_reduced(layout, dense, experts),
@@ -155,16 +154,17 @@ class Estimate:
             matrices += modules * sizes.join_matrices
         return dense, experts, matrices
 
-    def _saved(self, part: Part, tokens: int) -> float:
+    def _saved(self, part: Part, tokens: int, ep: int) -> float:
         """Bytes that a micro-batch leaves for a stage's backward pass. In bf16 these are also autocast's copies of the
         weights, and the routers' inputs in fp32.
         """
         hidden, blocks = self.config.hidden_size, self._blocks(part)
-        numbers, copies = sum(self.sizes.saved[i] for i in blocks), sum(self.sizes.matrices[i] for i in blocks)
+        numbers, experts = sum(self.sizes.saved[i] for i in blocks), sum(self.sizes.experts[i] for i in blocks)
         if part.is_last:
             numbers += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
         saved = self.number_bytes * tokens * numbers
         if self.number_bytes < 4:
+            copies = sum(self.sizes.matrices[i] for i in blocks) - experts * (1 - 1 / ep)
             saved += self.number_bytes * copies + 4 * tokens * hidden * sum(self.sizes.experts[i] > 0 for i in blocks)
         return saved + 4 * self.sizes.embedding * part.is_last  # the chunked loss makes the head's gradient at once
 
