@@ -102,7 +102,6 @@ def ranks(case: dict) -> list[dict]:
         Pipeline._share_embedding = lambda self: None
     if case["mutant"] == "experts":  # each copy keeps its own share of the gradient
         exchange.same = None
-    experts.Trip = SimpleNamespace(of=swapped) if case["mutant"] == "home" else Trip
     schedule.splits_backward = lambda: not case["whole"]
     each, on = case["micro_batches"] // copies, torch.device("cpu")
     pipeline = Pipeline(stages, case["schedule"], each, (size, length), on, place.pipeline, place.same, exchange)
@@ -184,10 +183,15 @@ def layer(case: dict) -> dict:
         inputs = [x[tokens].clone().requires_grad_(), gates[tokens].clone().requires_grad_()]
         out = module(inputs[0], index[tokens], inputs[1])
         out.backward(d_out[tokens])
-        seen.append([out, *(t.grad for t in inputs), *(p.grad for p in module.parameters())])
+        seen.append([out.detach(), *(t.grad for t in inputs), *(p.grad for p in module.parameters())])
     expected = [t[mine] for t in seen[0][:3]] + [t[part.mine] for t in seen[0][3:]]
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(seen[1], expected, strict=True)]
     return {"rows": sum(Trip.of(index[mine], e, exchange).received), "errors": errors}
+
+
+def run(case: dict) -> list[dict] | dict:
+    experts.Trip = SimpleNamespace(of=swapped) if case.get("mutant") == "home" else Trip
+    return (layer if "precision" in case else ranks)(case)
 
 
 def main(rank: int, n_ranks: int, folder: Path) -> None:
@@ -195,7 +199,7 @@ def main(rank: int, n_ranks: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=LIMIT))
     cases = torch.load(folder / "cases.pt", weights_only=True)
     torch.save(
-        {name: (layer if "precision" in case else ranks)(case) for name, case in cases.items()},
+        {name: run(case) for name, case in cases.items()},
         folder / f"rank{rank}.pt",
     )
     dist.destroy_process_group()

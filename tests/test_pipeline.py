@@ -257,14 +257,14 @@ def test_a_gradient_that_one_copy_keeps_is_seen(four_ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_experts_in_every_precision(two_ranks, name):
-    """A rank whose experts nobody chooses, too. FP8's tiles of the weights' gradients hold other tokens."""
+    """A rank whose experts nobody chooses, too. An expert's rows are in the order of the ranks that sent them, so that
+    FP8's tiles of tokens are those of one process.
+    """
     _, seen = two_ranks
     rows = [rank[name]["rows"] for rank in seen]
     assert sum(rows) == 50 * TINY["num_experts_per_tok"] and (rows[1] == 0) == ("3 experts" in name)
     for rank in seen:
-        (*near, d_up, d_down), weights = rank[name]["errors"], 0.1 if "fp8" in name else 1e-2
-        assert max(near) < (1e-2 if "bf16" in name else 1e-5)
-        assert max(d_up, d_down) < (1e-5 if "fp32" in name else weights)
+        assert max(rank[name]["errors"]) < (1e-2 if "bf16" in name else 1e-6)
 
 
 @pytest.mark.slow
