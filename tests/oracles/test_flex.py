@@ -1,13 +1,16 @@
 """The GPU's attention, run by flex_attention's own reference on a CPU, against MoBA taken word by word.
 
-That reference looks at a mask's function alone, and never at its lists of tiles, which are compared with it here.
+That reference looks at a mask's function alone, and never at its lists of tiles, which are compared with it here, and
+read by the forward pass of the one kernel that a CPU has.
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
 
 from moonwhale.model import flex, moba
+from moonwhale.precision import why_not_compile
 from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, heads_of, naive, normal, read
 
 
@@ -29,11 +32,11 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def masks(monkeypatch):
-    """Every BlockMask that is used, and the numbers of its queries and keys."""
+    """Every BlockMask that is used, its numbers of rows and heads, and what it was used on."""
     seen, right = [], flex._flex
 
     def watched(q, k, v, scale, mask):
-        seen.append((mask, q.shape[:2]))
+        seen.append((mask, q.shape[:2], (q, k, v)))
         return right(q, k, v, scale, mask)
 
     monkeypatch.setattr(flex, "_flex", watched)
@@ -99,7 +102,7 @@ def test_the_lists_of_tiles_say_what_the_mask_says(rows, topk, context, masks, m
     monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
     assert_naive(ROWS[rows], topk)
     assert len(masks) == (2 if context == "long" and topk else 1)
-    for mask, heads in masks:
+    for mask, heads, _ in masks:
         assert_lists_agree(mask, heads)
 
 
@@ -108,11 +111,33 @@ def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
     layout, _ = read([[64]])
     q, k, v = (normal(1, HEADS, 64, width, seed=width) for width in (WIDTH, WIDTH, 5))
     flex.attention(q, k, v, SCALE, layout, SIZE, 3)
-    (own, _), (far, _) = masks
+    (own, *_), (far, *_) = masks
     assert (own.kv_num_blocks + own.full_kv_num_blocks).sum() == 16 * 3, "of 2 x 2 tiles of a block, three"
     pairs_chosen = HEADS * SIZE * (1 + 2 * 14)
     tiles = far.full_kv_num_blocks.sum() * flex.TILE**2
     assert pairs_chosen * SIZE <= tiles <= (pairs_chosen + HEADS * 16) * SIZE, "all, and at most a query more a block"
+
+
+@pytest.mark.skipif(bool(why_not_compile(torch.device("cpu"))), reason=why_not_compile(torch.device("cpu")) or "-")
+@pytest.mark.slow
+def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
+    """The forward pass of the CPU's kernel, which wants a list to have room for every tile of keys."""
+    monkeypatch.setattr(flex, "TILE", 128)
+    monkeypatch.setattr(flex, "LONG", 0)
+    layout, _ = read([[1024]])
+    q, k, v = (normal(1, HEADS, 1024, 32, seed=i).float() for i in range(3))
+    flex.attention(q, k, v, SCALE, layout, 256, 3)
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    kernel = torch.compile(torch_flex.flex_attention)
+    for mask, heads, (q, k, v) in masks:
+        seen = torch_flex.create_mask(mask.mask_mod, *heads, *mask.seq_lengths, device="cpu")
+        for name in ("kv_indices", "full_kv_indices"):
+            listed = getattr(mask, name)
+            setattr(mask, name, F.pad(listed, (0, k.shape[2] // 128 - listed.shape[-1])).contiguous())
+        expected = (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num() @ v
+        torch.testing.assert_close(kernel(q, k, v, block_mask=mask, scale=SCALE), expected, rtol=1e-4, atol=1e-4)
+    assert len(masks) == 2
 
 
 # --- mutants ---------------------------------------------------------------------------------------------------------
@@ -140,6 +165,6 @@ def test_mutant_merged_without_log_sum_exp(monkeypatch):
 def test_mutant_a_tile_is_missing(masks, monkeypatch):
     monkeypatch.setattr(flex, "LONG", 0)
     assert_naive(ROWS["whole blocks"], 3)
-    (mask, heads) = masks[1]
+    mask, heads, _ = masks[1]
     mask.full_q_num_blocks[0, 0, 0] -= 1
     caught(assert_lists_agree, mask, heads)
