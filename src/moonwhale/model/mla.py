@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import flex
 from .attention import attend
+from .flex import attention as flex_attention
+from .flex import serves as flex_serves
 from .layout import Layout
 from .moba import moba_attention, moba_mask
 from .norm import RMSNorm
@@ -95,8 +96,8 @@ class MultiheadLatentAttention(nn.Module):
             w_k = self._split_up()[0].flatten(0, 1)
             k_nope = self._by_head(F.linear(self._convolved(latent, layout).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
-        if flex.serves(q, layout):
-            return flex.attention(q, k, v, self.scale, layout, self.block_size, self.topk)
+        if flex_serves(q, layout):
+            return flex_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
         if self.topk:
             return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
         return attend(q, k, v, self.scale, causal=True, segment=layout.packing)

@@ -79,15 +79,8 @@ def train(config: TrainConfig) -> None:
     place = ranks.meet(split, first, config.context, choice.device.type == "cpu", settings)
     shares = 1 if place else world  # of the rows, one for each of the Trainer's processes
     args = _trainer_arguments(config, choice, shares)
-    data = build_data(
-        config.data,
-        config.data_split,
-        config.data_columns,
-        config.tokenizer,
-        vocab_size,
-        config.context,
-        limit=config.data_documents,
-    )
+    hub = config.data_split, config.data_columns
+    data = build_data(config.data, *hub, config.tokenizer, vocab_size, config.context, limit=config.data_documents)
     if len(data.train) < config.batch_size * shares:
         raise UserError(
             f"--batch-size: {config.batch_size * shares} rows are computed at once, but the text fills only "
@@ -116,12 +109,10 @@ def train(config: TrainConfig) -> None:
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
-    build = MTPTrainer
-    if place:
-        split_up = {"ranks": place, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
-        build = partial(PipelineTrainer, **split_up)
+    how = {"ranks": place, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
     build = partial(
-        build,
+        PipelineTrainer if place else MTPTrainer,
+        **(how if place else {}),
         model=model,
         args=args,
         train_dataset=data.train,
