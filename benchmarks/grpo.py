@@ -259,7 +259,8 @@ def draw(result: dict, path: Path) -> None:
         held_out = [result["before"]["pass1"], result["after"][seed]["pass1"]]
         left.plot([0, steps[-1]], held_out, "o", color=f"C{seed}")
     paid = [result[when]["pass1"] for when in ("before", "after_format_alone")]
-    left.plot([0, result["sizes"]["control_steps"]], paid, "x:", color="gray", label="paid for the format alone, held out")
+    ends = [0, result["sizes"]["control_steps"]]
+    left.plot(ends, paid, "x:", color="gray", label="paid for the format alone, held out")
     left.set_ylabel("right answers (dots: held out)")
     left.set_ylim(0, 1)
     right.set_ylabel("tokens an answer")

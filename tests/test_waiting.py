@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moonwhale.model import flex, layout, loss, moba, moe
+from moonwhale.model import flex, layout, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 
 ATEN = torch.ops.aten
@@ -48,7 +48,7 @@ def dense(q, k, v, scale, mask):
 def as_on_a_gpu(monkeypatch):
     for module in (layout, loss, moba, moe):
         monkeypatch.setattr(module, "unseen", lambda device: True)
-    monkeypatch.setattr(flex, "serves", lambda q, layout: True)
+    monkeypatch.setattr(mla, "flex_serves", lambda q, layout: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(flex, "_has_flex", lambda q: True)
     monkeypatch.setattr(flex, "_flex", dense)
