@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from moonwhale import cli
+from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
 from moonwhale.train.trainer import MTPTrainer
 
@@ -111,6 +112,15 @@ def main(folder: str, argv: list[str]) -> int:
         self.add_callback(Look(path))
 
     MTPTrainer.__init__ = watched
+    make = MoonwhaleForCausalLM.__init__
+
+    def drawn(self, config):
+        make(self, config)
+        for p in self.parameters():  # what begins at zero would hide the gradients of what is before it
+            if p.device.type != "meta" and not p.any():
+                torch.nn.init.normal_(p, std=0.02)
+
+    MoonwhaleForCausalLM.__init__ = drawn
     return cli.main(["train", *argv])
 
 

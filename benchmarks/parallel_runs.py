@@ -213,6 +213,8 @@ def gradient_error(seen: list[dict[str, torch.Tensor]], expected: dict[str, torc
     """The largest relative error of a parameter's gradient on any rank."""
     if unknown := set().union(*seen) - set(expected):
         raise RuntimeError(f"one process has no gradient of {', '.join(sorted(unknown))}")
+    if zero := [name for name, grad in expected.items() if not grad.any()]:
+        raise RuntimeError(f"nothing to compare: the gradient of {', '.join(zero)} is zero")
     errors = [
         float((grad - expected[name]).norm() / expected[name].norm().clamp(min=1e-12))
         for name, grads in put_together(seen, expected).items()

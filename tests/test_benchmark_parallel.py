@@ -59,6 +59,8 @@ def test_a_wrong_gradient_is_seen(parallel_runs):
         parallel_runs.gradient_error([{"experts": a}], expected)
     with pytest.raises(RuntimeError, match="one process has no gradient of head"):
         parallel_runs.gradient_error([expected, {"head": b}], expected)
+    with pytest.raises(RuntimeError, match="nothing to compare: the gradient of norm is zero"):
+        parallel_runs.gradient_error([expected], expected | {"norm": 0 * b})
 
 
 def test_a_wrong_loss_is_seen(parallel_runs):
