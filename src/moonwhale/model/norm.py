@@ -15,6 +15,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) to the same shape and dtype."""
+        if torch.compiler.is_compiling():  # fused there anyway, and torch 2.11 loses the gradient of the other way
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
