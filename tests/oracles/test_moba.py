@@ -214,6 +214,18 @@ def test_attend_is_softmax_attention(segment, causal, chunk, tile, monkeypatch):
     assert not found[1].requires_grad
 
 
+def test_gates_are_fp32_under_autocast(monkeypatch):
+    """Rounded to bf16, these gates would choose other blocks for some queries."""
+    q, k, v = (normal(1, 4, 256, 32, seed=seed).bfloat16() for seed in range(3))
+    seen, right = [], moba.choose_blocks
+    monkeypatch.setattr(moba, "choose_blocks", lambda *args: seen.append(right(*args)) or seen[-1])
+    layout = Layout.of(1, 256, q.device, None, None)
+    moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
+    assert torch.equal(*seen)
+
+
 def test_bf16_gradients_of_many_tiles_are_as_good_as_of_one(monkeypatch):
     inputs, weights = [normal(1, 2, 256, 16, seed=i) for i in range(3)], normal(1, 2, 256, 16, seed=3)
 

@@ -45,7 +45,8 @@ def choose_blocks(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Tensor:
     """
     batch, heads, slots, width = q.shape
     means = k.float().view(batch, heads, table.count, table.size, width).mean(3)
-    gates = q.float() @ means.transpose(-1, -2)
+    with torch.autocast(q.device.type, enabled=False):  # which would round both, and choose other blocks
+        gates = q.float() @ means.transpose(-1, -2)
     block = torch.arange(table.count, device=q.device)
     own = block.repeat_interleave(table.size)[-slots:, None]
     earlier = (block < own) & (block >= table.first.repeat_interleave(table.size, dim=1)[:, -slots:, None])
