@@ -48,10 +48,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def here(tensors) -> int:
     """Bytes of what this process has of some tensors."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in local)
+    return sum(t.numel() * t.element_size() for t in map(local, (t for t in tensors if isinstance(t, Tensor))))
 
 
 class Sent:
@@ -80,7 +83,7 @@ class Look(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model, **kwargs):
         if state.global_step == 0:
-            Held.parameters = frozenset(p.untyped_storage().data_ptr() for p in model.parameters())
+            Held.parameters = frozenset(local(p).untyped_storage().data_ptr() for p in model.parameters())
             self.watch.__enter__()
             Sent.total.clear()
 
