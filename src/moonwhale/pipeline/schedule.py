@@ -76,6 +76,11 @@ class EngineStage(PipelineStage):
     def is_last(self) -> bool:
         return self.part.is_last
 
+    def _get_init_p2p_neighbors_ops(self):
+        """Without what a rank with both stages would send itself, which torch 2.11 asks of gloo in vain."""
+        here = dist.get_rank(self.group)
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != here]
+
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, save_forward_output=True):
         if self.half is not None:
             kwargs = {name: value.chunk(2)[self.half] for name, value in kwargs.items()}

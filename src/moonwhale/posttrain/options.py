@@ -24,6 +24,8 @@ NOT_NEGATIVE = (
     "save_every",
 )
 
+TIMEOUT = 600  # seconds that a process waits for the others
+
 
 @dataclass
 class PostTraining:
@@ -81,7 +83,10 @@ class PostTraining:
         """The model of `checkpoint`, ready to train in a precision that precision.choose chose, and its tokenizer."""
         from moonwhale import fp8, precision
         from moonwhale.infer.checkpoint import open_checkpoint
+        from moonwhale.pipeline import ranks
 
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            ranks.join(choice.device.type == "cpu", TIMEOUT)
         choice.apply()
         precision.tune_allocator()
         model, tokenizer = open_checkpoint(self.checkpoint)
