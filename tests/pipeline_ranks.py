@@ -28,6 +28,7 @@ from moonwhale.pipeline.shards import gathered
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
 LIMIT = 120  # seconds that a rank waits for another
+SPLITS = schedule.splits_backward  # not on every torch
 
 
 def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ def ranks(case: dict) -> list[dict]:
         Pipeline._share_embedding = lambda self: None
     if case["mutant"] == "experts":  # each copy keeps its own share of the gradient
         exchange.same = None
-    schedule.splits_backward = lambda: not case["whole"]
+    schedule.splits_backward = lambda: SPLITS() and not case["whole"]
     each, on = case["micro_batches"] // copies, torch.device("cpu")
     pipeline = Pipeline(stages, case["schedule"], each, (size, length), on, place.pipeline, place.same, exchange)
     if case["fsdp"]:

@@ -162,7 +162,9 @@ SHARED_ON_FOUR = {
     "zerobubble, ep 2": {"schedule": "zerobubble", "pp": 2, "ep": 2},
 }
 MUTANTS = {
-    "balance": {"schedule": "dualpipev", "mutant": "balance"},
+    **(
+        {"balance": {"schedule": "dualpipev", "mutant": "balance"}} if splits_backward() else {}
+    ),  # else torch refuses it
     "embedding": {"schedule": "1f1b", "mutant": "embedding"},
     "mean": {"schedule": "1f1b", "pp": 1, "fsdp": True, "mutant": "mean"},
 }
