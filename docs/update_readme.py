@@ -160,6 +160,11 @@ def later_lines(grpo: dict, fp8: dict, parallel: dict) -> dict[str, tuple[str, s
             f"{fp8['relative_loss_error']:.2%}",
             "fp8",
         ),
+        f"gradients of runs over 2 and 4 processes in {len(parallel['equality']['layouts'])} layouts beside one "
+        "process's: largest relative error; `kill -9` of a rank outlived": (
+            f"{parallel['max_gradient_error']:.0e}; {parallel['kills_survived']} of {parallel['kills']['made']}",
+            "parallel",
+        ),
         "DualPipeV's idle share of a step, beside the formula; beside 1F1B's": (
             f"{parallel['bubble_vs_formula']:.2f}×; {parallel['bubble_vs_1f1b']:.2f}×",
             "parallel",

@@ -63,7 +63,8 @@ def test_the_table_of_figures():
     grpo = {"seeds": 3, "before": {"pass1": 0.4}, "after": [{"pass1": 0.9}, {"pass1": 0.8}, {"pass1": 0.85}]}
     grpo |= {"after_format_alone": {"pass1": 0.41}, "mtp_acceptance_kept": 0.99}
     fp8 = {"steps": 600, "relative_loss_error": 0.0012}
-    parallel = {"bubble_vs_formula": 1.03, "bubble_vs_1f1b": 0.4}
+    parallel = {"bubble_vs_formula": 1.03, "bubble_vs_1f1b": 0.4, "max_gradient_error": 1.2e-7, "kills_survived": 19}
+    parallel |= {"equality": {"layouts": {"a": {}, "b": {}}}, "kills": {"made": 20}}
     results = train, moba, optimizer, quality, decode, serve, grpo, fp8, parallel
     table = update_readme().figures_table(*results)
     for name, figures in {
@@ -75,7 +76,7 @@ def test_the_table_of_figures():
         "serve": ["0; 7.7×", "0, 0, 0"],
         "grpo": ["40% → 80%; 41%; 0.99×"],
         "fp8": ["0.12%"],
-        "parallel": ["1.03×; 0.40×"],
+        "parallel": ["1e-07; 19 of 20", "1.03×; 0.40×"],
     }.items():
         lines = [line for line in table.splitlines() if f"benchmarks/{name}.py" in line]
         assert len(lines) == len(figures) and all(f in line for f, line in zip(figures, lines, strict=True))
