@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from moonwhale import cli
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
+from moonwhale.pipeline.shards import gathered
 from moonwhale.train.trainer import MTPTrainer
 
 
@@ -42,10 +43,6 @@ class Held:
         Held.uses[self.storage] -= 1
         if not Held.uses[self.storage] and self.storage not in Held.parameters:
             Held.now -= self.tensor.untyped_storage().nbytes()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -91,7 +88,7 @@ class Look(TrainerCallback):
         if state.global_step == 0:
             self.watch.__exit__()
             self.seen["sent"] = dict(Sent.total)
-            grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            grads = {name: gathered(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             self.seen["grads"] = {name: grad.clone() for name, grad in grads.items()}
             held = here(p.grad for p in model.parameters())
             self.seen["bytes"] = {"weights": here(model.parameters()), "gradients": held, "activations": Held.most}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.info import in_bytes, positive, si
-from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.kinds import SCHEDULES, divisors
 from moonwhale.presets import PRESETS
 from moonwhale.train.arguments import TrainConfig, build_model_config, resolve
 
@@ -91,17 +91,17 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
 
     rows = run.tokens_per_step // run.context
     experts = config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 1
-    for pp, schedule in itertools.product(_divisors(gpus), COUNTED):
+    for pp, schedule in itertools.product(divisors(gpus), COUNTED):
         dp, kind = gpus // pp, SCHEDULES[schedule]
         stages, least, lots = pp * kind.stages, kind.micro_batches * pp, 1 + kind.mirrored
         works = stages <= config.num_hidden_layers and pp % lots == 0 if pp > 1 else schedule == "1f1b"
         if rows % dp or not works:
             continue
-        for size in _divisors(rows // dp):
+        for size in divisors(rows // dp):
             count = rows // dp // size
             if size > run.batch_size or (pp > 1 and (count < least or count % lots)):
                 continue
-            for ep in (n for n in _divisors(dp) if experts % n == 0):
+            for ep in (n for n in divisors(dp) if experts % n == 0):
                 yield Layout(pp, dp, schedule, count, size, ep, False)
                 if ep == 1 and dp * (lots if pp > 1 else 1) > 1:
                     yield Layout(pp, dp, schedule, count, size, ep, True)
@@ -151,10 +151,6 @@ def _choose(sizes: list[dict]) -> dict:
     fitting = [plan for plan in sizes if plan["fits"]] or [min(sizes, key=lambda plan: plan["memory"]["memory"])]
     fastest = min(plan["seconds"] for plan in fitting)
     return max((p for p in fitting if p["seconds"] <= CLOSE * fastest), key=lambda plan: plan["rows"])
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def report(run: TrainConfig, gpus: int, gpu: str, figures: dict[str, float], plans: list[dict]) -> str:

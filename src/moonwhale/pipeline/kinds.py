@@ -133,10 +133,13 @@ class Parallel:
         return "".join(f", {word}" for word in words)
 
 
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _divisors_near(number: int, wrong: int) -> str:
     """Of a number's divisors, the nearest on both sides of one that is none."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    near = [max(n for n in divisors if n < wrong), *(n for n in divisors if n > wrong)][:2]
+    near = [max(n for n in divisors(number) if n < wrong), *(n for n in divisors(number) if n > wrong)][:2]
     return " or ".join(map(str, near))
 
 

@@ -18,6 +18,7 @@ from moonwhale.errors import UserError, one_line
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.pipeline.kinds import SCHEDULES, Parallel
 from moonwhale.pipeline.stages import cut
+from moonwhale.train.runs import world_size
 
 # What torchrun tells a process. The Trainer must not see it: to it, a pipeline is one device.
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -92,23 +93,30 @@ def take_gpu() -> None:
 def meet(split: Parallel, config: MoonwhaleConfig, context: int, on_cpu: bool, settings: dict) -> Ranks | None:
     """Joins the processes that torchrun started. Returns this one's place; None where each has the whole model.
 
+    settings: what all must have been started with, by option.
+
     Raises:
-        UserError: before any group is made, if the model can't be split up so; or as `start` says.
+        UserError: before any group is made, if the model can't be split up so; on every rank, when they were started
+            with different settings; when not all came in time.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if not split.cuts:
-        if world > 1:
-            join(on_cpu, split.timeout)
+        join(on_cpu, split.timeout)
         return None
-    kind = SCHEDULES[split.order]
+    kind, copies = SCHEDULES[split.order], split.copies(world_size())
     cut(config, kind.stages * split.pp, context)
     split.check_experts(config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 0)
-    settings |= {f"parallel.{name}": value for name, value in vars(split).items()}
-    return start(split.pp, split.copies(world), split.ep, kind.mirrored, split.timeout, on_cpu, settings)
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # an error is said in one line, above
+    limit = timedelta(seconds=split.timeout)
+    join(on_cpu, split.timeout)
+    for name in TOLD:
+        os.environ.pop(name, None)
+    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
+    _agree(settings | {f"parallel.{name}": value for name, value in vars(split).items()}, control)
+    return stand(split.pp, copies, split.ep, kind.mirrored, limit, control)
 
 
 def join(on_cpu: bool, timeout: int) -> None:
-    """Makes the process group of all that torchrun started.
+    """Makes the process group of all that torchrun started; none for a process that is alone.
 
     torch would do it with the keys of torchrun's store as they are. But that store outlives the processes: after a
     restart it still has the addresses of those before, and the new ones would try to reach them. So each start keeps
@@ -117,6 +125,8 @@ def join(on_cpu: bool, timeout: int) -> None:
     Raises:
         UserError: not all came within `timeout` seconds.
     """
+    if world_size() == 1:
+        return
     limit = timedelta(seconds=timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
@@ -124,8 +134,8 @@ def join(on_cpu: bool, timeout: int) -> None:
         name = _name_of_start(store, rank, world, timeout)
     except (dist.DistStoreError, TimeoutError) as error:
         raise UserError(
-            f"rank {rank}: not all {world} ranks came within {timeout} s: see what the others say, or raise "
-            "--parallel.timeout"
+            f"rank {rank}: not all {world} ranks came within {timeout} s: see what the others say, or, in "
+            "moonwhale train, raise --parallel.timeout"
         ) from error
     own = dist.PrefixStore(name, store)
     dist.init_process_group("gloo" if on_cpu else "nccl", store=own, rank=rank, world_size=world, timeout=limit)
@@ -155,30 +165,14 @@ def _name_of_start(store: dist.Store, rank: int, world: int, timeout: int) -> st
     return own
 
 
-def start(pp: int, copies: int, ep: int, mirrored: bool, timeout: int, on_cpu: bool, settings: dict) -> Ranks:
-    """Joins the processes that torchrun started, `copies` pipelines of `pp` ranks each.
-
-    ep: copies that share their experts, each with a part of them. mirrored: ranks r and P - 1 - r of a pipeline hold
-    the same stages.
-    timeout: seconds that a rank waits for another. settings: what all must have been started with, by option.
-
-    Raises:
-        UserError: on every rank, when they were not; when not all came in time.
-    """
-    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # an error is said in one line, below
-    limit = timedelta(seconds=timeout)
-    join(on_cpu, timeout)
-    for name in TOLD:
-        os.environ.pop(name, None)
-    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
-    _agree(settings, control)
-    return stand(pp, copies, ep, mirrored, limit, control)
-
-
 def stand(
     pp: int, copies: int, ep: int, mirrored: bool, limit: timedelta, control: dist.ProcessGroup | None = None
 ) -> Ranks:
-    """This process's place, and its groups, which all processes make together. See `start`."""
+    """This process's place among `copies` pipelines of `pp` ranks, and its groups, which all processes make together.
+
+    ep: copies that share their experts, each with a part of them. mirrored: ranks r and P - 1 - r of a pipeline hold
+    the same stages. limit: how long a rank waits for another.
+    """
     rank = dist.get_rank()
     cells = [sorted({s, pp - 1 - s}) for s in range(pp // 2)] if mirrored else [[s] for s in range(pp)]
 

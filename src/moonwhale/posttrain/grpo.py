@@ -1,6 +1,5 @@
 """`moonwhale grpo`: reinforcement learning from answers that can be checked."""
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +116,7 @@ def grpo(config: GRPOOptions) -> None:
 
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = config.open(choice)
-    accumulation = config.accumulation(int(os.environ.get("WORLD_SIZE", 1)))
+    accumulation = config.accumulation(runs.world_size())
     out = Path(config.out)
     objective = {k: v for k, v in OBJECTIVES[config.objective].items() if getattr(config, k, None) is None}
     objective |= {name: value for name in ("beta", "epsilon") if (value := getattr(config, name)) is not None}

@@ -85,8 +85,7 @@ class PostTraining:
         from moonwhale.infer.checkpoint import open_checkpoint
         from moonwhale.pipeline import ranks
 
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            ranks.join(choice.device.type == "cpu", TIMEOUT)
+        ranks.join(choice.device.type == "cpu", TIMEOUT)
         choice.apply()
         precision.tune_allocator()
         model, tokenizer = open_checkpoint(self.checkpoint)

@@ -1,6 +1,5 @@
 """`moonwhale sft`: from a base model to an assistant."""
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +82,7 @@ def sft(config: SFTOptions) -> None:
     source = load_source(config.data, config.data_split, config.data_columns, config.data_documents)
     train, held_out = load_conversations(source, tokenizer)
     rows, cut = pack(train, context)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = runs.world_size()
     of_step = config.batch_size * config.accumulation * world
     steps = config.steps or max(1, round(config.epochs * len(rows) / of_step))
     if len(rows) < config.batch_size * world:

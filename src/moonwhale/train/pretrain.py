@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    main_process, world, split = runs.is_main_process(), int(os.environ.get("WORLD_SIZE", 1)), config.split
+    main_process, world, split = runs.is_main_process(), runs.world_size(), config.split
     pipelined = split.cuts
     micro_batches = config.micro_batches(split.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
@@ -163,7 +163,6 @@ def _trainer_arguments(config: TrainConfig, choice, world: int):
         lr_scheduler_kwargs=scheduler_kwargs,
         mtp_loss_weight_final=config.mtp_loss_weight_final,
         decay_steps=decay,
-        ddp_backend="gloo" if choice.device.type == "cpu" and world > 1 else None,
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )
