@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moonwhale.infer import decoder as decoder_module
+from moonwhale.infer import native
 from moonwhale.infer.decoder import Decoder
-from moonwhale.infer.linear import linear
+from moonwhale.infer.linear import Linear
 
 MOBA = {"moba_block_size": 4, "moba_topk": 2}
 CONFIGS = {
@@ -33,11 +34,19 @@ def tokens(*shape, seed=0):
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "long"])
-def long(request, monkeypatch):
-    """At these lengths a step reads everything or only the chosen blocks, as it comes; then the latter throughout."""
-    if request.param:
+@pytest.fixture(autouse=True, params=["native", "pytorch", "pytorch, long"])
+def way(request, monkeypatch):
+    """How steps are run: compiled, or in PyTorch. There, at these lengths, they read everything or only the chosen
+    blocks, as it comes; "long" is the latter throughout.
+    """
+    if request.param == "native":
+        if why_not := native.why_not():
+            pytest.skip(why_not)
+    else:
+        monkeypatch.setattr(native, "serves", lambda weight: False)
+    if request.param == "pytorch, long":
         monkeypatch.setattr(decoder_module._Attention, "_of_all", _as_if_long)
+    return request.param
 
 
 _of_all = decoder_module._Attention._of_all
@@ -47,12 +56,12 @@ def _as_if_long(self, q, cache, span, chooses):
     return self._of_chosen(q, cache, span) if chooses else _of_all(self, q, cache, span, chooses)
 
 
-def run(decoder, ids, cuts, cache=None, slot=0):
+def run(decoder, ids, cuts, cache=None, slot=0, start=0):
     """Hidden states (1, T, hidden) of ids (1, T), run in spans of those lengths."""
     cache, out, at = cache or decoder.cache(), [], 0
-    cache.resize(max(cache.slots, slot + 1), max(cache.length, ids.shape[1]))
+    cache.resize(max(cache.slots, slot + 1), max(cache.length, start + ids.shape[1]))
     for length in cuts:
-        span = decoder.span(cache, slot, [at], length)
+        span = decoder.span(cache, slot, [start + at], length)
         out.append(decoder.run(ids[:, at : at + length], cache, span))
         at += length
     return torch.cat(out, dim=1)
@@ -138,8 +147,26 @@ def test_the_mtp_chain_is_the_models(model):
 
 
 @torch.inference_mode()
-def test_a_step_reads_only_the_chosen_blocks(tiny_model, monkeypatch):
-    """However long the context: topk blocks of each head, or everything once where that is less."""
+def test_a_step_reads_only_the_chosen_blocks(tiny_model):
+    """However long the context: topk blocks of each of 3 heads. What is nowhere read may be anything."""
+    decoder, ids = Decoder(tiny_model(**MOBA, num_hidden_layers=1)), tokens(1, 61)
+    cache = decoder.cache()
+    cache.resize(1, 64)
+    run(decoder, ids[:, :60], [60], cache)
+    poisoned = []
+    for block in range(15):
+        before = cache.keys[0].clone()
+        cache.keys[0][0, block * 4 : block * 4 + 4] = torch.nan
+        if run(decoder, ids[:, 60:], [1], cache, start=60).isnan().any():
+            poisoned.append(block)
+        cache.keys[0].copy_(before)
+    assert 2 <= len(poisoned) + 1 <= 3 * (2 - 1) + 1  # and its own block, the last, which has this token alone
+
+
+@torch.inference_mode()
+def test_a_step_in_pytorch_reads_each_block_once_or_those_chosen(tiny_model, monkeypatch, way):
+    if way == "native":
+        pytest.skip("these are PyTorch's two ways")
     decoder, seen = Decoder(tiny_model(**MOBA)), []
     scores = decoder_module._Attention._scores
 
@@ -176,10 +203,10 @@ def test_int8_weights_are_within_half_a_step(rows):
     weight = torch.randn(48, 64, generator=generator)
     weight[3] = 0
     bias, x = torch.randn(48, generator=generator), torch.randn(2, rows, 64, generator=generator)
-    got = linear(weight, bias, int8=True)(x)
+    got = Linear(weight, bias, int8=True)(x)
     rounding = weight.abs().amax(1) / 127 / 2
     assert ((got - x @ weight.T - bias).abs() <= x.abs().sum(-1, keepdim=True) * rounding + 1e-4).all()
-    half = linear(weight.bfloat16(), bias.bfloat16(), int8=True)(x.bfloat16())
+    half = Linear(weight.bfloat16(), bias.bfloat16(), int8=True)(x.bfloat16())
     assert (half.float() - got).norm() < 0.01 * got.norm()
 
 
@@ -192,7 +219,9 @@ def caught(check, *args):
 
 
 @torch.inference_mode()
-def test_mutants_are_caught(tiny_model, monkeypatch):
+def test_mutants_are_caught(tiny_model, monkeypatch, way):
+    if way == "native":
+        pytest.skip("tests/test_native.py has its mutants")
     model, ids = tiny_model(**MOBA), tokens(1, 45)
 
     def check(cuts=CUTS["a prompt and steps"]):

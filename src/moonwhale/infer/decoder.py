@@ -1,9 +1,10 @@
-"""The model as inference runs it: the same function on weights laid out once, with few operations a token.
+"""The model as inference runs it: the same function on weights laid out once, over a `LatentCache`.
 
-`model/` is written to be read and trained; a step of one token there spends most of its time between operations. This
-is its twin over a `LatentCache`, block by block: many new tokens (a prompt) *expand* latents into keys and values, few
-(a step, drafts to verify) *absorb* the expansion into queries and work on latents. Where MoBA chooses blocks, a step
-reads those and no others, by a gate on mean latents.
+Block by block it is `model/`'s twin: many new tokens (a prompt) *expand* latents into keys and values, few (a step,
+drafts to verify) *absorb* the expansion into queries and work on latents. Where MoBA chooses blocks, a step reads those
+and no others, by a gate on mean latents.
+
+On a CPU few tokens go through `native` instead, the same once more in C++: what is here is then its naive twin.
 """
 
 from functools import cached_property, partial
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonwhale.infer import native
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.experts import Product, experts, mlp
-from moonwhale.infer.linear import linear
+from moonwhale.infer.experts import Experts, Network
+from moonwhale.infer.linear import FEW, Linear
+from moonwhale.infer.native_block import NativeBlock
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
 from moonwhale.model.layout import Layout
@@ -34,22 +37,48 @@ class Span:
     def __init__(
         self, size: int, rotation: tuple[Tensor, Tensor], cache: LatentCache, first: int, start: list[int], length: int
     ):
-        """`size` is a MoBA block's, `rotation` the cosines and sines (T, rope / 2) of all positions."""
+        """`size` is a MoBA block's, `rotation` the cosines and sines (T, rope / 2) fp32 of all positions."""
         self.size, self.start, self.length, self.end = size, start, length, max(start) + length
+        self.first, self.tokens, self.stride, self.device = first, len(start) * length, cache.length, cache.device
         self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
-        self.slots, self.device = slice(first, first + len(start)), cache.device
-        positions = [list(range(n, n + length)) for n in start]
-        self.positions = torch.tensor(positions, device=cache.device)  # (B, Q)
-        self.place = self.positions.flatten()  # of each token among all slots' entries
-        if first or len(start) > 1:
-            self.place = (self.slot * cache.length + self.positions).flatten()
-        self.rotation = tuple(table[self.positions].unsqueeze(2) for table in rotation)  # (B, Q, 1, rope / 2)
-        self.future = None  # (B, Q, 1, end) what lies behind a token
-        if len(start) > 1 or length > 1:
-            self.future = (torch.arange(self.end, device=cache.device) > self.positions[..., None])[:, :, None]
-        self.filled = [  # blocks whose last token is among these
-            (i, block) for i, n in enumerate(start) for block in range(n // size, (n + length) // size)
-        ]
+        self.slots = slice(first, first + len(start))
+        self._rotation, self._dtype = rotation, cache.dtype
+
+    @cached_property
+    def for_native(self) -> native.Span:
+        self._start = torch.tensor(self.start)
+        tensors = (self._start, *self._rotation)
+        return native.Span(
+            len(self.start), self.length, self.first, torch.get_num_threads(), *map(native.address, tensors)
+        )
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(B, Q) of the new tokens."""
+        return torch.tensor([list(range(n, n + self.length)) for n in self.start], device=self.device)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(B * Q) of each token among all slots' entries."""
+        return (self.slot * self.stride + self.positions).flatten()
+
+    @cached_property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, Q, 1, rope / 2)."""
+        return tuple(table[self.positions].unsqueeze(2).to(self._dtype) for table in self._rotation)
+
+    @cached_property
+    def future(self) -> Tensor | None:
+        """(B, Q, 1, end) what lies behind a token; None for a single one, behind which there is nothing."""
+        if self.tokens == 1:
+            return None
+        return (torch.arange(self.end, device=self.device) > self.positions[..., None])[:, :, None]
+
+    @cached_property
+    def filled(self) -> list[tuple[int, int]]:
+        """Each sequence's blocks whose last token is among these."""
+        size, length = self.size, self.length
+        return [(i, block) for i, n in enumerate(self.start) for block in range(n // size, (n + length) // size)]
 
     @cached_property
     def slot(self) -> Tensor:
@@ -80,7 +109,7 @@ class Decoder:
     """
 
     def __init__(self, model: MoonwhaleForCausalLM, int8: bool = False):
-        prepare = partial(linear, int8=int8)
+        prepare = partial(Linear, int8=int8)
         body, head = model.model, model.lm_head.weight
         self.config = model.config
         self.embedding = body.embed_tokens.weight
@@ -89,10 +118,10 @@ class Decoder:
             self.config.max_position_embeddings + 2 * len(body.mtp_modules) + 1
         )  # drafts may look beyond the context
         positions = torch.arange(reach, device=self.device)[None]
-        self.rotation = tuple(table[0, 0] for table in rotation_table(self.config, positions, self.dtype))
+        self.rotation = tuple(table[0, 0] for table in rotation_table(self.config, positions, torch.float32))
         self.main = [_Block(block, prepare) for block in body.main_blocks]
         self.modules = [_Module(module, prepare) for module in body.mtp_modules]
-        self.norm = _norm(body.norm)
+        self.norm = _Norm(body.norm)
         self.head = prepare(head)
         self.draft_head = prepare(head[:SHORTLIST]) if len(head) > 2 * SHORTLIST else self.head
 
@@ -107,7 +136,7 @@ class Decoder:
         x = F.embedding(tokens, self.embedding)
         for block in self.main:
             x = block(x, cache, span)
-        return self.norm(x)
+        return self.norm(x).to(self.dtype)
 
     def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
         """MTP module `depth` (from 1) of the chain: its normed hidden states (B, Q, hidden), for `draft_head`.
@@ -120,27 +149,38 @@ class Decoder:
 
 class _Block:
     def __init__(self, block, prepare):
-        self.norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+        self.before, self.after = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
         self.attention = _Attention(block.self_attn, prepare)
-        self.mlp = (mlp if isinstance(block.mlp, MLP) else experts)(block.mlp, prepare)
+        self.feed_forward = (Network.of if isinstance(block.mlp, MLP) else Experts)(block.mlp, prepare)
+        self.native = NativeBlock(self) if native.serves(self.before.weight) else None
 
     def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
-        x = x + self.attention(self.norms[0](x), cache, span)
-        return x + self.mlp(self.norms[1](x))
+        if self.native and span.tokens <= FEW:
+            return self.native(x, cache, span)
+        x = x + self.attention(self.before(x), cache, span)
+        return x + self.feed_forward(self.after(x))
 
 
 class _Module:
     def __init__(self, module, prepare):
-        self.norms = _norm(module.enorm), _norm(module.hnorm)
+        self.norms = _Norm(module.enorm), _Norm(module.hnorm)
         self.join = prepare(module.eh_proj.weight)
         self.blocks = [_Block(block, prepare) for block in (module, *module.blocks)]
-        self.norm = _norm(module.shared_head["norm"])
+        self.norm = _Norm(module.shared_head["norm"])
 
     def __call__(self, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
         x = self.join(torch.cat([self.norms[0](ahead), self.norms[1](hidden)], dim=-1))
         for block in self.blocks:
             x = block(x, cache, span)
-        return self.norm(x)
+        return self.norm(x).to(self.join.dtype)
+
+
+class _Norm:
+    def __init__(self, norm: RMSNorm):
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class _Attention:
@@ -158,11 +198,11 @@ class _Attention:
             bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in down])
         self.down = prepare(torch.cat([part.weight for part in down]), bias)
         self.widths = [len(first.weight), self.rank, self.rope]
-        self.q_norm, self.q_up = (_norm(m.q_a_layernorm), prepare(m.q_b_proj.weight)) if compressed else (None, None)
-        self.kv_norm, self.key_conv = _norm(m.kv_a_layernorm), m.key_conv
+        self.q_norm, self.q_up = (_Norm(m.q_a_layernorm), prepare(m.q_b_proj.weight)) if compressed else (None, None)
+        self.kv_norm, self.key_conv = _Norm(m.kv_a_layernorm), m.key_conv
         self.up = m.kv_b_proj.weight
         self.w_k, w_v = m._split_up()  # (heads, nope | v, rank)
-        self.w_v = w_v.transpose(1, 2).contiguous()  # (heads, rank, v)
+        self.w_v = w_v.transpose(1, 2)  # (heads, rank, v)
         self.out = prepare(m.o_proj.weight, m.o_proj.bias)
 
     def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
@@ -283,16 +323,3 @@ class _Attention:
         # Over the whole width: a slice of it would be copied first.
         summed = (probs[0] @ values[0]).unsqueeze(0) if len(probs) == 1 else probs @ values
         return summed[..., : self.rank]
-
-
-def _norm(norm: RMSNorm) -> Product:
-    weight, eps, zero, size = norm.weight, norm.eps, torch.zeros_like(norm.weight), norm.weight.numel()
-    on_cpu = weight.device.type == "cpu"
-
-    def run(x: Tensor) -> Tensor:
-        if on_cpu and x.numel() == size:  # one token: two operations for nine
-            square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item() ** 2
-            return torch.addcmul(zero, x, weight, value=(square / size + eps) ** -0.5)
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    return run

@@ -1,0 +1,71 @@
+"""A block of `Decoder` for few tokens on a CPU: its settings and weights as `step/` reads them, and the call."""
+
+import torch
+from torch import Tensor
+
+from moonwhale.infer import native
+from moonwhale.infer.cache import LatentCache
+from moonwhale.infer.experts import Experts, Network
+
+
+class NativeBlock:
+    """`decoder._Block` once more, on the same weights, with a residual stream in fp32."""
+
+    def __init__(self, block):
+        attention, feed_forward = block.attention, block.feed_forward
+        self.layer = attention.layer
+        self._alive = [attention, feed_forward]  # what addresses below lead to
+        self._block = native.Block(
+            hidden=len(block.before.weight),
+            before=self._norm(block.before),
+            after=self._norm(block.after),
+            **self._of_attention(attention),
+            **(self._of_experts(feed_forward) if isinstance(feed_forward, Experts) else self._of_network(feed_forward)),
+        )
+
+    def __call__(self, x: Tensor, cache: LatentCache, span) -> Tensor:
+        """x (B, Q, hidden) in any dtype; the result is fp32."""
+        x = x.to(torch.float32, copy=True).contiguous()
+        keys, values, means = (tensors[self.layer] for tensors in (cache.keys, cache.values, cache.means))
+        native.run_block(self._block, keys, values, means, span.for_native, x)
+        return x
+
+    def _of_attention(self, a) -> dict:
+        fields = {name: getattr(a, name) for name in ("heads", "nope", "rope", "rank", "interleaved", "size", "topk")}
+        fields |= {"v": a.w_v.shape[-1], "scale": a.scale, "kv_norm": self._norm(a.kv_norm)}
+        fields |= {"down": a.down.matrix, "up": native.Matrix.of(a.up), "out": a.out.matrix}
+        if a.q_up:
+            fields |= {"q_norm": self._norm(a.q_norm), "q_up": a.q_up.matrix}
+        if a.key_conv is not None:
+            fields |= {"taps": a.key_conv.shape[-1], "conv": self._numbers(a.key_conv[:, 0].T)}
+        return fields
+
+    def _of_experts(self, experts: Experts) -> dict:
+        gate, networks = experts.gate, [*experts.networks]
+        if experts.shared:
+            networks.append(experts.shared)
+        return self._of_network(*networks) | {
+            "experts": gate.n_experts,
+            "chosen": gate.topk,
+            "groups": gate.groups,
+            "chosen_groups": gate.topk_groups,
+            "sigmoid": gate.sigmoid,
+            "normalise": gate.normalise,
+            "factor": gate.factor,
+            "shared": experts.shared is not None,
+            "router": native.Matrix(self._numbers(gate.weight), None, None, *gate.weight.shape, native.FP32),
+            "bias": self._numbers(gate.e_score_correction_bias),
+        }
+
+    def _of_network(self, *networks: Network) -> dict:
+        array = native.networks((network.up.matrix, network.down.matrix) for network in networks)
+        self._alive.append(array)
+        return {"networks": native.address(array)}
+
+    def _norm(self, norm) -> native.Norm:
+        return native.Norm(self._numbers(norm.weight), norm.eps)
+
+    def _numbers(self, tensor: Tensor) -> int:
+        """The address of a copy in fp32."""
+        self._alive.append(tensor.detach().float().contiguous())
+        return self._alive[-1].data_ptr()

@@ -1,0 +1,241 @@
+// Numbers of 32, 16 and 8 bits in vectors, and products of matrices with few rows, which read a weight at memory's speed.
+//
+// The order of a sum depends on its length alone, not on the number of rows or threads.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+
+#include "structures.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int TILE = 4;     // rows of a product that are done side by side, of either side
+constexpr long AHEAD = 4096; // bytes of a weight that are fetched before they are needed
+constexpr long CHUNK = 128; // keys of a piece of full attention
+#define INLINE [[gnu::always_inline]] inline
+
+struct bf16 {
+  uint16_t bits;
+};
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Whole __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+template <class To, class From> INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <class To> INLINE To read(const void *from) {
+  To x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE Vector load(const float *x) { return read<Vector>(x); }
+#ifdef __AVX512F__ // for which compilers do not find the instructions themselves
+INLINE Vector load(const bf16 *x) {
+  return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+}
+INLINE Vector load(const int8_t *x) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+}
+#elif defined __AVX2__
+INLINE Vector load(const bf16 *x) {
+  return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+}
+INLINE Vector load(const int8_t *x) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+}
+#else
+INLINE Vector load(const bf16 *x) { return (Vector)(__builtin_convertvector(read<Halves>(x), Whole) << 16); }
+INLINE Vector load(const int8_t *x) {
+  return __builtin_convertvector(__builtin_convertvector(read<Bytes>(x), Whole), Vector);
+}
+#endif
+
+INLINE float number(float x) { return x; }
+INLINE float number(bf16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
+INLINE float number(int8_t x) { return x; }
+
+INLINE void store(float *to, float x) { *to = x; }
+INLINE void store(bf16 *to, float x) { // to the nearest, halves to even
+  uint32_t bits = bits_as<uint32_t>(x);
+  to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE float sum(Vector x) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter part[LANES / 4];
+  std::memcpy(part, &x, sizeof part);
+  for (int n = LANES / 8; n; n /= 2)
+    for (int i = 0; i < n; i++) part[i] += part[i + n];
+  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
+}
+
+// exp(x) of x <= 0, as 2^whole * 2^rest with |rest| <= 1/2, the latter by its Taylor series
+INLINE Vector exponential(Vector x) {
+  x *= 1.44269504f;
+  x = x < -126.0f ? Vector{} - 126.0f : x;
+  Whole whole = __builtin_convertvector(x - 0.5f, Whole);
+  Vector z = (x - __builtin_convertvector(whole, Vector)) * 0.693147181f, y = z / 720 + 1.0f / 120;
+  y = y * z + 1.0f / 24;
+  y = y * z + 1.0f / 6;
+  y = y * z + 0.5f;
+  y = y * z + 1.0f;
+  y = y * z + 1.0f;
+  return y * (Vector)((whole + 127) << 23);
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// Calls `run` with a pointer of the right type
+template <class Run> INLINE void typed(Kind kind, const void *data, Run run) {
+  if (kind == FP32) run((const float *)data);
+  else if (kind == BF16) run((const bf16 *)data);
+  else run((const int8_t *)data);
+}
+template <class Run> INLINE void typed(Kind kind, void *data, Run run) {
+  if (kind == FP32) run((float *)data);
+  else run((bf16 *)data);
+}
+
+// --- products --------------------------------------------------------------------------------------------------------
+
+// Emits (o, r, w[o] . x[r]) for OUTS rows of w and ROWS of x. Each is summed in PARTS, every other vector by itself: with
+// fewer sums at a time arithmetic would wait for itself.
+template <int OUTS, int ROWS, class W, class Emit>
+INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, Emit emit) {
+  constexpr int PARTS = 2;
+  Vector total[OUTS][PARTS][ROWS] = {};
+  auto multiply = [&](long i, int part) {
+    Vector in[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) in[r] = load(x + r * x_step + i);
+#pragma GCC unroll 4
+    for (int o = 0; o < OUTS; o++) {
+      Vector weight = load(w + o * w_step + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) total[o][part][r] += weight * in[r];
+    }
+  };
+  long i = 0;
+  for (; i + PARTS * LANES <= n; i += PARTS * LANES) {
+    __builtin_prefetch((char *)(w + i) + AHEAD);
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; part++) multiply(i + part * LANES, part);
+  }
+  for (; i + LANES <= n; i += LANES) multiply(i, 0);
+#pragma GCC unroll 4
+  for (int o = 0; o < OUTS; o++)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      Vector all = total[o][0][r];
+#pragma GCC unroll 4
+      for (int part = 1; part < PARTS; part++) all += total[o][part][r];
+      float rest = 0;
+      for (long j = i; j < n; j++) rest += number(w[o * w_step + j]) * x[r * x_step + j];
+      emit(o, r, sum(all) + rest);
+    }
+}
+
+// The same for OUTS rows of w and any number of x
+template <int OUTS, class W, class Emit>
+INLINE void strip(const float *x, long x_step, long rows, const W *w, long w_step, long n, Emit emit) {
+  long r = 0;
+  auto next = [&](auto few) {
+    constexpr int ROWS = decltype(few)::value;
+    tile<OUTS, ROWS>(x + r * x_step, x_step, w, w_step, n, [&](int o, int i, float y) { emit(o, r + i, y); });
+    r += ROWS;
+  };
+  while (r + TILE <= rows) next(std::integral_constant<int, TILE>());
+  if (rows - r == 3) next(std::integral_constant<int, 3>());
+  if (rows - r == 2) next(std::integral_constant<int, 2>());
+  if (rows - r == 1) next(std::integral_constant<int, 1>());
+}
+
+// The same for any number of both. Of many rows of x each vector of w would be converted too often; for few, w comes from
+// memory, which is fastest row after row.
+template <class W, class Emit>
+INLINE void products(const float *x, long x_step, long rows, const W *w, long w_step, long outs, long n, Emit emit) {
+  long o = 0;
+  for (; rows > 2 && o + 2 <= outs; o += 2)
+    strip<2>(x, x_step, rows, w + o * w_step, w_step, n, [&](int i, long r, float y) { emit(o + i, r, y); });
+  for (; o < outs; o++)
+    strip<1>(x, x_step, rows, w + o * w_step, w_step, n, [&](int, long r, float y) { emit(o, r, y); });
+}
+
+// y (rows, out) = x (rows, in) @ m.T, or added to it: outputs from TILE * part on
+static void part_of_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long part, bool add) {
+  long first = part * TILE, outs = std::min<long>(m.out - first, TILE);
+  typed(m.kind, m.data, [&](auto *w) {
+    products(x, x_step, rows, w + first * m.in, m.in, outs, m.in, [&](long o, long r, float total) {
+      o += first;
+      if (m.scale) total *= m.scale[o];
+      if (m.bias) total += m.bias[o];
+      y[r * m.out + o] = add ? y[r * m.out + o] + total : total;
+    });
+  });
+}
+
+static long parts(const Matrix &m) { return (m.out + TILE - 1) / TILE; }
+
+static void product(float *y, const float *x, long rows, const Matrix &m, bool add = false) {
+#pragma omp for
+  for (long part = 0; part < parts(m); part++) part_of_product(y, x, m.in, rows, m, part, add);
+}
+
+// y[r] = sum over k of p[r][k] * v[k], for ROWS rows of p and columns VECTORS * LANES of v
+template <int ROWS, int VECTORS, class V>
+INLINE void mix_columns(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n) {
+  Vector total[ROWS][VECTORS] = {};
+  for (long k = 0; k < n; k++)
+#pragma GCC unroll 4
+    for (int c = 0; c < VECTORS; c++) {
+      Vector value = load(v + k * v_step + c * LANES);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) total[r][c] += value * p[r * p_step + k];
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < VECTORS; c++)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) std::memcpy(y + r * y_step + c * LANES, &total[r][c], sizeof(Vector));
+}
+
+template <int ROWS, class V>
+INLINE void mix(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n, long width) {
+  long c = 0;
+  for (; c + 4 * LANES <= width; c += 4 * LANES) mix_columns<ROWS, 4>(y + c, y_step, p, p_step, v + c, v_step, n);
+  for (; c + LANES <= width; c += LANES) mix_columns<ROWS, 1>(y + c, y_step, p, p_step, v + c, v_step, n);
+  for (; c < width; c++)
+    for (int r = 0; r < ROWS; r++) {
+      float total = 0;
+      for (long k = 0; k < n; k++) total += p[r * p_step + k] * number(v[k * v_step + c]);
+      y[r * y_step + c] = total;
+    }
+}
+
+static void rms_norm(float *y, long y_step, const float *x, long x_step, long rows, long width, const Norm &norm) {
+#pragma omp for
+  for (long r = 0; r < rows; r++) {
+    const float *in = x + r * x_step;
+    float square = 0;
+    tile<1, 1>(in, 0, in, 0, width, [&](int, int, float total) { square = total; });
+    float inverse = 1 / std::sqrt(square / width + norm.eps);
+    for (long i = 0; i < width; i++) y[r * y_step + i] = in[i] * inverse * norm.weight[i];
+  }
+}
+
