@@ -1,5 +1,7 @@
 """What attention remembers, in slots: a latent and a rotary key for each token, a mean of them for each full block."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class LatentCache:
         self.means: list[Tensor | None] = []
         self.resize(0, 0)
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> float:
         """Of one sequence, over all blocks of the model."""
         config, number = self.config, torch.empty((), dtype=self.dtype).element_size()

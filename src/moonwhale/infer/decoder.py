@@ -112,6 +112,7 @@ class Decoder:
         prepare = partial(Linear, int8=int8)
         body, head = model.model, model.lm_head.weight
         self.config = model.config
+        self.size = model.config.moba_block_size
         self.embedding = body.embed_tokens.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         reach = (
@@ -129,7 +130,7 @@ class Decoder:
         return LatentCache(self.config, self.dtype, self.device)
 
     def span(self, cache: LatentCache, first: int, start: list[int], length: int) -> Span:
-        return Span(self.config.moba_block_size, self.rotation, cache, first, start, length)
+        return Span(self.size, self.rotation, cache, first, start, length)
 
     def run(self, tokens: Tensor, cache: LatentCache, span: Span) -> Tensor:
         """The normed hidden states (B, Q, hidden) of new tokens (B, Q), whose entries go into the cache."""

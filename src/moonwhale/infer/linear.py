@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moonwhale.infer import native
 
-FEW = 16  # rows up to which the compiled product is the faster
+FEW = 64  # rows up to which the compiled product is the faster
 
 
 class Linear:

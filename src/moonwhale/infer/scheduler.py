@@ -89,7 +89,8 @@ class Scheduler:
         self.reading: Request | None = None  # in the slot after them
         self.waiting: deque[Request] = deque()
         self._drafting_took = 0.0
-        self._piece = max(PIECE // decoder.config.moba_block_size, 1) * decoder.config.moba_block_size
+        self._size = decoder.config.moba_block_size
+        self._piece = max(PIECE // self._size, 1) * self._size
 
     @property
     def idle(self) -> bool:
@@ -260,8 +261,8 @@ class Scheduler:
 
     def _needed(self, row: Request) -> int:
         """Cache entries a request can come to take, drafts that may not hold included."""
-        size = self.decoder.config.moba_block_size
-        return -(-(len(row.prompt) + row.limit + 2 * len(self.decoder.modules) + 1) // size) * size
+        longest = len(row.prompt) + row.limit + 2 * len(self.decoder.modules) + 1
+        return -(-longest // self._size) * self._size
 
     def _bytes(self, slots: int, length: int) -> float:
         return slots * length * self.cache.bytes_per_token

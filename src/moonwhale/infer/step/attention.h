@@ -4,6 +4,9 @@
 
 #include "products.h"
 
+constexpr long CHUNK = 128;  // keys of a piece of full attention
+constexpr int TOGETHER = 4; // heads that look at it side by side
+
 // What ROWS heads' queries q (width) make of n keys: each head's largest score, the sum of exponentials beside it, and
 // the values' sum weighted by them. Heads are `step` apart there, and latents that many ranks.
 template <int ROWS, class T>
@@ -167,14 +170,14 @@ struct Attention {
 
   // Attention over each piece of keys by itself
   template <class T> void look(const T *keys, const T *values) {
-    const long values_step = b.taps ? b.rank : width, groups = (b.heads + TILE - 1) / TILE;
+    const long values_step = b.taps ? b.rank : width, groups = (b.heads + TOGETHER - 1) / TOGETHER;
     const long together = b.topk ? 1 : groups; // who has read a piece finds it in the cache for the next heads
 #pragma omp for collapse(3) schedule(dynamic, together)
     for (long t = 0; t < tokens; t++)
       for (long k = 0; k < pieces; k++)
         for (long group = 0; group < groups; group++) {
-          const long slot_start = slot(t) * cache.length, head = group * TILE;
-          const long heads = std::min<long>(TILE, b.heads - head);
+          const long slot_start = slot(t) * cache.length, head = group * TOGETHER;
+          const long heads = std::min<long>(TOGETHER, b.heads - head);
           auto some = [&](auto rows, long h, long from, long n) {
             long entry = slot_start + from, place = (t * b.heads + h) * pieces + k;
             attend<decltype(rows)::value>(b, &queries[(t * b.heads + h) * width], keys + entry * width,
@@ -188,7 +191,7 @@ struct Attention {
             }
           } else if (long from = k * CHUNK; from <= position(t)) {
             long n = std::min(CHUNK, position(t) + 1 - from);
-            if (heads == TILE) some(std::integral_constant<int, TILE>(), head, from, n);
+            if (heads == TOGETHER) some(std::integral_constant<int, TOGETHER>(), head, from, n);
             else
               for (long h = head; h < head + heads; h++) some(std::integral_constant<int, 1>(), h, from, n);
           }

@@ -19,9 +19,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int TILE = 4;     // rows of a product that are done side by side, of either side
+constexpr long PART = 16;    // rows of a weight that a thread takes at a time: for many rows of x they stay in its cache
 constexpr long AHEAD = 4096; // bytes of a weight that are fetched before they are needed
-constexpr long CHUNK = 128; // keys of a piece of full attention
 #define INLINE [[gnu::always_inline]] inline
 
 struct bf16 {
@@ -152,35 +151,28 @@ INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, E
     }
 }
 
-// The same for OUTS rows of w and any number of x
-template <int OUTS, class W, class Emit>
-INLINE void strip(const float *x, long x_step, long rows, const W *w, long w_step, long n, Emit emit) {
+// The same for any number of both. Few rows of x leave arithmetic units idle anyway: then w, which comes from memory, is read
+// row after row, as is fastest.
+template <class W, class Emit>
+INLINE void products(const float *x, long x_step, long rows, const W *w, long w_step, long outs, long n, Emit emit) {
   long r = 0;
-  auto next = [&](auto few) {
-    constexpr int ROWS = decltype(few)::value;
-    tile<OUTS, ROWS>(x + r * x_step, x_step, w, w_step, n, [&](int o, int i, float y) { emit(o, r + i, y); });
+  auto next = [&](auto some) {
+    constexpr int ROWS = decltype(some)::value, OUTS = ROWS > 2 ? 2 : 1;
+    long o = 0;
+    auto at = [&](int i, int k, float y) { emit(o + i, r + k, y); };
+    for (; o + OUTS <= outs; o += OUTS) tile<OUTS, ROWS>(x + r * x_step, x_step, w + o * w_step, w_step, n, at);
+    for (; o < outs; o++) tile<1, ROWS>(x + r * x_step, x_step, w + o * w_step, w_step, n, at);
     r += ROWS;
   };
-  while (r + TILE <= rows) next(std::integral_constant<int, TILE>());
+  while (r + 4 <= rows) next(std::integral_constant<int, 4>());
   if (rows - r == 3) next(std::integral_constant<int, 3>());
   if (rows - r == 2) next(std::integral_constant<int, 2>());
   if (rows - r == 1) next(std::integral_constant<int, 1>());
 }
 
-// The same for any number of both. Of many rows of x each vector of w would be converted too often; for few, w comes from
-// memory, which is fastest row after row.
-template <class W, class Emit>
-INLINE void products(const float *x, long x_step, long rows, const W *w, long w_step, long outs, long n, Emit emit) {
-  long o = 0;
-  for (; rows > 2 && o + 2 <= outs; o += 2)
-    strip<2>(x, x_step, rows, w + o * w_step, w_step, n, [&](int i, long r, float y) { emit(o + i, r, y); });
-  for (; o < outs; o++)
-    strip<1>(x, x_step, rows, w + o * w_step, w_step, n, [&](int, long r, float y) { emit(o, r, y); });
-}
-
-// y (rows, out) = x (rows, in) @ m.T, or added to it: outputs from TILE * part on
+// y (rows, out) = x (rows, in) @ m.T, or added to it: outputs from PART * part on
 static void part_of_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long part, bool add) {
-  long first = part * TILE, outs = std::min<long>(m.out - first, TILE);
+  long first = part * PART, outs = std::min<long>(m.out - first, PART);
   typed(m.kind, m.data, [&](auto *w) {
     products(x, x_step, rows, w + first * m.in, m.in, outs, m.in, [&](long o, long r, float total) {
       o += first;
@@ -191,7 +183,7 @@ static void part_of_product(float *y, const float *x, long x_step, long rows, co
   });
 }
 
-static long parts(const Matrix &m) { return (m.out + TILE - 1) / TILE; }
+static long parts(const Matrix &m) { return (m.out + PART - 1) / PART; }
 
 static void product(float *y, const float *x, long rows, const Matrix &m, bool add = false) {
 #pragma omp for
