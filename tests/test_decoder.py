@@ -168,6 +168,7 @@ def test_a_step_in_pytorch_reads_each_block_once_or_those_chosen(tiny_model, mon
     if way == "native":
         pytest.skip("these are PyTorch's two ways")
     decoder, seen = Decoder(tiny_model(**MOBA)), []
+    monkeypatch.setattr(decoder_module, "MANY", 32)
     scores = decoder_module._Attention._scores
 
     def noted(self, q, keys):

@@ -127,6 +127,7 @@ def _kernels(device) -> dict[str, Finding]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import flex_attention
 
+    from moonwhale.infer import native
     from moonwhale.precision import why_not_compile
 
     def normal(*shape, dtype=torch.bfloat16):
@@ -157,7 +158,10 @@ def _kernels(device) -> dict[str, Finding]:
     why_not = {name: _why_not(kernel) for name, kernel in kernels.items()}
     findings = {name: {"ok": not why, "note": why or "works, forward and backward"} for name, why in why_not.items()}
     why = why_not_compile(device)
-    return findings | {"torch.compile": {"ok": not why, "note": why or "has what it builds kernels with (not run)"}}
+    findings["torch.compile"] = {"ok": not why, "note": why or "has what it builds kernels with (not run)"}
+    why = native.why_not() if device.type == "cpu" else f"for CPUs; on {device.type} PyTorch's operations"
+    findings["decoding steps in C++"] = {"ok": not why, "note": why or "compiled for this machine"}
+    return findings
 
 
 def _why_not(action: Callable[[], object]) -> str:

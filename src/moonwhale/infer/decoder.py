@@ -16,7 +16,7 @@ from torch import Tensor
 from moonwhale.infer import native
 from moonwhale.infer.cache import LatentCache
 from moonwhale.infer.experts import Experts, Network
-from moonwhale.infer.linear import FEW, Linear
+from moonwhale.infer.linear import Linear
 from moonwhale.infer.native_block import NativeBlock
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
@@ -27,7 +27,8 @@ from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.model.rope import rotate, rotation_table
 
-MANY = 32  # new tokens of a row from which expanding latents is cheaper than absorbing
+MANY = 64  # new tokens of a row from which expanding latents is cheaper than absorbing
+FEW = 256  # tokens up to which the compiled blocks are the faster
 SHORTLIST = 8192  # tokens a draft is chosen from: the first ids of a BPE vocabulary are its most frequent ones
 
 
@@ -156,7 +157,7 @@ class _Block:
         self.native = NativeBlock(self) if native.serves(self.before.weight) else None
 
     def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
-        if self.native and span.tokens <= FEW:
+        if self.native and span.length < MANY and span.tokens <= FEW:
             return self.native(x, cache, span)
         x = x + self.attention(self.before(x), cache, span)
         return x + self.feed_forward(self.after(x))

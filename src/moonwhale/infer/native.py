@@ -20,11 +20,11 @@ from torch import Tensor
 from moonwhale.data.cache import cache_folder, locked, new_folder
 from moonwhale.errors import UserError
 
-NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 SOURCES = Path(__file__).parent / "step"
-FLAGS = ["-std=c++17", "-O3", NATIVE, "-fPIC", "-Wno-psabi"]
-FP32, BF16, INT8 = range(3)
-KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wno-psabi"]
+FLAGS += ["-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+PANEL = 64  # outputs whose weights lie side by side
 POINTER, WHOLE, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -36,9 +36,9 @@ class Matrix(ctypes.Structure):
     _fields_ = [*_fields(POINTER, "data scale bias"), *_fields(WHOLE, "out in kind")]
 
     @classmethod
-    def of(cls, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> "Matrix":
-        """Of a contiguous weight (out, in); scale and bias (out) are fp32."""
-        return cls(weight.data_ptr(), address(scale), address(bias), *weight.shape, KINDS[weight.dtype])
+    def of(cls, panels: Tensor, out: int, scale: Tensor | None = None, bias: Tensor | None = None) -> "Matrix":
+        """Of what `panels` makes of a weight (out, in); scale and bias (out) are fp32."""
+        return cls(address(panels), address(scale), address(bias), out, panels.shape[1], KINDS[panels.dtype])
 
 
 class Network(ctypes.Structure):
@@ -80,7 +80,7 @@ def why_not() -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled steps.
+    """The compiled steps, from the cache folder or built now, which takes some seconds.
 
     Raises:
         UserError: this is no Linux, there is no compiler, it fails, or what it builds can't be stored.
@@ -115,6 +115,7 @@ def build(compiler: str, sources: Path, folder: Path) -> None:
 
 
 def load(folder: Path) -> ctypes.CDLL:
+    """What `build` left in a folder."""
     found = ctypes.CDLL(str(folder / "step.so"))
     found.run_block.argtypes = [POINTER] * 4
     found.run_product.argtypes = [POINTER, POINTER, POINTER, WHOLE, WHOLE]
@@ -125,6 +126,14 @@ def load(folder: Path) -> ctypes.CDLL:
 def serves(weight: Tensor) -> bool:
     """Whether steps on such weights are compiled here."""
     return weight.device.type == "cpu" and weight.dtype in KINDS and not why_not()
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A weight (out, in) as (ceil(out / 64), in, 64), filled up with zeros. 64 outputs' weights for an input lie side by
+    side, so that a product reads one stream and adds whole vectors.
+    """
+    filled = torch.cat([weight, weight.new_zeros(-len(weight) % PANEL, weight.shape[1])])
+    return filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
@@ -147,6 +156,7 @@ def run_block(block: Block, keys: Tensor, values: Tensor, means: Tensor | None, 
 
 
 def address(thing: Tensor | ctypes.Array | None) -> int | None:
+    """Where its numbers begin; whoever asks keeps the thing."""
     if thing is None:
         return None
     return thing.data_ptr() if isinstance(thing, Tensor) else ctypes.addressof(thing)

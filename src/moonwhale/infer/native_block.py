@@ -33,7 +33,7 @@ class NativeBlock:
     def _of_attention(self, a) -> dict:
         fields = {name: getattr(a, name) for name in ("heads", "nope", "rope", "rank", "interleaved", "size", "topk")}
         fields |= {"v": a.w_v.shape[-1], "scale": a.scale, "kv_norm": self._norm(a.kv_norm)}
-        fields |= {"down": a.down.matrix, "up": native.Matrix.of(a.up), "out": a.out.matrix}
+        fields |= {"down": a.down.matrix, "up": self._as_it_is(a.up), "out": a.out.matrix}
         if a.q_up:
             fields |= {"q_norm": self._norm(a.q_norm), "q_up": a.q_up.matrix}
         if a.key_conv is not None:
@@ -53,7 +53,7 @@ class NativeBlock:
             "normalise": gate.normalise,
             "factor": gate.factor,
             "shared": experts.shared is not None,
-            "router": native.Matrix(self._numbers(gate.weight), None, None, *gate.weight.shape, native.FP32),
+            "router": self._router(gate.weight),
             "bias": self._numbers(gate.e_score_correction_bias),
         }
 
@@ -61,6 +61,13 @@ class NativeBlock:
         array = native.networks((network.up.matrix, network.down.matrix) for network in networks)
         self._alive.append(array)
         return {"networks": native.address(array)}
+
+    def _as_it_is(self, weight: Tensor) -> native.Matrix:
+        return native.Matrix(native.address(weight), None, None, *weight.shape, native.KINDS[weight.dtype])
+
+    def _router(self, weight: Tensor) -> native.Matrix:
+        self._alive.append(native.panels(weight.float()))
+        return native.Matrix.of(self._alive[-1], len(weight))
 
     def _norm(self, norm) -> native.Norm:
         return native.Norm(self._numbers(norm.weight), norm.eps)

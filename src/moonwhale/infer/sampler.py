@@ -28,7 +28,7 @@ class Noise:
 
     def __init__(self, seed: int, vocabulary: int, device: torch.device):
         if device.type == "cpu":  # NumPy takes a third of torch's time, which is a tenth of a step
-            of = np.random.Generator(np.random.Philox(seed))
+            of = np.random.Generator(np.random.Philox(key=seed))
             self._draw = lambda: torch.from_numpy(of.standard_exponential(vocabulary, dtype=np.float32))
         else:
             by = torch.Generator(device).manual_seed(seed)
@@ -74,7 +74,9 @@ def _choose_alike(scores: Tensor, requests: tuple, ahead: int) -> list[int]:
             scores[i] = penalty(torch.tensor([seen], device=scores.device), scores[i : i + 1].clone())[0]
     if options.temperature == 0:
         return scores.argmax(-1).tolist()
-    for warper in _warpers(*_key(options)):  # not called as a list, which looks at signatures first, a tenth of a millisecond
+    for warper in _warpers(
+        *_key(options)
+    ):  # not called as a list, which looks at signatures first, a tenth of a millisecond
         scores = warper(None, scores)
     probabilities = scores.softmax(-1)
     noise = torch.stack([r.noise.of(len(r.token_ids) + ahead)[: scores.shape[1]] for r in requests])

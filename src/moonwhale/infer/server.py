@@ -1,8 +1,10 @@
 """`moonwhale serve`: OpenAI's API and a chat page over one engine, for one machine."""
 
 import asyncio
+import gc
 import os
 import socket
+import sys
 import time
 import uuid
 from contextlib import asynccontextmanager
@@ -183,7 +185,9 @@ def serve(
     if engine.fits_cache and engine.decoder.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Steps so small are not worth sharing out, and the event loop needs a core: twice the tokens on two of them.
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    sys.setswitchinterval(2e-4)  # seconds the model's thread waits for the event loop's to let go, not 5 ms
     app = create_app(engine, name, folder, limits, api_key, LOOPBACK if local else None)
+    gc.freeze()  # what is here by now will stay: garbage collection need not look through it again and again
     # Else the second packet of an answer waits for the first one's acknowledgement, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     host, port = listener.getsockname()[:2]

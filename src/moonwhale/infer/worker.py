@@ -9,6 +9,8 @@ from typing import NamedTuple
 from moonwhale.errors import UserError, one_line
 from moonwhale.infer.scheduler import Request, Scheduler
 
+CROWD = 8  # jobs beside which the tokens of one more step wait for each other
+
 
 class Gain(NamedTuple):
     """What a step added to one request of a job."""
@@ -47,14 +49,21 @@ class Job:
     def ended(self) -> bool:
         return all(self._ended)
 
-    def _news(self) -> list[Gain]:
-        """What the requests have gained since the last call, called in the worker's thread between steps."""
+    def _news(self, can_wait: bool) -> list[Gain]:
+        """What the requests have gained since the last call, called in the worker's thread between steps. Nothing but
+        first tokens and ends if the rest `can_wait`.
+        """
         news = []
         for i, request in enumerate(self.requests):
-            piece, tokens, reason = request.text.take(), len(request.token_ids), request.finish_reason
-            if not self._ended[i] and (piece or reason or tokens > self._told[i]):
-                self._told[i], self._ended[i] = tokens, reason is not None
-                news.append(Gain(i, piece, tokens, reason))
+            tokens, reason = len(request.token_ids), request.finish_reason
+            if (
+                self._ended[i]
+                or (tokens == self._told[i] and not reason)
+                or (can_wait and self._told[i] and not reason)
+            ):
+                continue
+            self._told[i], self._ended[i] = tokens, reason is not None
+            news.append(Gain(i, request.text.take(), tokens, reason))
         return news
 
     def _tell(self, gains: list) -> None:
@@ -68,6 +77,7 @@ class Worker:
     def __init__(self, scheduler: Scheduler):
         self.scheduler, self._inbox = scheduler, queue.SimpleQueue()
         self._jobs: list[Job] = []
+        self._steps = 0
         self._thread = threading.Thread(target=self._run, name="moonwhale-model", daemon=True)
 
     @property
@@ -125,8 +135,12 @@ class Worker:
             job._loop.call_soon_threadsafe(job._tell, [error])
 
     def _deliver(self) -> None:
-        """Hands every job what it has gained, in one call into the event loop."""
-        news = [(job, gains) for job in self._jobs if (gains := job._news())]
+        """Hands every job what it has gained, in one call into the event loop. With many jobs the tokens of a few steps go
+        together: an event costs the loop as much time as a token does the model.
+        """
+        self._steps += 1
+        can_wait = self._steps % (1 + len(self._jobs) // CROWD) > 0
+        news = [(job, gains) for job in self._jobs if (gains := job._news(can_wait))]
         self._jobs = [job for job in self._jobs if not job.ended]
         if news:
             news[0][0]._loop.call_soon_threadsafe(lambda: [job._tell(gains) for job, gains in news])

@@ -14,8 +14,8 @@ static void attend(const Block &b, const float *q, const T *keys, const T *value
                    float *total, float *latent, long step) {
   const long width = b.rank + b.rope, room = (n + LANES - 1) / LANES * LANES;
   std::vector<float> scores(ROWS * room, -1e30f); // what fills up the last vector weighs nothing
-  products(q, width, ROWS, keys, width, n, width,
-           [&](long k, long r, float score) { scores[r * room + k] = score * b.scale; });
+  dots<ROWS>(q, width, keys, width, n, width,
+             [&](long k, long r, float score) { scores[r * room + k] = score * b.scale; });
   for (int r = 0; r < ROWS; r++) {
     float *row = &scores[r * room], largest = *std::max_element(row, row + n);
     Vector all = {};
@@ -157,8 +157,8 @@ struct Attention {
         std::vector<float> gates(own);
         std::vector<long> blocks(own);
         for (long i = 0; i < own; i++) blocks[i] = i;
-        products(&queries[(t * b.heads + h) * width], 0, 1, cache.means + slot(t) * (cache.length / b.size) * width,
-                 width, own, width, [&](long block, long, float gate) { gates[block] = gate; });
+        dots<1>(&queries[(t * b.heads + h) * width], 0, cache.means + slot(t) * (cache.length / b.size) * width, width,
+                own, width, [&](long block, long, float gate) { gates[block] = gate; });
         std::partial_sort(blocks.begin(), blocks.begin() + b.topk - 1, blocks.end(), [&](long i, long j) {
           return gates[i] > gates[j] || (gates[i] == gates[j] && i < j);
         });
@@ -211,8 +211,8 @@ struct Attention {
         for (long k = 0; k < n; k++) weights[k] /= sum;
         mix<1>(latent.data(), 0, weights.data(), 0, &latents[place * b.rank], b.rank, n, b.rank);
         typed(b.up.kind, b.up.data, [&](auto *w) {
-          products(latent.data(), 0, 1, w + (h * (b.nope + b.v) + b.nope) * b.rank, b.rank, b.v, b.rank,
-                   [&](long o, long, float y) { out[(t * b.heads + h) * b.v + o] = y; });
+          dots<1>(latent.data(), 0, w + (h * (b.nope + b.v) + b.nope) * b.rank, b.rank, b.v, b.rank,
+                  [&](long o, long, float y) { out[(t * b.heads + h) * b.v + o] = y; });
         });
       }
   }

@@ -25,8 +25,8 @@ struct FeedForward {
       product(hidden_shared.data(), h, tokens, network.up);
       activate(hidden_shared.data(), tokens, shared);
 #pragma omp for
-      for (long part = 0; part < parts(network.down); part++)
-        part_of_product(x, hidden_shared.data(), 2 * shared, tokens, network.down, part, true);
+      for (long panel = 0; panel < panels(network.down); panel++)
+        part_of_product(x, hidden_shared.data(), 2 * shared, tokens, network.down, panel, true);
     }
     if (!b.experts) return;
     product(logits.data(), h, tokens, b.router);
@@ -34,26 +34,26 @@ struct FeedForward {
     route();
 #pragma omp for
     for (long a = 0; a < assigned; a++) std::copy_n(h + a / b.chosen * b.hidden, b.hidden, &taken[order[a] * b.hidden]);
-    each([&](const Network &n, long first, long rows, long part) {
-      part_of_product(&hidden[first * 2 * inner], &taken[first * b.hidden], b.hidden, rows, n.up, part, false);
-    }, parts(b.networks->up));
+    each([&](const Network &n, long first, long rows, long panel) {
+      part_of_product(&hidden[first * 2 * inner], &taken[first * b.hidden], b.hidden, rows, n.up, panel, false);
+    }, panels(b.networks->up));
     activate(hidden.data(), assigned, inner);
-    each([&](const Network &n, long first, long rows, long part) {
-      part_of_product(&given[first * b.hidden], &hidden[first * 2 * inner], 2 * inner, rows, n.down, part, false);
-    }, parts(b.networks->down));
+    each([&](const Network &n, long first, long rows, long panel) {
+      part_of_product(&given[first * b.hidden], &hidden[first * 2 * inner], 2 * inner, rows, n.down, panel, false);
+    }, panels(b.networks->down));
 #pragma omp for
     for (long t = 0; t < tokens; t++)
       for (long k = t * b.chosen; k < (t + 1) * b.chosen; k++)
         for (long i = 0; i < b.hidden; i++) x[t * b.hidden + i] += gates[k] * given[order[k] * b.hidden + i];
   }
 
-  // Runs every part of every expert that has rows
-  template <class Run> void each(Run run, long parts) {
+  // Runs every panel of every expert that has rows
+  template <class Run> void each(Run run, long panels) {
     const long n = busy.size();
 #pragma omp for collapse(2)
     for (long i = 0; i < n; i++)
-      for (long part = 0; part < parts; part++)
-        run(b.networks[busy[i]], ends[busy[i]], ends[busy[i] + 1] - ends[busy[i]], part);
+      for (long panel = 0; panel < panels; panel++)
+        run(b.networks[busy[i]], ends[busy[i]], ends[busy[i] + 1] - ends[busy[i]], panel);
   }
 
   // silu(gate) * value over the gate

@@ -19,8 +19,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr long PART = 16;    // rows of a weight that a thread takes at a time: for many rows of x they stay in its cache
-constexpr long AHEAD = 4096; // bytes of a weight that are fetched before they are needed
+constexpr long PANEL = 64;                  // outputs whose weights lie side by side, see native.py
+constexpr int MOST = LANES == 16 ? 4 : 2;   // rows that go through a panel side by side: as many as there are registers
 #define INLINE [[gnu::always_inline]] inline
 
 struct bf16 {
@@ -114,13 +114,12 @@ template <class Run> INLINE void typed(Kind kind, void *data, Run run) {
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// Emits (o, r, w[o] . x[r]) for OUTS rows of w and ROWS of x. Each is summed in PARTS, every other vector by itself: with
-// fewer sums at a time arithmetic would wait for itself.
+// Emits (o, r, w[o] . x[r]) for OUTS rows of w and ROWS of x
 template <int OUTS, int ROWS, class W, class Emit>
 INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, Emit emit) {
-  constexpr int PARTS = 2;
-  Vector total[OUTS][PARTS][ROWS] = {};
-  auto multiply = [&](long i, int part) {
+  Vector total[OUTS][ROWS] = {};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
     Vector in[ROWS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) in[r] = load(x + r * x_step + i);
@@ -128,69 +127,29 @@ INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, E
     for (int o = 0; o < OUTS; o++) {
       Vector weight = load(w + o * w_step + i);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) total[o][part][r] += weight * in[r];
+      for (int r = 0; r < ROWS; r++) total[o][r] += weight * in[r];
     }
-  };
-  long i = 0;
-  for (; i + PARTS * LANES <= n; i += PARTS * LANES) {
-    __builtin_prefetch((char *)(w + i) + AHEAD);
-#pragma GCC unroll 4
-    for (int part = 0; part < PARTS; part++) multiply(i + part * LANES, part);
   }
-  for (; i + LANES <= n; i += LANES) multiply(i, 0);
 #pragma GCC unroll 4
   for (int o = 0; o < OUTS; o++)
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-      Vector all = total[o][0][r];
-#pragma GCC unroll 4
-      for (int part = 1; part < PARTS; part++) all += total[o][part][r];
       float rest = 0;
       for (long j = i; j < n; j++) rest += number(w[o * w_step + j]) * x[r * x_step + j];
-      emit(o, r, sum(all) + rest);
+      emit(o, r, sum(total[o][r]) + rest);
     }
 }
 
-// The same for any number of both. Few rows of x leave arithmetic units idle anyway: then w, which comes from memory, is read
-// row after row, as is fastest.
-template <class W, class Emit>
-INLINE void products(const float *x, long x_step, long rows, const W *w, long w_step, long outs, long n, Emit emit) {
-  long r = 0;
-  auto next = [&](auto some) {
-    constexpr int ROWS = decltype(some)::value, OUTS = ROWS > 2 ? 2 : 1;
-    long o = 0;
-    auto at = [&](int i, int k, float y) { emit(o + i, r + k, y); };
-    for (; o + OUTS <= outs; o += OUTS) tile<OUTS, ROWS>(x + r * x_step, x_step, w + o * w_step, w_step, n, at);
-    for (; o < outs; o++) tile<1, ROWS>(x + r * x_step, x_step, w + o * w_step, w_step, n, at);
-    r += ROWS;
-  };
-  while (r + 4 <= rows) next(std::integral_constant<int, 4>());
-  if (rows - r == 3) next(std::integral_constant<int, 3>());
-  if (rows - r == 2) next(std::integral_constant<int, 2>());
-  if (rows - r == 1) next(std::integral_constant<int, 1>());
+// The same for any number of rows of w
+template <int ROWS, class W, class Emit>
+INLINE void dots(const float *x, long x_step, const W *w, long w_step, long outs, long n, Emit emit) {
+  long o = 0;
+  auto at = [&](int i, int r, float y) { emit(o + i, r, y); };
+  for (; o + 4 <= outs; o += 4) tile<4, ROWS>(x, x_step, w + o * w_step, w_step, n, at);
+  for (; o < outs; o++) tile<1, ROWS>(x, x_step, w + o * w_step, w_step, n, at);
 }
 
-// y (rows, out) = x (rows, in) @ m.T, or added to it: outputs from PART * part on
-static void part_of_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long part, bool add) {
-  long first = part * PART, outs = std::min<long>(m.out - first, PART);
-  typed(m.kind, m.data, [&](auto *w) {
-    products(x, x_step, rows, w + first * m.in, m.in, outs, m.in, [&](long o, long r, float total) {
-      o += first;
-      if (m.scale) total *= m.scale[o];
-      if (m.bias) total += m.bias[o];
-      y[r * m.out + o] = add ? y[r * m.out + o] + total : total;
-    });
-  });
-}
-
-static long parts(const Matrix &m) { return (m.out + PART - 1) / PART; }
-
-static void product(float *y, const float *x, long rows, const Matrix &m, bool add = false) {
-#pragma omp for
-  for (long part = 0; part < parts(m); part++) part_of_product(y, x, m.in, rows, m, part, add);
-}
-
-// y[r] = sum over k of p[r][k] * v[k], for ROWS rows of p and columns VECTORS * LANES of v
+// y[r] = sum over k of p[r][k] * v[k], for ROWS rows of p and columns VECTORS * LANES of v. Each sum runs in order.
 template <int ROWS, int VECTORS, class V>
 INLINE void mix_columns(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n) {
   Vector total[ROWS][VECTORS] = {};
@@ -207,6 +166,7 @@ INLINE void mix_columns(float *y, long y_step, const float *p, long p_step, cons
     for (int r = 0; r < ROWS; r++) std::memcpy(y + r * y_step + c * LANES, &total[r][c], sizeof(Vector));
 }
 
+// The same for any number of columns
 template <int ROWS, class V>
 INLINE void mix(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n, long width) {
   long c = 0;
@@ -218,6 +178,38 @@ INLINE void mix(float *y, long y_step, const float *p, long p_step, const V *v, 
       for (long k = 0; k < n; k++) total += p[r * p_step + k] * number(v[k * v_step + c]);
       y[r * y_step + c] = total;
     }
+}
+
+// y (rows, out) = x (rows, in) times a panel of m, or added to it
+static void part_of_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long panel, bool add) {
+  typed(m.kind, m.data, [&](auto *w) {
+    const long first = panel * PANEL, outs = std::min<long>(m.out - first, PANEL);
+    long r = 0;
+    auto next = [&](auto some) {
+      constexpr int ROWS = decltype(some)::value;
+      float sums[ROWS * PANEL];
+      mix<ROWS>(sums, PANEL, x + r * x_step, x_step, w + first * m.in, PANEL, m.in, PANEL);
+      for (int i = 0; i < ROWS; i++, r++)
+        for (long o = 0; o < outs; o++) {
+          float total = sums[i * PANEL + o];
+          if (m.scale) total *= m.scale[first + o];
+          if (m.bias) total += m.bias[first + o];
+          float &out = y[r * m.out + first + o];
+          out = add ? out + total : total;
+        }
+    };
+    while (r + MOST <= rows) next(std::integral_constant<int, MOST>());
+    if (rows - r == 3) next(std::integral_constant<int, 3>());
+    if (rows - r == 2) next(std::integral_constant<int, 2>());
+    if (rows - r == 1) next(std::integral_constant<int, 1>());
+  });
+}
+
+static long panels(const Matrix &m) { return (m.out + PANEL - 1) / PANEL; }
+
+static void product(float *y, const float *x, long rows, const Matrix &m, bool add = false) {
+#pragma omp for
+  for (long panel = 0; panel < panels(m); panel++) part_of_product(y, x, m.in, rows, m, panel, add);
 }
 
 static void rms_norm(float *y, long y_step, const float *x, long x_step, long rows, long width, const Norm &norm) {

@@ -4,7 +4,7 @@
 
 enum Kind : int64_t { FP32, BF16, INT8 };
 
-struct Matrix { // (out, in), row i to be multiplied by scale[i] where there are scales
+struct Matrix { // panels (ceil(out / 64), in, 64) of outputs, which are multiplied by `scale` where there is one
   const void *data;
   const float *scale, *bias; // (out) or null
   int64_t out, in;
@@ -26,7 +26,7 @@ struct Block {
   int64_t experts, chosen, groups, chosen_groups, sigmoid, normalise, shared; // experts 0 is a dense network
   float scale, factor;                                                        // of scores, of experts' gates
   Norm before, q_norm, kv_norm, after;
-  Matrix down, q_up, up, out, router; // up (heads * (nope + v), rank); q_up is empty where queries are not compressed
+  Matrix down, q_up, up, out, router; // up is (heads * (nope + v), rank), no panels; q_up is empty without compression
   const float *conv, *bias;           // (taps, rank), the newest last; (experts) the balancer's
   const Network *networks;            // the experts, then the shared one; or the dense one
 };
