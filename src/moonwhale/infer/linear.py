@@ -34,7 +34,7 @@ class Linear:
         by_panel = rows @ weight if self.matrix else None  # (panels, N, 64)
         out = F.linear(rows, weight) if by_panel is None else by_panel.transpose(0, 1).flatten(1)[:, : self.out]
         if self.scale is not None:
-            out = out * self.scale.to(self.dtype)
+            out = (out * self.scale).to(self.dtype)
         if self.bias is not None:
             out = out + self.bias.to(self.dtype)
         return out.unflatten(0, x.shape[:-1])

@@ -129,8 +129,8 @@ def serves(weight: Tensor) -> bool:
 
 
 def panels(weight: Tensor) -> Tensor:
-    """A weight (out, in) as (ceil(out / 64), in, 64), filled up with zeros. 64 outputs' weights for an input lie side by
-    side, so that a product reads one stream and adds whole vectors.
+    """A weight (out, in) as (ceil(out / 64), in, 64), filled up with zeros: weights of 64 outputs for an input lie side
+    by side, so that a product reads one stream and adds whole vectors.
     """
     filled = torch.cat([weight, weight.new_zeros(-len(weight) % PANEL, weight.shape[1])])
     return filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moonwhale.errors import UserError, one_line
 from moonwhale.infer.scheduler import Request, Scheduler
 
-CROWD = 8  # jobs beside which the tokens of one more step wait for each other
+CROWD = 8  # so many jobs more, and the tokens of one step more go together
 
 
 class Gain(NamedTuple):
@@ -55,15 +55,10 @@ class Job:
         """
         news = []
         for i, request in enumerate(self.requests):
-            tokens, reason = len(request.token_ids), request.finish_reason
-            if (
-                self._ended[i]
-                or (tokens == self._told[i] and not reason)
-                or (can_wait and self._told[i] and not reason)
-            ):
-                continue
-            self._told[i], self._ended[i] = tokens, reason is not None
-            news.append(Gain(i, request.text.take(), tokens, reason))
+            tokens, told, reason = len(request.token_ids), self._told[i], request.finish_reason
+            if not self._ended[i] and (reason or (tokens > told and not (can_wait and told))):
+                self._told[i], self._ended[i] = tokens, reason is not None
+                news.append(Gain(i, request.text.take(), tokens, reason))
         return news
 
     def _tell(self, gains: list) -> None:
@@ -135,8 +130,8 @@ class Worker:
             job._loop.call_soon_threadsafe(job._tell, [error])
 
     def _deliver(self) -> None:
-        """Hands every job what it has gained, in one call into the event loop. With many jobs the tokens of a few steps go
-        together: an event costs the loop as much time as a token does the model.
+        """Hands every job what it has gained, in one call into the event loop. With many jobs the tokens of a few
+        steps go together: an event costs the loop as much time as a token does the model.
         """
         self._steps += 1
         can_wait = self._steps % (1 + len(self._jobs) // CROWD) > 0
