@@ -179,6 +179,9 @@ class MoonwhaleConfig(PreTrainedConfig):
             "num_experts_per_tok",
             f"a token can't choose more than all n_routed_experts={self.n_routed_experts} experts",
         )
+        if self.first_k_dense_replace < self.num_blocks:
+            for field in ("hidden_size", "moe_intermediate_size"):
+                require(getattr(self, field) % 8 == 0, field, "experts' grouped products want a multiple of 8")
         require(self.scoring_func in SCORING_FUNCS, "scoring_func", f"choose one of {', '.join(SCORING_FUNCS)}")
         require(self.balance_loss in BALANCE_LOSSES, "balance_loss", f"choose one of {', '.join(BALANCE_LOSSES)}")
         for field in ("n_group", "n_device_groups"):
