@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moonwhale import precision
+from moonwhale import fp8, precision
 from moonwhale.errors import UserError
 from moonwhale.model import flex, layout, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
@@ -102,10 +102,13 @@ def model(tiny_model):
     return lambda: tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **sparse).train()
 
 
-@pytest.mark.parametrize("context", ["short", "long"])
-def test_a_step_never_waits(context, model, as_on_a_gpu, monkeypatch):
+@pytest.mark.parametrize(("context", "recipe"), [("short", None), ("long", None), ("long", "blockwise")])
+def test_a_step_never_waits(context, recipe, model, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
-    step = make_step(model())
+    model = model()
+    if recipe:
+        fp8.convert(model, recipe, emulate=True)
+    step = make_step(model)
     step()  # makes the optimizer's state
     with Refuses():
         step()
