@@ -112,7 +112,7 @@ def emulated_product(x: Tensor, weight: Tensor, ends: Tensor | None = None) -> T
 
     With `ends` (E,), int32, that of E groups of rows, each with its own of the weights (E, out, in).
     """
-    return _EmulatedProduct.apply(x, weight, ends)
+    return _EmulatedProduct.apply(x, weight, ends).to(x.dtype)  # in there, it costs torch 2.11's graphs the gradient
 
 
 class _EmulatedProduct(torch.autograd.Function):
@@ -126,7 +126,7 @@ class _EmulatedProduct(torch.autograd.Function):
     def forward(ctx, x, weight, ends):
         w = quantise(weight, TILE, TILE)
         ctx.save_for_backward(x, w, ends)
-        return _multiply(quantise(x, 1, TILE), w.mT, ends).to(x.dtype)
+        return _multiply(quantise(x, 1, TILE), w.mT, ends)
 
     @staticmethod
     def backward(ctx, d_out):
