@@ -7,6 +7,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from moonwhale import fp8
+
 TOKENS = (torch.arange(40) * torch.tensor([[1], [3]])) % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(23)], [*range(40)]])
 PADDED = torch.tensor([[0] * 9 + [1] * 31, [1] * 40])
@@ -77,6 +79,23 @@ def test_so_is_one_in_bf16(model):
             return model(tokens, labels=LABELS, position_ids=DOCUMENTS).loss
 
     assert breaks(run, TOKENS) == []
+
+
+@pytest.mark.slow
+def test_so_is_one_in_emulated_fp8(tiny_model):
+    """By norms, since a number that fp32 rounds otherwise may fall to E4M3's next one."""
+    model = tiny_model(first_k_dense_replace=1, moba_topk=2, moba_block_size=8, num_nextn_predict_layers=1).train()
+    plain = results(model, model, position_ids=DOCUMENTS)
+    fp8.convert(model, "blockwise", emulate=True)
+    expected = results(model, model, position_ids=DOCUMENTS)
+    counter = CompileCounterWithBackend("aot_eager")
+    found = results(model, torch.compile(model, backend=counter, fullgraph=True), position_ids=DOCUMENTS)
+    assert counter.frame_count == 1
+    assert found.keys() == expected.keys() and len(found) > 50
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-3 * value.norm(), name
+    moved = [(plain[name] - value).norm() > 1e-2 * value.norm() for name, value in expected.items() if value.ndim > 1]
+    assert all(moved), "computed in bf16 or fp32 as before"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from moonwhale.errors import UserError
 from moonwhale.infer.checkpoint import open_checkpoint
 from moonwhale.posttrain import options as post
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
-from moonwhale.train import checkpoints
+from moonwhale.train import base, checkpoints
 
 
 @pytest.fixture
@@ -102,6 +102,20 @@ def test_a_failing_reward_stops_the_run_with_one_line(options, tmp_path):
     (tmp_path / "broken.py").write_text("def f(completions, **_): return [1 / 0]\n")
     with pytest.raises(UserError, match=r"broken:f raised ZeroDivisionError \(division by zero\) on prompt '\d+\+"):
         grpo(options(rewards=["broken:f"]))
+
+
+def test_nothing_is_drawn_from_weights_that_are_not_finite(options, monkeypatch):
+    """Of a GPU, which is not looked at in each step."""
+    from moonwhale.posttrain.grpo_trainer import MTPGRPOTrainer
+
+    def compute_loss(self, *args, **kwargs):
+        return compute(self, *args, **kwargs) * (torch.nan if self.state.global_step == 1 else 1.0)
+
+    compute = MTPGRPOTrainer.compute_loss
+    monkeypatch.setattr(MTPGRPOTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(base, "unseen", lambda device: True)
+    with pytest.raises(UserError, match=r"^step 2: the loss is nan; no checkpoint was written yet"):
+        grpo(options(log_every=10))
 
 
 def test_the_engine_and_generate_draw_from_the_same_policy(options, small_checkpoint):

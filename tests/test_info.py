@@ -27,7 +27,7 @@ SMALL = {
     "v_head_dim": 12,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
+    "moe_intermediate_size": 24,
     "intermediate_size": 40,
     "num_nextn_predict_layers": 2,
 }

@@ -7,6 +7,7 @@ import torch
 
 from moonwhale import memory
 from moonwhale.cli import main
+from moonwhale.counts import in_bytes
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.presets import PRESETS
@@ -32,7 +33,7 @@ def test_what_fits_is_said(gpu_of):
     gpu_of(80)
     line = memory.estimate(CONFIG, run(), GPU, 2)
     whole = sum(memory.needed_bytes(CONFIG, run(), 2).values())
-    assert line == f"memory     about {whole / 1e9:.1f} GB of the 80.0 GB that cuda has left"
+    assert line == f"memory     about {in_bytes(whole)} of the 80.0 GB that cuda has left"
 
 
 def test_what_may_not_fit_is_advised(gpu_of):
@@ -45,7 +46,7 @@ def test_what_may_not_fit_is_advised(gpu_of):
 def test_what_cannot_fit_is_refused(gpu_of):
     gpu_of(1)
     with pytest.raises(
-        UserError, match=r"^--device: weights, gradients and optimizer take 2\.\d GB, and cuda has 1\.0"
+        UserError, match=r"^--device: weights, gradients and optimizer take 2\.\d\d GB, and cuda has 1\.00 GB left"
     ):
         memory.estimate(CONFIG, run(), GPU, 2)
 

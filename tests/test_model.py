@@ -43,6 +43,8 @@ IDS = torch.randint(61, (2, 15), generator=torch.Generator().manual_seed(0))
         ({"moba_topk": -1}, "at least 0"),
         ({"moba_full_attention_layers": [2]}, "from 0 to 1"),
         ({"num_experts_per_tok": 7}, "n_routed_experts=6"),
+        ({"hidden_size": 36}, "experts' grouped products want a multiple of 8"),
+        ({"moe_intermediate_size": 20}, "experts' grouped products want a multiple of 8"),
         ({"n_group": 4}, "divide n_routed_experts=6"),
         ({"n_group": 6}, "at least two"),
         ({"n_group": 2, "topk_group": 3}, "between 1 and n_group=2"),
@@ -67,6 +69,11 @@ def test_an_impossible_configuration_is_one_clear_line(wrong, fix, tiny_config):
     field = "num_experts_per_tok" if len(wrong) == 3 else list(wrong)[-1]
     assert message.startswith(f"{field}=") and repr(wrong[field])[:-1] in message and fix in message
     assert "\n" not in message
+
+
+def test_widths_without_experts_are_free(tiny_model):
+    model = tiny_model(first_k_dense_replace=2, hidden_size=35)
+    model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
 
 
 def test_configuration_travels_through_a_file(tiny_config, tmp_path):

@@ -3,12 +3,19 @@
 Run on a CPU that takes the GPU's paths, under a mode that refuses each operation whose result the host has to know.
 """
 
+from contextlib import ExitStack
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moonwhale import fp8, precision
+from moonwhale.errors import UserError
 from moonwhale.model import flex, layout, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.train import base, checkpoints, pretrain, runs
+from moonwhale.train.trainer import MTPTrainer
 
 ATEN = torch.ops.aten
 WAITS = {
@@ -26,7 +33,25 @@ TOKENS = torch.arange(128).view(2, 64) * 7 % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(47)], [*range(64)]])
 
 
+READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # operations on a GPU only
+
+
+class RefusesToRead(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in READS, f"{function.__name__} waits"
+        return function(*args, **(kwargs or {}))
+
+
 class Refuses(TorchDispatchMode):
+    def __enter__(self):
+        self.reading = RefusesToRead()
+        self.reading.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.reading.__exit__(*error)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kind = function.overloadpacket
         masks = kind in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_) and any(
@@ -46,7 +71,7 @@ def dense(q, k, v, scale, mask):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (layout, loss, moba, moe):
+    for module in (layout, loss, moba, moe, base):
         monkeypatch.setattr(module, "unseen", lambda device: True)
     monkeypatch.setattr(mla, "flex_serves", lambda q, layout: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
@@ -77,10 +102,13 @@ def model(tiny_model):
     return lambda: tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **sparse).train()
 
 
-@pytest.mark.parametrize("context", ["short", "long"])
-def test_a_step_never_waits(context, model, as_on_a_gpu, monkeypatch):
+@pytest.mark.parametrize(("context", "recipe"), [("short", None), ("long", None), ("long", "blockwise")])
+def test_a_step_never_waits(context, recipe, model, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
-    step = make_step(model())
+    model = model()
+    if recipe:
+        fp8.convert(model, recipe, emulate=True)
+    step = make_step(model)
     step()  # makes the optimizer's state
     with Refuses():
         step()
@@ -100,7 +128,74 @@ def test_a_cpus_own_paths_look(model):
         make_step(model())()
 
 
-@pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), torch.nonzero])
+@pytest.fixture
+def from_third_to_fifth(monkeypatch):
+    """`from_third_to_fifth(context)`: a Trainer's steps from the third's beginning to the fifth's are in it."""
+    with ExitStack() as stack:
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                stack.enter_context(context)
+            if state.global_step == 4:
+                stack.close()
+            return original(self, args, state, control, **kwargs)
+
+        def from_third_to_fifth(given):
+            nonlocal context
+            context = given
+
+        context, original = None, base._StepCallback.on_step_begin
+        monkeypatch.setattr(base._StepCallback, "on_step_begin", on_step_begin)
+        yield from_third_to_fifth
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nor_does_the_trainer_between_log_lines(precision, tiny_run, as_on_a_gpu, from_third_to_fifth):
+    """Data, two micro-batches, clipping, the step with its hooks, and what the Trainer does after it."""
+    refuses = Refuses()
+    from_third_to_fifth(refuses)
+    pretrain.train(tiny_run(precision=precision, log_every=10))
+
+
+def test_a_trainer_that_looks_is_refused(tiny_run, as_on_a_gpu, from_third_to_fifth, monkeypatch):
+    monkeypatch.setattr(base, "unseen", lambda device: False)
+    from_third_to_fifth(Refuses())
+    with pytest.raises(AssertionError, match="tolist waits"):
+        pretrain.train(tiny_run(log_every=10))
+
+
+@pytest.mark.parametrize(
+    ("asked", "finds"), [({"log_every": 4}, None), ({"save_every": 2}, 2), ({"eval_every": 4}, None)], ids=str
+)
+def test_what_nobody_looked_at_is_found_before_it_is_said_or_saved(asked, finds, tiny_run, as_on_a_gpu, monkeypatch):
+    """The third step's loss is NaN, and from there on all weights are; the first step has a log line."""
+    compute, steps = MTPTrainer.compute_loss, []
+
+    def compute_loss(self, *args, **kwargs):
+        steps.append(self.state.global_step + 1)
+        return compute(self, *args, **kwargs) * (torch.nan if steps[-1] == 3 else 1.0)
+
+    monkeypatch.setattr(MTPTrainer, "compute_loss", compute_loss)
+    config = tiny_run(**{"log_every": 10} | asked)
+    with pytest.raises(UserError, match=r"^step 3: the loss is nan; " + ("the last" if finds else "no checkpoint")):
+        pretrain.train(config)
+    assert steps[-1] == 4, "it goes on until there is something to say"
+    assert [checkpoints.step_of(found) for found in checkpoints.all_of(config.out)] == ([finds] if finds else [])
+
+
+def test_batches_are_copied_while_the_gpu_computes(tiny_run):
+    for device in ("cpu", "cuda"):
+        choice = precision.Choice(torch.device(device), torch.float32, False, "")
+        arguments = runs.trainer_arguments(tiny_run(), choice, 6)
+        assert (
+            arguments["accelerator_config"]["non_blocking"] == arguments["dataloader_pin_memory"] == (device == "cuda")
+        )
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), torch.nonzero, lambda x: x.tolist()],
+)
 def test_a_look_is_refused(look):
     with Refuses(), pytest.raises(AssertionError, match="waits"):
         look(torch.arange(4.0))

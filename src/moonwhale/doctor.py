@@ -61,7 +61,10 @@ def table(report: dict[str, dict[str, Finding]]) -> str:
 
 
 def _software() -> dict[str, Finding]:
+    import torch
+
     versions = {name: importlib.metadata.version(name) for name in ("moonwhale", "torch", "transformers")}
+    versions["torch"] = torch.__version__  # with its CUDA, which the package's own version leaves out
     versions |= {"python": platform.python_version(), "platform": platform.platform()}
     return {name: {"ok": True, "note": version} for name, version in versions.items()}
 

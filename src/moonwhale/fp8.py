@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moonwhale.errors import UserError
+from moonwhale.model.moe import grouped_product
 
 TILE = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -111,7 +112,7 @@ def emulated_product(x: Tensor, weight: Tensor, ends: Tensor | None = None) -> T
 
     With `ends` (E,), int32, that of E groups of rows, each with its own of the weights (E, out, in).
     """
-    return _EmulatedProduct.apply(x, weight, ends)
+    return _EmulatedProduct.apply(x, weight, ends).to(x.dtype)  # in there, it costs torch 2.11's graphs the gradient
 
 
 class _EmulatedProduct(torch.autograd.Function):
@@ -125,7 +126,7 @@ class _EmulatedProduct(torch.autograd.Function):
     def forward(ctx, x, weight, ends):
         w = quantise(weight, TILE, TILE)
         ctx.save_for_backward(x, w, ends)
-        return _multiply(quantise(x, 1, TILE), w.mT, ends).to(x.dtype)
+        return _multiply(quantise(x, 1, TILE), w.mT, ends)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -138,7 +139,7 @@ class _EmulatedProduct(torch.autograd.Function):
 def _multiply(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
     """In fp32, also under autocast: FP8's few bits multiply without loss there, and add up as in tensor cores' fp32."""
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b if ends is None else F.grouped_mm(a, b, offs=ends)
+        return a @ b if ends is None else grouped_product(a, b, ends)
 
 
 def _kernels_product(x: Tensor, weight: Tensor, ends: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moonwhale import options
-from moonwhale.counts import Counts, count, flops_per_token, inference_bytes, training_bytes
+from moonwhale.counts import Counts, count, flops_per_token, in_bytes, inference_bytes, si, training_bytes
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.presets import PRESETS
 from moonwhale.train.arguments import TrainConfig, build_model_config, resolve
@@ -127,16 +127,3 @@ def positive(text: str, name: str) -> int:
     if value < 1:
         raise UserError(f"{name}: {value} is impossible: it must be at least 1")
     return value
-
-
-def si(number: float) -> str:
-    """Three digits and a unit: 7.11 M."""
-    power = 0
-    while number >= 999.5 and power < 6:
-        number, power = number / 1000, power + 1
-    digits = 0 if power == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{digits}f} {' kMGTPE'[power]}".rstrip()
-
-
-def in_bytes(number: float) -> str:
-    return si(number) + "B" if number >= 999.5 else f"{number:.0f} B"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from moonwhale.counts import training_bytes
+from moonwhale.counts import in_bytes, training_bytes
 from moonwhale.errors import UserError
 
 
@@ -44,10 +44,10 @@ def estimate(model_config, run, device: torch.device, number_bytes: int) -> str:
     whole, activations = sum(needed.values()), needed["activations"]
     if whole - activations > free:
         raise UserError(
-            f"--device: weights, gradients and optimizer take {_gb(whole - activations)}, and {device} has "
-            f"{_gb(free)} left: train a smaller --preset or --model.FIELD, or on a larger device"
+            f"--device: weights, gradients and optimizer take {in_bytes(whole - activations)}, and {device} has "
+            f"{in_bytes(free)} left: train a smaller --preset or --model.FIELD, or on a larger device"
         )
-    line = f"memory     about {_gb(whole)} of the {_gb(free)} that {device} has left"
+    line = f"memory     about {in_bytes(whole)} of the {in_bytes(free)} that {device} has left"
     return line if whole <= free else f"{line}: it may not suffice ({_smaller(run)})"
 
 
@@ -83,7 +83,3 @@ def _smaller(run) -> str:
     if hasattr(run, "context"):
         advice.append("a shorter --context")
     return f"give {', '.join(advice)}, or a smaller model" if advice else "train a smaller model"
-
-
-def _gb(number: float) -> str:
-    return f"{number / 1e9:.1f} GB"

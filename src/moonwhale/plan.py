@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from moonwhale import options
+from moonwhale.counts import in_bytes, si
 from moonwhale.errors import UserError, did_you_mean
-from moonwhale.info import in_bytes, positive, si
+from moonwhale.info import positive
 from moonwhale.pipeline.kinds import SCHEDULES, divisors
 from moonwhale.presets import PRESETS
 from moonwhale.train.arguments import TrainConfig, build_model_config, resolve

@@ -4,6 +4,10 @@ import math
 
 from transformers import PreTrainedConfig
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "max_position_embeddings")
+HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+COUNTS = ("num_hidden_layers", "num_attention_heads", "n_routed_experts", "num_experts_per_tok")
+MAY_BE_ZERO = ("first_k_dense_replace", "moba_topk", "moba_key_conv", "num_nextn_predict_layers", "n_shared_experts")
 BALANCE_LOSSES = ("sequence", "expert", "device", "none")
 SCORING_FUNCS = ("sigmoid", "softmax")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose frequencies do not change with the length
@@ -130,29 +134,9 @@ class MoonwhaleConfig(PreTrainedConfig):
         def whole(value) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
-        for field in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-            "num_attention_heads",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-        ]:
+        for field in SIZES + HEAD_SIZES + COUNTS:
             require(whole(getattr(self, field)) and getattr(self, field) >= 1, field, "give a whole number, at least 1")
-        for field in [
-            "first_k_dense_replace",
-            "moba_topk",
-            "moba_key_conv",
-            "num_nextn_predict_layers",
-            "n_shared_experts",
-        ]:
+        for field in MAY_BE_ZERO:
             require(whole(getattr(self, field)) and getattr(self, field) >= 0, field, "give a whole number, at least 0")
         for field in ("bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"):
             value = getattr(self, field)
@@ -195,6 +179,9 @@ class MoonwhaleConfig(PreTrainedConfig):
             "num_experts_per_tok",
             f"a token can't choose more than all n_routed_experts={self.n_routed_experts} experts",
         )
+        if self.first_k_dense_replace < self.num_blocks:
+            for field in ("hidden_size", "moe_intermediate_size"):
+                require(getattr(self, field) % 8 == 0, field, "experts' grouped products want a multiple of 8")
         require(self.scoring_func in SCORING_FUNCS, "scoring_func", f"choose one of {', '.join(SCORING_FUNCS)}")
         require(self.balance_loss in BALANCE_LOSSES, "balance_loss", f"choose one of {', '.join(BALANCE_LOSSES)}")
         for field in ("n_group", "n_device_groups"):

@@ -109,7 +109,7 @@ def grpo(config: GRPOOptions) -> None:
     import datasets
     import torch
 
-    from moonwhale import memory, precision
+    from moonwhale import precision
     from moonwhale.posttrain import report
     from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
     from moonwhale.train import checkpoints
@@ -168,8 +168,7 @@ def grpo(config: GRPOOptions) -> None:
         )
 
     plot = partial(report.plot_rewards, path=out / "rewards.png")
-    with memory.explained(config, choice.device):
-        trainer = runs.carry_out(build, out, checkpoint, "grpo", plot, report.line_of)
+    trainer = runs.carry_out(config, choice, build, checkpoint, "grpo", plot, report.line_of)
     if runs.is_main_process():
         checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
     say(report.reward_summary(trainer.state.log_history, out))

@@ -45,6 +45,7 @@ class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
 
     def _roll_out(self, prompts: list[list[dict]], _) -> dict[str, list]:
         """A completion for each prompt, drawn from the policy as it is now; the same again when a run is repeated."""
+        self._stop_unless_finite()  # nothing can be drawn from what is not
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()

@@ -64,7 +64,7 @@ def sft(config: SFTOptions) -> None:
 
     import torch
 
-    from moonwhale import memory, precision, report
+    from moonwhale import precision, report
     from moonwhale.data.conversations import load_conversations
     from moonwhale.data.sources import load_source
     from moonwhale.data.tokenizer import byte_lengths
@@ -125,8 +125,7 @@ def sft(config: SFTOptions) -> None:
         )
 
     plot = partial(report.plot_loss, path=out / "loss.png")
-    with memory.explained(config, choice.device):
-        trainer = runs.carry_out(build, out, checkpoint, "sft", plot, report.line_of)
+    trainer = runs.carry_out(config, choice, build, checkpoint, "sft", plot, report.line_of)
     if runs.is_main_process():
         last = out / f"checkpoint-{trainer.state.global_step}"
         merge(trainer.model, tokenizer, out) if config.lora_rank else checkpoints.finish(last, out)

@@ -100,13 +100,9 @@ class TrainConfig:
         for name in ("decay_fraction", "min_lr_ratio"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
         decay = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
-        room = f"--steps {self.steps}" + (f" less {decay} of decay" if decay else "")
-        require(
-            self,
-            "warmup_steps",
-            self.warmup_steps + decay <= self.steps,
-            f"{room} leave {self.steps - decay} for warm-up",
-        )
+        left, less = self.steps - decay, f" less {decay} of decay" if decay else ""
+        room = f"--steps {self.steps}{less} leave {left} for warm-up"
+        require(self, "warmup_steps", self.warmup_steps <= left, room)
         require(self, "mtp_loss_weight_final", (self.mtp_loss_weight_final or 0) >= 0, "it must not be negative")
         self.accumulation()
         if self.split.pp > 1 and self.compile:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from moonwhale.counts import flops_per_token
 from moonwhale.errors import UserError
+from moonwhale.model.layout import unseen
 from moonwhale.optim.muonclip import StepHooks, attach_hooks, param_groups
 from moonwhale.pipeline.muon import SharedMuonClip
 from moonwhale.precision import peak_flops
@@ -39,14 +40,15 @@ class MuonClipTraining:
     """To be inherited before a Trainer whose arguments have `MuonClipArguments`.
 
     Raises:
-        UserError: when the loss or the gradient is no longer finite, naming the step and the last good checkpoint;
-            when a checkpoint finds no space.
+        UserError: when the loss or the gradient is no longer finite, naming the step and the last good checkpoint: on a
+            GPU where the next log line, evaluation or checkpoint would be; when a checkpoint finds no space.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._hooks: StepHooks | None = None
         self._watch = _Watch(self.model.config.first_k_dense_replace)
+        self._unchecked: dict[int, Tensor] = {}  # loss and gradient norm of each step that nobody has looked at yet
         self._clock: float | None = None  # when the current step began; None in the first one, which warms up
         self._tokens = self._seconds = 0.0
         self._writing_to: str | None = None
@@ -79,23 +81,33 @@ class MuonClipTraining:
         return self._hooks.last
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm; the last moment before the weights change, hence where a NaN is caught."""
+        """The norm; the last moment before the weights change, hence where a NaN is caught, if that is no waiting."""
         norm = super()._get_grad_norm(model, grad_norm)
-        for what, value in (("loss", self._tr_loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                good = checkpoints.newest(self.args.output_dir)
-                raise UserError(
-                    f"step {self.state.global_step + 1}: the {what} is {float(value)}; "
-                    + (f"the last good checkpoint is {good}" if good else "no checkpoint was written yet")
-                    + ": train into another --out with a lower --lr or --grad-clip"
-                )
+        self._unchecked[self.state.global_step + 1] = torch.stack([self._tr_loss, norm.to(self._tr_loss)])
+        if not unseen(self.args.device):
+            self._stop_unless_finite()
         return norm
 
+    def _stop_unless_finite(self) -> None:
+        """Looks at the loss and the gradient of all steps since it last did."""
+        steps, self._unchecked = self._unchecked, {}
+        for step, values in steps.items():
+            for what, value in zip(("loss", "gradient norm"), values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    good = checkpoints.newest(self.args.output_dir)
+                    raise UserError(
+                        f"step {step}: the {what} is {value}; "
+                        + (f"the last good checkpoint is {good}" if good else "no checkpoint was written yet")
+                        + ": train into another --out with a lower --lr or --grad-clip"
+                    )
+
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        if self._clock is not None:
-            self._seconds += time.perf_counter() - self._clock
         # A checkpoint ends a log line's window, so that a resumed run has the same windows.
         self.control.should_log |= self.control.should_save
+        if self.control.should_log or self.control.should_evaluate:  # and so look at what a GPU has done
+            self._stop_unless_finite()
+        if self._clock is not None:
+            self._seconds += time.perf_counter() - self._clock
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._clock = time.perf_counter()  # evaluations and saves do not count
 

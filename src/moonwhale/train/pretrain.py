@@ -118,11 +118,11 @@ def train(config: TrainConfig) -> None:
         train_dataset=data.train,
         eval_dataset=Subset(data.held_out, rows),
         processing_class=data.tokenizer,
+        data_collator=transformers.default_data_collator,  # rows are whole: a tokenizer's takes 80 times as long
         byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
     )
     plot = partial(report.plot_loss, path=out / "loss.png")
-    with memory.explained(config, choice.device):
-        trainer = runs.carry_out(build, out, checkpoint, "train", plot, report.line_of)
+    trainer = runs.carry_out(config, choice, build, checkpoint, "train", plot, report.line_of)
     if main_process:
         checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
     say(report.summary(trainer.state.log_history, config.tokens_per_step, out))

@@ -128,6 +128,7 @@ def trainer_arguments(config, choice, max_steps: int) -> dict:
         "report_to": config.report_to,
         "disable_tqdm": True,
         "dataloader_pin_memory": choice.device.type == "cuda",
+        "accelerator_config": {"non_blocking": choice.device.type == "cuda"},  # copies to the device
         "ddp_find_unused_parameters": False,
     }
 
@@ -155,9 +156,7 @@ def newest_checkpoint(out: str) -> Path | None:
     return checkpoint
 
 
-def carry_out(
-    build: Callable[[list], object], out: Path, checkpoint: Path | None, verb: str, plot: Callable, line_of: Callable
-):
+def carry_out(config, choice, build: Callable[[list], object], checkpoint: Path | None, verb: str, plot, line_of):
     """Trains what `build(callbacks=…)` builds, from `checkpoint` on; says `line_of(logs)` and draws `plot(history)`.
 
     Returns:
@@ -165,12 +164,14 @@ def carry_out(
 
     Raises:
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
+        UserError: out of memory, among others.
     """
     import transformers
 
-    from moonwhale import report
+    from moonwhale import memory, report
 
-    with report.Progress(line_of) as progress, report.StopAtStepEnd() as interrupt:
+    explained = memory.explained(config, choice.device)
+    with explained, report.Progress(line_of) as progress, report.StopAtStepEnd() as interrupt:
         trainer = build(callbacks=[progress, interrupt])
         trainer.remove_callback(transformers.PrinterCallback)
         try:
@@ -180,6 +181,6 @@ def carry_out(
                 plot(trainer.state.log_history)
     if trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
-        say(f"stopped    at step {step}, which is saved; go on with: moonwhale {verb} --out {out} --resume")
+        say(f"stopped    at step {step}, which is saved; go on with: moonwhale {verb} --out {config.out} --resume")
         raise KeyboardInterrupt
     return trainer
