@@ -12,24 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import finish, start
 from moonwhale.train import arguments, checkpoints, pretrain
 
 pytestmark = pytest.mark.slow
 
-# The clip is at work, and Newton-Schulz in fp32 so that rounding stays rounding.
 SCRIPT = """
-import sys, torch
-from moonwhale import cli
-from moonwhale.optim import muonclip
-muonclip._fast_dtype = lambda device: torch.float32
-sys.exit(cli.main(["train", *sys.argv[1:]]))
+import sys
+from forked import train
+sys.exit(train(sys.argv[1:]))
 """
 OPTIONS = {
     "steps": 4,  # less than an epoch, at whose end the processes' shares are not whole
     "tokens_per_step": 256,
     "save_every": 2,
     "lr": 1e-3,
-    "qk_clip_tau": 2e-3,
+    "qk_clip_tau": 2e-3,  # the clip is at work
     "model": {"aux_loss_alpha": 0.0, "bias_update_speed": 0.01},
 }
 
@@ -42,7 +40,9 @@ def processes_of(launched: subprocess.Popen) -> list[psutil.Process]:
 
 
 def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[str, ...] = ()) -> str:
-    """Runs `moonwhale train` in several processes, `before` it some code, and returns what they print."""
+    """Runs `moonwhale train` in several processes as users do, `before` it some code; returns what they print. Fresh
+    processes take long to import everything: where torchrun is not what is tested, `together` does the same.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -59,7 +59,7 @@ def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[s
     script.write_text(before + SCRIPT)
     launched = subprocess.Popen(
         [*launch, str(script), *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -71,6 +71,11 @@ def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[s
             process.kill()
     assert launched.returncode == 0, said
     return said
+
+
+def together(*argv: str, processes: int = 2) -> str:
+    """`torchrun(*argv)` without torchrun."""
+    return finish(start(Path(os.environ["MOONWHALE_CACHE"]), *[argv] * processes))
 
 
 def assert_close(out, reference) -> None:
@@ -105,6 +110,6 @@ def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     for path in out.iterdir():
         if path.name not in ("checkpoint-2", "run.yaml", "data.txt"):
             path.rename(tmp_path / f"aside-{path.name}")
-    torchrun("--out", str(out), "--resume")
+    together("--out", str(out), "--resume")
     resumed, before = load_file(out / "model.safetensors"), load_file(tmp_path / "aside-model.safetensors")
     assert not [name for name, value in resumed.items() if not torch.equal(value, before[name])]
