@@ -38,12 +38,12 @@ class Forked:
 
     def until(self, beginning: str) -> None:
         """Waits for a line that begins so."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not any(line.startswith(beginning) for line in self.said.splitlines()):
             assert self.process.is_alive() and time.monotonic() < end, self.said
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 120) -> int:
         self.process.join(seconds)
         assert self.process.exitcode is not None, self.said
         return self.process.exitcode

@@ -1,5 +1,7 @@
 """Two processes under DDP learn what one process with the same global batch does."""
 
+import json
+import math
 import os
 import re
 import socket
@@ -10,12 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 
-from forked import finish, start
+from forked import Forked, finish, start
+from moonwhale.optim.muonclip import attach_hooks
 from moonwhale.train import arguments, checkpoints, pretrain
-
-pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import sys
@@ -88,6 +91,7 @@ def assert_close(out, reference) -> None:
         assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     from moonwhale.optim import muonclip
 
@@ -113,3 +117,45 @@ def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     together("--out", str(out), "--resume")
     resumed, before = load_file(out / "model.safetensors"), load_file(tmp_path / "aside-model.safetensors")
     assert not [name for name, value in resumed.items() if not torch.equal(value, before[name])]
+
+
+def hooks_of(rank: int, store: Path) -> None:
+    """What one of two ranks runs, and prints: it has seen its own logits and loads in two layers."""
+
+    class Seen(nn.Module):
+        def __init__(self, logits, loads):
+            super().__init__()
+            self.max_logit, self.load, self.at_update = torch.tensor(logits), torch.tensor(loads), []
+
+        def clip_qk_(self, tau):
+            self.at_update.append(self.max_logit.tolist())
+            return (self.max_logit > tau).sum()
+
+        def update_bias_(self):
+            self.at_update.append(self.load.tolist())
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    layers = [
+        Seen([[3.0, 1.0], [0.0, 2.0]][rank], [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]][rank]),
+        Seen([[1.0, -math.inf], [-math.inf, 0.0]][rank], [0.0, 1.0, 2.0]),
+    ]
+    model = nn.ModuleList([*layers, nn.Linear(1, 1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    hooks = attach_hooks(optimizer, model, 1.0)
+    optimizer.step()
+    seen = {name: value.tolist() for name, value in hooks.last.items()}
+    print(json.dumps(seen | {"at_update": layers[0].at_update}))
+    dist.destroy_process_group()
+
+
+def test_hooks_reduce_over_ranks(tmp_path):
+    ranks = [Forked(tmp_path / f"{rank}.out", {}, hooks_of, rank, tmp_path / "store") for rank in range(2)]
+    finish(ranks, 60)
+    first, second = (json.loads(rank.out.read_text().splitlines()[-1]) for rank in ranks)
+    assert first == second
+    assert first == {
+        "max_logits": [[3, 2], [1, 0]],
+        "loads": [[4, 6, 8], [0, 2, 4]],
+        "clipped_heads": 2,
+        "at_update": [[3, 2], [4, 6, 8]],
+    }
