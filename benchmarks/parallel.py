@@ -140,7 +140,7 @@ def record(ranks: int, schedules: list[str], micro_batches: int, unit: float) ->
     """Events of each rank by schedule, of the step least disturbed, in units from its begin."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, schedules, micro_batches, unit, folder)
-        running = mp.start_processes(rank_main, arguments, ranks, join=False, start_method="spawn")
+        running = mp.start_processes(rank_main, arguments, ranks, join=False, start_method="forkserver")
         end = time.monotonic() + LIMIT
         try:
             while not running.join(timeout=1):

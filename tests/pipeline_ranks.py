@@ -1,6 +1,5 @@
-"""One rank of the pipeline's tests: `python pipeline_ranks.py RANK RANKS FOLDER` runs the cases in FOLDER/cases.pt."""
+"""One rank of the pipeline's tests: `main` runs the cases in a folder's cases.pt, and leaves what it sees beside it."""
 
-import sys
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -18,17 +17,18 @@ from moonwhale.model.loss import IGNORE
 from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
-from moonwhale.pipeline import experts, schedule
+from moonwhale.pipeline import experts
+from moonwhale.pipeline import pipeline as running
 from moonwhale.pipeline.experts import Exchange, Trip, own_experts, share_
 from moonwhale.pipeline.kinds import SCHEDULES
 from moonwhale.pipeline.muon import SharedMuonClip
+from moonwhale.pipeline.pipeline import Pipeline
 from moonwhale.pipeline.ranks import stand
-from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.schedule import own_parts, splits_backward
 from moonwhale.pipeline.shards import gathered
 from moonwhale.pipeline.stages import Stage, cut, keep_
 
 LIMIT = 120  # seconds that a rank waits for another
-SPLITS = schedule.splits_backward  # not on every torch
 
 
 def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def ranks(case: dict) -> list[dict]:
         Pipeline._share_embedding = lambda self: None
     if case["mutant"] == "experts":  # each copy keeps its own share of the gradient
         exchange.same = None
-    schedule.splits_backward = lambda: SPLITS() and not case["whole"]
+    running.splits_backward = lambda: splits_backward() and not case["whole"]
     each, on = case["micro_batches"] // copies, torch.device("cpu")
     pipeline = Pipeline(stages, case["schedule"], each, (size, length), on, place.pipeline, place.same, exchange)
     if case["fsdp"]:
@@ -204,7 +204,3 @@ def main(rank: int, n_ranks: int, folder: Path) -> None:
         folder / f"rank{rank}.pt",
     )
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -24,13 +24,13 @@ def fresh():
 
 @pytest.fixture
 def model(tiny_model):
-    """Every mechanism: a block that chooses, one with full attention, a dense one, and a chain of two MTP modules."""
+    """Every mechanism: a dense block with full attention, one that chooses keys and experts, two MTP modules."""
     return tiny_model(
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         first_k_dense_replace=1,
         moba_topk=2,
         moba_block_size=8,
-        moba_full_attention_layers=[1],
+        moba_full_attention_layers=[0],
         num_nextn_predict_layers=2,
     ).train()
 

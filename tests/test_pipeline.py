@@ -1,11 +1,7 @@
 """A model on several ranks computes what it does on one: loss, every gradient, statistics and steps."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +20,7 @@ from torch.distributed.pipelining.schedules import (
 
 import pipeline_ranks
 from conftest import TINY
+from forked import Forked, finish
 from moonwhale.counts import flops_per_token, part_flops
 from moonwhale.errors import UserError
 from moonwhale.pipeline.experts import Exchange
@@ -53,25 +50,9 @@ def launch(tmp_path_factory):
     def launch(cases: dict, n_ranks: int) -> list[dict]:
         folder = tmp_path_factory.mktemp("ranks")
         torch.save(cases, folder / "cases.pt")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        script = str(Path(pipeline_ranks.__file__))
-        processes = [
-            subprocess.Popen(
-                [sys.executable, script, str(rank), str(n_ranks), str(folder)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(n_ranks)
-        ]
-        try:
-            said = [process.communicate(timeout=480)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert not any(process.returncode for process in processes), "\n".join(said)
-        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(n_ranks)]
+        ranks = range(n_ranks)
+        finish([Forked(folder / f"{r}.out", {}, pipeline_ranks.main, r, n_ranks, folder) for r in ranks], 480)
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in ranks]
 
     return launch
 
@@ -187,36 +168,46 @@ ON_FOUR = {
 }
 
 
+class Run:
+    """Cases, what each rank saw of them, and what one process makes of them."""
+
+    def __init__(self, cases: dict, seen: list[dict]):
+        self.cases, self.seen, self._alone = cases, seen, {}
+
+    def alone(self, name: str) -> list[dict]:
+        if name not in self._alone:
+            self._alone[name] = pipeline_ranks.one_process(self.cases[name])
+        return self._alone[name]
+
+    def errors(self, name: str) -> dict[str, float]:
+        return largest_error([rank[name] for rank in self.seen], self.alone(name))
+
+
 @pytest.fixture(scope="module")
 def two_ranks(launch, case):
     cases = {name: case(**options) for name, options in (CASES | SHARED | MUTANTS | HOME).items()}
-    return cases, launch(LAYERS | cases, 2)  # mutants last
+    return Run(cases, launch(LAYERS | cases, 2))  # mutants last
 
 
 @pytest.fixture(scope="module")
 def four_ranks(launch, case):
     cases = {name: case(n_ranks=4, **options) for name, options in (ON_FOUR | SHARED_ON_FOUR | MUTANTS_ON_FOUR).items()}
-    return cases, launch(cases, 4)
-
-
-def errors_of(run, name: str) -> dict[str, float]:
-    cases, seen = run
-    return largest_error([rank[name] for rank in seen], pipeline_ranks.one_process(cases[name]))
+    return Run(cases, launch(cases, 4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES | SHARED if "steps" not in name])
 def test_two_ranks_are_one(two_ranks, name):
-    assert max(errors_of(two_ranks, name).values()) < 1e-5
+    assert max(two_ranks.errors(name).values()) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES | SHARED if "steps" in name])
 def test_six_steps_on_two_ranks(two_ranks, name):
-    errors = errors_of(two_ranks, name)
+    errors = two_ranks.errors(name)
     assert max(errors["losses"], errors["state"], errors["seen"]) < 1e-5
     assert errors["grads"] < 1e-4  # rounding of six steps
-    steps = pipeline_ranks.one_process(two_ranks[0][name])
+    steps = two_ranks.alone(name)
     assert all(step["clipped"] for step in steps), "QK-clip has work to do"
     biases = [name for name in steps[0]["state"] if name.endswith("e_score_correction_bias")]
     assert all((steps[-1]["state"][b] - steps[0]["state"][b]).abs().max() > 0.05 for b in biases)
@@ -225,14 +216,14 @@ def test_six_steps_on_two_ranks(two_ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_FOUR | SHARED_ON_FOUR)
 def test_four_ranks_are_one(four_ranks, name):
-    assert max(errors_of(four_ranks, name).values()) < 1e-5
+    assert max(four_ranks.errors(name).values()) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if "fsdp" in name])
 def test_ranks_hold_weights_and_momenta_in_parts(two_ranks, name):
-    whole = pipeline_ranks.one_process(two_ranks[0][name])[0]["held"]
-    ranks = [rank[name][0]["held"] for rank in two_ranks[1]]
+    whole = two_ranks.alone(name)[0]["held"]
+    ranks = [rank[name][0]["held"] for rank in two_ranks.seen]
     assert [sum(held) for held in zip(*ranks, strict=True)] == whole
     assert all(0.4 < held / all_of_it < 0.6 for rank in ranks for held, all_of_it in zip(rank, whole, strict=True))
 
@@ -240,19 +231,19 @@ def test_ranks_hold_weights_and_momenta_in_parts(two_ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_seen(two_ranks, name):
-    errors = errors_of(two_ranks, name)
+    errors = two_ranks.errors(name)
     assert errors["losses"] < 1e-5 < 1e-4 < errors["grads"]
 
 
 @pytest.mark.slow
 def test_rows_that_come_home_to_the_wrong_tokens_are_seen(two_ranks):
-    errors = errors_of(two_ranks, "ep 2, home")
+    errors = two_ranks.errors("ep 2, home")
     assert min(errors["losses"], errors["grads"]) > 1e-3
 
 
 @pytest.mark.slow
 def test_a_gradient_that_one_copy_keeps_is_seen(four_ranks):
-    errors = errors_of(four_ranks, "experts")
+    errors = four_ranks.errors("experts")
     assert errors["losses"] < 1e-5 < 1e-2 < errors["grads"]
 
 
@@ -262,7 +253,7 @@ def test_experts_in_every_precision(two_ranks, name):
     """A rank whose experts nobody chooses, too. An expert's rows are in the order of the ranks that sent them, so that
     FP8's tiles of tokens are those of one process.
     """
-    _, seen = two_ranks
+    seen = two_ranks.seen
     rows = [rank[name]["rows"] for rank in seen]
     assert sum(rows) == 50 * TINY["num_experts_per_tok"] and (rows[1] == 0) == ("3 experts" in name)
     for rank in seen:
@@ -273,9 +264,9 @@ def test_experts_in_every_precision(two_ranks, name):
 def test_passes_take_turns_where_experts_are_shared(two_ranks, four_ranks):
     """In the schedules that have pairs of passes."""
     for name in ("dualpipev, ep 2", "dualpipe, ep 2"):
-        assert all(rank[name][0]["pairs"] > 2 for rank in four_ranks[1])
-    for (_, seen), name in ((four_ranks, "zerobubble, ep 2"), (two_ranks, "dualpipev"), (two_ranks, "ep 2")):
-        assert all(rank[name][0]["pairs"] == 0 for rank in seen)
+        assert all(rank[name][0]["pairs"] > 2 for rank in four_ranks.seen)
+    for run, name in ((four_ranks, "zerobubble, ep 2"), (two_ranks, "dualpipev"), (two_ranks, "ep 2")):
+        assert all(rank[name][0]["pairs"] == 0 for rank in run.seen)
 
 
 def test_a_pair_takes_turns():

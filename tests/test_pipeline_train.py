@@ -3,9 +3,6 @@
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +11,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from forked import start
 from moonwhale.errors import UserError
 from moonwhale.pipeline import ranks
 from moonwhale.train import arguments, checkpoints, pretrain
-from test_ddp import assert_close, torchrun
+from test_ddp import assert_close, together, torchrun
 
 OPTIONS = {
     "steps": 6,  # an epoch of 39 rows has 4 steps of 5 micro-batches, the last of them of 4
@@ -53,7 +51,7 @@ def test_a_pipeline_is_one_process(one, tmp_path):
     config = one()
     out = tmp_path / "two"
     pipeline = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
-    said = torchrun(*pipeline, "--parallel.schedule", "dualpipev")
+    said = together(*pipeline, "--parallel.schedule", "dualpipev")
     assert said.count("step      2  loss") == 1 and "dualpipev over 2 processes" in said
     assert_close(out, config.out)
     for folder in ("checkpoint-3", "checkpoint-6", "."):
@@ -69,29 +67,10 @@ def test_a_pipeline_is_one_process(one, tmp_path):
     other = Path(config.out)
     for path in (*other.glob("checkpoint-6"), *other.glob("config.json"), *other.glob("model.safetensors")):
         path.rename(tmp_path / f"one-{path.name}")
-    torchrun("--out", str(other), "--resume", "--parallel.pp", "2", "--parallel.schedule", "1f1b")
+    together("--out", str(other), "--resume", "--parallel.pp", "2", "--parallel.schedule", "1f1b")
     a, b = load_file(other / "model.safetensors"), load_file(tmp_path / "one-model.safetensors")
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def start(*argvs: list[str]) -> list[subprocess.Popen]:
-    """Starts `moonwhale train` once for each list of arguments, as the ranks of one run; without torchrun, which ends
-    all when one ends.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(len(argvs))}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "moonwhale", "train", *argv],
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, argv in enumerate(argvs)
-    ]
 
 
 def our_lines(said: str) -> list[str]:
@@ -119,13 +98,13 @@ def endless(tiny_run, tmp_path, request):
     ],
 )
 def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
-    processes = start(endless, [*endless, *other])
+    processes = start(tmp_path, endless, [*endless, *other])
     try:
         for process in processes:
-            assert our_lines(process.communicate(timeout=90)[1]) == [
+            assert process.wait() == 2
+            assert our_lines(process.err.read_text()) == [
                 f"moonwhale: error: {found}: start all ranks with the same options"
             ]
-            assert process.returncode == 2
     finally:
         for process in processes:
             process.kill()
@@ -135,13 +114,12 @@ def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
 @pytest.mark.slow
 @pytest.mark.parametrize("endless", ["pp", "ep"], indirect=True)
 def test_a_dead_rank_stops_the_others(endless, tmp_path):
-    processes = start(endless, endless)
+    processes = start(tmp_path, endless, endless)
     try:
-        for line in processes[0].stdout:
-            if line.startswith("step      3"):
-                processes[1].kill()
-                break
-        _, said = processes[0].communicate(timeout=60)
+        processes[0].until("step      3")
+        processes[1].kill()
+        processes[0].wait()
+        said = processes[0].err.read_text()
     finally:
         for process in processes:
             process.kill()
@@ -205,7 +183,7 @@ def test_two_pipelines_share_a_step(one, tmp_path):
     config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
     out = tmp_path / "four"
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
-    assert "dualpipev over 2 processes, 2 times" in torchrun(*options, processes=4)
+    assert "dualpipev over 2 processes, 2 times" in together(*options, processes=4)
     assert_close(out, config.out)
 
 
@@ -213,7 +191,7 @@ def test_two_pipelines_share_a_step(one, tmp_path):
 def test_two_copies_against_each_other(one, tmp_path):
     config = one(tokens_per_step=384, steps=4, save_every=4, eval_every=4)  # the epoch's last step has one micro-batch
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two"), "--parallel.pp", "2")
-    torchrun(*options, "--parallel.schedule", "dualpipe")
+    together(*options, "--parallel.schedule", "dualpipe")
     assert_close(tmp_path / "two", config.out)
 
 
@@ -222,7 +200,7 @@ def test_processes_that_share_experts(one, tmp_path):
     config = one(tokens_per_step=256, steps=6)  # the epoch's last step has 3 micro-batches, of which one copy has one
     out = tmp_path / "two"
     shared = ("--parallel.ep", "2")
-    said = torchrun("--config", str(tmp_path / "run.yaml"), "--out", str(out), *shared)
+    said = together("--config", str(tmp_path / "run.yaml"), "--out", str(out), *shared)
     assert "2 processes, each layer's experts over 2" in said
     assert_close(out, config.out)
     a, b = (torch.load(folder / "checkpoint-6" / "optimizer.pt")["state"] for folder in (out, Path(config.out)))
@@ -236,7 +214,7 @@ def test_processes_that_share_experts(one, tmp_path):
         for path in (*folder.glob("checkpoint-6"), *folder.glob("config.json"), *folder.glob("model.safetensors")):
             path.rename(tmp_path / f"{folder.name}-{path.name}")
     pretrain.train(arguments.parse(["--out", str(out), "--resume", "--parallel.ep", "1"]))
-    torchrun("--out", config.out, "--resume", *shared)
+    together("--out", config.out, "--resume", *shared)
     assert_close(out, config.out)
     a, b = load_file(Path(config.out) / "model.safetensors"), load_file(tmp_path / "one-model.safetensors")
     for name, value in a.items():
@@ -248,7 +226,7 @@ def test_pipelines_that_share_experts(one, tmp_path):
     """With activations that are computed again, which sends the tokens once more."""
     config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "four"), "--gradient-checkpointing")
-    torchrun(*options, "--parallel.pp", "2", "--parallel.ep", "2", processes=4)
+    together(*options, "--parallel.pp", "2", "--parallel.ep", "2", processes=4)
     assert_close(tmp_path / "four", config.out)
 
 
@@ -256,7 +234,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
     config = one(tokens_per_step=256)
     out = tmp_path / "parts"
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.fsdp", "true")
-    assert "2 processes, weights in parts" in torchrun(*options)
+    assert "2 processes, weights in parts" in together(*options)
     assert_close(out, config.out)
     for folder in ("checkpoint-3", "checkpoint-6", "."):
         assert set(os.listdir(out / folder)) == set(os.listdir(Path(config.out) / folder))
@@ -269,7 +247,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
     pretrain.train(arguments.parse(["--out", from_the_middle("alone"), "--resume", "--parallel.fsdp", "false"]))
     assert_close(tmp_path / "alone", config.out)
     mirrored = ("--out", from_the_middle("mirrored"), "--resume", "--parallel.pp", "2", "--parallel.schedule")
-    assert "weights in parts" in torchrun(*mirrored, "dualpipe")
+    assert "weights in parts" in together(*mirrored, "dualpipe")
     assert_close(tmp_path / "mirrored", config.out)
 
 

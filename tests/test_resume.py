@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from forked import Forked
+from moonwhale import cli
 from moonwhale.errors import UserError
 from moonwhale.train import arguments, checkpoints, pretrain
 from moonwhale.train.trainer import MTPTrainer
@@ -132,33 +135,30 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(tiny_run, tmp_path, m
     assert [entry["step"] for entry in losses(config.out) if "loss" in entry] == [1, 3, 4, 6, 8, 9]
 
 
+def hanging(where: str, options: str) -> None:
+    """A run that stops in the middle, says NOW and waits to be killed."""
+
+    def hang(*args, **kwargs):
+        print("NOW", flush=True)
+        time.sleep(600)
+
+    publish, step = checkpoints.publish, MTPTrainer.training_step
+    if where == "in a step":
+        MTPTrainer.training_step = lambda self, *a: hang() if self.state.global_step == 4 else step(self, *a)
+    else:
+        checkpoints.publish = lambda written, *a: hang() if written.name == "checkpoint-6" else publish(written, *a)
+    cli.main(["train", "--config", options])
+
+
 @pytest.mark.parametrize("where", ["in a step", "while it saves"])
 def test_kill_9(tiny_run, tmp_path, where):
     options = {"steps": 8, "save_every": 3}
     reference, config = tiny_run(**options, out=str(tmp_path / "whole")), tiny_run(**options)
     pretrain.train(reference)
     arguments.write(config, tmp_path / "run.yaml")
-    script = f"""
-import sys, time
-from moonwhale import cli
-from moonwhale.train import checkpoints, trainer
-
-def hang(*args, **kwargs):
-    print("NOW", flush=True)
-    time.sleep(600)
-
-publish, step = checkpoints.publish, trainer.MTPTrainer.training_step
-if {where == "in a step"}:
-    trainer.MTPTrainer.training_step = lambda self, *a: hang() if self.state.global_step == 4 else step(self, *a)
-else:
-    checkpoints.publish = lambda written, *a: hang() if written.name == "checkpoint-6" else publish(written, *a)
-cli.main(["train", "--config", sys.argv[1]])
-"""
-    argv = [sys.executable, "-c", script, str(tmp_path / "run.yaml")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        output = next((line for line in process.stdout if line == "NOW\n"), None)
-        process.kill()
-    assert output, process.stdout
+    process = Forked(tmp_path / "said.out", {}, hanging, where, str(tmp_path / "run.yaml"))
+    process.until("NOW")
+    process.kill()
     assert [path.name for path in checkpoints.all_of(config.out)] == ["checkpoint-3"]
     assert checkpoints.damage(checkpoints.newest(config.out)) is None
     resume(config.out)

@@ -2,9 +2,6 @@
 orthogonalises its share of the matrices.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from conftest import TINY
+from forked import Forked, finish
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
 from moonwhale.optim.muonclip import MuonClip, param_groups
@@ -81,14 +79,7 @@ def main(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("muon")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    started = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(RANKS)]
-    try:
-        assert [process.wait(120) for process in started] == [0] * RANKS
-    finally:
-        for process in started:
-            process.kill()
+    finish([Forked(folder / f"{rank}.out", {}, main, rank, folder) for rank in range(RANKS)], 120)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
@@ -135,7 +126,3 @@ def test_shares_are_as_equal_as_matrices_allow(ranks):
     shares = equal_shares(costs, ranks)
     assert [i for share in shares for i in range(40)[share]] == list(range(40)) and len(shares) == ranks
     assert all(abs(sum(costs[share]) - sum(costs) / ranks) <= max(costs) for share in shares)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -18,8 +18,9 @@ from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOu
 from moonwhale.optim.muonclip import attach_hooks, param_groups
 from moonwhale.pipeline.experts import Exchange, join, own_experts, share_
 from moonwhale.pipeline.kinds import SCHEDULES
+from moonwhale.pipeline.pipeline import Pipeline
 from moonwhale.pipeline.ranks import Ranks
-from moonwhale.pipeline.schedule import Pipeline, own_parts
+from moonwhale.pipeline.schedule import own_parts
 from moonwhale.pipeline.shards import gathered, part_of
 from moonwhale.pipeline.stages import Stage, cut, keep_
 from moonwhale.train.trainer import MTPTrainer
