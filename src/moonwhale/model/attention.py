@@ -40,8 +40,8 @@ def attend_forward(
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
         head, rows, keys = tile
         scores = _scores(q, k, scale, causal, segment, tile)
-        peak = scores.amax(-1, keepdim=True).to(top.dtype)
-        probs = torch.sub(scores, peak).exp2_()
+        peak = scores.amax(-1, keepdim=True)
+        probs = scores.sub_(peak).exp2_()
         total = probs.sum(-1, keepdim=True)
         out[head, rows] = probs.div_(total).to(v.dtype) @ v[head, keys]
         top[head, rows], lse[head, rows] = peak.squeeze(-1) * LOG2, (peak + total.log2_()).squeeze(-1) * LOG2
@@ -68,12 +68,12 @@ def attend_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
         head, rows, keys = tile
-        probs = torch.sub(_scores(q, k, scale, causal, segment, tile), lse[head, rows, None] / LOG2).exp2_()
-        dp = d_out[head, rows] @ v[head, keys].transpose(1, 2)
+        probs = _scores(q, k, scale, causal, segment, tile).sub_(lse[head, rows, None] / LOG2).exp2_()
+        dp = (d_out[head, rows] @ v[head, keys].transpose(1, 2)).to(wide)
         dv_tile = probs.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
-        ds = probs.mul_(torch.sub(dp, along[head, rows, None])).to(q.dtype)  # dS = P * (dP - rowsum(dO * O))
-        dq[head, rows] = (ds @ k[head, keys]).mul_(scale)
-        dk_tile = (ds.transpose(1, 2) @ q[head, rows]).mul_(scale)
+        ds = probs.mul_(dp.sub_(along[head, rows, None]).mul_(scale)).to(q.dtype)  # P * (dP - rowsum(dO * O)), scaled
+        dq[head, rows] = ds @ k[head, keys]
+        dk_tile = ds.transpose(1, 2) @ q[head, rows]
         if rows.stop == q.shape[1]:  # the first tile of these heads
             dk[head], dv[head] = dk_tile, dv_tile
         else:
@@ -100,15 +100,16 @@ def _tiles(heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tu
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | None, tile) -> Tensor:
-    """Scaled and masked logits of a tile of q and k (N, T, D), as powers of 2."""
+    """Scaled and masked logits of a tile of q and k (N, T, D), as powers of 2, in fp32: a CPU is slow in bf16."""
     head, rows, keys = tile
     scores = torch.baddbmm(q.new_empty(()), q[head, rows], k[head, keys].transpose(1, 2), beta=0, alpha=scale / LOG2)
+    scores = scores.to(_wide(q))
     if segment is not None:
         batch = torch.arange(head.start, head.stop, device=q.device) // (len(q) // len(segment))
         scores.masked_fill_(segment[batch, -q.shape[1] :][:, rows, None] != segment[batch, None, keys], -torch.inf)
     if causal:
         size = rows.stop - rows.start
-        future = q.new_full((size, size), -torch.inf).triu_(1)
+        future = scores.new_full((size, size), -torch.inf).triu_(1)
         scores[:, :, -size:] += future  # on a CPU four times as fast as filling by a mask
     return scores
 

@@ -143,8 +143,7 @@ class _MoBA(torch.autograd.Function):
         parts = (x.view(-1, table.size, x.shape[-1]) for x in (q, k, v))
         dq, dk, dv = attend_backward(*blocked, *parts, ctx.scale, causal=True)
         if chunks is not None:
-            queries = chunks.query.flatten()
-            far_d_out = d_out.index_select(0, queries).view(*chunks.query.shape, -1)
+            far_d_out = d_out.index_select(0, chunks.query.flatten()).view(*chunks.query.shape, -1)
             far_lse = lse[chunks.query].masked_fill_(chunks.empty, torch.inf)
             far_dq, far_dk, far_dv = attend_backward(
                 far_d_out, along[chunks.query], far_lse, *_gather(chunks, table, q, k, v), ctx.scale, causal=False
