@@ -12,7 +12,7 @@ IGNORE = -100
 LOG2 = math.log(2)
 CHUNK = 1024  # rows of logits held at once
 STEP = 32  # rows are a multiple of it where there are as many: a product over 1,022 takes 1.4 times one over 1,024
-FEW = 1 << 19  # logits whose fp32 intermediates are held at once: they stay in a CPU's cache
+FEW = 1 << 20  # logits whose fp32 intermediates are held at once: they stay in a CPU's cache
 WORDS = 8192  # rows of the head whose gradient is made at once
 
 
