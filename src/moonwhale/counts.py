@@ -196,7 +196,8 @@ def _attended(config, layer: int, context: int) -> tuple[float, float]:
 def _saved(config, layer: int) -> int:
     """Numbers a token leaves for a block's backward pass, roughly: each norm's input and output, the queries, keys and
     values of attention and its output twice, what enters and leaves the feed-forward networks, and each chosen expert's
-    own copy of what it reads. MoBA's second look at chosen blocks, and rows that only pad, are left out.
+    own copy of what it reads. MoBA's second look at chosen blocks, the probabilities it keeps where the processor is
+    not a GPU, and rows that only pad, are left out.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))

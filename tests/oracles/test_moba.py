@@ -457,9 +457,10 @@ def test_mutant_merged_without_log_sum_exp(monkeypatch):
 
 
 def test_mutant_gradient_of_a_part_as_if_it_were_the_whole(monkeypatch):
-    def backward(d_out, along, lse, q, k, v, scale, causal):
-        own = attention.attend_forward(q, k, v, scale, causal)[1].masked_fill(lse.isinf(), torch.inf)
-        return attention.attend_backward(d_out, along, own, q, k, v, scale, causal)
+    def backward(d_out, along, probs, q, k, v, scale, causal):
+        out = attention.attend_forward(q, k, v, scale, causal)[0]
+        own = (d_out * out).sum(-1, keepdim=True)
+        return attention.attend_backward(d_out, own, probs, q, k, v, scale, causal)
 
     monkeypatch.setattr(moba, "attend_backward", backward)
     assert_naive(ROWS["ragged"], 1)
@@ -467,10 +468,12 @@ def test_mutant_gradient_of_a_part_as_if_it_were_the_whole(monkeypatch):
 
 
 def test_mutant_gradients_of_queries_that_only_fill_a_chunk(monkeypatch):
-    def backward(d_out, along, lse, *args, **kwargs):
-        return attention.attend_backward(d_out, along, lse.masked_fill(lse.isinf(), 0.0), *args, **kwargs)
+    def of(*args):
+        chunks = right(*args)
+        return dataclasses.replace(chunks, empty=torch.zeros_like(chunks.empty))
 
-    monkeypatch.setattr(moba, "attend_backward", backward)
+    right = moba.Chunks.of
+    monkeypatch.setattr(moba.Chunks, "of", of)
     caught(assert_naive, ROWS["ragged"], 2)
 
 

@@ -1,7 +1,7 @@
 """Exact softmax attention, a tile of queries at a time, never the whole score matrix; with row maxima for QK-clip."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ def attend(
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segment: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segment: Tensor | None = None, kept: list | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend` for N heads, q (N, Tq, D), k (N, Tk, D) and v (N, Tk, Dv) all contiguous.
+    """`attend` for N heads, q (N, Tq, D), k (N, Tk, D) and v (N, Tk, Dv) all contiguous; `kept` gets the probabilities.
 
     Returns:
         out (N, Tq, Dv); the log-sum-exp of each row (N, Tq) in fp32, which is what merging partial attentions needs;
@@ -40,40 +40,33 @@ def attend_forward(
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
         head, rows, keys = tile
         scores = _scores(q, k, scale, causal, segment, tile)
-        peak = scores.amax(-1, keepdim=True).to(top.dtype)
-        probs = torch.sub(scores, peak).exp2_()
+        peak = scores.amax(-1, keepdim=True)
+        probs = scores.sub_(peak).exp2_()
         total = probs.sum(-1, keepdim=True)
-        out[head, rows] = probs.div_(total).to(v.dtype) @ v[head, keys]
+        probs = probs.div_(total).to(v.dtype)
+        out[head, rows] = probs @ v[head, keys]
+        if kept is not None:
+            kept.append(probs)
         top[head, rows], lse[head, rows] = peak.squeeze(-1) * LOG2, (peak + total.log2_()).squeeze(-1) * LOG2
     return out, lse, top
 
 
 def attend_backward(
-    d_out: Tensor,
-    along: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    segment: Tensor | None = None,
+    d_out: Tensor, along: Tensor, probs: Iterable[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attend_forward`'s q, k and v, the last two in fp32.
+    """The gradients of `attend_forward`'s q, k and v, the last two in fp32, from the probabilities of each tile.
 
-    `k` and `v` may be a part of what the queries attend to: then `lse` (N, Tq) is that of the whole, and so is `along`
-    (N, Tq), the product of each row of `d_out` (N, Tq, Dv) with its output. A row with an `lse` of inf gives nothing.
+    `along` (N, Tq, 1) is the product of each row of `d_out` (N, Tq, Dv) with its output. If `k` and `v` are a part of
+    what the queries attend to, it is that of the whole, and both come times the part's share in each row's softmax.
     """
-    wide = lse.dtype
+    wide = along.dtype
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
-    for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
-        head, rows, keys = tile
-        probs = torch.sub(_scores(q, k, scale, causal, segment, tile), lse[head, rows, None] / LOG2).exp2_()
-        dp = d_out[head, rows] @ v[head, keys].transpose(1, 2)
-        dv_tile = probs.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
-        ds = probs.mul_(torch.sub(dp, along[head, rows, None])).to(q.dtype)  # dS = P * (dP - rowsum(dO * O))
-        dq[head, rows] = (ds @ k[head, keys]).mul_(scale)
-        dk_tile = (ds.transpose(1, 2) @ q[head, rows]).mul_(scale)
+    for (head, rows, keys), p in zip(_tiles(len(q), q.shape[1], k.shape[1], causal), probs, strict=False):
+        dp = (d_out[head, rows] @ v[head, keys].transpose(1, 2)).to(wide)
+        dv_tile = p.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
+        ds = dp.sub_(along[head, rows]).mul_(scale).mul_(p.to(wide)).to(q.dtype)  # P * (dP - rowsum(dO * O))
+        dq[head, rows] = ds @ k[head, keys]
+        dk_tile = ds.transpose(1, 2) @ q[head, rows]
         if rows.stop == q.shape[1]:  # the first tile of these heads
             dk[head], dv[head] = dk_tile, dv_tile
         else:
@@ -100,15 +93,16 @@ def _tiles(heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tu
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | None, tile) -> Tensor:
-    """Scaled and masked logits of a tile of q and k (N, T, D), as powers of 2."""
+    """Scaled and masked logits of a tile of q and k (N, T, D), as powers of 2, in fp32: a CPU is slow in bf16."""
     head, rows, keys = tile
     scores = torch.baddbmm(q.new_empty(()), q[head, rows], k[head, keys].transpose(1, 2), beta=0, alpha=scale / LOG2)
+    scores = scores.to(_wide(q))
     if segment is not None:
         batch = torch.arange(head.start, head.stop, device=q.device) // (len(q) // len(segment))
         scores.masked_fill_(segment[batch, -q.shape[1] :][:, rows, None] != segment[batch, None, keys], -torch.inf)
     if causal:
         size = rows.stop - rows.start
-        future = q.new_full((size, size), -torch.inf).triu_(1)
+        future = scores.new_full((size, size), -torch.inf).triu_(1)
         scores[:, :, -size:] += future  # on a CPU four times as fast as filling by a mask
     return scores
 
@@ -130,6 +124,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, d_out, _):
         q, k, v, out, lse, segment = ctx.saved_tensors
         d_out = d_out.to(v.dtype).reshape(out.shape)
-        along = (d_out * out).sum(-1, dtype=lse.dtype)
-        grads = attend_backward(d_out, along, lse, q, k, v, ctx.scale, ctx.causal, segment)
+        along = (d_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
+        tiles = _tiles(len(q), q.shape[1], k.shape[1], ctx.causal)
+        scores = ((tile, _scores(q, k, ctx.scale, ctx.causal, segment, tile)) for tile in tiles)
+        probs = (s.sub_(lse[head, rows, None] / LOG2).exp2_() for (head, rows, _), s in scores)
+        grads = attend_backward(d_out, along, probs, q, k, v, ctx.scale, ctx.causal)
         return *(dx.to(q.dtype).unflatten(0, ctx.shape[:2]) for dx in grads), None, None, None

@@ -99,8 +99,8 @@ class Chunks:
 class _MoBA(torch.autograd.Function):
     """Every query's own block and its chosen earlier ones, each a partial attention, merged by their log-sum-exp.
 
-    With the log-sum-exp and the output of the whole, the gradient of a part is that of plain attention (see
-    `attend_backward`), so that the merge needs none of its own.
+    With the output of the whole and its share in it, the gradient of a part is that of plain attention (see
+    `attend_backward`), so that the merge needs none of its own. The probabilities are kept: they grow as the tokens.
     """
 
     @staticmethod
@@ -108,24 +108,26 @@ class _MoBA(torch.autograd.Function):
         batch, heads, slots, _ = q.shape
         q, k, v = (x.contiguous() for x in (q, k, v))
         own = (q, k[:, :, -slots:], v[:, :, -slots:])
-        out, lse, top = attend_forward(*(x.reshape(-1, table.size, x.shape[-1]) for x in own), scale, causal=True)
+        own = (x.reshape(-1, table.size, x.shape[-1]) for x in own)
+        probs, shares = [] if any(ctx.needs_input_grad) else None, ()
+        out, lse, top = attend_forward(*own, scale, causal=True, kept=probs)
         out, lse, top = out.flatten(0, 1), lse.flatten(), top.flatten()
         # A chunk copies its block, so that it should have as many queries as keys, about.
         width = min(QUERIES, max(table.size, 64))
         chunks = Chunks.of(choose_blocks(q, k, table, n), table.count, width) if n else None
         if chunks is not None:
             # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
-            far_out, far_lse, far_top = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False)
-            far_lse, far_top = (
-                x.view(-1)[chunks.place].masked_fill_(chunks.missing, -torch.inf) for x in (far_lse, far_top)
-            )
+            far = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False, kept=probs)
+            far_lse, far_top = (x.view(-1)[chunks.place].masked_fill_(chunks.missing, -torch.inf) for x in far[1:])
             top = torch.maximum(top, far_top.amax(-1))
             parts = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1)
             lse = parts.logsumexp(-1)
             weights = (parts - lse.unsqueeze(-1)).exp_().to(out.dtype)
             out *= weights[:, :1]
-            out += _sum_at(chunks.place, far_out, weights[:, 1:].contiguous())
-        ctx.save_for_backward(q, k, v, out, lse)
+            out += _sum_at(chunks.place, far[0], weights[:, 1:].contiguous())
+            far_share = (far[1] - lse[chunks.query]).exp_().masked_fill_(chunks.empty, 0.0)
+            shares = (weights[:, :1].contiguous(), far_share.unsqueeze(-1).to(out.dtype))
+        ctx.save_for_backward(q, k, v, out, *shares, *(probs or ()))
         ctx.scale, ctx.table, ctx.chunks = scale, table, chunks
         top = top.view(batch, heads, slots)
         ctx.mark_non_differentiable(top)
@@ -134,21 +136,21 @@ class _MoBA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, _):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, *kept = ctx.saved_tensors
         table, chunks = ctx.table, ctx.chunks
+        share, far_share, *probs = kept if chunks is not None else (1, 1, *kept)
+        probs = iter(probs)  # the tiles of own blocks, then those of chunks
         d_out = d_out.to(v.dtype).reshape(out.shape)
-        along = (d_out * out).sum(-1, dtype=lse.dtype)
+        along = (d_out * out).sum(-1, keepdim=True, dtype=torch.promote_types(out.dtype, torch.float32))
 
-        blocked = (x.view(-1, table.size, *x.shape[1:]) for x in (d_out, along, lse))
+        own = ((x * share).view(-1, table.size, x.shape[-1]) for x in (d_out, along))
         parts = (x.view(-1, table.size, x.shape[-1]) for x in (q, k, v))
-        dq, dk, dv = attend_backward(*blocked, *parts, ctx.scale, causal=True)
+        dq, dk, dv = attend_backward(*own, probs, *parts, ctx.scale, causal=True)
         if chunks is not None:
-            queries = chunks.query.flatten()
-            far_d_out = d_out.index_select(0, queries).view(*chunks.query.shape, -1)
-            far_lse = lse[chunks.query].masked_fill_(chunks.empty, torch.inf)
-            far_dq, far_dk, far_dv = attend_backward(
-                far_d_out, along[chunks.query], far_lse, *_gather(chunks, table, q, k, v), ctx.scale, causal=False
-            )
+            query = chunks.query.flatten()
+            far = (x.index_select(0, query).view(*far_share.shape[:2], -1).mul_(far_share) for x in (d_out, along))
+            parts = _gather(chunks, table, q, k, v)
+            far_dq, far_dk, far_dv = attend_backward(*far, probs, *parts, ctx.scale, causal=False)
             taken = (~chunks.missing).to(dq.dtype)
             dq = dq.flatten(0, 1).add_(_sum_at(chunks.place, far_dq, taken))
             dk.index_add_(0, chunks.block, far_dk)

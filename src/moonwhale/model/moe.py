@@ -157,18 +157,17 @@ class _GroupedExperts(torch.autograd.Function):
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
         rows = x.index_select(0, token)
         inner = grouped_product(rows, gate_up_proj.transpose(1, 2), ends)
-        gate, up = inner.chunk(2, dim=-1)
+        gate, up = (half.contiguous() for half in inner.chunk(2, dim=-1))  # where all that follows is twice as fast
         activated = F.silu(gate)
         out = grouped_product((activated * up).mul_(weight), down_proj.transpose(1, 2), ends)
-        ctx.save_for_backward(rows, gate_up_proj, down_proj, inner, activated, weight, token, home, ends)
+        ctx.save_for_backward(rows, gate_up_proj, down_proj, gate, up, activated, weight, token, home, ends)
         ctx.gates_dtype, ctx.shape = gates.dtype, index.shape
         return F.embedding_bag(home.view(index.shape), out, mode="sum")  # a token's rows, added up in one pass
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        rows, gate_up_proj, down_proj, inner, activated, weight, token, home, ends = ctx.saved_tensors
-        gate, up = inner.chunk(2, dim=-1)
+        rows, gate_up_proj, down_proj, gate, up, activated, weight, token, home, ends = ctx.saved_tensors
         product = activated * up
         d_rows = d_out.index_select(0, token)
         d_down = grouped_product(d_rows.T, product * weight, ends)

@@ -22,21 +22,21 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Written out, since autograd's own backward through the formula takes twice the passes over memory."""
+    """Written out: autograd's own backward takes twice the passes, and on a CPU bf16 beside fp32 twice the time."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return torch.mul(x, inverse).mul_(weight).to(x.dtype)
+        return (wide * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         x, weight, inverse = ctx.saved_tensors
-        normed = torch.mul(x, inverse)
+        normed, d_out = x.to(inverse.dtype) * inverse, d_out.to(inverse.dtype)
         d_weight = (d_out * normed).flatten(0, -2).sum(0)
         d_normed = d_out * weight
         along = (d_normed * normed).mean(-1, keepdim=True)
