@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 import parallel_rank
 from common import environment
 from moonwhale import options
+from moonwhale.counts import kept_probabilities
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.pipeline.estimate import Estimate, Layout
 from moonwhale.train import checkpoints
@@ -279,7 +281,10 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     pp, schedule = parallel.get("pp", 1), parallel.get("schedule", "1f1b")
     micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
     layout = Layout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
-    costs = Estimate(config, run["context"], number_bytes=4).costs(layout)
+    estimate, blocks = Estimate(config, run["context"], number_bytes=4), range(config.num_blocks)
+    kept = [kept_probabilities(config, i, run["context"]) for i in blocks]  # plans are for GPUs, and this is a CPU
+    estimate.sizes = replace(estimate.sizes, saved=tuple(map(sum, zip(estimate.sizes.saved, kept, strict=True))))
+    costs = estimate.costs(layout)
     return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
 
 

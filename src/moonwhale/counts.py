@@ -196,8 +196,8 @@ def _attended(config, layer: int, context: int) -> tuple[float, float]:
 def _saved(config, layer: int) -> int:
     """Numbers a token leaves for a block's backward pass, roughly: each norm's input and output, the queries, keys and
     values of attention and its output twice, what enters and leaves the feed-forward networks, and each chosen expert's
-    own copy of what it reads. MoBA's second look at chosen blocks, the probabilities it keeps where the processor is
-    not a GPU, and rows that only pad, are left out.
+    own copy of what it reads. MoBA's second look at chosen blocks, `kept_probabilities` and rows that only pad are left
+    out.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
@@ -206,6 +206,13 @@ def _saved(config, layer: int) -> int:
         return norms + attention + 5 * config.intermediate_size
     inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
     return norms + attention + chosen * (hidden + 3 * inner) + 5 * config.n_shared_experts * inner
+
+
+def kept_probabilities(config, layer: int, context: int) -> int:
+    """Numbers a token leaves besides in a block that chooses (MoBA), where it is no GPU's kernel that does."""
+    if not config.is_moba_layer(layer) or config.moba_topk * config.moba_block_size >= context:
+        return 0
+    return config.num_attention_heads * config.moba_topk * config.moba_block_size
 
 
 def si(number: float) -> str:
