@@ -176,14 +176,14 @@ def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
     turns = itertools.count()
 
     def draw() -> list[list[int]]:
-        """The next six of the beginnings."""
-        return [beginnings[next(turns) % len(beginnings)] for _ in range(6)]
+        """The next two dozen of the beginnings."""
+        return [beginnings[next(turns) % len(beginnings)] for _ in range(24)]
 
     contenders = {
         name: lambda some, engine=engine: [engine.generate([ids], **greedy) for ids in some]
         for name, engine in engines.items()
     }
-    seconds = timed_rounds(contenders, draw, rounds)["seconds"]
+    seconds = timed_rounds(contenders, draw, 4 * rounds)["seconds"]  # short ones
     depths = range(model.config.num_nextn_predict_layers)
     accepted = [[a.acceptance[depth] for a in answers if len(a.acceptance) > depth] for depth in depths]
     return {

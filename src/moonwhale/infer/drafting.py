@@ -4,7 +4,8 @@ from collections import defaultdict, deque
 
 TRIED = 3  # cycles after which a depth's time counts as known
 LASTS = 16  # cycles that a choice lasts
-AGAIN = 64  # choices after which every depth is tried anew; at first sooner, after 1, 2, 4, 8 and so on
+AGAIN = 16  # choices after which every depth is tried anew; at first sooner, after 1, 2, 4, 8 and so on
+LATEST = 1024  # cycles of a depth that are remembered: a machine's hiccup must not be all that is known of one
 SURE = 8  # choices after which a depth that can't pay is not tried any more
 HELD = 64  # guesses over which the share of those that held is averaged
 MARGIN = 1.05  # a depth has to promise this much more than none: reading prompts takes longer with modules, too
@@ -19,7 +20,7 @@ class Drafting:
 
     def __init__(self, modules: int, fixed: int | None = None):
         self.depths = range(modules + 1) if fixed is None else range(min(fixed, modules), min(fixed, modules) + 1)
-        self._seconds = defaultdict(lambda: deque(maxlen=2 * TRIED + 1))
+        self._seconds = defaultdict(lambda: deque(maxlen=LATEST))
         self._held, self._tested = [0.5] * modules, [0] * modules
         self._chosen = defaultdict(lambda: (0, 0))  # for each number of sequences, a depth and how long it still lasts
         self._choices = 0
@@ -34,10 +35,13 @@ class Drafting:
             known = {d: self._seconds[size, d] for d in self.depths}
             self._choices += 1
             if self._choices % min(AGAIN, 1 << (self._choices.bit_length() - 1)) == 0:
-                for d, seconds in known.items():
-                    hopeless = self._choices > SURE and d and seconds and (d + 1) / min(seconds) < 1 / min(known[0])
-                    while len(seconds) >= TRIED and not hopeless:  # which it is if even d right guesses would not pay
-                        seconds.popleft()
+                # A depth at which even guesses that all hold would not pay is left alone, and then depth 0 is, too: only
+                # times measured over the same while can be compared.
+                plain = 1 / min(known[0]) if known[0] and self._choices > SURE else 0.0
+                others = [d for d in self.depths if d and not (known[d] and (d + 1) / min(known[d]) < plain)]
+                for d in [0, *others] if others else []:
+                    while len(known[d]) >= TRIED:
+                        known[d].popleft()
             untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
             if untried:
                 return untried[0]
