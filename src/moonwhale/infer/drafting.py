@@ -35,8 +35,8 @@ class Drafting:
             known = {d: self._seconds[size, d] for d in self.depths}
             self._choices += 1
             if self._choices % min(AGAIN, 1 << (self._choices.bit_length() - 1)) == 0:
-                # A depth at which even guesses that all hold would not pay is left alone, and then depth 0 is, too: only
-                # times measured over the same while can be compared.
+                # A depth at which even guesses that all hold would not pay is left alone, and then depth 0 is, too:
+                # only times measured over the same while can be compared.
                 plain = 1 / min(known[0]) if known[0] and self._choices > SURE else 0.0
                 others = [d for d in self.depths if d and not (known[d] and (d + 1) / min(known[d]) < plain)]
                 for d in [0, *others] if others else []:
