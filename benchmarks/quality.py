@@ -76,13 +76,13 @@ RECIPE = {  # warmup, decay and momentum_warmup are shares of the time
 OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 DENSE = {"vocab_size": VOCABULARY, "layers": 4, "width": 256, "heads": 4, "inner": 1024, "context": CONTEXT}
 DENSE_RECIPE = {"rows": 16, "lr": 2e-3, "warmup": 0.02, "floor": 0.1, "weight_decay": 0.1, "grad_clip": 1.0}
-DENSE_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 # Full attention, heads of 64 and the plain warm-up are what its runs/runcpu.sh takes, the rest scripts/base_train.py's.
 NANOCHAT = {"vocab_size": VOCABULARY, "sequence_len": CONTEXT, "n_layer": 4, "n_embd": 256, "window_pattern": "L"}
 NANOCHAT |= {"n_head": 4, "n_kv_head": 4}
 NANOCHAT_LR = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, "scalar_lr": 0.5}
 NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies all of its own rates
-NANOCHAT_RATES = (0.5, 1.0, 2.0, 4.0)
+NANOCHAT_RATES = (2.0, 4.0, 8.0, 16.0)
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
 WARM_UP = 3  # steps that do not count
 POINTS = 50  # of a training curve
