@@ -84,7 +84,7 @@ class Span:
     @cached_property
     def slot(self) -> Tensor:
         """(B, 1) of each sequence."""
-        return torch.arange(self.slots.start, self.slots.stop, device=self.device)[:, None]
+        return torch.arange(self.first, self.slots.stop, device=self.device)[:, None]
 
     @cached_property
     def own(self) -> Tensor:
@@ -138,7 +138,7 @@ class Decoder:
         x = F.embedding(tokens, self.embedding)
         for block in self.main:
             x = block(x, cache, span)
-        return self.norm(x).to(self.dtype)
+        return self.norm(x)
 
     def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
         """MTP module `depth` (from 1) of the chain: its normed hidden states (B, Q, hidden), for `draft_head`.
@@ -174,7 +174,7 @@ class _Module:
         x = self.join(torch.cat([self.norms[0](ahead), self.norms[1](hidden)], dim=-1))
         for block in self.blocks:
             x = block(x, cache, span)
-        return self.norm(x).to(self.join.dtype)
+        return self.norm(x)
 
 
 class _Norm:
@@ -182,7 +182,8 @@ class _Norm:
         self.weight, self.eps = norm.weight, norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        """In the dtype of x, back in the model's."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
 class _Attention:
@@ -229,8 +230,8 @@ class _Attention:
         keys.flatten(0, 1).index_copy_(0, span.place, torch.cat([latent, k_rope], dim=-1).flatten(0, 1))
         if means is not None:
             for i, block in span.filled:
-                entries = keys[span.slots.start + i, block * self.size : (block + 1) * self.size]
-                means[span.slots.start + i, block] = entries.mean(0, dtype=torch.float32)
+                entries = keys[span.first + i, block * self.size : (block + 1) * self.size]
+                means[span.first + i, block] = entries.mean(0, dtype=torch.float32)
 
     def _convolved(self, latent: Tensor, values: Tensor, span: Span) -> Tensor:
         """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents remembered."""

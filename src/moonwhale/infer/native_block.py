@@ -1,6 +1,5 @@
 """A block of `Decoder` for few tokens on a CPU: its settings and weights as `step/` reads them, and the call."""
 
-import torch
 from torch import Tensor
 
 from moonwhale.infer import native
@@ -24,8 +23,8 @@ class NativeBlock:
         )
 
     def __call__(self, x: Tensor, cache: LatentCache, span) -> Tensor:
-        """x (B, Q, hidden) in any dtype; the result is fp32."""
-        x = x.to(torch.float32, copy=True).contiguous()
+        """x (B, Q, hidden) in any dtype, which may be written over; the result is fp32."""
+        x = x.float().contiguous()
         keys, values, means = (tensors[self.layer] for tensors in (cache.keys, cache.values, cache.means))
         native.run_block(self._block, keys, values, means, span.for_native, x)
         return x

@@ -89,8 +89,7 @@ class Scheduler:
         self.reading: Request | None = None  # in the slot after them
         self.waiting: deque[Request] = deque()
         self._drafting_took = 0.0
-        self._size = decoder.config.moba_block_size
-        self._piece = max(PIECE // self._size, 1) * self._size
+        self._piece = max(PIECE // decoder.size, 1) * decoder.size
 
     @property
     def idle(self) -> bool:
@@ -262,7 +261,7 @@ class Scheduler:
     def _needed(self, row: Request) -> int:
         """Cache entries a request can come to take, drafts that may not hold included."""
         longest = len(row.prompt) + row.limit + 2 * len(self.decoder.modules) + 1
-        return -(-longest // self._size) * self._size
+        return -(-longest // self.decoder.size) * self.decoder.size
 
     def _bytes(self, slots: int, length: int) -> float:
         return slots * length * self.cache.bytes_per_token

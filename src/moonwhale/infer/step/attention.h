@@ -32,10 +32,10 @@ static void attend(const Block &b, const float *q, const T *keys, const T *value
 
 // Writes pairs rotated as halves, as rope.py does
 static void rotate(const Block &b, const Span &s, const float *x, long position, float *y) {
-  const long half = b.rope / 2, apart = b.interleaved ? 1 : half;
+  const long half = b.rope / 2, step = b.interleaved ? 2 : 1, apart = b.interleaved ? 1 : half;
   const float *cos = s.cos + position * half, *sin = s.sin + position * half;
   for (long i = 0; i < half; i++) {
-    float a = x[b.interleaved ? 2 * i : i], c = x[(b.interleaved ? 2 * i : i) + apart];
+    float a = x[step * i], c = x[step * i + apart];
     y[i] = a * cos[i] - c * sin[i];
     y[half + i] = c * cos[i] + a * sin[i];
   }
@@ -59,14 +59,16 @@ struct Attention {
 
   long position(long token) const { return s.start[token / s.length] + token % s.length; }
   long slot(long token) const { return s.first + token / s.length; }
+  long entry(long token) const { return slot(token) * cache.length + position(token); }
+  float *latent(long token) { return &first[(token + 1) * b.down.out - width]; } // and its rotary key
   bool chooses(long token) const { return b.topk && position(token) / b.size >= b.topk; }
 
   // Adds to x (tokens, hidden) what attention makes of h, x normed
   void run(float *x, const float *h) {
-    product(first.data(), h, tokens, b.down);
+    product(first.data(), h, b.hidden, tokens, b.down);
     if (compressed) {
       rms_norm(compressed_q.data(), compressed, first.data(), b.down.out, tokens, compressed, b.q_norm);
-      product(q.data(), compressed_q.data(), tokens, b.q_up);
+      product(q.data(), compressed_q.data(), compressed, tokens, b.q_up);
     } else {
 #pragma omp for
       for (long t = 0; t < tokens; t++)
@@ -80,25 +82,20 @@ struct Attention {
       look(keys, values);
     });
     expand();
-    product(x, out.data(), tokens, b.out, true);
+    product(x, out.data(), b.out.in, tokens, b.out, true);
   }
 
   template <class T> void remember(T *keys, T *values) {
-    const long at = b.down.out - width;
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
-      float *latent = &first[t * b.down.out + at];
-      long entry = slot(t) * cache.length + position(t);
-      float square = 0;
+      float *c = latent(t), inverse = inverse_rms(c, b.rank, b.kv_norm.eps);
       std::vector<float> rotated(b.rope);
-      rotate(b, s, latent + b.rank, position(t), rotated.data());
-      tile<1, 1>(latent, 0, latent, 0, b.rank, [&](int, int, float y) { square = y; });
-      float inverse = 1 / std::sqrt(square / b.rank + b.kv_norm.eps);
+      rotate(b, s, c + b.rank, position(t), rotated.data());
       for (long i = 0; i < b.rank; i++) {
-        latent[i] *= inverse * b.kv_norm.weight[i];
-        store(b.taps ? &values[entry * b.rank + i] : &keys[entry * width + i], latent[i]);
+        c[i] *= inverse * b.kv_norm.weight[i];
+        store(b.taps ? &values[entry(t) * b.rank + i] : &keys[entry(t) * width + i], c[i]);
       }
-      for (long i = 0; i < b.rope; i++) store(&keys[entry * width + b.rank + i], rotated[i]);
+      for (long i = 0; i < b.rope; i++) store(&keys[entry(t) * width + b.rank + i], rotated[i]);
     }
     if (b.taps) convolve(keys, values);
     if (cache.means) average(keys);
@@ -108,13 +105,12 @@ struct Attention {
   template <class T> void convolve(T *keys, const T *values) {
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
-      long entry = slot(t) * cache.length + position(t), taps = std::min<long>(b.taps, position(t) + 1);
+      const long taps = std::min<long>(b.taps, position(t) + 1);
       for (long i = 0; i < b.rank; i++) {
         float mixed = 0;
         for (long back = 0; back < taps; back++)
-          mixed += number(values[(entry - back) * b.rank + i]) * b.conv[(b.taps - 1 - back) * b.rank + i];
-        float latent = first[t * b.down.out + b.down.out - width + i];
-        store(&keys[entry * width + i], latent + mixed * sigmoid(mixed));
+          mixed += number(values[(entry(t) - back) * b.rank + i]) * b.conv[(b.taps - 1 - back) * b.rank + i];
+        store(&keys[entry(t) * width + i], latent(t)[i] + mixed * sigmoid(mixed));
       }
     }
   }

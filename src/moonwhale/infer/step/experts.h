@@ -22,14 +22,12 @@ struct FeedForward {
   void run(float *x, const float *h) {
     if (shared) {
       const Network &network = b.networks[b.experts];
-      product(hidden_shared.data(), h, tokens, network.up);
+      product(hidden_shared.data(), h, b.hidden, tokens, network.up);
       activate(hidden_shared.data(), tokens, shared);
-#pragma omp for
-      for (long panel = 0; panel < panels(network.down); panel++)
-        part_of_product(x, hidden_shared.data(), 2 * shared, tokens, network.down, panel, true);
+      product(x, hidden_shared.data(), 2 * shared, tokens, network.down, true);
     }
     if (!b.experts) return;
-    product(logits.data(), h, tokens, b.router);
+    product(logits.data(), h, b.hidden, tokens, b.router);
 #pragma omp single
     route();
 #pragma omp for

@@ -207,18 +207,22 @@ static void part_of_product(float *y, const float *x, long x_step, long rows, co
 
 static long panels(const Matrix &m) { return (m.out + PANEL - 1) / PANEL; }
 
-static void product(float *y, const float *x, long rows, const Matrix &m, bool add = false) {
+static void product(float *y, const float *x, long x_step, long rows, const Matrix &m, bool add = false) {
 #pragma omp for
-  for (long panel = 0; panel < panels(m); panel++) part_of_product(y, x, m.in, rows, m, panel, add);
+  for (long panel = 0; panel < panels(m); panel++) part_of_product(y, x, x_step, rows, m, panel, add);
+}
+
+static float inverse_rms(const float *x, long width, float eps) {
+  float square = 0;
+  tile<1, 1>(x, 0, x, 0, width, [&](int, int, float total) { square = total; });
+  return 1 / std::sqrt(square / width + eps);
 }
 
 static void rms_norm(float *y, long y_step, const float *x, long x_step, long rows, long width, const Norm &norm) {
 #pragma omp for
   for (long r = 0; r < rows; r++) {
     const float *in = x + r * x_step;
-    float square = 0;
-    tile<1, 1>(in, 0, in, 0, width, [&](int, int, float total) { square = total; });
-    float inverse = 1 / std::sqrt(square / width + norm.eps);
+    float inverse = inverse_rms(in, width, norm.eps);
     for (long i = 0; i < width; i++) y[r * y_step + i] = in[i] * inverse * norm.weight[i];
   }
 }

@@ -29,7 +29,7 @@ void run_block(const Block *b, const Cache *cache, const Span *s, float *x) {
 // y (rows, out) = x (rows, in) @ m.T
 void run_product(const Matrix *m, float *y, const float *x, int64_t rows, int64_t threads) {
 #pragma omp parallel num_threads(threads)
-  product(y, x, rows, *m);
+  product(y, x, m->in, rows, *m);
 }
 
 // Bytes of each structure, which native.py's have to be as large as
