@@ -81,18 +81,18 @@ class Theirs:
 
 
 class Ours:
-    """The decoder's steps from a prompt whose latents are there."""
+    """The decoder's steps from prompts (B, T) whose latents are there."""
 
     def __init__(self, decoder: Decoder, prompt: Tensor):
         self.decoder, self.prompt, self.cache = decoder, prompt, decoder.cache()
-        self.length = prompt.shape[1]
-        self.cache.resize(1, self.length + TOKENS)
-        decoder.run(prompt[:, :-1], self.cache, decoder.span(self.cache, 0, [0], self.length - 1))
+        self.rows, self.length = prompt.shape
+        self.cache.resize(self.rows, self.length + TOKENS)
+        decoder.run(prompt[:, :-1], self.cache, decoder.span(self.cache, 0, [0] * self.rows, self.length - 1))
 
     def __call__(self, _=None) -> Tensor:
         token, decoder = self.prompt[:, -1:], self.decoder
         for at in range(self.length - 1, self.length - 1 + TOKENS):
-            span = decoder.span(self.cache, 0, [at], 1)
+            span = decoder.span(self.cache, 0, [at] * self.rows, 1)
             token = decoder.head(decoder.run(token, self.cache, span)).float().argmax(-1)
         return token
 

@@ -1,11 +1,12 @@
-"""How fast are training and MoBA on one NVIDIA GPU, beside transformers, nanochat and SDPA's flash kernel?
+"""How fast are training, MoBA and decoding on one NVIDIA GPU, beside transformers, nanochat and SDPA's flash kernel?
 
     python benchmarks/gpu.py [--only mfu,moba,...] [--nanochat FOLDER]
 
 Parts are run one after another and written as they come, so that what a machine's time did not suffice for can follow
 with --only. A training step is forward and backward of the seed's shapes with labels, under bf16 autocast, each model
 compiled; the fastest way counts where transformers has several. MoBA is `attention` as the model calls it, its gate and
-the largest logits of QK-clip included; it has to give what a dense mask gives before it is timed.
+the largest logits of QK-clip included; it has to give what a dense mask gives before it is timed. Decoding is greedy
+steps of one sequence and of 64 after prompts of the context's length.
 """
 
 import json
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import environment, options, write
+from decode import TOKENS, Ours, Theirs, seed_model, transformers_model
 from moonwhale import fp8
 from moonwhale.counts import flops_per_token
+from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.graphs import WORTH
 from moonwhale.model import MoonwhaleConfig, flex
 from moonwhale.model.layout import Layout
 from moonwhale.model.moba import moba_attention, moba_mask
@@ -256,11 +260,31 @@ def fp8_step(bench: Bench, _) -> dict:
     return {"fp8_vs_bf16": ratio(seconds["bf16"], seconds["fp8-blockwise"]), "fp8_seconds": seconds}
 
 
+@torch.inference_mode()
+def decode(bench: Bench, _) -> dict:
+    """Steps of one sequence and of many, as graphs and started one by one, beside transformers' `generate`."""
+    ours, result, table = seed_model(2 * bench.context).to(bench.device), {}, {}
+    peers = {experts: transformers_model(ours, experts).to(bench.device) for experts in EXPERTS}
+    for rows in (1, 64):
+        prompt = torch.randint(ours.config.vocab_size, (rows, bench.context), device=bench.device)
+        decoders = {"graphs": Decoder(ours), "one by one": Decoder(ours)}
+        decoders["one by one"].graphs = None
+        contenders: dict = {name: Ours(decoder, prompt) for name, decoder in decoders.items()}
+        for _ in range(WORTH // TOKENS):
+            contenders["graphs"]()  # until they are recorded
+        contenders |= {f"transformers, {experts}": Theirs(model, prompt) for experts, model in peers.items()}
+        taken = {name: round(1e3 * bench.seconds(step) / TOKENS, 3) for name, step in contenders.items()}
+        best = min(seconds for name, seconds in taken.items() if name.startswith("transformers"))
+        result[f"decode_{rows}"], table[rows] = ratio(best, taken["graphs"]), taken
+        print(f"{rows} sequences, milliseconds a step: {taken}", file=sys.stderr)
+    return result | {"decode_milliseconds": table}
+
+
 def ratio(above: float | None, below: float | None) -> float | None:
     return round(above / below, 3) if above and below else None
 
 
-PARTS = {"mfu": mfu, "moba": moba, "peers": peers, "max_logits": max_logits, "fp8": fp8_step}
+PARTS = {"mfu": mfu, "moba": moba, "peers": peers, "max_logits": max_logits, "fp8": fp8_step, "decode": decode}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,6 +41,7 @@ def test_parts(gpu, tmp_path, capsys):
     assert result["vs_transformers"] == pytest.approx(speeds["moonwhale"] / fastest, abs=1e-3)
     assert result["vs_nanochat"] is None, "no checkout was given"
     assert result["fp8_vs_bf16"] > 0 and "max_logit_share" in result
+    assert result["decode_1"] > 0 and result["decode_64"] > 0
 
 
 def test_a_part_can_follow_and_a_failure_is_named(gpu, tmp_path, monkeypatch):

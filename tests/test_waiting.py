@@ -7,8 +7,6 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moonwhale import fp8, precision
 from moonwhale.errors import UserError
@@ -16,50 +14,10 @@ from moonwhale.model import flex, layout, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.train import base, checkpoints, pretrain, runs
 from moonwhale.train.trainer import MTPTrainer
+from refuses import Refuses
 
-ATEN = torch.ops.aten
-WAITS = {
-    ATEN._local_scalar_dense,
-    ATEN.is_nonzero,
-    ATEN.equal,
-    ATEN.nonzero,
-    ATEN.masked_select,
-    ATEN.bincount,
-    ATEN._unique2,
-    ATEN.unique_consecutive,
-    ATEN.histc,
-}
 TOKENS = torch.arange(128).view(2, 64) * 7 % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(47)], [*range(64)]])
-
-
-READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # operations on a GPU only
-
-
-class RefusesToRead(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        assert function not in READS, f"{function.__name__} waits"
-        return function(*args, **(kwargs or {}))
-
-
-class Refuses(TorchDispatchMode):
-    def __enter__(self):
-        self.reading = RefusesToRead()
-        self.reading.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.reading.__exit__(*error)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kind = function.overloadpacket
-        masks = kind in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_) and any(
-            index is not None and index.dtype is torch.bool for index in args[1]
-        )
-        repeats = kind is ATEN.repeat_interleave and (kwargs or {}).get("output_size") is None
-        assert not (kind in WAITS or masks or (repeats and isinstance(args[0], torch.Tensor))), f"{function} waits"
-        return function(*args, **(kwargs or {}))
 
 
 def dense(q, k, v, scale, mask):

@@ -7,7 +7,8 @@ and no others, by a gate on mean latents.
 On a CPU few tokens go through `native` instead, the same once more in C++: what is here is then its naive twin.
 """
 
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ from torch import Tensor
 from moonwhale.infer import native
 from moonwhale.infer.cache import LatentCache
 from moonwhale.infer.experts import Experts, Network
+from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.linear import Linear
 from moonwhale.infer.native_block import NativeBlock
+from moonwhale.infer.span import Span
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
 from moonwhale.model.layout import Layout
@@ -30,76 +33,6 @@ from moonwhale.model.rope import rotate, rotation_table
 MANY = 64  # new tokens of a row from which expanding latents is cheaper than absorbing
 FEW = 256  # tokens up to which the compiled blocks are the faster
 SHORTLIST = 8192  # tokens a draft is chosen from: the first ids of a BPE vocabulary are its most frequent ones
-
-
-class Span:
-    """Where Q new tokens of each of B sequences go: sequence i sits in slot `first + i` and has `start[i]` tokens."""
-
-    def __init__(
-        self, size: int, rotation: tuple[Tensor, Tensor], cache: LatentCache, first: int, start: list[int], length: int
-    ):
-        """`size` is a MoBA block's, `rotation` the cosines and sines (T, rope / 2) fp32 of all positions."""
-        self.size, self.start, self.length, self.end = size, start, length, max(start) + length
-        self.first, self.tokens, self.stride, self.device = first, len(start) * length, cache.length, cache.device
-        self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
-        self.slots = slice(first, first + len(start))
-        self._rotation, self._dtype = rotation, cache.dtype
-
-    @cached_property
-    def for_native(self) -> native.Span:
-        self._start = torch.tensor(self.start)
-        tensors = (self._start, *self._rotation)
-        return native.Span(
-            len(self.start), self.length, self.first, torch.get_num_threads(), *map(native.address, tensors)
-        )
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """(B, Q) of the new tokens."""
-        return torch.tensor([list(range(n, n + self.length)) for n in self.start], device=self.device)
-
-    @cached_property
-    def place(self) -> Tensor:
-        """(B * Q) of each token among all slots' entries."""
-        return (self.slot * self.stride + self.positions).flatten()
-
-    @cached_property
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, Q, 1, rope / 2)."""
-        return tuple(table[self.positions].unsqueeze(2).to(self._dtype) for table in self._rotation)
-
-    @cached_property
-    def future(self) -> Tensor | None:
-        """(B, Q, 1, end) what lies behind a token; None for a single one, behind which there is nothing."""
-        if self.tokens == 1:
-            return None
-        return (torch.arange(self.end, device=self.device) > self.positions[..., None])[:, :, None]
-
-    @cached_property
-    def filled(self) -> list[tuple[int, int]]:
-        """Each sequence's blocks whose last token is among these."""
-        size, length = self.size, self.length
-        return [(i, block) for i, n in enumerate(self.start) for block in range(n // size, (n + length) // size)]
-
-    @cached_property
-    def slot(self) -> Tensor:
-        """(B, 1) of each sequence."""
-        return torch.arange(self.first, self.slots.stop, device=self.device)[:, None]
-
-    @cached_property
-    def own(self) -> Tensor:
-        """(B, Q, 1, 1) a token's own MoBA block."""
-        return (self.positions // self.size)[:, :, None, None]
-
-    @cached_property
-    def not_earlier(self) -> Tensor:
-        """(B, Q, 1, full + 1) blocks that are no earlier ones of a token."""
-        return torch.arange(self.full + 1, device=self.device) >= self.own
-
-    @cached_property
-    def behind(self) -> Tensor:
-        """(B, Q, 1, 1, size) what of its own block lies behind a token."""
-        return torch.arange(self.size, device=self.device) > (self.positions % self.size)[:, :, None, None, None]
 
 
 class Decoder:
@@ -126,6 +59,7 @@ class Decoder:
         self.norm = _Norm(body.norm)
         self.head = prepare(head)
         self.draft_head = prepare(head[:SHORTLIST]) if len(head) > 2 * SHORTLIST else self.head
+        self.graphs = Graphs(longest=len(self.modules) + 1) if self.device.type == "cuda" else None
 
     def cache(self) -> LatentCache:
         return LatentCache(self.config, self.dtype, self.device)
@@ -135,10 +69,7 @@ class Decoder:
 
     def run(self, tokens: Tensor, cache: LatentCache, span: Span) -> Tensor:
         """The normed hidden states (B, Q, hidden) of new tokens (B, Q), whose entries go into the cache."""
-        x = F.embedding(tokens, self.embedding)
-        for block in self.main:
-            x = block(x, cache, span)
-        return self.norm(x)
+        return self._step(self._main_blocks, (F.embedding(tokens, self.embedding),), cache, span)
 
     def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
         """MTP module `depth` (from 1) of the chain: its normed hidden states (B, Q, hidden), for `draft_head`.
@@ -146,7 +77,17 @@ class Decoder:
         hidden (B, Q, hidden) is `run`'s, or the module's before; ahead (B, Q) are the tokens `depth` after each
         position.
         """
-        return self.modules[depth - 1](hidden, F.embedding(ahead, self.embedding), cache, span)
+        return self._step(self.modules[depth - 1], (hidden, F.embedding(ahead, self.embedding)), cache, span)
+
+    def _step(self, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, span: Span) -> Tensor:
+        if self.graphs and self.graphs.serve(span):
+            return self.graphs(function, tensors, cache, span)
+        return function(*tensors, cache, span)
+
+    def _main_blocks(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
+        for block in self.main:
+            x = block(x, cache, span)
+        return self.norm(x)
 
 
 class _Block:
@@ -229,9 +170,7 @@ class _Attention:
             latent = self._convolved(latent, values, span)
         keys.flatten(0, 1).index_copy_(0, span.place, torch.cat([latent, k_rope], dim=-1).flatten(0, 1))
         if means is not None:
-            for i, block in span.filled:
-                entries = keys[span.first + i, block * self.size : (block + 1) * self.size]
-                means[span.first + i, block] = entries.mean(0, dtype=torch.float32)
+            span.average(keys, means)
 
     def _convolved(self, latent: Tensor, values: Tensor, span: Span) -> Tensor:
         """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents remembered."""

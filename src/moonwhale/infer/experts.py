@@ -7,6 +7,8 @@ from torch import Tensor
 from moonwhale.infer.linear import Linear
 from moonwhale.model.moe import MLP, DeepseekMoE
 
+FEW = 256  # tokens up to which reading all experts takes a GPU longer than computing them
+
 
 class Network:
     """A gated feed-forward network of its two products, the first of which gives gate and value side by side."""
@@ -26,24 +28,41 @@ class Network:
 
 
 class Experts:
-    """Each chosen expert for its own tokens, and the shared ones, as one network, for all."""
+    """Each chosen expert for its own tokens, and the shared ones, as one network, for all.
+
+    On a GPU few tokens go through all experts: their matrices are read anyway, and nobody waits to hear which.
+    """
 
     def __init__(self, moe: DeepseekMoE, prepare):
-        self.gate = moe.gate
-        weights = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
-        self.networks = [Network(prepare(up), prepare(down)) for up, down in weights]
+        self.gate, self.n_experts = moe.gate, moe.gate.n_experts
         self.shared = None if moe.shared_experts is None else Network.of(moe.shared_experts, prepare)
-        # On a GPU the model's own grouped products suit better.
-        self.grouped = moe.experts if moe.gate.weight.device.type != "cpu" else None
+        self.stacks = moe.experts if moe.gate.weight.device.type != "cpu" else None
+        if not self.stacks:
+            weights = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
+            self.networks = [Network(prepare(up), prepare(down)) for up, down in weights]
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         _, index, gates = self.gate(rows)
-        out = torch.zeros_like(rows) if self.shared is None else self.shared(rows)
-        if self.grouped:
-            return (out + self.grouped(rows, index, gates)).view_as(x)
+        if not self.stacks:
+            out = self._own_tokens(rows, index, gates)
+        else:
+            out = self._all_tokens(rows, index, gates) if len(rows) <= FEW else self.stacks(rows, index, gates)
+        if self.shared:
+            out = out + self.shared(rows)
+        return out.view_as(x)
+
+    def _own_tokens(self, rows: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         chosen, order = index.flatten().sort()
-        token, weight = order // index.shape[1], gates.flatten()[order].to(x.dtype).unsqueeze(1)
-        pieces = rows[token].split(torch.bincount(chosen, minlength=len(self.networks)).tolist())
+        token, weight = order // index.shape[1], gates.flatten()[order].to(rows.dtype).unsqueeze(1)
+        pieces = rows[token].split(torch.bincount(chosen, minlength=self.n_experts).tolist())
         done = torch.cat([run(piece) for run, piece in zip(self.networks, pieces, strict=True) if len(piece)])
-        return out.index_add_(0, token, done * weight).view_as(x)
+        return torch.zeros_like(rows).index_add_(0, token, done * weight)
+
+    def _all_tokens(self, rows: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        """As a network of all experts side by side, in which what was not chosen weighs nothing."""
+        weight = gates.new_zeros(len(rows), self.n_experts).scatter_(1, index, gates)
+        inner = F.linear(rows, self.stacks.gate_up_proj.flatten(0, 1)).unflatten(1, (self.n_experts, -1))
+        gate, up = inner.chunk(2, dim=-1)
+        activated = F.silu(gate) * up * weight.unsqueeze(2).to(rows.dtype)
+        return (activated.transpose(0, 1) @ self.stacks.down_proj.transpose(1, 2)).sum(0)
