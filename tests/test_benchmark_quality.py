@@ -79,7 +79,7 @@ def quality(monkeypatch):
     for recipe in (module.RECIPE, module.DENSE_RECIPE, module.NANOCHAT_RECIPE):
         monkeypatch.setitem(recipe, "rows", 2)
     for rates in ("OUR_RATES", "DENSE_RATES", "NANOCHAT_RATES"):
-        monkeypatch.setattr(module, rates, getattr(module, rates)[:2])
+        monkeypatch.setattr(module, rates, getattr(module, rates)[:3])
     return module
 
 
@@ -117,9 +117,11 @@ def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
     assert result["vs_nanochat"] == pytest.approx(bits["ours"] / bits["nanochat"], abs=1e-4)
     assert result["active_parameters"]["ours"] < result["parameters"]["ours"]
     for name, tried in result["rates"].items():
-        assert len(tried) == 2
-        best = min(tried, key=tried.get)
+        finals = result["finals"][name]
+        assert len(tried) == 3 and set(finals) == set(sorted(tried, key=tried.get)[:2])
+        best = min(finals, key=finals.get)
         assert result["recipes"][name]["lr"] == float(best)
+        assert result["tuning_bits_per_byte"][name] == finals[best]
         assert result["seconds"][name] >= 0.2
         assert result["curves"][name][-1][1] == result["tokens"][name]
 
@@ -208,7 +210,7 @@ def test_a_rate_that_diverges_is_never_the_best(quality):
     def train(seconds, recipe):
         return {"tuning_bits_per_byte": {1.0: math.nan, 2.0: 3.0, 4.0: 2.0}[recipe["lr"]]}
 
-    assert list(quality.tuned(train, {"lr": 0}, (1.0, 2.0, 4.0), 1)) == [4.0, 2.0, 1.0]
+    assert list(quality.tried(train, {"lr": 0}, (1.0, 2.0, 4.0), 1)) == [4.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["ours", "dense"])
