@@ -32,7 +32,7 @@ def sizes() -> str:
             f"{n.parameters / 1e6:.1f} M",
             f"{n.active_parameters / 1e6:.1f} M",
             f"{n.parameters_per_block / 1e6:.2f} M",
-            f"{' + '.join(map(str, config.mtp_blocks))} blocks",
+            f"{' + '.join(map(str, config.mtp_blocks))} block{'s' * (sum(config.mtp_blocks) > 1)}",
             f"{n.kv_cache_bytes_per_token:,} B ({n.mha_cache_bytes_per_token:,} B)",
             preset.summary,
         ]

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from moonwhale import fp8
-from moonwhale.infer import graphs
+from moonwhale.infer import graphs, scheduler
 from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.drafting import Drafting
 from moonwhale.model import MoonwhaleForCausalLM, flex, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from test_decoder import CONFIGS
+from test_scheduler import request
 from test_waiting import dense
 
 CUDA, MPS, META = 1, 13, 14  # c10::DeviceType
@@ -124,6 +126,44 @@ def test_so_do_graphs(changes, there, monkeypatch):
     tokens = torch.zeros(3, 3, dtype=torch.long, device="cuda")
     hidden = decoder.run(tokens, cache, decoder.span(cache, 0, [2, 21, 12], 3))
     assert hidden.shape == (3, 3, 32) and hidden.device.type == "cuda" and decoder.graphs._recorded
+
+
+class Noise:
+    """Drawn by nobody, since a generator needs its GPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def of(self, n):
+        return torch.ones(61, device=self.device)
+
+    def forget(self, n):
+        pass
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.1}], ids=str
+)
+@pytest.mark.parametrize("draft", [0, 2])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@torch.no_grad()
+def test_so_do_batches_that_come_and_go(device, draft, options, there, monkeypatch):
+    """All the scheduler's work but reading: whatever it reads is a 7."""
+    monkeypatch.setattr(graphs, "record", lambda function, pool: (lambda: None, function(), None))
+    monkeypatch.setattr(graphs, "WORTH", 0)
+    monkeypatch.setattr(scheduler, "PIECE", 16)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [7] * len(self))
+    model = there(device, max_position_embeddings=128, mtp_num_blocks=[1, 2], **SPARSE).eval()
+    server = scheduler.Scheduler(Decoder(model), 10**8, 8, Drafting(2, draft))
+    waiting = [request([5] * n, tokens=m, **options) for n, m in ((1, 12), (9, 4), (40, 6))]
+    for one in waiting:
+        one.noise = Noise(device)
+        server.submit(one)
+    while not server.idle:
+        scheduler.Scheduler.step.__wrapped__(server)
+    assert [len(one.token_ids) for one in waiting] == [12, 4, 6]
+    assert (waiting[0].drafted != []) == (draft > 0)
+    assert device != "cuda" or server.decoder.graphs._recorded
 
 
 def test_a_mixture_of_devices_and_a_look_are_seen(fake):
