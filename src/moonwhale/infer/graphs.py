@@ -100,7 +100,7 @@ class _AnySpan(Span):
     def last_full(self) -> Tensor:
         """(B) the last block, among all slots', that a sequence has filled: its first one as long as there is none.
 
-        These tokens have filled no other, as they are fewer than a block holds.
+        These tokens have filled no other, as they are no more than a block holds.
         """
         slot = self.slot[:, 0]
         tokens = self.place.view(len(slot), -1)[:, -1] - slot * self.stride + 1
