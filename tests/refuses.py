@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ATEN = torch.ops.aten
 WAITS = {
     ATEN._local_scalar_dense,
+    ATEN.item,  # which stays whole under inference_mode
     ATEN.is_nonzero,
     ATEN.equal,
     ATEN.nonzero,

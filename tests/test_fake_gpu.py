@@ -59,9 +59,11 @@ def there(tiny_config, fake):
 
     def there(device, dtype=torch.float32, **overrides):
         torch.set_default_dtype(dtype)
-        with torch.device(device):
-            model = MoonwhaleForCausalLM(tiny_config(**overrides))
-        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device(device):
+                model = MoonwhaleForCausalLM(tiny_config(**overrides))
+        finally:
+            torch.set_default_dtype(torch.float32)
         assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
         return model
 
@@ -115,11 +117,16 @@ def test_steps_stay_on_their_gpu(device, changes, there):
         assert decoder.head(guess).device.type == device and guess.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-@torch.no_grad()
-def test_so_do_graphs(changes, there, monkeypatch):
+@pytest.fixture
+def recording(monkeypatch):
+    """Each step is recorded, by being run."""
     monkeypatch.setattr(graphs, "record", lambda function, pool: (lambda: None, function(), None))
     monkeypatch.setattr(graphs, "WORTH", 0)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_so_do_graphs(changes, there, recording):
     decoder = Decoder(there("cuda", num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval())
     cache = decoder.cache()
     cache.resize(4, 64)
@@ -147,10 +154,8 @@ class Noise:
 @pytest.mark.parametrize("draft", [0, 2])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 @torch.no_grad()
-def test_so_do_batches_that_come_and_go(device, draft, options, there, monkeypatch):
+def test_so_do_batches_that_come_and_go(device, draft, options, there, recording, monkeypatch):
     """All the scheduler's work but reading: whatever it reads is a 7."""
-    monkeypatch.setattr(graphs, "record", lambda function, pool: (lambda: None, function(), None))
-    monkeypatch.setattr(graphs, "WORTH", 0)
     monkeypatch.setattr(scheduler, "PIECE", 16)
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [7] * len(self))
     model = there(device, max_position_embeddings=128, mtp_num_blocks=[1, 2], **SPARSE).eval()

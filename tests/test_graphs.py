@@ -132,6 +132,19 @@ def test_few_sizes_serve_all():
 
 
 @torch.inference_mode()
+def test_no_expert_is_asked_for_where_rows_are_rounded_up(model, taped):
+    """85 rows of 3 tokens are few, and the 88 of a graph too many to go through all experts."""
+    decoder, plain = taped(model), Decoder(model)
+    tokens = torch.arange(85 * 3).view(85, 3) % 61
+    found = []
+    for one in (decoder, plain):
+        cache = one.cache()
+        cache.resize(88, 8)
+        found.append(one.run(tokens, cache, one.span(cache, 0, [0] * 85, 3)))
+    torch.testing.assert_close(*found)
+
+
+@torch.inference_mode()
 def test_what_comes_seldom_is_not_recorded(model, taped, monkeypatch):
     monkeypatch.setattr(graphs, "WORTH", 3)
     decoder = taped(model)

@@ -46,8 +46,10 @@ class Experts:
         _, index, gates = self.gate(rows)
         if not self.stacks:
             out = self._own_tokens(rows, index, gates)
+        elif len(rows) <= FEW:
+            out = self._all_tokens(rows, index, gates)
         else:
-            out = self._all_tokens(rows, index, gates) if len(rows) <= FEW else self.stacks(rows, index, gates)
+            out = self.stacks(rows, index, gates)
         if self.shared:
             out = out + self.shared(rows)
         return out.view_as(x)

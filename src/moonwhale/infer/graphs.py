@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
+from moonwhale.infer.experts import FEW
 from moonwhale.infer.span import Span
 
 BOUND = 256  # tokens of the smallest bound; the others are its doubles
-FEW = 256  # tokens of a step, rows together, beyond which starting kernels is not what takes the time
 WORTH = 32  # steps of the same size before one is recorded, which takes about as long as they
 
 
@@ -26,7 +26,7 @@ class Graphs:
     new tokens each.
 
     The number of rows is rounded up. Rows that are none write their entries at the end of a slot, which the scheduler
-    leaves free.
+    leaves free. Only as many tokens as go through all experts: where these are chosen, somebody has to wait.
     """
 
     def __init__(self, longest: int):
@@ -34,7 +34,8 @@ class Graphs:
         self._forget([])
 
     def serve(self, span: Span) -> bool:
-        return span.first == 0 and span.length <= min(self.longest, span.size) and span.tokens <= FEW
+        tokens = _rounded(len(span.start)) * span.length
+        return span.first == 0 and span.length <= min(self.longest, span.size) and tokens <= FEW
 
     def __call__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cache: LatentCache, span: Span):
         """`function(*tensors, cache, span)`, from tensors (B, Q, …) to one, which stays valid until the next call."""
