@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
 from common import deepseek_config, environment, options, timed_rounds, write
-from moonwhale.counts import count
+from moonwhale.checkpoint import open_checkpoint
+from moonwhale.costs import count
+from moonwhale.data.loading import load_source
 from moonwhale.data.packing import prepare
-from moonwhale.data.sources import load_source
-from moonwhale.infer.checkpoint import open_checkpoint
 from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.detokenizer import TokenBytes
 from moonwhale.infer.engine import Engine
-from moonwhale.infer.text import TokenBytes
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import tune_allocator
 from moonwhale.presets import PRESETS

@@ -25,11 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common import environment, options, write
 from decode import TOKENS, Ours, Theirs, seed_model, transformers_model
 from moonwhale import fp8
-from moonwhale.counts import flops_per_token
+from moonwhale.costs import flops_per_token
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.graphs import WORTH
 from moonwhale.model import MoonwhaleConfig, flex
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention, moba_mask
 from moonwhale.precision import peak_flops, why_not_precision
 from moonwhale.presets import PRESETS
@@ -187,7 +187,7 @@ def moba(bench: Bench, _) -> dict:
         widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
         *inputs, d_out = (torch.randn(1, HEADS, length, width, device=bench.device, dtype=BF16) for width in widths)
         inputs = [x.requires_grad_() for x in inputs]
-        layout = Layout.of(1, length, bench.device, None, None)
+        documents = Documents.of(1, length, bench.device, None, None)
 
         def both(run, inputs=inputs, d_out=d_out):
             torch.autograd.grad(run(*inputs), inputs, d_out)
@@ -195,8 +195,8 @@ def moba(bench: Bench, _) -> dict:
         taken = {"flash": bench.seconds(lambda both=both: both(lambda *qkv: flash(*qkv, scale)))}
         for name, setting in SETTINGS.items():
             taken[name] = bench.seconds(
-                lambda both=both, layout=layout, setting=setting: both(
-                    lambda *qkv: attention(*qkv, scale, layout, *setting)
+                lambda both=both, documents=documents, setting=setting: both(
+                    lambda *qkv: attention(*qkv, scale, documents, *setting)
                 )
             )
         ratios = {name: round(taken["flash"] / taken[name], 3) for name in SETTINGS}
@@ -205,10 +205,12 @@ def moba(bench: Bench, _) -> dict:
     return result | {"moba": table}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
+) -> Tensor:
     """MoBA's output by the way that the model would take here."""
-    way = flex.attention if flex.serves(q, layout) else moba_attention
-    return way(q, k, v, scale, layout, block_size, topk)[0]
+    way = flex.attention if flex.serves(q, documents) else moba_attention
+    return way(q, k, v, scale, documents, block_size, topk)[0]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -221,7 +223,10 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
     """The largest relative difference of output and gradients, long contexts' way, from a dense mask in fp32."""
     length = block_size * (topk + 5)
-    layout, widths = Layout.of(1, length, bench.device, None, None), (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
+    documents, widths = (
+        Documents.of(1, length, bench.device, None, None),
+        (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH),
+    )
     *given, d_out = (torch.randn(1, 2, length, width, device=bench.device, dtype=BF16) for width in widths)
     results, usual = [], flex.LONG
     for long in (0, usual, None):
@@ -229,12 +234,12 @@ def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
         inputs = [x.detach().requires_grad_() for x in inputs]
         if long is None:
             q, k, v = inputs
-            seen = moba_mask(q @ k.mT, layout, block_size, topk)
+            seen = moba_mask(q @ k.mT, documents, block_size, topk)
             out = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
         else:
             torch._dynamo.reset()
             flex.LONG = long
-            out = attention(*inputs, scale, layout, block_size, topk)
+            out = attention(*inputs, scale, documents, block_size, topk)
             flex.LONG = usual
         results.append([out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))])
     *ours, exact = results

@@ -23,17 +23,17 @@ from statistics import mean
 import torch
 
 import common
-from moonwhale.data.conversations import load_conversations
-from moonwhale.data.sources import load_source
+from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.data.loading import load_source
+from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.tasks import Task, load_task
-from moonwhale.evaluate.answers import answer, score_answers
 from moonwhale.evaluate.drafts import DraftScore
+from moonwhale.evaluate.tasks import answer, score_answers
 from moonwhale.infer.engine import Engine
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
-from moonwhale.posttrain.report import rewards_of
+from moonwhale.posttrain.progress import rewards_of
 from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.precision import tune_allocator
-from moonwhale.train import checkpoints
 
 TASK = (  # sums of eight numbers up to ten
     'basic_arithmetic:operators=["+"]:min_terms=8:max_terms=8:min_digits=1:max_digits=1:'
@@ -144,7 +144,7 @@ def one_seed(task: Task, work: Path, seed: int, sizes: Sizes, before: dict) -> d
     minutes = (time.perf_counter() - begin) / 60
     after = measure(out, task, sizes)
     say(f"seed {seed}: {shown(after)}, after {minutes:.1f} minutes of GRPO")
-    log = [entry for entry in checkpoints.history(checkpoints.newest(out)) if "reward" in entry]
+    log = [entry for entry in log_history(newest_whole(out)) if "reward" in entry]
     return {
         "after": after,
         "acceptance_kept": after["acceptance"] / max(before["acceptance"], 1e-9),
@@ -212,7 +212,7 @@ def chat_drafts(checkpoint: str, work: Path, sizes: Sizes) -> dict:
         checkpoint=checkpoint, out=str(out), steps=sizes.chat_steps, eval_every=0, save_every=0, report_to=["none"]
     )
     quietly(sft, config)
-    log = [e["loss_main"] for e in checkpoints.history(checkpoints.newest(out)) if "loss_main" in e]
+    log = [e["loss_main"] for e in log_history(newest_whole(out)) if "loss_main" in e]
     return {
         "before": chat_acceptance(checkpoint),
         "after": chat_acceptance(out),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import environment, options, timed_rounds, write
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention
 from moonwhale.precision import tune_allocator
 
@@ -21,14 +21,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def contenders(length: int, block_size: int) -> dict:
     """Both kinds of attention, forward only and with the backward pass, on (q, k, v, gradient)."""
-    layout, scale = Layout.of(1, length, torch.device("cpu"), None, None), KEY_WIDTH**-0.5
+    documents, scale = Documents.of(1, length, torch.device("cpu"), None, None), KEY_WIDTH**-0.5
 
     def full(q, k, v):
         wide = F.pad(v, (0, KEY_WIDTH - VALUE_WIDTH))
         return F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)[..., :VALUE_WIDTH]
 
     def moba(q, k, v):
-        return moba_attention(q, k, v, scale, layout, block_size, TOPK)[0]
+        return moba_attention(q, k, v, scale, documents, block_size, TOPK)[0]
 
     def forward(attention):
         def run(given):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common import ROOT, environment, options, timed_rounds, write
-from moonwhale.counts import count
+from moonwhale.costs import count
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, attention
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.precision import choose, tune_allocator

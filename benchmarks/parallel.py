@@ -40,9 +40,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from common import ROOT, environment, options, write
-from moonwhale.pipeline.kinds import SCHEDULES, places
-from moonwhale.pipeline.schedule import EngineStage, build_engine
-from moonwhale.pipeline.stages import Part
+from moonwhale.parallel.options import SCHEDULES, places
+from moonwhale.parallel.schedules import EngineStage, build_engine
+from moonwhale.parallel.stages import Part
 from parallel_runs import LAYOUTS, equality, kills, memory
 
 COST = {"F": 1, "B": 2, "I": 1, "W": 1}

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from moonwhale import cli
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
-from moonwhale.pipeline.shards import gathered
-from moonwhale.train.trainer import MTPTrainer
+from moonwhale.parallel.fsdp import gathered
+from moonwhale.train.mtp_trainer import MTPTrainer
 
 
 class Held:

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 import parallel_rank
 from common import environment
 from moonwhale import options
-from moonwhale.counts import kept_probabilities
+from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.costs import kept_probabilities
 from moonwhale.model import MoonwhaleConfig
-from moonwhale.pipeline.estimate import Estimate, Layout
-from moonwhale.train import checkpoints
+from moonwhale.planning.cost_model import Estimate, ParallelLayout
 
 MODEL = {
     "vocab_size": 300,
@@ -134,7 +134,7 @@ class Run:
 
     def history(self) -> list[dict]:
         """What was logged, without the times."""
-        logs = checkpoints.history(checkpoints.newest(self.out))
+        logs = log_history(newest_whole(self.out))
         return [{k: v for k, v in log.items() if not re.search("second|runtime|mfu", k)} for log in logs]
 
 
@@ -280,7 +280,7 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     """What `moonwhale plan` says of every process."""
     pp, schedule = parallel.get("pp", 1), parallel.get("schedule", "1f1b")
     micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
-    layout = Layout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
+    layout = ParallelLayout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
     estimate, blocks = Estimate(config, run["context"], number_bytes=4), range(config.num_blocks)
     kept = [kept_probabilities(config, i, run["context"]) for i in blocks]  # plans are for GPUs, and this is a CPU
     estimate.sizes = replace(estimate.sizes, saved=tuple(map(sum, zip(estimate.sizes.saved, kept, strict=True))))

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from common import ROOT, _cpu_seconds, environment, options, write
 from dense import DenseLM, adamw_groups, cosine_decay
-from moonwhale.counts import count
+from moonwhale.costs import count
 from moonwhale.data.chat import encode_documents
-from moonwhale.data.documents import texts_of
-from moonwhale.data.sources import load_source
+from moonwhale.data.loading import load_source
+from moonwhale.data.source import texts_of
 from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM

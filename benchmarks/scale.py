@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from common import ROOT, environment, options, timed_rounds, write
-from moonwhale.counts import count, flops_per_token
+from moonwhale.costs import count, flops_per_token
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import choose, tune_allocator
 from moonwhale.presets import PRESETS
@@ -44,7 +44,7 @@ memory beyond what the libraries take. [scale.py](../benchmarks/scale.py) measur
 
 ## Context
 
-One row; TFLOP are the operations of a step as [counts.py](../src/moonwhale/counts.py) counts them.
+One row; TFLOP are the operations of a step as [costs.py](../src/moonwhale/costs.py) counts them.
 
 {contexts}
 

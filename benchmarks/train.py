@@ -29,7 +29,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from common import deepseek_config, environment, options, timed_rounds, write
 from dense import DenseLM
-from moonwhale.counts import count, flops_per_token
+from moonwhale.costs import count, flops_per_token
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import choose, measured_flops, tune_allocator
 from moonwhale.presets import PRESETS

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Polygon
 
-from moonwhale.counts import count
+from moonwhale.costs import count
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.presets import get_preset
 

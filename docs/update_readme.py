@@ -19,7 +19,7 @@ def demo() -> str:
 
 def sizes() -> str:
     """The presets, counted."""
-    from moonwhale.counts import count
+    from moonwhale.costs import count
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
     from moonwhale.presets import PRESETS
 

@@ -77,7 +77,7 @@ def text_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     """`tiny_run(**options)`: the options of a run of a second, every mechanism in it, two micro-batches a step."""
-    from moonwhale.train.arguments import resolve
+    from moonwhale.train.config import resolve
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     # Two MTP modules, and no block with full attention

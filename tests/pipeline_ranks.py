@@ -12,21 +12,21 @@ from torch.distributed.tensor import DTensor
 
 from moonwhale import fp8
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE
 from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
+from moonwhale.optim.muon_distributed import SharedMuonClip
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
-from moonwhale.pipeline import experts
-from moonwhale.pipeline import pipeline as running
-from moonwhale.pipeline.experts import Exchange, Trip, own_experts, share_
-from moonwhale.pipeline.kinds import SCHEDULES
-from moonwhale.pipeline.muon import SharedMuonClip
-from moonwhale.pipeline.pipeline import Pipeline
-from moonwhale.pipeline.ranks import stand
-from moonwhale.pipeline.schedule import own_parts, splits_backward
-from moonwhale.pipeline.shards import gathered
-from moonwhale.pipeline.stages import Stage, cut, keep_
+from moonwhale.parallel import expert_parallel
+from moonwhale.parallel import pipeline as running
+from moonwhale.parallel.expert_parallel import Exchange, Trip, own_experts, share_
+from moonwhale.parallel.fsdp import gathered
+from moonwhale.parallel.options import SCHEDULES
+from moonwhale.parallel.pipeline import Pipeline
+from moonwhale.parallel.process_groups import stand
+from moonwhale.parallel.schedules import own_parts, splits_backward
+from moonwhale.parallel.stages import Stage, cut, keep_
 
 LIMIT = 120  # seconds that a rank waits for another
 
@@ -44,9 +44,9 @@ def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tenso
 
 
 def targets_of(config: MoonwhaleConfig, batch: dict[str, Tensor]) -> Tensor:
-    layout = Layout.of(*batch["labels"].shape, "cpu", None, batch["position_ids"])
+    documents = Documents.of(*batch["labels"].shape, "cpu", None, batch["position_ids"])
     depths = range(1 + config.num_nextn_predict_layers)
-    return torch.stack([(shifted_labels(batch["labels"], layout, d) != IGNORE).sum() for d in depths])
+    return torch.stack([(shifted_labels(batch["labels"], documents, d) != IGNORE).sum() for d in depths])
 
 
 def model_of(config: dict, weights: dict[str, Tensor]) -> MoonwhaleForCausalLM:
@@ -191,7 +191,7 @@ def layer(case: dict) -> dict:
 
 
 def run(case: dict) -> list[dict] | dict:
-    experts.Trip = SimpleNamespace(of=swapped) if case.get("mutant") == "home" else Trip
+    expert_parallel.Trip = SimpleNamespace(of=swapped) if case.get("mutant") == "home" else Trip
     return (layer if "precision" in case else ranks)(case)
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from moonwhale import cli
-from moonwhale.train import arguments
+from moonwhale.parallel.options import parallel_fields
+from moonwhale.presets import model_fields
+from moonwhale.train.config import parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -73,7 +75,7 @@ def test_a_broken_link_is_seen():
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
-PARALLEL = {f"--parallel.{name}" for name in arguments.parallel_fields()}
+PARALLEL = {f"--parallel.{name}" for name in parallel_fields()}
 
 
 def options_of(*verb: str) -> set[str]:
@@ -103,18 +105,14 @@ def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
     if verb not in options:
         return None if verb in ("VERB", "tokenizer") or verb.startswith("--") else f"no verb {verb}"
     given = {word.partition("=")[0] for word in command if word.startswith("--")}
-    fields = (
-        {f"--model.{name}" for name in (*arguments.model_fields(), "FIELD")}
-        if verb in ("train", "info", "plan")
-        else set()
-    )
+    fields = {f"--model.{name}" for name in (*model_fields(), "FIELD")} if verb in ("train", "info", "plan") else set()
     if verb == "train":
         fields |= PARALLEL
     unknown = given - options[verb] - fields
     if unknown:
         return f"moonwhale {verb} has no {', '.join(sorted(unknown))}"
     if verb == "train" and not given & {"--config", "--help"}:  # the file is an example
-        arguments.parse(command[1:])  # the values fit together
+        parse(command[1:])  # the values fit together
     return None
 
 
@@ -128,7 +126,7 @@ def test_commands_can_be_typed(document, options, tmp_path, monkeypatch):
 def test_options_exist(document, options):
     """Also those that the text names by themselves."""
     known = set().union(*options.values(), {"--version", "--check", "--model.FIELD"})
-    known |= {f"--model.{name}" for name in arguments.model_fields()} | PARALLEL
+    known |= {f"--model.{name}" for name in model_fields()} | PARALLEL
     named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
     assert not named - known
 
@@ -209,7 +207,7 @@ def test_the_picture_is_the_configurations(drawing, tmp_path):
 
 
 def test_the_picture_shows_what_is_counted(drawing):
-    from moonwhale.counts import count
+    from moonwhale.costs import count
 
     config = drawing.configuration("seed_190m")
     counts, shown = count(config), "\n".join(words(drawing.PICTURE))

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from moonwhale import doctor, precision
+from moonwhale import precision
 from moonwhale.errors import UserError
+from moonwhale.inspect import doctor
 
 CPU = torch.device("cpu")
 
@@ -257,7 +258,7 @@ def test_doctor_refuses_an_unknown_option():
 def test_doctors_help_imports_neither_torch_nor_transformers():
     code = """
 import sys
-from moonwhale.doctor import main
+from moonwhale.inspect.doctor import main
 try:
     main(["--help"])
 finally:

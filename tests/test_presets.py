@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from moonwhale.counts import count
+from moonwhale.costs import count
 from moonwhale.errors import UserError
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.presets import PRESETS, get_preset, model_fields
-from moonwhale.train.arguments import TrainConfig, build_model_config, resolve
+from moonwhale.train.config import TrainConfig, build_model_config, resolve
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -15,15 +15,15 @@ VERBS = {
     "recipe": ("moonwhale.posttrain.recipe:main", "carry out several stages of training, from a file"),
     "generate": ("moonwhale.infer.commands:main_generate", "continue a text, or answer one"),
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
-    "serve": ("moonwhale.infer.commands:main_serve", "answer over HTTP: OpenAI's API and a chat page"),
+    "serve": ("moonwhale.serve.commands:main", "answer over HTTP: OpenAI's API and a chat page"),
     "eval": ("moonwhale.evaluate.commands:main", "measure a model: text, tasks, multiple choice"),
-    "xray": ("moonwhale.infer.commands:main_xray", "draw what happened inside a model, as a page"),
+    "xray": ("moonwhale.inspect.commands:main", "draw what happened inside a model, as a page"),
     "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
-    "export": ("moonwhale.export:main", "write a checkpoint in another format"),
-    "info": ("moonwhale.info:main", "count what a preset or a checkpoint costs"),
-    "plan": ("moonwhale.plan:main", "lay a run out over many GPUs, and count what it costs"),
-    "doctor": ("moonwhale.doctor:main", "say what this machine can do, and why not more"),
+    "export": ("moonwhale.export.commands:main", "write a checkpoint in another format"),
+    "info": ("moonwhale.inspect.info:main", "count what a preset or a checkpoint costs"),
+    "plan": ("moonwhale.planning.plan:main", "lay a run out over many GPUs, and count what it costs"),
+    "doctor": ("moonwhale.inspect.doctor:main", "say what this machine can do, and why not more"),
 }
 
 

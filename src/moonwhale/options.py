@@ -228,3 +228,11 @@ def require(config: object, name: str, ok: bool, fix: str) -> None:
     """Raises a UserError about the option `name` of `config` unless its value is ok."""
     if not ok:
         raise UserError(f"--{name.replace('_', '-')}: {getattr(config, name)!r} is impossible: {fix}")
+
+
+def positive(text: str, name: str) -> int:
+    """Reads the value of the option `name` as a whole number of at least 1, or raises a UserError."""
+    value = convert(text, int, name, from_text=True)
+    if value < 1:
+        raise UserError(f"{name}: {value} is impossible: it must be at least 1")
+    return value

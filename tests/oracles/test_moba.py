@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moonwhale.model import MoonwhaleForCausalLM, attention, moba
-from moonwhale.model.layout import BlockTable, Layout
+from moonwhale.model.documents import BlockTable, Documents
 from moonwhale.model.mla import MultiheadLatentAttention
 
 SIZE = 4  # keys in a block
@@ -27,7 +27,7 @@ ROWS = {
 }
 
 
-def read(rows) -> tuple[Layout, list[list[range]]]:
+def read(rows) -> tuple[Documents, list[list[range]]]:
     """The layout of those rows, and where in each row its sequences lie."""
     mask = torch.tensor([[int(n > 0) for n in row for _ in range(abs(n))] for row in rows])
     position_ids = torch.tensor([[i for n in row for i in range(abs(n))] for row in rows])
@@ -35,14 +35,14 @@ def read(rows) -> tuple[Layout, list[list[range]]]:
     for row in rows:
         ends = torch.tensor(row).abs().cumsum(0).tolist()
         documents.append([range(end - n, end) for n, end in zip(row, ends, strict=True) if n > 0])
-    return Layout.of(*mask.shape, mask.device, mask, position_ids), documents
+    return Documents.of(*mask.shape, mask.device, mask, position_ids), documents
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def heads_of(layout: Layout):
+def heads_of(layout: Documents):
     batch, length = layout.segment.shape
     return [normal(batch, HEADS, length, width, seed=width) for width in (WIDTH, WIDTH + 1, V_WIDTH)]
 
@@ -164,7 +164,7 @@ def count_scores(monkeypatch, length, topk, size=16):
         patch.setattr(attention, "_scores", scores)
         patch.setattr(attention, "CHUNK", length)  # every block in one piece, so that causality saves nothing
         q, k, v = (normal(1, 1, length, 4, seed=i).float() for i in range(3))
-        moba.moba_attention(q, k, v, 0.5, Layout.of(1, length, q.device, None, None), size, topk)
+        moba.moba_attention(q, k, v, 0.5, Documents.of(1, length, q.device, None, None), size, topk)
     return computed
 
 
@@ -219,7 +219,7 @@ def test_gates_are_fp32_under_autocast(monkeypatch):
     q, k, v = (normal(1, 4, 256, 32, seed=seed).bfloat16() for seed in range(3))
     seen, right = [], moba.choose_blocks
     monkeypatch.setattr(moba, "choose_blocks", lambda *args: seen.append(right(*args)) or seen[-1])
-    layout = Layout.of(1, 256, q.device, None, None)
+    layout = Documents.of(1, 256, q.device, None, None)
     moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
     with torch.autocast("cpu", torch.bfloat16):
         moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
@@ -412,7 +412,7 @@ def blocks_by_column(layout, size):
 
 @pytest.mark.parametrize("rows", ["padded on the left", "packed"])
 def test_mutant_padding_shifts_the_blocks(rows, monkeypatch):
-    monkeypatch.setattr(Layout, "blocks", blocks_by_column)
+    monkeypatch.setattr(Documents, "blocks", blocks_by_column)
     assert_naive(ROWS["ragged"], 2)
     assert_naive_mask(ROWS["ragged"], 2)
     caught(assert_naive, ROWS[rows], 2)
@@ -420,7 +420,7 @@ def test_mutant_padding_shifts_the_blocks(rows, monkeypatch):
 
 
 def test_mutant_padding_shifts_the_blocks_of_the_model(sparse_model, monkeypatch):
-    monkeypatch.setattr(Layout, "blocks", blocks_by_column)
+    monkeypatch.setattr(Documents, "blocks", blocks_by_column)
     caught(assert_padding_changes_nothing, sparse_model, "left")
     caught(assert_packing_changes_nothing, sparse_model)
 

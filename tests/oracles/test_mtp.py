@@ -11,7 +11,7 @@ from transformers.modeling_layers import MtpModel
 
 from moonwhale.model import loss as loss_module
 from moonwhale.model import modeling_moonwhale, mtp
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.loss import linear_cross_entropy
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
 from moonwhale.model.mtp import MTPModule, shifted_labels
@@ -57,9 +57,9 @@ TARGETS = {
 
 
 def assert_targets_by_hand():
-    layout = Layout.of(3, 8, MASK.device, MASK, POSITIONS)
+    documents = Documents.of(3, 8, MASK.device, MASK, POSITIONS)
     for depth, expected in TARGETS.items():
-        assert mtp.shifted_labels(LABELS, layout, depth).tolist() == expected, depth
+        assert mtp.shifted_labels(LABELS, documents, depth).tolist() == expected, depth
 
 
 def test_targets_by_hand():
@@ -67,9 +67,9 @@ def test_targets_by_hand():
 
 
 def test_one_token_has_no_target():
-    layout = Layout.of(2, 1, MASK.device, None, None)
+    documents = Documents.of(2, 1, MASK.device, None, None)
     for depth in range(3):
-        assert shifted_labels(torch.tensor([[3], [4]]), layout, depth).tolist() == [[NO], [NO]]
+        assert shifted_labels(torch.tensor([[3], [4]]), documents, depth).tolist() == [[NO], [NO]]
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------
@@ -231,8 +231,10 @@ def test_parts_of_the_loss(chain):
     assert out.logits is None
     parts = out.losses[0] + 0.6 / 2 * out.losses[1:].sum() + out.balance_loss
     assert torch.allclose(out.loss, parts) and out.balance_loss > 0.2
-    layout = Layout.of(4, 20, MASK.device, batch["attention_mask"], batch["position_ids"])
-    assert out.targets.tolist() == [(shifted_labels(batch["labels"], layout, d) != NO).sum().item() for d in range(3)]
+    documents = Documents.of(4, 20, MASK.device, batch["attention_mask"], batch["position_ids"])
+    assert out.targets.tolist() == [
+        (shifted_labels(batch["labels"], documents, d) != NO).sum().item() for d in range(3)
+    ]
     assert out.targets.unique().numel() == 3
     model.mtp_loss_weight = 0.0  # the schedule's to lower
     assert torch.allclose(model(**batch).loss, out.losses[0] + out.balance_loss)
@@ -439,13 +441,13 @@ def mutate_targets(monkeypatch, shifted):
 
 
 def test_mutant_labels_shifted_by_one_too_few(chain, monkeypatch):
-    mutate_targets(monkeypatch, lambda labels, layout, depth: shifted_labels(labels, layout, max(depth - 1, 0)))
+    mutate_targets(monkeypatch, lambda labels, documents, depth: shifted_labels(labels, documents, max(depth - 1, 0)))
     caught(assert_targets_by_hand)
     caught(assert_loss_by_hand, chain())
 
 
 def test_mutant_targets_across_documents(chain, monkeypatch):
-    def across(labels, layout, depth):
+    def across(labels, documents, depth):
         targets = torch.full_like(labels, NO)
         targets[:, : -1 - depth] = labels[:, 1 + depth :]
         return targets
@@ -457,17 +459,17 @@ def test_mutant_targets_across_documents(chain, monkeypatch):
 
 
 def test_mutant_attention_across_documents(chain, monkeypatch):
-    right = Layout.of
-    monkeypatch.setattr(Layout, "of", lambda *args: right(*args[:-1], None))
+    right = Documents.of
+    monkeypatch.setattr(Documents, "of", lambda *args: right(*args[:-1], None))
     caught(assert_documents_are_apart, chain().train())
 
 
 def test_mutant_normalised_by_the_main_heads_count(chain, monkeypatch):
     right = MoonwhaleForCausalLM.add_loss
 
-    def add_loss(self, out, body, labels, layout, num_items):
-        main = (shifted_labels(labels, layout, 0) != NO).sum() if num_items is None else num_items[0]
-        right(self, out, body, labels, layout, main.expand(3))
+    def add_loss(self, out, body, labels, documents, num_items):
+        main = (shifted_labels(labels, documents, 0) != NO).sum() if num_items is None else num_items[0]
+        right(self, out, body, labels, documents, main.expand(3))
 
     monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)
     caught(assert_loss_by_hand, chain())
@@ -476,8 +478,8 @@ def test_mutant_normalised_by_the_main_heads_count(chain, monkeypatch):
 def test_mutant_every_micro_batch_by_its_own_count(chain, monkeypatch):
     right = MoonwhaleForCausalLM.add_loss
 
-    def add_loss(self, out, body, labels, layout, num_items):
-        right(self, out, body, labels, layout, None)
+    def add_loss(self, out, body, labels, documents, num_items):
+        right(self, out, body, labels, documents, None)
         out.loss = out.loss if num_items is None else out.loss / 3
 
     monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moonwhale.model.block import Block
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moba import moba_mask
 from moonwhale.model.rope import rotate, rotation_table
@@ -59,7 +59,7 @@ def trained(tiny_model):
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def largest_by_hand(attention, config, x, positions, layout):
+def largest_by_hand(attention, config, x, positions, documents):
     """The largest scaled logit that a counting query attends to, by head, from whole score matrices in fp64."""
     nope, rope, rank, heads = (
         config.qk_nope_head_dim,
@@ -72,15 +72,15 @@ def largest_by_hand(attention, config, x, positions, layout):
     c, k_rope = attention.kv_a_proj_with_mqa(x).split([rank, rope], -1)
     c, k_rope = attention.kv_a_layernorm(c).unsqueeze(1), rotate(k_rope.double().unsqueeze(1), table, True)
     if config.moba_key_conv:
-        c = attention._convolved(c, layout)
+        c = attention._convolved(c, documents)
     w_k = attention.kv_b_proj.weight.unflatten(0, (heads, -1))[:, :nope]
     k_nope = torch.einsum("bzsr,hnr->bhsn", c, w_k).double()
     q = torch.cat([q[..., :nope], rotate(q[..., nope:], table, True)], -1)
     products = q @ torch.cat([k_nope, k_rope.expand_as(k_nope[..., :rope])], -1).mT
-    seen = (layout.segment[:, :, None] == layout.segment[:, None]).tril()[:, None]
+    seen = (documents.segment[:, :, None] == documents.segment[:, None]).tril()[:, None]
     if config.moba_topk:
-        seen = moba_mask(products, layout, config.moba_block_size, config.moba_topk)  # test_moba.py proves it
-    seen = seen & layout.valid[:, None, :, None]
+        seen = moba_mask(products, documents, config.moba_block_size, config.moba_topk)  # test_moba.py proves it
+    seen = seen & documents.valid[:, None, :, None]
     return (products * config.attention_scale()).masked_fill(~seen, -torch.inf).amax((0, 2, 3)).float()
 
 
@@ -88,9 +88,9 @@ def assert_measured_by_hand(model):
     seen = {}
 
     def look(attention, args):
-        x, _, layout, _ = args
-        positions = torch.where(layout.segment < 0, POSITIONS, layout.offset)
-        seen[attention] = largest_by_hand(attention, model.config, x, positions, layout)
+        x, _, documents, _ = args
+        positions = torch.where(documents.segment < 0, POSITIONS, documents.offset)
+        seen[attention] = largest_by_hand(attention, model.config, x, positions, documents)
 
     hooks = [attention.register_forward_pre_hook(look) for attention in attentions(model)]
     reset(model)
@@ -128,27 +128,27 @@ def test_micro_batches_accumulate(trained):
 # --- what is clipped -------------------------------------------------------------------------------------------------
 
 
-def measure(attention, x, layout, table):
+def measure(attention, x, documents, table):
     """One attention by itself on fixed inputs: (heads,) largest logits."""
     with torch.no_grad():
-        return attention(x, table, layout)[1]
+        return attention(x, table, documents)[1]
 
 
 def assert_clip_is_exact(model):
     """Every attention of the model alone: the largest head above τ lands on it, all else stays bit for bit."""
-    config, layout = model.config, Layout.of(*MASK.shape, MASK.device, MASK, POSITIONS)
+    config, documents = model.config, Documents.of(*MASK.shape, MASK.device, MASK, POSITIONS)
     x = torch.randn(*MASK.shape, 32, generator=torch.Generator().manual_seed(7))
     table = rotation_table(config, POSITIONS, torch.float32)
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
     for attention in attentions(model):
         before = {name: p.clone() for name, p in attention.state_dict().items()}
-        old = measure(attention, x, layout, table)
+        old = measure(attention, x, documents, table)
         tau = old.sort().values[-2:].mean().item()
         clipped = old > tau
         assert clipped.sum() == 1 and tau > 0
         attention.max_logit.copy_(old)
         assert attention.clip_qk_(tau) == 1
-        new, gamma = measure(attention, x, layout, table), tau / old
+        new, gamma = measure(attention, x, documents, table), tau / old
         assert torch.allclose(new[clipped], (gamma * old)[clipped], rtol=1e-5)
         assert torch.equal(new[~clipped], old[~clipped])
 
@@ -272,10 +272,10 @@ def test_mutant_columns_instead_of_rows(trained, monkeypatch):
 def test_mutant_padding_measured(trained, monkeypatch):
     right = MultiheadLatentAttention.forward
 
-    def forward(self, x, table, layout, cache=None):
-        out, _ = right(self, x, table, layout, cache)
-        layout = Layout(layout.segment, layout.offset, torch.ones_like(layout.valid), layout.plain)
-        return out, right(self, x, table, layout, cache)[1]
+    def forward(self, x, table, documents, cache=None):
+        out, _ = right(self, x, table, documents, cache)
+        documents = Documents(documents.segment, documents.offset, torch.ones_like(documents.valid), documents.plain)
+        return out, right(self, x, table, documents, cache)[1]
 
     model = trained()
     assert_measured_by_hand(model)
@@ -284,9 +284,9 @@ def test_mutant_padding_measured(trained, monkeypatch):
 
 
 def test_mutant_other_documents_measured(trained, monkeypatch):
-    right = Layout.of
+    right = Documents.of
     model = trained()
-    monkeypatch.setattr(Layout, "of", lambda *args: right(*args[:-1], None))
+    monkeypatch.setattr(Documents, "of", lambda *args: right(*args[:-1], None))
     with torch.no_grad():
         reset(model)
         model(**BATCH)

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.data.documents import ROLES, Document
+from moonwhale.data.source import ROLES, Document
 from moonwhale.errors import UserError
 
 ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]

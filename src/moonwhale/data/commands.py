@@ -78,9 +78,9 @@ def _train(args: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} already exists and is not an empty folder")
 
-    from moonwhale.data.cache import new_folder
-    from moonwhale.data.sources import load_source
+    from moonwhale.data.loading import load_source
     from moonwhale.data.tokenizer import trained_tokenizer
+    from moonwhale.files import new_folder
 
     source = load_source(args.data, args.data_split, args.data_columns, args.data_documents)
     tokenizer = trained_tokenizer(source, args.vocab_size, args.cache)

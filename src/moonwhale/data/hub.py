@@ -4,9 +4,9 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from moonwhale.data.documents import Source, digest, say_once
 from moonwhale.data.hub_sets import SETS, HubSet
-from moonwhale.data.rows import read_rows
+from moonwhale.data.row_formats import read_rows
+from moonwhale.data.source import Source, digest, say_once
 from moonwhale.errors import UserError, did_you_mean, one_line
 
 

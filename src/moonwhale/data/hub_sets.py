@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from moonwhale.data.documents import Document
-from moonwhale.data.rows import BadRow, chat
+from moonwhale.data.row_formats import BadRow, chat
+from moonwhale.data.source import Document
 from moonwhale.errors import UserError
 
 

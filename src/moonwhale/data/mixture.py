@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from moonwhale.data.documents import Document, Source, Tally, digest, say_once
+from moonwhale.data.source import Document, Source, Tally, digest, say_once
 from moonwhale.errors import UserError
 
 WEIGHTED = re.compile(r"=\s*[-+]?[\d.]+(e[-+]?\d+)?\s*(,|$)", re.IGNORECASE)

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.data.documents import Source
+from moonwhale.data.loading import load_source
 from moonwhale.data.shards import Shards, build_shards
-from moonwhale.data.sources import load_source
+from moonwhale.data.source import Source
 from moonwhale.data.tokenizer import byte_lengths, load_tokenizer, trained_tokenizer
 from moonwhale.errors import UserError
 

@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.data.cache import cache_folder, checksum, locked, new_folder
 from moonwhale.data.chat import encode_documents
-from moonwhale.data.documents import Document, Source, texts_of
+from moonwhale.data.source import Document, Source, texts_of
 from moonwhale.data.tokenizer import byte_lengths, fingerprint
+from moonwhale.files import cache_folder, checksum, locked, new_folder
 
 log = logging.getLogger(__name__)
 

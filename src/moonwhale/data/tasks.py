@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moonwhale.data.documents import Document, Source, digest
+from moonwhale.data.source import Document, Source, digest
 from moonwhale.errors import UserError, did_you_mean, one_line
 
 HELD_OUT = 0.1  # of a task's questions, by the hash of their text

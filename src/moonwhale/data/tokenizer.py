@@ -12,10 +12,10 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moonwhale.data.cache import cache_folder, locked, new_folder
 from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
-from moonwhale.data.documents import Source, texts_of
+from moonwhale.data.source import Source, texts_of
 from moonwhale.errors import UserError, one_line
+from moonwhale.files import cache_folder, locked, new_folder
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from moonwhale import __version__, options
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
-from moonwhale.infer.sampling import SamplingOptions
+from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require
 
 AT_LEAST_ONE = ("rows", "batch_size", "problems", "samples", "limit")
@@ -93,13 +93,13 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     Raises:
         UserError: one line, for anything the user can put right.
     """
+    from moonwhale.checkpoint import open_checkpoint, read_config
+    from moonwhale.data.loading import load_source
     from moonwhale.data.packing import prepare, prepare_whole
-    from moonwhale.data.sources import load_source
-    from moonwhale.evaluate import report
+    from moonwhale.evaluate import tables
     from moonwhale.evaluate.drafts import DraftScore, continue_text
     from moonwhale.evaluate.harness import HarnessTasks
     from moonwhale.evaluate.text import choose_rows, score_text
-    from moonwhale.infer.checkpoint import open_checkpoint, read_config
     from moonwhale.infer.engine import Engine
     from moonwhale.precision import choose
 
@@ -128,26 +128,26 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
             text = pack(source, tokenizer, context)
             score = score_text(model, choose_rows(text, config.rows), tokenizer, **how)
             results["text"] = score.results() | {"context": context}
-            report.show_text(config.data, "whole" if config.whole else "held out", results["text"])
+            tables.show_text(config.data, "whole" if config.whole else "held out", results["text"])
         if harness:
             results["lm_eval"] = harness.run(model, tokenizer, config.limit, **how)
-            report.show_harness(results["lm_eval"])
+            tables.show_harness(results["lm_eval"])
         del model
     if task or config.speculation:
         draft = model_config.num_nextn_predict_layers if config.speculation else None
         engine = Engine.load(folder, config.device, config.precision, draft=draft)
         if config.speculation and source:
             results["drafts_text"] = dataclasses.asdict(DraftScore.of(continue_text(engine, text)))
-            report.show_drafts("text", results["drafts_text"])
+            tables.show_drafts("text", results["drafts_text"])
         if task:
             results |= _measure_answers(engine, task, problems, config)
     return results
 
 
 def _measure_answers(engine, task, problems: list, config: EvalConfig) -> dict[str, dict]:
-    from moonwhale.evaluate import report
-    from moonwhale.evaluate.answers import answer, score_answers
+    from moonwhale.evaluate import tables
     from moonwhale.evaluate.drafts import DraftScore
+    from moonwhale.evaluate.tasks import answer, score_answers
 
     greedy, sampled = answer(engine, problems, config.samples, config.temperature, config.max_new_tokens, config.seed)
     examples = [
@@ -156,10 +156,10 @@ def _measure_answers(engine, task, problems: list, config: EvalConfig) -> dict[s
     ]
     score = score_answers(task, problems, greedy, sampled, config.k)
     results = {"task": dataclasses.asdict(score) | {"examples": examples}}
-    report.show_answers(config.task, config.temperature, results["task"])
+    tables.show_answers(config.task, config.temperature, results["task"])
     if config.speculation:
         results["drafts_task"] = dataclasses.asdict(DraftScore.of(greedy))
-        report.show_drafts("greedy answers", results["drafts_task"])
+        tables.show_drafts("greedy answers", results["drafts_task"])
     return results
 
 

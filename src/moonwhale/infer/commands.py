@@ -1,15 +1,12 @@
-"""`moonwhale generate`, `chat`, `serve` and `xray`. Heavy imports wait until the arguments are known to be good."""
+"""`moonwhale generate` and `chat`. Heavy imports wait until the arguments are known to be good."""
 
 import argparse
 import contextlib
-import os
-import socket
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from moonwhale.errors import UserError
-from moonwhale.infer.sampling import SamplingOptions
+from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
 
 HELP = """/reset   begin a new conversation
@@ -28,9 +25,9 @@ def main_generate(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     options = _sampling(args)
     prompts = args.prompts or _standard_input(args.chat)
-    engine = _load(args)
+    engine = load_engine(args)
     if args.chat:
-        from moonwhale.infer.conversation import Conversation
+        from moonwhale.infer.chat_session import Conversation
 
         conversation = Conversation(engine, **options)
         for prompt in prompts:
@@ -50,9 +47,9 @@ def main_chat(argv: list[str]) -> None:
     _add_options(parser)
     args = parser.parse_args(argv)
     options = _sampling(args)
-    engine = _load(args)
+    engine = load_engine(args)
 
-    from moonwhale.infer.conversation import Conversation
+    from moonwhale.infer.chat_session import Conversation
 
     with contextlib.suppress(ImportError):  # which Windows lacks
         import readline  # noqa: F401 (gives input() a history)
@@ -94,11 +91,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
     add("--seed", type=int, metavar="N", help="the same seed gives the same answer (random)")
-    _add_machine(parser)
+    add_machine_options(parser)
     parser.add_argument("--verbose", action="store_true", help="print tokens a second even where nobody watches")
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
     add("--precision", default="auto", metavar="P", help="of the weights: auto, fp32, bf16 or int8 (%(default)s)")
@@ -116,7 +113,7 @@ def _sampling(args: argparse.Namespace) -> dict:
     return options
 
 
-def _load(args: argparse.Namespace, **options):
+def load_engine(args: argparse.Namespace, **options):
     if args.draft != "auto" and not args.draft.isdecimal():
         raise UserError(f"--draft: {args.draft!r} is neither auto nor a number of tokens (0 switches it off)")
 
@@ -178,81 +175,3 @@ def _report(engine, completion, verbose: bool) -> None:
             drafts = f", {completion.tokens_per_forward:.2f} tokens a forward, guesses held: {held}"
         n, speed = len(completion.token_ids), completion.tokens_per_second
         print(f"({n} tokens, {speed:.0f} tokens/s{drafts})", file=sys.stderr)
-
-
-def main_serve(argv: list[str]) -> None:
-    """Serves a checkpoint until Ctrl-C or SIGTERM."""
-    parser = Parser(
-        prog="moonwhale serve",
-        description="OpenAI's API (chat completions, completions, models) and a chat page, for one machine.",
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint: what a run wrote with --out")
-    add = parser.add_argument_group("server").add_argument
-    add("--host", default="127.0.0.1", metavar="H", help="address to listen at; 0.0.0.0 lets others in (%(default)s)")
-    add("--port", type=int, default=8000, metavar="P", help="0 takes a free one (%(default)s)")
-    add("--name", metavar="NAME", help="the model's name in the API (the folder's)")
-    add("--api-key", metavar="KEY", help="ask for this key; or set MOONWHALE_API_KEY (none)")
-    add = parser.add_argument_group("limits").add_argument
-    add("--max-sequences", type=int, default=64, metavar="N", help="answers written at a time (%(default)s)")
-    add("--max-queue", type=int, default=256, metavar="N", help="prompts that may wait, then 429 (%(default)s)")
-    add("--max-body", type=int, default=1_000_000, metavar="BYTES", help="of a request (%(default)s)")
-    add("--timeout", type=float, default=600, metavar="S", help="seconds an answer may take (%(default)s)")
-    add("--cache-mb", type=int, metavar="MB", help="memory for the latent cache (half of what is free)")
-    _add_machine(parser)
-    args = parser.parse_args(argv)
-    for name in ("max_sequences", "max_queue", "max_body", "timeout", "cache_mb"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: {value} is impossible: give a number above 0")
-    memory = None if args.cache_mb is None else 1_000_000 * args.cache_mb
-    name = args.name or Path(args.folder).resolve().name
-    key = args.api_key or os.environ.get("MOONWHALE_API_KEY")
-    local = args.host in ("127.0.0.1", "localhost", "::1")
-    with _listen(args.host, args.port) as listener:
-        engine = _load(args, memory=memory, sequences=args.max_sequences)
-
-        from moonwhale.infer.guard import Limits
-        from moonwhale.infer.server import serve
-
-        limits = Limits(body=args.max_body, queue=args.max_queue, answer=args.timeout)
-        serve(engine, name, listener, limits, key, local, Path(args.folder))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 65536:
-        raise UserError(f"--port: {port} is impossible: give a number from 0 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (")[0]
-        raise UserError(f"--port: cannot listen at {host}:{port}, {why}: choose another (0: a free one)") from error
-
-
-def main_xray(argv: list[str]) -> None:
-    """Writes the page about a prompt and the answer to it."""
-    parser = Parser(prog="moonwhale xray", description="See what happened inside the model: one HTML file.")
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", help="checkpoint: what a run wrote with --out")
-    add("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a message to answer")
-    add("--chat", action="store_true", help="answer the prompt as a message")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer, 0 for none (%(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws (%(default)s)")
-    add("--out", default="xray.html", metavar="FILE", help="the page (%(default)s)")
-    args = parser.parse_args(argv)
-    out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out: {args.out} is no place for a file: give a path in a folder that exists")
-    options = SamplingOptions(max_new_tokens=max(args.max_new_tokens, 1), temperature=args.temperature, seed=args.seed)
-
-    from moonwhale.infer.checkpoint import open_checkpoint
-    from moonwhale.infer.engine import Engine
-    from moonwhale.xray import xray
-
-    model, tokenizer = open_checkpoint(args.folder)
-    engine = Engine(model, tokenizer)
-    ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
-    answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
-    out.write_text(xray(model, tokenizer, ids + answer, len(ids)), encoding="utf-8")
-    print(f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")

@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moonwhale.infer import native
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.experts import Experts, Network
+from moonwhale.infer.feed_forward import Experts, Network
 from moonwhale.infer.graphs import Graphs
-from moonwhale.infer.linear import Linear
 from moonwhale.infer.native_block import NativeBlock
-from moonwhale.infer.span import Span
+from moonwhale.infer.placement import Placement
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moba import moba_attention
 from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.model.rope import rotate, rotation_table
+from moonwhale.native import bindings
+from moonwhale.native.packed_linear import Linear
 
 MANY = 64  # new tokens of a row from which expanding latents is cheaper than absorbing
 FEW = 256  # tokens up to which the compiled blocks are the faster
@@ -64,29 +64,31 @@ class Decoder:
     def cache(self) -> LatentCache:
         return LatentCache(self.config, self.dtype, self.device)
 
-    def span(self, cache: LatentCache, first: int, start: list[int], length: int) -> Span:
-        return Span(self.size, self.rotation, cache, first, start, length)
+    def span(self, cache: LatentCache, first: int, start: list[int], length: int) -> Placement:
+        return Placement(self.size, self.rotation, cache, first, start, length)
 
-    def run(self, tokens: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def run(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """The normed hidden states (B, Q, hidden) of new tokens (B, Q), whose entries go into the cache."""
-        return self._step(self._main_blocks, (F.embedding(tokens, self.embedding),), cache, span)
+        return self._step(self._main_blocks, (F.embedding(tokens, self.embedding),), cache, placement)
 
-    def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """MTP module `depth` (from 1) of the chain: its normed hidden states (B, Q, hidden), for `draft_head`.
 
         hidden (B, Q, hidden) is `run`'s, or the module's before; ahead (B, Q) are the tokens `depth` after each
         position.
         """
-        return self._step(self.modules[depth - 1], (hidden, F.embedding(ahead, self.embedding)), cache, span)
+        return self._step(self.modules[depth - 1], (hidden, F.embedding(ahead, self.embedding)), cache, placement)
 
-    def _step(self, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, span: Span) -> Tensor:
-        if self.graphs and self.graphs.serve(span):
-            return self.graphs(function, tensors, cache, span)
-        return function(*tensors, cache, span)
+    def _step(
+        self, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, placement: Placement
+    ) -> Tensor:
+        if self.graphs and self.graphs.serve(placement):
+            return self.graphs(function, tensors, cache, placement)
+        return function(*tensors, cache, placement)
 
-    def _main_blocks(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def _main_blocks(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         for block in self.main:
-            x = block(x, cache, span)
+            x = block(x, cache, placement)
         return self.norm(x)
 
 
@@ -95,12 +97,12 @@ class _Block:
         self.before, self.after = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
         self.attention = _Attention(block.self_attn, prepare)
         self.feed_forward = (Network.of if isinstance(block.mlp, MLP) else Experts)(block.mlp, prepare)
-        self.native = NativeBlock(self) if native.serves(self.before.weight) else None
+        self.native = NativeBlock(self) if bindings.serves(self.before.weight) else None
 
-    def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
-        if self.native and span.length < MANY and span.tokens <= FEW:
-            return self.native(x, cache, span)
-        x = x + self.attention(self.before(x), cache, span)
+    def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+        if self.native and placement.length < MANY and placement.tokens <= FEW:
+            return self.native(x, cache, placement)
+        x = x + self.attention(self.before(x), cache, placement)
         return x + self.feed_forward(self.after(x))
 
 
@@ -111,10 +113,10 @@ class _Module:
         self.blocks = [_Block(block, prepare) for block in (module, *module.blocks)]
         self.norm = _Norm(module.shared_head["norm"])
 
-    def __call__(self, hidden: Tensor, ahead: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def __call__(self, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         x = self.join(torch.cat([self.norms[0](ahead), self.norms[1](hidden)], dim=-1))
         for block in self.blocks:
-            x = block(x, cache, span)
+            x = block(x, cache, placement)
         return self.norm(x)
 
 
@@ -149,41 +151,41 @@ class _Attention:
         self.w_v = w_v.transpose(1, 2)  # (heads, rank, v)
         self.out = prepare(m.o_proj.weight, m.o_proj.bias)
 
-    def __call__(self, x: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         q, latent, k_rope = self.down(x).split_with_sizes(self.widths, dim=-1)
         if self.q_up:
             q = self.q_up(self.q_norm(q))
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
-        rotated = rotate(torch.cat([q_rope, k_rope.unsqueeze(2)], dim=2), span.rotation, self.interleaved)
+        rotated = rotate(torch.cat([q_rope, k_rope.unsqueeze(2)], dim=2), placement.rotation, self.interleaved)
         q_rope, k_rope = rotated[:, :, :-1], rotated[:, :, -1]
-        self._remember(self.kv_norm(latent), k_rope, cache, span)
-        if span.length >= MANY:
-            out = self._expanded(torch.cat([q_nope, q_rope], dim=-1), cache, span)
+        self._remember(self.kv_norm(latent), k_rope, cache, placement)
+        if placement.length >= MANY:
+            out = self._expanded(torch.cat([q_nope, q_rope], dim=-1), cache, placement)
         else:
-            out = self._absorbed(q_nope, q_rope, cache, span)
+            out = self._absorbed(q_nope, q_rope, cache, placement)
         return self.out(out)
 
-    def _remember(self, latent: Tensor, k_rope: Tensor, cache: LatentCache, span: Span) -> None:
+    def _remember(self, latent: Tensor, k_rope: Tensor, cache: LatentCache, placement: Placement) -> None:
         keys, values, means = cache.keys[self.layer], cache.values[self.layer], cache.means[self.layer]
         if self.key_conv is not None:
-            values.flatten(0, 1).index_copy_(0, span.place, latent.flatten(0, 1))
-            latent = self._convolved(latent, values, span)
-        keys.flatten(0, 1).index_copy_(0, span.place, torch.cat([latent, k_rope], dim=-1).flatten(0, 1))
+            values.flatten(0, 1).index_copy_(0, placement.place, latent.flatten(0, 1))
+            latent = self._convolved(latent, values, placement)
+        keys.flatten(0, 1).index_copy_(0, placement.place, torch.cat([latent, k_rope], dim=-1).flatten(0, 1))
         if means is not None:
-            span.average(keys, means)
+            placement.average(keys, means)
 
-    def _convolved(self, latent: Tensor, values: Tensor, span: Span) -> Tensor:
+    def _convolved(self, latent: Tensor, values: Tensor, placement: Placement) -> Tensor:
         """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents remembered."""
         mixed = 0.0
         for back in range(self.key_conv.shape[-1]):
-            tap = values.flatten(0, 1)[(span.place - back).clamp(min=0)].view_as(latent)
-            inside = (span.positions >= back).unsqueeze(-1)
+            tap = values.flatten(0, 1)[(placement.place - back).clamp(min=0)].view_as(latent)
+            inside = (placement.positions >= back).unsqueeze(-1)
             mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(latent.dtype)
         return latent + F.silu(mixed)
 
-    def _expanded(self, q: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def _expanded(self, q: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """q (B, Q, heads, D) over the keys and values of every head; (B, Q, heads * v)."""
-        keys, values = (x[self.layer][span.slots, : span.end] for x in (cache.keys, cache.values))
+        keys, values = (x[self.layer][placement.slots, : placement.end] for x in (cache.keys, cache.values))
         nope = len(self.w_k[0])
         v = F.linear(values[..., : self.rank], self.up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = v.split([nope, v.shape[-1] - nope], dim=-1)
@@ -193,66 +195,66 @@ class _Attention:
         k_rope = keys[..., self.rank :].unsqueeze(1).expand(-1, self.heads, -1, -1)
         q, k = q.transpose(1, 2), torch.cat([k_nope, k_rope], dim=-1)
         if self.topk:
-            layout = Layout.of(len(keys), span.end, keys.device, None, None)
-            out, _ = moba_attention(q, k, v, self.scale, layout, self.size, self.topk)
+            documents = Documents.of(len(keys), placement.end, keys.device, None, None)
+            out, _ = moba_attention(q, k, v, self.scale, documents, self.size, self.topk)
         else:
             out, _ = attend(q, k, v, self.scale, causal=True)
         return out.transpose(1, 2).flatten(2)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Scores and sums of latents; (B, Q, heads * v)."""
         batch, length = q_nope.shape[:2]
         q = q_nope.permute(2, 0, 1, 3).flatten(1, 2) @ self.w_k  # (heads, B * Q, rank)
         q = torch.cat([q.transpose(0, 1).view(batch, length, self.heads, self.rank), q_rope], dim=-1)
-        chooses = self.topk and span.end > self.topk * self.size
-        if chooses and span.end > self.heads * self.topk * self.size:
-            latent = self._of_chosen(q, cache, span)
+        chooses = self.topk and placement.end > self.topk * self.size
+        if chooses and placement.end > self.heads * self.topk * self.size:
+            latent = self._of_chosen(q, cache, placement)
         else:
-            latent = self._of_all(q, cache, span, chooses)
+            latent = self._of_all(q, cache, placement, chooses)
         latent = latent.view(batch * length, self.heads, self.rank).transpose(0, 1)
         return (latent @ self.w_v).transpose(0, 1).reshape(batch, length, -1)
 
-    def _of_all(self, q: Tensor, cache: LatentCache, span: Span, chooses: bool) -> Tensor:
+    def _of_all(self, q: Tensor, cache: LatentCache, placement: Placement, chooses: bool) -> Tensor:
         """Reads every entry, once for all heads; where MoBA `chooses`, a block's gate is the sum of its scores, and
         only those of the chosen ones count.
         """
-        end = (span.full + 1) * self.size if chooses else span.end
-        keys, values = (x[self.layer][span.slots, :end] for x in (cache.keys, cache.values))
+        end = (placement.full + 1) * self.size if chooses else placement.end
+        keys, values = (x[self.layer][placement.slots, :end] for x in (cache.keys, cache.values))
         scores = self._scores(q.flatten(1, 2), keys).view(*q.shape[:3], -1)
         if chooses:
             blocks = scores.view(*q.shape[:3], -1, self.size)
-            best = self._choose(blocks.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)), span)
+            best = self._choose(blocks.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)), placement)
             blocks += scores.new_full(blocks.shape[:-1], -torch.inf).scatter_(3, best.indices, 0.0).unsqueeze(4)
-            scores[..., span.end :] = -torch.inf
-        if span.future is not None:
-            scores[..., : span.end].masked_fill_(span.future, -torch.inf)
+            scores[..., placement.end :] = -torch.inf
+        if placement.future is not None:
+            scores[..., : placement.end].masked_fill_(placement.future, -torch.inf)
         return self._sum(scores.flatten(1, 2), values)
 
-    def _of_chosen(self, q: Tensor, cache: LatentCache, span: Span) -> Tensor:
+    def _of_chosen(self, q: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Reads the chosen blocks and no others, for each head its own. A block's gate is the query's product with its
         mean entry.
         """
         keys, values, means = (x[self.layer] for x in (cache.keys, cache.values, cache.means))
-        gates = q.float().flatten(1, 2) @ means[span.slots, : span.full + 1].transpose(1, 2)
-        best = self._choose(gates.view(*q.shape[:3], -1), span)
-        index = (span.slot * means.shape[1] + best.indices.flatten(1)).flatten()
+        gates = q.float().flatten(1, 2) @ means[placement.slots, : placement.full + 1].transpose(1, 2)
+        best = self._choose(gates.view(*q.shape[:3], -1), placement)
+        index = (placement.slot * means.shape[1] + best.indices.flatten(1)).flatten()
         queries = q.shape[0] * q.shape[1] * self.heads
         taken = [
             x.view(-1, self.size * x.shape[-1]).index_select(0, index).view(queries, -1, x.shape[-1])
             for x in ([keys] if values is keys else [keys, values])
         ]
-        missing, own = best.values == -torch.inf, best.indices == span.own
-        hidden = missing.unsqueeze(4) | (own.unsqueeze(4) & span.behind)
+        missing, own = best.values == -torch.inf, best.indices == placement.own
+        hidden = missing.unsqueeze(4) | (own.unsqueeze(4) & placement.behind)
         scores = self._scores(q.view(queries, 1, -1), taken[0]).masked_fill_(hidden.view(queries, 1, -1), -torch.inf)
         return self._sum(scores, taken[-1])
 
-    def _choose(self, gates: Tensor, span: Span) -> torch.return_types.topk:
+    def _choose(self, gates: Tensor, placement: Placement) -> torch.return_types.topk:
         """The own block and the `topk - 1` earlier ones of the best gates (B, Q, heads, blocks): values and indices,
         (B, Q, heads, topk) each. The value is -inf where there are fewer. `gates` is written over.
         """
-        if span.future is not None:
-            gates.masked_fill_(span.not_earlier, -torch.inf)
-        gates.scatter_(3, span.own.expand(-1, -1, self.heads, -1), torch.inf)
+        if placement.future is not None:
+            gates.masked_fill_(placement.not_earlier, -torch.inf)
+        gates.scatter_(3, placement.own.expand(-1, -1, self.heads, -1), torch.inf)
         return gates.topk(min(self.topk, gates.shape[3]), dim=-1)
 
     def _scores(self, q: Tensor, keys: Tensor) -> Tensor:

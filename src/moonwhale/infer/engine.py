@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale import precision as precisions
+from moonwhale.checkpoint import open_checkpoint
 from moonwhale.data.chat import encode_prompt
 from moonwhale.errors import UserError
-from moonwhale.infer.checkpoint import open_checkpoint
 from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.detokenizer import TextStream, TokenBytes
 from moonwhale.infer.drafting import Drafting
-from moonwhale.infer.sampler import Noise
-from moonwhale.infer.sampling import SamplingOptions
+from moonwhale.infer.sampling import Noise
+from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.infer.scheduler import Request, Scheduler
-from moonwhale.infer.text import TextStream, TokenBytes
 from moonwhale.model import MoonwhaleForCausalLM
 
 CACHE = 32_000_000  # bytes of weights that stay in a CPU's cache, where fewer bits gain nothing and conversions cost

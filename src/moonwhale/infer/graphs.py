@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.experts import FEW
-from moonwhale.infer.span import Span
+from moonwhale.infer.feed_forward import FEW
+from moonwhale.infer.placement import Placement
 
 BOUND = 256  # tokens of the smallest bound; the others are its doubles
 WORTH = 32  # steps of the same size before one is recorded, which takes about as long as they
@@ -33,24 +33,29 @@ class Graphs:
         self.longest = longest
         self._forget([])
 
-    def serve(self, span: Span) -> bool:
-        tokens = _rounded(len(span.start)) * span.length
-        return span.first == 0 and span.length <= min(self.longest, span.size) and tokens <= FEW
+    def serve(self, placement: Placement) -> bool:
+        tokens = _rounded(len(placement.start)) * placement.length
+        return placement.first == 0 and placement.length <= min(self.longest, placement.size) and tokens <= FEW
 
-    def __call__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cache: LatentCache, span: Span):
-        """`function(*tensors, cache, span)`, from tensors (B, Q, …) to one, which stays valid until the next call."""
+    def __call__(
+        self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cache: LatentCache, placement: Placement
+    ):
+        """Returns `function(*tensors, cache, placement)`; the result stays valid until the next call.
+
+        `tensors` are (B, Q, …).
+        """
         if self._keys is not cache.keys:  # another cache, or one that has been resized
             self._forget(cache.keys)
-        rows = min(_rounded(len(span.start)), cache.slots)
-        end = min(-(-_bound(span.end) // span.size) * span.size, cache.length)
-        size = function, rows, span.length, end
+        rows = min(_rounded(len(placement.start)), cache.slots)
+        end = min(-(-_bound(placement.end) // placement.size) * placement.size, cache.length)
+        size = function, rows, placement.length, end
         self._asked[size] += 1
         if self._asked[size] <= WORTH:
-            return function(*tensors, cache, span)
+            return function(*tensors, cache, placement)
         if size not in self._recorded:
-            self._recorded[size] = _Step(function, tensors, cache, span, rows, end, self._pool)
+            self._recorded[size] = _Step(function, tensors, cache, placement, rows, end, self._pool)
             self._pool = self._recorded[size].pool
-        return self._recorded[size](tensors, span)
+        return self._recorded[size](tensors, placement)
 
     def _forget(self, keys: list[Tensor]) -> None:
         self._keys, self._asked, self._pool = keys, Counter(), None
@@ -61,38 +66,40 @@ class _Step:
     """One function recorded for spans of certain sizes."""
 
     def __init__(
-        self, function, tensors: tuple[Tensor, ...], cache: LatentCache, span: Span, rows: int, end: int, pool
+        self, function, tensors: tuple[Tensor, ...], cache: LatentCache, placement: Placement, rows: int, end: int, pool
     ):
         self.inputs = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
         self.slot = torch.arange(rows)[:, None]
-        self.ahead, self.stride = torch.arange(span.length), cache.length
-        self.where = torch.zeros(2, rows, span.length, dtype=torch.long, device=cache.device)  # positions and places
-        self._fill(tensors, span)
+        self.ahead, self.stride = torch.arange(placement.length), cache.length
+        self.where = torch.zeros(
+            2, rows, placement.length, dtype=torch.long, device=cache.device
+        )  # positions and places
+        self._fill(tensors, placement)
         self.replay, self.out, self.pool = record(
-            lambda: function(*self.inputs, cache, _AnySpan(span, cache, end, *self.where)), pool
+            lambda: function(*self.inputs, cache, _AnyPlacement(placement, cache, end, *self.where)), pool
         )
 
-    def __call__(self, tensors: tuple[Tensor, ...], span: Span) -> Tensor:
-        self._fill(tensors, span)
+    def __call__(self, tensors: tuple[Tensor, ...], placement: Placement) -> Tensor:
+        self._fill(tensors, placement)
         self.replay()
-        return self.out[: len(span.start)]
+        return self.out[: len(placement.start)]
 
-    def _fill(self, tensors: tuple[Tensor, ...], span: Span) -> None:
-        rows = len(span.start)
+    def _fill(self, tensors: tuple[Tensor, ...], placement: Placement) -> None:
+        rows = len(placement.start)
         for buffer, tensor in zip(self.inputs, tensors, strict=True):
             buffer[:rows] = tensor
         start = torch.zeros_like(self.slot)
-        start[:rows, 0] = torch.tensor(span.start)
+        start[:rows, 0] = torch.tensor(placement.start)
         positions = start + self.ahead
         written = positions.clone()
-        written[rows:] = self.stride - span.length + self.ahead
+        written[rows:] = self.stride - placement.length + self.ahead
         self.where.copy_(torch.stack([positions, self.slot * self.stride + written]))
 
 
-class _AnySpan(Span):
+class _AnyPlacement(Placement):
     """All spans of the same sizes: where the tokens are is in buffers, positions and places (B, Q) each."""
 
-    def __init__(self, like: Span, cache: LatentCache, end: int, positions: Tensor, places: Tensor):
+    def __init__(self, like: Placement, cache: LatentCache, end: int, positions: Tensor, places: Tensor):
         rows, length = positions.shape
         super().__init__(like.size, like.rotations, cache, 0, [end - length] * rows, length)
         self.positions, self.place, self.ends = positions, places.flatten(), False

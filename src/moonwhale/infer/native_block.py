@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from moonwhale.infer import native
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.experts import Experts, Network
+from moonwhale.infer.feed_forward import Experts, Network
+from moonwhale.native import bindings
 
 
 class NativeBlock:
@@ -14,7 +14,7 @@ class NativeBlock:
         attention, feed_forward = block.attention, block.feed_forward
         self.layer = attention.layer
         self._alive = [attention, feed_forward]  # what addresses below lead to
-        self._block = native.Block(
+        self._block = bindings.Block(
             hidden=len(block.before.weight),
             before=self._norm(block.before),
             after=self._norm(block.after),
@@ -22,11 +22,11 @@ class NativeBlock:
             **(self._of_experts(feed_forward) if isinstance(feed_forward, Experts) else self._of_network(feed_forward)),
         )
 
-    def __call__(self, x: Tensor, cache: LatentCache, span) -> Tensor:
+    def __call__(self, x: Tensor, cache: LatentCache, placement) -> Tensor:
         """x (B, Q, hidden) in any dtype, which may be written over; the result is fp32."""
         x = x.float().contiguous()
         keys, values, means = (tensors[self.layer] for tensors in (cache.keys, cache.values, cache.means))
-        native.run_block(self._block, keys, values, means, span.for_native, x)
+        bindings.run_block(self._block, keys, values, means, placement.for_native, x)
         return x
 
     def _of_attention(self, a) -> dict:
@@ -57,19 +57,19 @@ class NativeBlock:
         }
 
     def _of_network(self, *networks: Network) -> dict:
-        array = native.networks((network.up.matrix, network.down.matrix) for network in networks)
+        array = bindings.networks((network.up.matrix, network.down.matrix) for network in networks)
         self._alive.append(array)
-        return {"networks": native.address(array)}
+        return {"networks": bindings.address(array)}
 
-    def _as_it_is(self, weight: Tensor) -> native.Matrix:
-        return native.Matrix(native.address(weight), None, None, *weight.shape, native.KINDS[weight.dtype])
+    def _as_it_is(self, weight: Tensor) -> bindings.Matrix:
+        return bindings.Matrix(bindings.address(weight), None, None, *weight.shape, bindings.KINDS[weight.dtype])
 
-    def _router(self, weight: Tensor) -> native.Matrix:
-        self._alive.append(native.panels(weight.float()))
-        return native.Matrix.of(self._alive[-1], len(weight))
+    def _router(self, weight: Tensor) -> bindings.Matrix:
+        self._alive.append(bindings.panels(weight.float()))
+        return bindings.Matrix.of(self._alive[-1], len(weight))
 
-    def _norm(self, norm) -> native.Norm:
-        return native.Norm(self._numbers(norm.weight), norm.eps)
+    def _norm(self, norm) -> bindings.Norm:
+        return bindings.Norm(self._numbers(norm.weight), norm.eps)
 
     def _numbers(self, tensor: Tensor) -> int:
         """The address of a copy in fp32."""

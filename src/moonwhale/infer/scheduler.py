@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.detokenizer import TextStream
 from moonwhale.infer.drafting import Drafting
-from moonwhale.infer.sampler import Noise, choose
-from moonwhale.infer.sampling import SamplingOptions
-from moonwhale.infer.text import TextStream
+from moonwhale.infer.sampling import Noise, choose
+from moonwhale.infer.sampling_options import SamplingOptions
 
 PIECE = 256  # tokens of a prompt, or of several, that are read between two steps
 
@@ -131,8 +131,8 @@ class Scheduler:
         """
         rows, decoder = self.running, self.decoder
         tokens = torch.tensor([[row.token_ids[-1], *row.drafts] for row in rows], device=decoder.device)
-        span = decoder.span(self.cache, 0, [row.cached for row in rows], depth + 1)
-        hidden = decoder.run(tokens, self.cache, span)
+        placement = decoder.span(self.cache, 0, [row.cached for row in rows], depth + 1)
+        hidden = decoder.run(tokens, self.cache, placement)
         logits = decoder.head(hidden)
         for row, states in zip(rows, hidden, strict=True):
             row.tail, row.held = states, 0
@@ -187,11 +187,11 @@ class Scheduler:
         def filled(tokens: list[list[int]]) -> Tensor:
             return torch.tensor([(some + [0] * length)[:length] for some in tokens], device=decoder.device)
 
-        span = decoder.span(self.cache, len(self.running), [row.cached for row in rows], length)
-        hidden = states = decoder.run(filled(pieces), self.cache, span)
+        placement = decoder.span(self.cache, len(self.running), [row.cached for row in rows], length)
+        hidden = states = decoder.run(filled(pieces), self.cache, placement)
         for k in range(1, depth + 1):
             ahead = filled([row.prompt[row.cached + k : row.cached + k + length] for row in rows])
-            states = decoder.guess(k, states, ahead, self.cache, span)
+            states = decoder.guess(k, states, ahead, self.cache, placement)
         return hidden
 
     def _draft(self, depth: int) -> None:
@@ -207,12 +207,12 @@ class Scheduler:
             return
         length = max(len(row.tail) for row in rows)
         hidden = torch.stack([torch.nn.functional.pad(row.tail, (0, 0, 0, length - len(row.tail))) for row in rows])
-        span = decoder.span(self.cache, 0, [row.cached - row.held - 1 for row in rows], length)
+        placement = decoder.span(self.cache, 0, [row.cached - row.held - 1 for row in rows], length)
         newest = torch.arange(len(rows), device=decoder.device), torch.tensor([row.held for row in rows])
         for k in range(1, depth + 1):
             after = [row.token_ids[-row.held - 1 :] + row.drafts for row in rows]
             ahead = [(tokens[k - 1 :] + [0] * length)[:length] for tokens in after]
-            hidden = decoder.guess(k, hidden, torch.tensor(ahead, device=decoder.device), self.cache, span)
+            hidden = decoder.guess(k, hidden, torch.tensor(ahead, device=decoder.device), self.cache, placement)
             guesses = choose(decoder.draft_head(hidden[newest]), rows, ahead=k - 1)
             for row, token in zip(rows, guesses, strict=True):
                 row.drafts.append(token)

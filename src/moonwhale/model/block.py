@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layout import Layout
+from .documents import Documents
 from .mla import MultiheadLatentAttention
 from .moe import MLP, DeepseekMoE
 from .norm import RMSNorm
@@ -32,14 +32,16 @@ class Block(GradientCheckpointingLayer):
         dense = layer_idx < config.first_k_dense_replace
         self.mlp = MLP(config, config.intermediate_size) if dense else DeepseekMoE(config)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None) -> tuple[Tensor, Stats]:
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
+    ) -> tuple[Tensor, Stats]:
         """(B, T, hidden) to the same, and its statistics. See `MultiheadLatentAttention.forward` for the arguments."""
-        attended, max_logit = self.self_attn(self.input_layernorm(x), table, layout, cache)
+        attended, max_logit = self.self_attn(self.input_layernorm(x), table, documents, cache)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(normed), Stats(max_logit, None, None)
-        out, balance, load = self.mlp(normed, layout.valid[:, -x.shape[1] :])
+        out, balance, load = self.mlp(normed, documents.valid[:, -x.shape[1] :])
         return x + out, Stats(max_logit, balance, load)
 
     def collect(self, stats: Stats) -> None:

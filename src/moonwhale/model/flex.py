@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .layout import Layout, _take
+from .documents import Documents, _take
 from .moba import Chunks
 
 TILE = 128
 LONG = 8  # times topk * block_size tokens make a context long
 
 
-def serves(q: Tensor, layout: Layout) -> bool:
+def serves(q: Tensor, documents: Documents) -> bool:
     """Whether this is the way: in a graph, and in training on CUDA (a prompt of any length would be compiled anew)."""
-    if q.shape[2] != layout.segment.shape[1]:
+    if q.shape[2] != documents.segment.shape[1]:
         return False
     return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.is_grad_enabled())
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
 ) -> tuple[Tensor, Tensor]:
     """Attention of q, k (B, H, T, D) and v (B, H, T, Dv) over MoBA's blocks, or full where `topk` is 0.
 
@@ -37,7 +37,7 @@ def attention(
         out (B, H, T, Dv), and each query's largest scaled logit (B, H, T) in fp32.
     """
     run = _attention if torch.compiler.is_compiling() else _compiled()
-    return run(q, k, v, layout.segment, layout.offset, scale, block_size, topk)
+    return run(q, k, v, documents.segment, documents.offset, scale, block_size, topk)
 
 
 def _attention(q, k, v, segment, offset, scale, block_size, topk) -> tuple[Tensor, Tensor]:

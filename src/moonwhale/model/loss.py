@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import unseen
+from .documents import unseen
 
 IGNORE = -100
 LOG2 = math.log(2)

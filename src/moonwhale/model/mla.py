@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .attention import attend
+from .documents import Documents
 from .flex import attention as flex_attention
 from .flex import serves as flex_serves
-from .layout import Layout
 from .moba import moba_attention, moba_mask
 from .norm import RMSNorm
 from .rope import rotate
@@ -53,9 +53,9 @@ class MultiheadLatentAttention(nn.Module):
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None
+        self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of the newest tokens x (B, Tq, hidden) over all Tk tokens that `layout` describes.
+        """Attention of the newest tokens x (B, Tq, hidden) over all Tk tokens that `documents` describes.
 
         `cache`, a transformers cache, holds (latents (B, 1, Tk, rank), rotary keys (B, 1, Tk, rope)) of this layer.
 
@@ -67,15 +67,15 @@ class MultiheadLatentAttention(nn.Module):
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
         if latent.shape[2] == x.shape[1]:
-            out, top = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, layout)
-            top = top.detach().masked_fill(~layout.valid[:, None], -torch.inf).amax((0, 2))
+            out, top = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
+            top = top.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))
         else:
-            out, top = self._absorbed(q_nope, q_rope, latent, k_rope, layout), None
+            out, top = self._absorbed(q_nope, q_rope, latent, k_rope, documents), None
         return self.o_proj(out.transpose(1, 2).flatten(2)), top
 
-    def logits(self, x: Tensor, table: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    def logits(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents) -> tuple[Tensor, Tensor]:
         """To look inside: every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them softmax sees."""
-        products, mask = self._products(*self._project(x, table), layout)
+        products, mask = self._products(*self._project(x, table), documents)
         return products.float() * self.scale, mask.expand_as(products)
 
     def _project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,38 +89,38 @@ class MultiheadLatentAttention(nn.Module):
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
         return self._by_head(q)
 
-    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         """Keys and values of every head from the latents: the cheaper form when every token is a query."""
         k_nope, v = self._by_head(self.kv_b_proj(latent.squeeze(1))).split([self.nope, self.v_dim], dim=-1)
         if self.key_conv is not None:
             w_k = self._split_up()[0].flatten(0, 1)
-            k_nope = self._by_head(F.linear(self._convolved(latent, layout).squeeze(1), w_k))
+            k_nope = self._by_head(F.linear(self._convolved(latent, documents).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
-        if flex_serves(q, layout):
-            return flex_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
+        if flex_serves(q, documents):
+            return flex_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
         if self.topk:
-            return moba_attention(q, k, v, self.scale, layout, self.block_size, self.topk)
-        return attend(q, k, v, self.scale, causal=True, segment=layout.packing)
+            return moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
+        return attend(q, k, v, self.scale, causal=True, segment=documents.packing)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> Tensor:
         """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is
         expanded.
         """
-        products, mask = self._products(q_nope, q_rope, latent, k_rope, layout)
+        products, mask = self._products(q_nope, q_rope, latent, k_rope, documents)
         w_v = self._split_up()[1].to(latent.dtype)  # (heads, v, rank)
         probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
         return probs @ latent @ w_v.transpose(-1, -2)
 
     def _products(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
     ) -> tuple[Tensor, Tensor]:
         """q·k of every pair (B, heads, Tq, Tk), before scaling, and which of them count (B, heads or 1, Tq, Tk)."""
         w_k = self._split_up()[0].to(q_nope.dtype)  # (heads, nope, rank)
-        key_latent = latent if self.key_conv is None else self._convolved(latent, layout)
+        key_latent = latent if self.key_conv is None else self._convolved(latent, documents)
         products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
         if self.topk:
-            return products, moba_mask(products, layout, self.block_size, self.topk)
-        return products, layout.visible(products.shape[-2])[:, None]
+            return products, moba_mask(products, documents, self.block_size, self.topk)
+        return products, documents.visible(products.shape[-2])[:, None]
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, T, heads * width) as (B, heads, T, width)."""
@@ -130,7 +130,7 @@ class MultiheadLatentAttention(nn.Module):
         """W_UK (heads, nope, rank) and W_UV (heads, v, rank), views of `kv_b_proj.weight`."""
         return self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
 
-    def _convolved(self, latent: Tensor, layout: Layout) -> Tensor:
+    def _convolved(self, latent: Tensor, documents: Documents) -> Tensor:
         """The latents keys are made of: `c + silu(causal depthwise convolution of c)` inside each sequence (arXiv
         2511.11571).
 
@@ -139,7 +139,7 @@ class MultiheadLatentAttention(nn.Module):
         c, mixed = latent.squeeze(1), 0.0
         for back in range(self.key_conv.shape[-1]):
             tap = F.pad(c, (0, 0, back, 0))[:, : c.shape[1]]
-            inside = (layout.offset >= back).unsqueeze(-1)
+            inside = (documents.offset >= back).unsqueeze(-1)
             mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(c.dtype)
         return (c + F.silu(mixed)).unsqueeze(1)
 

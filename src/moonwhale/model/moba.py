@@ -14,26 +14,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import attend, attend_backward, attend_forward
-from .layout import BlockTable, Layout, unseen
+from .documents import BlockTable, Documents, unseen
 
 QUERIES = 256  # most queries of one chunk of the sparse path
 STEP = 16  # chunks by which their number grows: a kernel library compiles a product for each shape it meets
 
 
 def moba_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, block_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
 ) -> tuple[Tensor, Tensor]:
     """Sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv), both work and memory linear in T * topk * block_size.
 
-    In a plain layout the queries may be of the last tokens only, from the beginning of a block on (and then there is no
-    gradient): a long prompt can be read in pieces.
+    If `documents.plain`, the queries may be the last tokens only, from the start of a block on. There is no gradient
+    then. So a long prompt can be read in pieces.
 
     Returns:
         out (B, H, Tq, Dv), and each query's largest scaled logit (B, H, Tq) in fp32.
     """
-    table, length = layout.blocks(block_size), q.shape[2]
+    table, length = documents.blocks(block_size), q.shape[2]
     if topk >= table.count:  # every block is chosen
-        return attend(q, k, v, scale, causal=True, segment=layout.packing)
+        return attend(q, k, v, scale, causal=True, segment=documents.packing)
     out, top = _MoBA.apply(*(table.to_slots(x) for x in (q, k, v)), scale, table, topk - 1)
     return table.to_tokens(out, length), table.to_tokens(top, length)
 
@@ -170,7 +170,7 @@ def _sum_at(place: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> Tensor:
+def moba_mask(products: Tensor, documents: Documents, block_size: int, topk: int) -> Tensor:
     """Which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk), from all products q·k (B, H, Tq, Tk) before
     scaling.
 
@@ -178,11 +178,11 @@ def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> T
     keys or, absorbed, with latents.
     """
     batch, heads, n_queries, n_keys = products.shape
-    table = layout.blocks(block_size)
+    table = documents.blocks(block_size)
     block = table.block_of(n_keys).expand(batch, -1)
     query = slice(n_keys - n_queries, n_keys)
 
-    real = (layout.segment >= 0)[:, None, None]
+    real = (documents.segment >= 0)[:, None, None]
     scatter_index = block[:, None, None].expand_as(products)
     gates = products.new_zeros(batch, heads, n_queries, table.count, dtype=torch.float32)
     gates.scatter_add_(3, scatter_index, products.float().masked_fill(~real, 0.0)).div_(block_size)
@@ -193,4 +193,4 @@ def moba_mask(products: Tensor, layout: Layout, block_size: int, topk: int) -> T
     gates.scatter_(3, own[:, None].expand(-1, heads, -1, -1), torch.inf)
     best = gates.topk(min(topk, table.count), dim=-1).indices  # what is not an earlier block is not visible
     taken = torch.zeros_like(gates, dtype=torch.bool).scatter_(3, best, True)
-    return taken.gather(3, scatter_index) & layout.visible(n_queries)[:, None]
+    return taken.gather(3, scatter_index) & documents.visible(n_queries)[:, None]

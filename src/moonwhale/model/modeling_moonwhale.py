@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .block import Block
 from .configuration_moonwhale import MoonwhaleConfig
-from .layout import Layout
+from .documents import Documents
 from .loss import IGNORE, linear_cross_entropy
 from .mla import MultiheadLatentAttention
 from .moe import DeepseekMoE, Experts, Router
@@ -130,7 +130,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
-        layout: Layout | None = None,
+        documents: Documents | None = None,
         with_mtp: bool = False,
         **_,
     ) -> MoonwhaleModelOutput:
@@ -152,18 +152,18 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch, length, _ = x.shape
-        if layout is None:
-            layout = Layout.of(batch, past + length, x.device, attention_mask, None if past else position_ids)
+        if documents is None:
+            documents = Documents.of(batch, past + length, x.device, attention_mask, None if past else position_ids)
         if position_ids is None:
-            position_ids = layout.offset[:, past:]
+            position_ids = documents.offset[:, past:]
         table = rotation_table(self.config, position_ids, x.dtype)
 
         embeds, balance, seen = x, x.new_zeros((), dtype=torch.float32), []
         for block in self.main_blocks:
             seen.append(x)
-            x, balance = self.run([block], x, balance, table, layout, past_key_values)
+            x, balance = self.run([block], x, balance, table, documents, past_key_values)
         x = self.norm(x)
-        mtp, balance = self.run_mtp(x, embeds, balance, table, layout) if with_mtp else ((), balance)
+        mtp, balance = self.run_mtp(x, embeds, balance, table, documents) if with_mtp else ((), balance)
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -178,15 +178,15 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         """(B, T) to (B, T, hidden), in the precision of the blocks."""
         return _as_computed(self.embed_tokens(input_ids))
 
-    def run(self, blocks, x: Tensor, balance: Tensor, table, layout: Layout, cache=None) -> tuple[Tensor, Tensor]:
+    def run(self, blocks, x: Tensor, balance: Tensor, table, documents: Documents, cache=None) -> tuple[Tensor, Tensor]:
         """x (B, T, hidden) through some main blocks, whose balance losses are added to `balance` (0-d)."""
         for block in blocks:
-            x, stats = block(x, table, layout, cache)
+            x, stats = block(x, table, documents, cache)
             balance = self._collect([block], [stats], balance)
         return x, balance
 
     def run_mtp(
-        self, hidden: Tensor, embeds: Tensor, balance: Tensor, table, layout: Layout
+        self, hidden: Tensor, embeds: Tensor, balance: Tensor, table, documents: Documents
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The chain of MTP modules from the main model's normed output and the embeddings, both (B, T, hidden).
 
@@ -195,7 +195,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         """
         outputs = []
         for k, module in enumerate(self.mtp_modules, start=1):
-            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, layout.ahead(k))
+            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, documents.ahead(k))
             balance = self._collect([module, *module.blocks], stats, balance)
             outputs.append(hidden)
         return tuple(outputs), balance
@@ -253,14 +253,14 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
 
         While training with labels no logits are returned: they are made and dropped a chunk at a time.
         """
-        layout = None
+        documents = None
         if labels is not None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError("labels need the whole sequence: leave out past_key_values")
             given = input_ids if inputs_embeds is None else inputs_embeds
             if given is not None and labels.shape != given.shape[:2]:
                 raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(given.shape[:2])} as the tokens")
-            layout = Layout.of(*labels.shape, labels.device, attention_mask, position_ids)
+            documents = Documents.of(*labels.shape, labels.device, attention_mask, position_ids)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -268,27 +268,27 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache if labels is None else False,
-            layout=layout,
+            documents=documents,
             with_mtp=labels is not None,
             **kwargs,
         )
         out = MoonwhaleOutput(past_key_values=body.past_key_values, hidden_states=body.hidden_states)
         if labels is not None:
-            self.add_loss(out, body, labels, layout, num_items_in_batch)
+            self.add_loss(out, body, labels, documents, num_items_in_batch)
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             out.logits = self.lm_head(body.last_hidden_state[:, keep])
         return out
 
     def add_loss(
-        self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, labels: Tensor, layout: Layout, num_items
+        self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, labels: Tensor, documents: Documents, num_items
     ) -> None:
         """Fills in main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy.
 
         `body` needs its hidden states and balance loss; for the rest see `forward`.
         """
         hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])
-        targets = torch.stack([shifted_labels(labels, layout, depth) for depth in range(len(hidden))])
+        targets = torch.stack([shifted_labels(labels, documents, depth) for depth in range(len(hidden))])
         counts = (targets != IGNORE).sum((1, 2))
         own = counts.clamp(min=1).float()
         total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().clamp(min=1)

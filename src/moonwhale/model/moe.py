@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .layout import unseen
+from .documents import unseen
 
 STEP = 64  # rows by which an expert's share grows
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block, Stats
-from .layout import Layout
+from .documents import Documents
 from .loss import IGNORE
 from .norm import RMSNorm
 
@@ -26,7 +26,7 @@ class MTPModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(
-        self, hidden: Tensor, ahead: Tensor, table: tuple[Tensor, Tensor], layout: Layout, cache=None
+        self, hidden: Tensor, ahead: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
     ) -> tuple[Tensor, tuple[Stats, ...]]:
         """One link of the chain (V3 eq. 21-23).
 
@@ -37,19 +37,19 @@ class MTPModule(Block):
             the normed output (B, T, hidden), ready for the head and for the next link; the statistics of each block.
         """
         x = self.eh_proj(torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1))
-        x, stats = super().forward(x, table, layout, cache)
+        x, stats = super().forward(x, table, documents, cache)
         measured = [stats]
         for block in self.blocks:
-            x, stats = block(x, table, layout, cache)
+            x, stats = block(x, table, documents, cache)
             measured.append(stats)
         return self.shared_head["norm"](x), tuple(measured)
 
 
-def shifted_labels(labels: Tensor, layout: Layout, depth: int) -> Tensor:
+def shifted_labels(labels: Tensor, documents: Documents, depth: int) -> Tensor:
     """Targets of depth d, (B, T): position i predicts label i + 1 + d. Depth 0 is the main model.
 
     The last positions have no target, padding has none, and none lies in another document.
     """
     targets = torch.full_like(labels, IGNORE)
     targets[:, : -1 - depth] = labels[:, 1 + depth :]
-    return targets.masked_fill(~layout.ahead(1 + depth).valid, IGNORE)
+    return targets.masked_fill(~documents.ahead(1 + depth).valid, IGNORE)

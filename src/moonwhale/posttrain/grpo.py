@@ -8,10 +8,10 @@ from typing import ClassVar
 from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
-from moonwhale.posttrain import options as post
-from moonwhale.posttrain.options import PostTraining
-from moonwhale.train import runs
-from moonwhale.train.runs import say
+from moonwhale.posttrain import config as post
+from moonwhale.posttrain.config import PostTraining
+from moonwhale.processes import is_main_process, say, world_size
+from moonwhale.train import run_folder
 
 # "r1" is DeepSeek-R1's objective: every answer weighs the same, whatever its length, and k3 keeps the policy near the
 # model it began as. "trl" is what TRL takes by default: DAPO's, where every token weighs the same, without a KL term.
@@ -110,13 +110,13 @@ def grpo(config: GRPOOptions) -> None:
     import torch
 
     from moonwhale import precision
-    from moonwhale.posttrain import report
+    from moonwhale.checkpoint import publish_model
+    from moonwhale.posttrain import progress
     from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
-    from moonwhale.train import checkpoints
 
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = config.open(choice)
-    accumulation = config.accumulation(runs.world_size())
+    accumulation = config.accumulation(world_size())
     out = Path(config.out)
     objective = {k: v for k, v in OBJECTIVES[config.objective].items() if getattr(config, k, None) is None}
     objective |= {name: value for name in ("beta", "epsilon") if (value := getattr(config, name)) is not None}
@@ -128,7 +128,7 @@ def grpo(config: GRPOOptions) -> None:
     say(f"{'run':<11}{config.steps} steps of {config.questions_per_step} x {config.group_size} answers into {out}")
     if config.is_finished(checkpoint, config.steps):
         return
-    if runs.is_main_process():
+    if is_main_process():
         post.write(config)
 
     def rows(problems: list, first: int = 0) -> datasets.Dataset:
@@ -142,7 +142,7 @@ def grpo(config: GRPOOptions) -> None:
         )
 
     args = MTPGRPOConfig(
-        **runs.trainer_arguments(config, choice, config.steps),
+        **run_folder.trainer_arguments(config, choice, config.steps),
         **objective,
         gradient_accumulation_steps=accumulation,
         lr_scheduler_type="constant_with_warmup",
@@ -167,8 +167,8 @@ def grpo(config: GRPOOptions) -> None:
             callbacks=callbacks,
         )
 
-    plot = partial(report.plot_rewards, path=out / "rewards.png")
-    trainer = runs.carry_out(config, choice, build, checkpoint, "grpo", plot, report.line_of)
-    if runs.is_main_process():
-        checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
-    say(report.reward_summary(trainer.state.log_history, out))
+    plot = partial(progress.plot_rewards, path=out / "rewards.png")
+    trainer = run_folder.carry_out(config, choice, build, checkpoint, "grpo", plot, progress.line_of)
+    if is_main_process():
+        publish_model(out / f"checkpoint-{trainer.state.global_step}", out)
+    say(progress.reward_summary(trainer.state.log_history, out))

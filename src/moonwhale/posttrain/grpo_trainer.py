@@ -9,11 +9,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from moonwhale.infer.engine import Engine
 from moonwhale.model import MoonwhaleForCausalLM
-from moonwhale.model.layout import Layout
+from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE, linear_cross_entropy
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.model.rope import rotation_table
-from moonwhale.train.base import MuonClipArguments, MuonClipTraining
+from moonwhale.train.muonclip_trainer import MuonClipArguments, MuonClipTraining
 
 
 @dataclass
@@ -110,14 +110,14 @@ def mtp_losses(
     Returns:
         the mean cross-entropy in nats of each depth (D,), and the sum of the modules' balance losses.
     """
-    layout = Layout.of(*input_ids.shape, input_ids.device, attention_mask, None)
+    documents = Documents.of(*input_ids.shape, input_ids.device, attention_mask, None)
     embeds = model.model.embed(input_ids).detach()
-    table = rotation_table(model.config, layout.offset, hidden.dtype)
+    table = rotation_table(model.config, documents.offset, hidden.dtype)
     nothing = hidden.new_zeros((), dtype=torch.float32)
-    seen, balance = model.model.run_mtp(hidden.detach(), embeds, nothing, table, layout)
+    seen, balance = model.model.run_mtp(hidden.detach(), embeds, nothing, table, documents)
     losses = []
     for depth, out in enumerate(seen, start=1):
-        targets = shifted_labels(labels, layout, depth)
+        targets = shifted_labels(labels, documents, depth)
         share = torch.ones(targets.numel(), device=out.device) / (targets != IGNORE).sum().clamp(min=1)
         loss, _, _ = linear_cross_entropy(out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share)
         losses.append(loss)

@@ -7,11 +7,12 @@ import yaml
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean, one_line
 from moonwhale.posttrain import grpo, sample, sft
-from moonwhale.train import arguments, pretrain, runs
+from moonwhale.train import pretrain, run_folder
+from moonwhale.train.config import TrainConfig, resolve
 
 # Of each stage: what checks its options, and what carries it out.
 STAGES = {
-    "train": (arguments.TrainConfig, pretrain.train),
+    "train": (TrainConfig, pretrain.train),
     "sft": (sft.SFTOptions, sft.sft),
     "grpo": (grpo.GRPOOptions, grpo.grpo),
     "sample": (sample.SampleOptions, sample.sample),
@@ -71,8 +72,8 @@ def read(path: str) -> list[tuple[str, object]]:
         cls = STAGES[verb][0]
         given = options.check(cls, given, f"{where}: ")
         if verb != "sample":
-            given["resume"] = (Path(given["out"]) / runs.RUN_FILE).exists()
-        found.append((verb, arguments.resolve(given) if verb == "train" else cls(**given)))
+            given["resume"] = (Path(given["out"]) / run_folder.RUN_FILE).exists()
+        found.append((verb, resolve(given) if verb == "train" else cls(**given)))
     return found
 
 

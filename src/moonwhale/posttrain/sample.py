@@ -8,7 +8,7 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
-from moonwhale.infer.sampling import SamplingOptions
+from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require
 
 AT_LEAST_ONE = ("questions", "samples")

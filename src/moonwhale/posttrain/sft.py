@@ -8,10 +8,10 @@ from typing import ClassVar
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
-from moonwhale.posttrain import options as post
-from moonwhale.posttrain.options import PostTraining
-from moonwhale.train import runs
-from moonwhale.train.runs import say
+from moonwhale.posttrain import config as post
+from moonwhale.posttrain.config import PostTraining
+from moonwhale.processes import is_main_process, say, world_size
+from moonwhale.train import run_folder
 
 # Of every attention and dense network, but for kv_b_proj, whose weight is also used outside of its forward.
 LORA_MODULES = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,12 +64,13 @@ def sft(config: SFTOptions) -> None:
 
     import torch
 
-    from moonwhale import precision, report
-    from moonwhale.data.conversations import load_conversations
-    from moonwhale.data.sources import load_source
+    from moonwhale import precision
+    from moonwhale.checkpoint import publish_model
+    from moonwhale.data.loading import load_source
+    from moonwhale.data.sft_dataset import load_conversations
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.posttrain.sft_trainer import MTPSFTConfig, MTPSFTTrainer, lora, merge, pack
-    from moonwhale.train import checkpoints
+    from moonwhale.train import progress
 
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = config.open(choice)
@@ -82,7 +83,7 @@ def sft(config: SFTOptions) -> None:
     source = load_source(config.data, config.data_split, config.data_columns, config.data_documents)
     train, held_out = load_conversations(source, tokenizer)
     rows, cut = pack(train, context)
-    world = runs.world_size()
+    world = world_size()
     of_step = config.batch_size * config.accumulation * world
     steps = config.steps or max(1, round(config.epochs * len(rows) / of_step))
     if len(rows) < config.batch_size * world:
@@ -99,11 +100,11 @@ def sft(config: SFTOptions) -> None:
     say(f"{'run':<11}{steps:,} steps of {of_step} rows into {out}")
     if config.is_finished(checkpoint, steps):
         return
-    if runs.is_main_process():
+    if is_main_process():
         post.write(config)
 
     args = MTPSFTConfig(
-        **runs.trainer_arguments(config, choice, steps),
+        **run_folder.trainer_arguments(config, choice, steps),
         gradient_accumulation_steps=config.accumulation,
         lr_scheduler_type="linear",
         max_length=context,
@@ -124,9 +125,9 @@ def sft(config: SFTOptions) -> None:
             callbacks=callbacks,
         )
 
-    plot = partial(report.plot_loss, path=out / "loss.png")
-    trainer = runs.carry_out(config, choice, build, checkpoint, "sft", plot, report.line_of)
-    if runs.is_main_process():
+    plot = partial(progress.plot_loss, path=out / "loss.png")
+    trainer = run_folder.carry_out(config, choice, build, checkpoint, "sft", plot, progress.line_of)
+    if is_main_process():
         last = out / f"checkpoint-{trainer.state.global_step}"
-        merge(trainer.model, tokenizer, out) if config.lora_rank else checkpoints.finish(last, out)
-    say(report.summary(trainer.state.log_history, None, out))
+        merge(trainer.model, tokenizer, out) if config.lora_rank else publish_model(last, out)
+    say(progress.summary(trainer.state.log_history, None, out))

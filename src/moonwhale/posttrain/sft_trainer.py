@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE
-from moonwhale.train.base import MuonClipArguments
-from moonwhale.train.trainer import MTPTraining
+from moonwhale.train.mtp_trainer import MTPTraining
+from moonwhale.train.muonclip_trainer import MuonClipArguments
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moonwhale import options
 from moonwhale.errors import UserError
-from moonwhale.train import arguments, runs
-from moonwhale.train.arguments import TrainConfig
-from moonwhale.train.runs import say
+from moonwhale.processes import is_main_process, say, world_size
+from moonwhale.train import run_folder
+from moonwhale.train.config import TrainConfig, build_model_config, parse, resolve, write_config
 
 DATA_FILE = "data.txt"
 
@@ -18,7 +18,7 @@ DATA_FILE = "data.txt"
 def main(argv: list[str]) -> None:
     launched = "WORLD_SIZE" in os.environ  # by torchrun
     try:
-        train(arguments.parse(argv))
+        train(parse(argv))
     finally:
         if launched:
             import torch.distributed as dist
@@ -35,13 +35,13 @@ def train(config: TrainConfig) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
     """
-    main_process, world, split = runs.is_main_process(), runs.world_size(), config.split
+    main_process, world, split = is_main_process(), world_size(), config.split
     pipelined = split.cuts
     micro_batches = config.micro_batches(split.copies(world)) if pipelined else None
     logging.basicConfig(format="%(message)s")
     if main_process:
-        runs.check_folder(config, lambda run_file: arguments.resolve({}, run_file))
-    checkpoint = runs.newest_checkpoint(config.out) if config.resume else None
+        run_folder.check_folder(config, lambda run_file: resolve({}, run_file))
+    checkpoint = run_folder.newest_checkpoint(config.out) if config.resume else None
     if config.resume:
         say(f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint")
 
@@ -49,34 +49,35 @@ def train(config: TrainConfig) -> None:
     import transformers
     from torch.utils.data import Subset
 
-    from moonwhale import fp8, memory, precision, report
-    from moonwhale.counts import count
+    from moonwhale import fp8, precision
+    from moonwhale.checkpoint import log_history, publish_model, step_of
+    from moonwhale.costs import count
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
-    from moonwhale.pipeline import ranks
-    from moonwhale.pipeline.trainer import PipelineTrainer
-    from moonwhale.train import checkpoints
-    from moonwhale.train.trainer import MTPTrainer
+    from moonwhale.parallel import process_groups
+    from moonwhale.train import memory, progress
+    from moonwhale.train.mtp_trainer import MTPTrainer
+    from moonwhale.train.pipeline_trainer import PipelineTrainer
 
-    runs.quieten()
+    run_folder.quieten()
     out = Path(config.out)
-    if checkpoint and checkpoints.step_of(checkpoint) >= config.steps:
+    if checkpoint and step_of(checkpoint) >= config.steps:
         if main_process:
-            checkpoints.finish(checkpoint, out)
-            report.plot_loss(checkpoints.history(checkpoint), out / "loss.png")
+            publish_model(checkpoint, out)
+            progress.plot_loss(log_history(checkpoint), out / "loss.png")
         say(f"finished   already, with all {config.steps} steps: the model is in {out}")
         return
 
     if pipelined:
-        ranks.take_gpu()
+        process_groups.take_gpu()
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
     vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
-    first = arguments.build_model_config(config)  # an impossible model should not cost a tokenizer's training first
-    settings = runs.learned(config, also=("out", "resume"))
-    place = ranks.meet(split, first, config.context, choice.device.type == "cpu", settings)
+    first = build_model_config(config)  # an impossible model should not cost a tokenizer's training first
+    settings = run_folder.learned(config, also=("out", "resume"))
+    place = process_groups.meet(split, first, config.context, choice.device.type == "cpu", settings)
     shares = 1 if place else world  # of the rows, one for each of the Trainer's processes
     args = _trainer_arguments(config, choice, shares)
     hub = config.data_split, config.data_columns
@@ -87,7 +88,7 @@ def train(config: TrainConfig) -> None:
             f"{len(data.train)} rows of --context {config.context}: lower the one or the other, or give more --data"
         )
     ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model_config = arguments.build_model_config(config, len(data.tokenizer), **ids)
+    model_config = build_model_config(config, len(data.tokenizer), **ids)
     transformers.set_seed(config.seed)
     model = MoonwhaleForCausalLM(model_config)
     if choice.fp8:
@@ -105,7 +106,7 @@ def train(config: TrainConfig) -> None:
     say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}")
     out.mkdir(parents=True, exist_ok=True)
     if main_process:
-        arguments.write(config, out / runs.RUN_FILE)
+        write_config(config, out / run_folder.RUN_FILE)
         _check_data(data, out, config)
 
     rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
@@ -121,11 +122,11 @@ def train(config: TrainConfig) -> None:
         data_collator=transformers.default_data_collator,  # rows are whole: a tokenizer's takes 80 times as long
         byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
     )
-    plot = partial(report.plot_loss, path=out / "loss.png")
-    trainer = runs.carry_out(config, choice, build, checkpoint, "train", plot, report.line_of)
+    plot = partial(progress.plot_loss, path=out / "loss.png")
+    trainer = run_folder.carry_out(config, choice, build, checkpoint, "train", plot, progress.line_of)
     if main_process:
-        checkpoints.finish(out / f"checkpoint-{trainer.state.global_step}", out)
-    say(report.summary(trainer.state.log_history, config.tokens_per_step, out))
+        publish_model(out / f"checkpoint-{trainer.state.global_step}", out)
+    say(progress.summary(trainer.state.log_history, config.tokens_per_step, out))
 
 
 def _check_data(data, out: Path, config: TrainConfig) -> None:
@@ -143,7 +144,7 @@ def _check_data(data, out: Path, config: TrainConfig) -> None:
 
 def _trainer_arguments(config: TrainConfig, choice, world: int):
     """The run's options in transformers' words."""
-    from moonwhale.train.trainer import MTPTrainingArguments
+    from moonwhale.train.mtp_trainer import MTPTrainingArguments
 
     if choice.device.index and world == 1:
         raise UserError(
@@ -157,7 +158,7 @@ def _trainer_arguments(config: TrainConfig, choice, world: int):
     else:
         scheduler, scheduler_kwargs = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
     return MTPTrainingArguments(
-        **runs.trainer_arguments(config, choice, config.steps),
+        **run_folder.trainer_arguments(config, choice, config.steps),
         gradient_accumulation_steps=config.accumulation(world),
         lr_scheduler_type=scheduler,
         lr_scheduler_kwargs=scheduler_kwargs,

@@ -1,0 +1,44 @@
+"""What decides the next token, and when to stop. Imports nothing heavy, since the command line needs it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moonwhale.options import require
+
+INFINITY = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to continue a prompt.
+
+    max_new_tokens: at most so many tokens, fewer where the model's context ends before.
+    temperature: 0 always takes the likeliest token (greedy); 1 samples from the model's own distribution.
+    top_k, top_p, min_p: sample among the k likeliest tokens only (0: all), among the likeliest that together reach
+        probability top_p, among those at least min_p times as likely as the likeliest. The default is a mild min_p.
+    repetition_penalty: divides the logits of tokens that occurred, the prompt's included; 1 is none.
+    stop: strings that end the answer and are not part of it.
+    seed: row i of a batch draws from a generator of its own, seeded seed + i. None takes a random seed.
+
+    Raises:
+        UserError: a value that is impossible.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "max_new_tokens", self.max_new_tokens >= 1, "give at least 1")
+        require(self, "temperature", 0 <= self.temperature < INFINITY, "give 0 (greedy) or more")
+        require(self, "top_k", self.top_k >= 0, "give the number of tokens to choose from, or 0 for all")
+        require(self, "top_p", 0 < self.top_p <= 1, "give a probability above 0, at most 1 (1 keeps every token)")
+        require(self, "min_p", 0 <= self.min_p <= 1, "give a number from 0 (keeps every token) to 1")
+        require(self, "repetition_penalty", 0 < self.repetition_penalty < INFINITY, "give a number above 0 (1 is none)")
+        require(self, "stop", not isinstance(self.stop, str) and all(self.stop), "give strings that are not empty")
+        require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "give a whole number from 0 to 2^63 - 1")

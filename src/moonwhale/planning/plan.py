@@ -1,0 +1,218 @@
+"""`moonwhale plan`: how to spread a run over many GPUs, and what each layout would cost, before anybody rents them."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from moonwhale import options
+from moonwhale.errors import UserError, did_you_mean
+from moonwhale.options import positive
+from moonwhale.parallel.options import SCHEDULES, divisors
+from moonwhale.presets import PRESETS
+from moonwhale.train.config import TrainConfig, build_model_config, resolve
+from moonwhale.units import in_bytes, si
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """From NVIDIA's data sheets: dense bf16, and what the network of its DGX gives each GPU in one direction."""
+
+    memory: float  # GB
+    flops: float  # TFLOP/s
+    bandwidth: float  # GB/s
+
+
+GPUS = {"a100": Gpu(80, 312, 25), "h100": Gpu(80, 989, 50), "h200": Gpu(141, 989, 50), "b200": Gpu(180, 2250, 50)}
+UTILIZATION = 0.35  # DeepSeek-V3 (§1): 180,000 H800 hours for 10^12 tokens of 37 G parameters, 6 operations each
+COUNTED = ("dualpipev", "dualpipe", "1f1b")  # schedules whose idle time has a formula
+CLOSE = 1.05  # a larger micro-batch is taken if it is at most so much slower: kernels like many tokens
+
+
+def main(argv: list[str]) -> int:
+    parser = options.Parser(
+        prog="moonwhale plan",
+        description="Layouts of a run over many GPUs, the fastest first: what each would hold, send and idle.",
+        epilog="GPUs (memory, dense bf16, network):\n"
+        + "\n".join(f"  {n:<6}{g.memory:g} GB, {g.flops:g} TFLOP/s, {g.bandwidth:g} GB/s" for n, g in GPUS.items())
+        + "\n\nMessages between the ranks of a pipeline are taken to hide behind its work; gradients and what goes to\n"
+        "experts are not, and go over the network even inside a machine. More in docs/parallelism.md.",
+    )
+    parser.add_argument("--gpus", metavar="N", required=True, help="how many there are")
+    parser.add_argument("--preset", metavar="NAME", default="demo", help=f"{', '.join(PRESETS)} (demo)")
+    parser.add_argument("--context", metavar="N", help="tokens of a row (the preset's)")
+    parser.add_argument("--batch-size", metavar="N", help="most rows of a micro-batch (the preset's)")
+    parser.add_argument("--tokens-per-step", metavar="N", help="of one optimizer step (the preset's)")
+    parser.add_argument("--gpu", metavar="NAME", default="h100", help="one of those below (h100)")
+    parser.add_argument("--memory", metavar="GB", help="of a GPU, instead of --gpu's")
+    parser.add_argument("--flops", metavar="TFLOPS", help="of a GPU in bf16, instead of --gpu's")
+    parser.add_argument("--bandwidth", metavar="GBS", help="GB/s that a GPU sends to others, instead of --gpu's")
+    parser.add_argument(
+        "--utilization", metavar="PART", help=f"part of --flops that a busy GPU reaches ({UTILIZATION}, DeepSeek-V3's)"
+    )
+    parser.add_argument("--layouts", metavar="N", default="10", help="lines to print (10)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--model.FIELD", metavar="VALUE", help="override a field of the model's configuration")
+    overrides, argv = options.take_dotted(TrainConfig, argv)
+    arguments = parser.parse_args(argv)
+    if arguments.gpu not in GPUS:
+        near = did_you_mean(arguments.gpu, GPUS)
+        raise UserError(f"--gpu: {arguments.gpu!r} is none of {', '.join(GPUS)}{near}; --memory and so on say the rest")
+    gpus = positive(arguments.gpus, "--gpus")
+    known = asdict(GPUS[arguments.gpu]) | {"utilization": UTILIZATION}
+    figures = {name: _number(getattr(arguments, name), f"--{name}", value) for name, value in known.items()}
+    if figures["utilization"] > 1:
+        raise UserError(f"--utilization: {figures['utilization']:g} is impossible: it lies in (0, 1]")
+    given = {
+        name: positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+        for name in ("context", "batch_size", "tokens_per_step")
+        if getattr(arguments, name) is not None
+    }
+    model = options.check(TrainConfig, overrides, "--", from_text=True).get("model", {})
+    run = resolve(given | {"preset": arguments.preset, "model": model})
+    plans = rank(run, gpus, figures)
+    shown = plans[: positive(arguments.layouts, "--layouts")]
+    if arguments.json:
+        print(json.dumps({"gpus": gpus, "preset": run.preset, **figures, "layouts": shown}, indent=2))
+    else:
+        print(report(run, gpus, arguments.gpu, figures, shown))
+    return 0
+
+
+def _number(text: str | None, name: str, default: float) -> float:
+    value = options.convert(text, float, name, from_text=True) if text is not None else default
+    if value <= 0:
+        raise UserError(f"{name}: {value:g} is impossible: it must be above 0")
+    return value
+
+
+def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
+    """All that can work: what divides, with enough micro-batches and blocks."""
+    from moonwhale.planning.cost_model import ParallelLayout
+
+    rows = run.tokens_per_step // run.context
+    experts = config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 1
+    for pp, schedule in itertools.product(divisors(gpus), COUNTED):
+        dp, kind = gpus // pp, SCHEDULES[schedule]
+        stages, least, lots = pp * kind.stages, kind.micro_batches * pp, 1 + kind.mirrored
+        works = stages <= config.num_hidden_layers and pp % lots == 0 if pp > 1 else schedule == "1f1b"
+        if rows % dp or not works:
+            continue
+        for size in divisors(rows // dp):
+            count = rows // dp // size
+            if size > run.batch_size or (pp > 1 and (count < least or count % lots)):
+                continue
+            for ep in (n for n in divisors(dp) if experts % n == 0):
+                yield ParallelLayout(pp, dp, schedule, count, size, ep, False)
+                if ep == 1 and dp * (lots if pp > 1 else 1) > 1:
+                    yield ParallelLayout(pp, dp, schedule, count, size, ep, True)
+
+
+def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
+    """Layouts with their figures, ready for JSON: those that fit, the fastest first, then the others, the least first.
+
+    figures: memory in GB, flops in TFLOP/s and bandwidth in GB/s of a GPU, and the part of its flops that it reaches.
+
+    Raises:
+        UserError: none can work at all.
+    """
+    from moonwhale.planning.cost_model import Estimate, idle_over_busy
+
+    config = build_model_config(run)
+    estimate, best = Estimate(config, run.context), {}
+    for layout in layouts(run, gpus, config):
+        costs = estimate.costs(layout)
+        fullest = max(costs, key=lambda cost: cost.memory)
+        idle = idle_over_busy(layout)
+        busy = max(cost.flops for cost in costs) / (figures["flops"] * 1e12 * figures["utilization"])
+        waits = max(cost.reduce + cost.experts for cost in costs) / (figures["bandwidth"] * 1e9)
+        seconds = busy * (1 + idle) + waits
+        plan = asdict(layout) | {
+            "fits": fullest.memory <= figures["memory"] * 1e9,
+            "memory": {n: getattr(fullest, n) for n in ("weights", "gradients", "optimizer", "activations", "memory")},
+            "sent": {n: max(getattr(cost, n) for cost in costs) for n in ("pipeline", "reduce", "experts")},
+            "idle": idle / (1 + idle),
+            "seconds": seconds,
+            "tokens_per_second": run.tokens_per_step / seconds,
+        }
+        best.setdefault((layout.pp, layout.schedule, layout.ep, layout.fsdp), []).append(plan)
+    if not best:
+        rows = run.tokens_per_step // run.context
+        near = max(n for n in range(1, gpus + 1) if rows % n == 0)
+        raise UserError(
+            f"--gpus: {run.tokens_per_step:,} tokens a step are {rows} rows of {run.context}, which {gpus} GPUs can't "
+            f"share: give --gpus {near} or --tokens-per-step {-(-rows // gpus) * gpus * run.context}"
+        )
+    chosen = [_choose(sizes) for sizes in best.values()]
+    return sorted(chosen, key=lambda p: (not p["fits"], p["seconds"] if p["fits"] else p["memory"]["memory"]))
+
+
+def _choose(sizes: list[dict]) -> dict:
+    """Among micro-batches of several sizes, the largest that fits and is about as fast as the fastest."""
+    fitting = [plan for plan in sizes if plan["fits"]] or [min(sizes, key=lambda plan: plan["memory"]["memory"])]
+    fastest = min(plan["seconds"] for plan in fitting)
+    return max((p for p in fitting if p["seconds"] <= CLOSE * fastest), key=lambda plan: plan["rows"])
+
+
+def report(run: TrainConfig, gpus: int, gpu: str, figures: dict[str, float], plans: list[dict]) -> str:
+    """The plans for people, and the command of the first."""
+    what = [("pp x dp", "schedule", "ep", "fsdp", "batches", "memory", "sent", "idle", "step", "tokens/s")]
+    parts = [("pp x dp", "weights", "gradients", "optimizer", "activations", "neighbours", "gradients", "experts")]
+    for p in plans:
+        place, pipelined = f"{p['pp']} x {p['dp']}", p["pp"] > 1
+        what.append(
+            (
+                place,
+                p["schedule"] if pipelined else "-",
+                f"{p['ep']}",
+                "yes" if p["fsdp"] else "-",
+                f"{p['micro_batches']} x {p['rows']}",
+                in_bytes(p["memory"]["memory"]) + ("" if p["fits"] else " (too much)"),
+                in_bytes(sum(p["sent"].values())),
+                f"{100 * p['idle']:.1f} %",
+                f"{p['seconds']:.3g} s",
+                si(p["tokens_per_second"]),
+            )
+        )
+        held = [p["memory"][name] for name in ("weights", "gradients", "optimizer", "activations")]
+        parts.append((place, *map(in_bytes, [*held, *p["sent"].values()])))
+    lines = [
+        f"{run.preset} on {gpus} {gpu}: {run.tokens_per_step:,} tokens a step in rows of {run.context}",
+        f"a GPU: {figures['memory']:g} GB, {figures['flops']:g} TFLOP/s of which it reaches "
+        f"{100 * figures['utilization']:g} %, {figures['bandwidth']:g} GB/s to others",
+        "",
+        *_table(what),
+        "",
+        "held by the fullest rank, and sent at most by a rank in a step to neighbours, as gradients, to experts:",
+        *_table(parts),
+        "",
+    ]
+    if not plans[0]["fits"]:
+        lines.append("none fits: give more --gpus, or a smaller --batch-size or --context")
+    return "\n".join([*lines, "the first:", f"  {command(run, plans[0])}"])
+
+
+def command(run: TrainConfig, plan: dict) -> str:
+    """What starts a plan's run."""
+    gpus = plan["pp"] * plan["dp"]
+    machines = f"--nnodes {gpus // 8} --nproc-per-node 8" if gpus > 8 and gpus % 8 == 0 else f"--nproc-per-node {gpus}"
+    words, preset = [f"torchrun {machines} -m moonwhale train --preset {run.preset}"], PRESETS[run.preset]
+    for name in ("context", "tokens_per_step"):
+        if getattr(run, name) != preset.train[name]:
+            words.append(f"--{name.replace('_', '-')} {getattr(run, name)}")
+    words.append(f"--batch-size {plan['rows']}")
+    for name, value in run.model.items():
+        if preset.model.get(name) != value:
+            words.append(f"--model.{name} {value}".replace(", ", ","))
+    if plan["pp"] > 1:
+        words.append(f"--parallel.pp {plan['pp']} --parallel.schedule {plan['schedule']}")
+    if plan["ep"] > 1:
+        words.append(f"--parallel.ep {plan['ep']}")
+    if plan["fsdp"]:
+        words.append("--parallel.fsdp true")
+    return " ".join(words)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]

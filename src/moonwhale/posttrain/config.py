@@ -1,0 +1,147 @@
+"""What `moonwhale sft` and `moonwhale grpo` share: options of post-training, and how they become a run."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from moonwhale import options
+from moonwhale.errors import UserError
+from moonwhale.options import option, require
+from moonwhale.processes import init_process_group, is_main_process, restarted, say
+from moonwhale.train import run_folder
+from moonwhale.train.config import PRECISIONS
+
+AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
+NOT_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
+    "qk_clip_tau",
+    "bias_update_speed",
+    "eval_every",
+    "save_every",
+)
+
+TIMEOUT = 600  # seconds that a process waits for the others
+
+
+@dataclass
+class PostTraining:
+    """Every option that both have. Rates are per optimizer step.
+
+    Raises:
+        UserError: one line naming the option, its value and the fix.
+    """
+
+    checkpoint: str | None = option(None, "folder of the model to start from", group="positional")
+    out: str | None = option(None, "folder of the run", group="run")
+    resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
+    seed: int = option(0, "of the shuffling and the draws", group="run")
+
+    batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
+    lr: float = option(1e-3, "peak learning rate, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    warmup_steps: int = option(10, "steps in which the rate rises to its peak", group="optimization")
+    weight_decay: float = option(0.0, "decoupled, on matrices", group="optimization")
+    momentum: float = option(0.95, "of Muon", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
+    qk_clip_tau: float = option(
+        100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+    )
+
+    bias_update_speed: float = option(
+        0.0,
+        "γ of the router's bias, 0 as at the end of DeepSeek-V3's pretraining: a narrow task would shift it",
+        group="optimization",
+    )
+
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
+    precision: str = option("auto", f"of the matrix products: {PRECISIONS}", group="device")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
+
+    eval_every: int = option(50, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
+    save_every: int = option(50, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept", group="reports and checkpoints")
+    log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
+    report_to: list[str] = option(
+        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
+    )
+
+    def __post_init__(self):
+        if self.checkpoint is None:
+            raise UserError("CHECKPOINT: name the folder of the model to start from")
+        self.out = self.out or default_out(self.checkpoint, self.verb)
+        require(self, "lr", self.lr > 0, "it must be above 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
+        for name in AT_LEAST_ONE:
+            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        for name in NOT_NEGATIVE:
+            require(self, name, getattr(self, name) >= 0, "it must not be negative")
+
+    def open(self, choice):
+        """The model of `checkpoint`, ready to train in a precision that precision.choose chose, and its tokenizer."""
+        from moonwhale import fp8, precision
+        from moonwhale.checkpoint import open_checkpoint
+
+        init_process_group(choice.device.type == "cpu", TIMEOUT)
+        choice.apply()
+        precision.tune_allocator()
+        model, tokenizer = open_checkpoint(self.checkpoint)
+        for module in model.modules():
+            if hasattr(module, "bias_speed"):
+                module.bias_speed = self.bias_update_speed
+        if choice.fp8:
+            fp8.convert(model, choice.fp8)
+        return model, tokenizer
+
+    def begin(self) -> Path | None:
+        """Checks the run's folder and quietens the libraries. Returns the checkpoint to go on from, if there is one."""
+        logging.basicConfig(format="%(message)s")
+        if is_main_process():
+            run_folder.check_folder(self, lambda run_file: parse(type(self), ["--config", run_file], ""))
+        checkpoint = run_folder.newest_checkpoint(self.out) if self.resume else None
+        run_folder.quieten()
+        return checkpoint
+
+    def is_finished(self, checkpoint: Path | None, steps: int) -> bool:
+        """Whether the run has ended already, which is said."""
+        from moonwhale.checkpoint import step_of
+
+        done = checkpoint is not None and step_of(checkpoint) >= steps
+        done = done and (Path(self.out) / "config.json").exists()
+        if done:
+            say(f"finished   already, with all {steps} steps: the model is in {self.out}")
+        return done
+
+
+Config = TypeVar("Config", bound=PostTraining)
+
+
+def default_out(checkpoint: str, verb: str) -> str:
+    return os.path.join("runs", f"{Path(checkpoint).resolve().name}-{verb}")
+
+
+def parse(cls: type[Config], argv: list[str], description: str, epilog: str | None = None) -> Config:
+    """A run's configuration: defaults < a YAML file (`--config`) < the command line. A run that goes on has its own
+    file for --config.
+    """
+    parser = options.Parser(prog=f"moonwhale {cls.verb}", description=description, epilog=epilog)
+    options.add_options(parser, cls)
+    parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
+    given, rest = options.read_argv(parser, cls, argv)
+    path = rest.config
+    if restarted():
+        given["resume"] = True
+    if given.get("resume") and path is None:
+        path = run_folder.own_file(
+            given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)
+        )
+    return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
+
+
+def write(config: PostTraining) -> None:
+    """Writes the resolved values into the run's folder, which is made if need be."""
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    run_folder.write(config, Path(config.out) / run_folder.RUN_FILE, config.verb)

@@ -1,0 +1,209 @@
+"""What a training run is told: typed options, their four sources, and the file that replays the run.
+
+Later sources win: defaults, the preset, a YAML file (`--config`), the command line.
+"""
+
+import os
+import textwrap
+import typing
+from dataclasses import dataclass
+
+from moonwhale import options
+from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.errors import UserError
+from moonwhale.options import option, require
+from moonwhale.parallel.options import SCHEDULES, Parallel, parallel_fields
+from moonwhale.presets import PRESETS, get_preset, model_fields
+from moonwhale.processes import restarted
+from moonwhale.train import run_folder
+
+if typing.TYPE_CHECKING:
+    from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
+
+PRECISIONS = "auto, fp32, tf32, bf32, bf16, fp8-tensorwise, fp8-rowwise, fp8-blockwise"
+AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
+NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
+
+
+@dataclass
+class TrainConfig:
+    """Every option of a run. Rates are per optimizer step; lengths are in tokens.
+
+    Raises:
+        UserError: one line naming the option, its value and the fix.
+    """
+
+    preset: str = option("demo", "where model and options start from: " + ", ".join(PRESETS), group="run")
+    out: str | None = option(None, "folder of the run (runs/PRESET)", group="run")
+    resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
+    seed: int = option(0, "of the weights and the shuffling", group="run")
+
+    data: str = option("chitchat", DATA_HELP, group="data")
+    data_split: str | None = option(None, "split of a hub set (train)", group="data")
+    data_columns: list[str] | None = option(None, "columns of a table or hub set to read, as A,B", group="data")
+    data_documents: int | None = option(
+        None, "documents to read, from the beginning; a hub set is then streamed (all, downloaded)", group="data"
+    )
+    tokenizer: str | None = option(
+        None, "folder, hub id, or a packaged one: deepseek, gpt2; left out, one is trained on the data", group="data"
+    )
+    context: int = option(1024, "tokens of a row", group="data")
+
+    batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
+    tokens_per_step: int = option(
+        8192, "tokens of one optimizer step; micro-batches add up to it", group="optimization"
+    )
+    steps: int = option(1000, "optimizer steps", group="optimization")
+    lr: float = option(2e-3, "peak learning rate, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    schedule: str = option(
+        "wsd", "warm-up, plateau, decay; or warm-up and cosine", group="optimization", choices=("wsd", "cosine")
+    )
+    warmup_steps: int = option(100, "steps in which the rate rises to its peak", group="optimization")
+    decay_fraction: float = option(0.2, "part of the steps in which wsd decays", group="optimization")
+    min_lr_ratio: float = option(0.0, "last learning rate over the peak", group="optimization")
+    weight_decay: float = option(0.1, "decoupled, on matrices", group="optimization")
+    momentum: float = option(0.95, "of Muon", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
+    qk_clip_tau: float = option(
+        100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+    )
+    mtp_loss_weight_final: float | None = option(
+        None,
+        "weight λ of the MTP loss in the last --decay-fraction of steps; left out, it stays model.mtp_loss_weight",
+        group="optimization",
+    )
+
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
+    precision: str = option("auto", f"of the matrix products: {PRECISIONS}", group="device")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
+    compile: bool = option(False, "torch.compile the model", group="device")
+
+    eval_every: int = option(100, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
+    eval_rows: int = option(64, "held-out rows of an evaluation", group="reports and checkpoints")
+    save_every: int = option(200, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept", group="reports and checkpoints")
+    log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
+    report_to: list[str] = option(
+        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
+    )
+
+    parallel: dict = option({}, "how the model is spread over several processes", fields=parallel_fields)
+    model: dict = option({}, "fields of MoonwhaleConfig that differ from its defaults", fields=model_fields)
+
+    def __post_init__(self):
+        self.out = self.out or default_out(self.preset)
+        for name in AT_LEAST_ONE:
+            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        for name in NOT_NEGATIVE:
+            require(self, name, getattr(self, name) >= 0, "it must not be negative")
+        require(self, "lr", self.lr > 0, "it must be above 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
+        for name in ("decay_fraction", "min_lr_ratio"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
+        decay = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
+        left, less = self.steps - decay, f" less {decay} of decay" if decay else ""
+        room = f"--steps {self.steps}{less} leave {left} for warm-up"
+        require(self, "warmup_steps", self.warmup_steps <= left, room)
+        require(self, "mtp_loss_weight_final", (self.mtp_loss_weight_final or 0) >= 0, "it must not be negative")
+        self.accumulation()
+        if self.split.pp > 1 and self.compile:
+            raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
+        if self.split.ep > 1 and self.compile:
+            raise UserError("--compile: experts on several ranks can't be compiled: leave it out")
+        if self.split.fsdp and self.compile:
+            raise UserError("--compile: compiled blocks don't gather their weights: leave it or --parallel.fsdp out")
+        self.micro_batches()
+
+    @property
+    def split(self) -> Parallel:
+        return Parallel(**self.parallel)
+
+    def micro_batches(self, copies: int = 1) -> int:
+        """Micro-batches that each of a pipeline's `copies` computes in a step."""
+        what = f"--tokens-per-step: {self.tokens_per_step} is {self.accumulation()} micro-batches of --batch-size "
+        what += f"{self.batch_size} x --context {self.context}"
+        return self.split.micro_batches(self.accumulation(), copies, self.batch_size * self.context, what)
+
+    def accumulation(self, world: int = 1) -> int:
+        """Micro-batches of one optimizer step on each of `world` devices."""
+        at_once = self.batch_size * self.context * world
+        count, rest = divmod(self.tokens_per_step, at_once)
+        if rest or not count:
+            nearest = " or ".join(str(n * at_once) for n in (count, count + 1) if n)
+            devices = f" x {world} devices" if world > 1 else ""
+            raise UserError(
+                f"--tokens-per-step: {self.tokens_per_step} is no multiple of --batch-size {self.batch_size} x "
+                f"--context {self.context}{devices} = {at_once} tokens: give {nearest}"
+            )
+        return count
+
+
+def default_out(preset: str) -> str:
+    return os.path.join("runs", preset)
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """A run's configuration from `moonwhale train`'s arguments; a run that goes on has its own file for --config."""
+    fields = textwrap.fill(", ".join(model_fields()), 100, initial_indent="  ", subsequent_indent="  ")
+    parser = options.Parser(
+        prog="moonwhale train",
+        description="Train a model on text. The preset, --config and the command line: a later one wins.",
+        epilog="--model.FIELD VALUE overrides the model's configuration, here as in `moonwhale info`, which says "
+        f"what it costs. Fields:\n{fields}\n\n"
+        "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes; "
+        ".ep N: N processes share the experts.\n"
+        "--parallel.fsdp true: processes that hold the same weights keep a part of them each.",
+    )
+    options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
+    parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
+    given, rest = options.read_argv(parser, TrainConfig, argv)
+    path = rest.config
+    if restarted():
+        given["resume"] = True
+    if given.get("resume") and path is None:
+        given.setdefault("out", default_out(given.get("preset", TrainConfig.preset)))
+        path = run_folder.own_file(given["out"])
+    return resolve(given, path)
+
+
+def resolve(given: dict, path: str | None = None) -> TrainConfig:
+    """Defaults < preset < the YAML file at `path` < `given`, a dict of options by name."""
+    filed = options.read_yaml(path, TrainConfig) if path else {}
+    if "preset" in filed and given.get("preset", filed["preset"]) != filed["preset"]:
+        raise UserError(
+            f"--preset: {given['preset']!r} contradicts {path}, whose values come from preset {filed['preset']!r}: "
+            "leave --preset out, or take `preset` and the values it should decide out of the file"
+        )
+    preset = get_preset(given.get("preset", filed.get("preset", TrainConfig.preset)))
+    return TrainConfig(**options.merge(preset.train, {"model": preset.model}, filed, given))
+
+
+def write_config(config: TrainConfig, path: str | os.PathLike) -> None:
+    """Writes the resolved values, which `moonwhale train --config PATH` replays; --resume belongs to one call."""
+    run_folder.write(config, path, "train")
+
+
+def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: int | None) -> "MoonwhaleConfig":
+    """The model's configuration. `vocab_size` is the tokenizer's; `token_ids` are `bos_token_id` and the like.
+
+    Raises:
+        UserError: naming `--model.FIELD`, for dimensions that cannot work, or cannot hold the tokenizer or the context.
+    """
+    from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
+
+    size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
+    if isinstance(size, int) and 0 < size < vocab_size:
+        raise UserError(
+            f"--model.vocab_size: {size} is smaller than the tokenizer's {vocab_size}: "
+            f"give at least that, e.g. --model.vocab_size {-(-vocab_size // 64) * 64}"
+        )
+    try:
+        model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | token_ids | config.model)
+    except ValueError as error:
+        raise UserError(f"--model.{error}") from error
+    if model.max_position_embeddings < config.context:
+        raise UserError(
+            f"--context: {config.context} is longer than --model.max_position_embeddings "
+            f"{model.max_position_embeddings}: raise the one or lower the other"
+        )
+    return model

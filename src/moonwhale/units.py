@@ -1,0 +1,15 @@
+"""Numbers and bytes as people read them."""
+
+
+def si(number: float) -> str:
+    """Three digits and a unit: 7.11 M."""
+    power = 0
+    while number >= 999.5 and power < 6:
+        number, power = number / 1000, power + 1
+    digits = 0 if power == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f} {' kMGTPE'[power]}".rstrip()
+
+
+def in_bytes(number: float) -> str:
+    """The same of bytes: 7.11 MB."""
+    return si(number) + "B" if number >= 999.5 else f"{number:.0f} B"

@@ -1,0 +1,158 @@
+"""Tasks: questions that stay on their side, right and wrong answers, demonstrations, and specs that cannot be."""
+
+import json
+
+import datasets
+import pytest
+
+from moonwhale.data import tasks
+from moonwhale.data.loading import load_source
+from moonwhale.data.tasks import Problem, answer_of, is_held_out, is_well_formed, load_task
+from moonwhale.errors import UserError
+
+SUMS = "chain_sum:max_terms=3:max_digits=2"
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"question": f"Half of {n}?", "answer": f"\\frac{{{n}}}{{2}}"} for n in range(1, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_seed_gives_the_same_problems_and_another_seed_others():
+    task = load_task(SUMS)
+    first, again, other = (task.problems(50, seed) for seed in (1, 1, 2))
+    assert first == again
+    # Reasoning-gym's seeds side by side share all their questions but one.
+    assert len({p.question for p in first} & {p.question for p in other}) < 10
+
+
+def test_no_question_is_in_training_and_held_out():
+    task = load_task(SUMS)
+    train, held_out = task.problems(1000, 0), task.problems(100, 0, held_out=True)
+    assert not {p.question for p in train} & {p.question for p in held_out}
+    assert not any(is_held_out(p.question) for p in train)
+
+
+def test_settings_reach_the_task():
+    assert all(p.question.count(" + ") + p.question.count(" - ") <= 2 for p in load_task(SUMS).problems(50))
+
+
+def test_answers_are_right_or_wrong_and_need_their_marks():
+    task = load_task(SUMS)
+    problem = task.problems(1)[0]
+    right = f"<think></think><answer> {problem.answer} </answer>"
+    assert task.accuracy(problem, right) == 1
+    assert task.accuracy(problem, f"<answer>It is {problem.answer}, I think</answer>") == 0  # the gym pays for it
+    assert task.accuracy(problem, problem.answer) == 0
+    assert task.accuracy(problem, "<answer>1</answer>" + right) == 1  # the last one counts
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gcd", "spell_backward", "prime_factorization", "calendar_arithmetic"])
+def test_demonstrations_are_right_and_junk_is_not(name):
+    task = load_task(name)
+    for problem in task.problems(5):
+        shown = task.demonstrate(problem)
+        assert is_well_formed(shown)
+        assert task.accuracy(problem, shown) == 1
+        assert task.accuracy(problem, f"<answer>{'9' * 40} or so…</answer>") == 0
+
+
+def test_sums_are_demonstrated_step_by_step():
+    problem = Problem("", "-4", {"metadata": {"expression": "4 - 1 - 7"}})
+    assert load_task("chain_sum").steps(problem) == "4 - 1 = 3; 3 - 7 = -4"
+
+
+@pytest.mark.parametrize(
+    ("text", "well_formed"),
+    [
+        ("<think>so</think>\n<answer>4</answer>", True),
+        (" <think></think><answer></answer>\n", True),
+        ("<think>so</think> then <answer>4</answer>", False),
+        ("<answer>4</answer><think>so</think>", False),
+        ("<think>so</think><answer>4</answer><answer>5</answer>", False),
+        ("<think><think>so</think><answer>4</answer>", False),
+        ("<think>so</think><answer>4", False),
+        ("Sure! <think>so</think><answer>4</answer>", False),
+    ],
+)
+def test_form(text, well_formed):
+    assert is_well_formed(text) == well_formed
+
+
+def test_the_answer_is_what_stands_in_the_last_marks():
+    assert answer_of("<answer>1</answer> no <answer>\n2 </answer>") == "2"
+    assert answer_of("2") is None
+
+
+def test_an_own_file_is_compared_as_mathematics(own_file):
+    task = load_task(str(own_file))
+    problem = task.problems(1)[0]
+    number = int(problem.question.split()[-1][:-1])
+    assert task.score(problem, str(number / 2)) == 1
+    assert task.score(problem, str(number / 2 + 1)) == 0
+    assert task.score(problem, "") == 0
+    assert len(task.problems(40)) == 40
+    with pytest.raises(UserError, match=r"own.jsonl has \d+ training questions, not 60: ask for fewer"):
+        task.problems(60)
+
+
+def test_gsm8k_is_read_and_compared(monkeypatch):
+    row = {"question": "How many?", "answer": "He has 2*1,000=<<2*1000=2000>>2,000.\n#### 2,000"}
+    splits = []
+
+    def load_dataset(name, configuration, split):
+        splits.append((name, configuration, split))
+        return datasets.Dataset.from_list([row] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task("gsm8k")
+    problem = task.problems(3)[0]
+    task.problems(1, held_out=True)
+    assert splits == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
+    assert problem.answer == "2000"
+    assert task.demonstrate(problem) == "<think>He has 2*1,000=2,000.</think>\n<answer>2000</answer>"
+    assert task.score(problem, "2,000") == task.score(problem, "2000.0") == 1
+    assert task.score(problem, "200") == 0
+
+
+def test_a_task_is_a_source_of_conversations(own_file):
+    source = load_source(f"task:{SUMS}", limit=5)
+    conversations = list(source)
+    assert [[m["role"] for m in c] for c in conversations] == [["user", "assistant"]] * 5
+    assert all(is_well_formed(c[1]["content"]) and not is_held_out(c[0]["content"]) for c in conversations)
+    assert source.fingerprint != load_source(f"task:{SUMS}", limit=6).fingerprint
+    mixed = list(load_source(f"task:{SUMS}=0.5,task:{own_file}=0.5", limit=4))
+    assert ["Half" in c[0]["content"] for c in mixed] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("chain_sums", "'chain_sums' is no task of reasoning-gym (did you mean chain_sum?)"),
+        ("chain_sum:terms=3", "'terms=3' is no setting of chain_sum: it has min_terms, max_terms"),
+        ("chain_sum:max_terms", "'max_terms' is no setting"),
+        ("chain_sum:max_terms=1", "max_terms must be"),
+        ("gsm8k:x=1", "gsm8k has no settings"),
+        ("missing.jsonl", "cannot read missing.jsonl: No such file"),
+    ],
+)
+def test_impossible_specs_are_one_line(spec, complaint):
+    with pytest.raises(UserError) as error:
+        load_task(spec)
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"question": "x"}', '{"question": "x", "answer": 4}'])
+def test_a_damaged_file_is_one_line(tmp_path, line):
+    (tmp_path / "own.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"own\.jsonl"):
+        load_task(str(tmp_path / "own.jsonl"))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'reasoning-gym: pip install "moonwhale\[rl\]"'):
+        load_task("chain_sum")

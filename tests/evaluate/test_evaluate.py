@@ -1,0 +1,416 @@
+"""`moonwhale eval`: its figures against the same ones counted by hand, and mistakes in one line each."""
+
+import json
+import math
+import re
+import shutil
+import socket
+import sys
+from itertools import combinations
+
+import pytest
+import torch
+
+from moonwhale import cli
+from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.data.loading import Source, load_source
+from moonwhale.data.packing import prepare, prepare_whole
+from moonwhale.data.tasks import Problem, Task
+from moonwhale.data.tokenizer import train_tokenizer
+from moonwhale.errors import UserError
+from moonwhale.evaluate import tasks
+from moonwhale.evaluate.commands import EvalConfig, evaluate
+from moonwhale.evaluate.drafts import DraftScore, continue_text
+from moonwhale.evaluate.text import choose_rows, score_text
+from moonwhale.infer.engine import Completion
+from moonwhale.train import pretrain
+
+QUESTIONS = [(f"What is {i} + {i}?", str(2 * i)) for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def engine(small_engine):
+    return small_engine(draft=1)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in QUESTIONS))
+    return str(path)
+
+
+def run(capsys, *argv) -> str:
+    """What `moonwhale eval` prints."""
+    assert cli.main(["eval", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv) -> str:
+    """The one line in which it says what is wrong."""
+    assert cli.main(["eval", *map(str, argv)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("moonwhale: error: ") and len(line) < 400
+    return line
+
+
+# ---- text
+
+
+def by_hand(model, tokenizer, rows):
+    """Bits, bytes and, for the next token and the one after it, [right, all], token by token from fp64 logits."""
+    bits, n_bytes, hits, head = 0.0, 0, [[0, 0], [0, 0]], model.lm_head.weight.double()
+    for row in rows:
+        ids, positions = row["input_ids"], row["position_ids"]
+        body = model.model(ids[None], position_ids=positions[None], with_mtp=True, use_cache=False)
+        chain = [h[0].double() @ head.T for h in (body.last_hidden_state, *body.mtp_hidden_states)]
+        for at in range(len(ids)):
+            for depth, logits in enumerate(chain):
+                to = at + 1 + depth
+                same = to < len(ids) and all(positions[i + 1] == positions[i] + 1 for i in range(at, to))
+                if same and row["labels"][to] != -100:
+                    hits[depth][0] += int(logits[at].argmax() == ids[to])
+                    hits[depth][1] += 1
+                    if depth == 0:
+                        bits -= float(logits[at].log_softmax(-1)[ids[to]]) / math.log(2)
+                        n_bytes += len(tokenizer.decode([ids[to]], skip_special_tokens=True))  # all of it is ASCII
+    return bits, n_bytes, hits
+
+
+@torch.no_grad()
+def test_text_is_scored_as_by_hand(small_model, small_tokenizer, text_folder):
+    rows = prepare_whole(load_source(str(text_folder)), small_tokenizer, 48)
+    score = score_text(small_model, rows, small_tokenizer, batch_size=3)
+    bits, n_bytes, hits = by_hand(small_model, small_tokenizer, rows)
+    assert (score.rows, score.targets, score.bytes) == (len(rows), hits[0][1], n_bytes)
+    assert score.bits_per_byte == pytest.approx(bits / n_bytes, rel=1e-5)
+    assert score.losses[0] == pytest.approx(bits * math.log(2) / hits[0][1], rel=1e-5)
+    assert score.perplexity == pytest.approx(2 ** (bits / hits[0][1]), rel=1e-4)
+    assert score.accuracies == pytest.approx([right / n for right, n in hits])
+    # The mistakes to avoid: bits for all bytes of the text, predicted or not, and documents that see one another.
+    assert score.bits_per_byte != pytest.approx(bits / rows.n_bytes, rel=1e-3)
+    blind = [row | {"position_ids": torch.arange(48)} for row in rows]
+    assert score.losses[0] != pytest.approx(score_text(small_model, blind, small_tokenizer).losses[0], rel=1e-3)
+
+
+def test_trainings_own_last_evaluation_comes_out_again(tiny_run, text_folder, tmp_path, capsys):
+    config = tiny_run()
+    pretrain.train(config)
+    logged = log_history(newest_whole(config.out))
+    last = next(entry for entry in reversed(logged) if "eval_loss_main" in entry)
+    run(capsys, config.out, "--data", text_folder, "--rows", config.eval_rows, "--device", "cpu", "--precision", "fp32",
+        "--json", tmp_path / "found.json")  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())["results"]["text"]
+    names = ("main", "mtp_1", "mtp_2")
+    assert found["bits_per_byte"] == pytest.approx(last["eval_bits_per_byte"], rel=1e-6)
+    assert found["losses"] == pytest.approx([last[f"eval_loss_{name}"] for name in names], rel=1e-6)
+    assert found["accuracies"] == pytest.approx([last[f"eval_accuracy_{name}"] for name in names], rel=1e-6)
+    assert (found["targets"], found["rows"], found["context"]) == (last["eval_targets"], 4, config.context)
+
+
+def test_the_whole_is_all_of_the_text(small_tokenizer, text_folder):
+    source = load_source(str(text_folder))
+    parts, whole = prepare(source, small_tokenizer, 32), prepare_whole(source, small_tokenizer, 32)
+    assert whole.n_bytes == sum(len(path.read_bytes()) for path in text_folder.iterdir())
+    assert whole.n_tokens == sum(part.n_tokens for part in parts) and all(part.n_tokens for part in parts)
+    with pytest.raises(UserError, match="--context 1"):
+        prepare_whole(source, small_tokenizer, 1)
+
+
+def test_rows_are_spread():
+    assert choose_rows(range(9), 3).indices == [0, 4, 8]
+    assert len(choose_rows(range(9), None)) == len(choose_rows(range(9), 20)) == 9
+
+
+def test_rows_without_text_are_one_line(small_model, small_tokenizer):
+    ids = torch.tensor([small_tokenizer.bos_token_id, small_tokenizer.eos_token_id])
+    row = {"input_ids": ids, "position_ids": torch.arange(2), "labels": torch.tensor([-100, int(ids[1])])}
+    with pytest.raises(UserError, match="no text to predict"):
+        score_text(small_model, [row], small_tokenizer)
+
+
+# ---- tasks
+
+
+@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (5, 0), (5, 2), (5, 4), (5, 5)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c):
+    right = [i < c for i in range(n)]
+    for k in range(1, n + 1):
+        draws = list(combinations(right, k))
+        assert tasks.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_k_is_not_the_biased_estimate():
+    assert tasks.pass_at_k(5, 2, 3) != pytest.approx(1 - (1 - 2 / 5) ** 3)
+
+
+def completion(text: str, tokens: int = 1, reason: str = "eos", **counts) -> Completion:
+    return Completion(text, [0] * tokens, reason, 3, 0.1, **{"forwards": 1, "drafted": [], "accepted": []} | counts)
+
+
+def test_answers_are_scored_as_by_hand():
+    def equal(problem, answer):
+        return float(answer == problem.answer)
+
+    task = Task("given", lambda seed, held_out: iter(()), equal, lambda problem: "")
+    problems = [Problem("one?", "1", {}), Problem("two?", "2", {})]
+    good, bare, wrong = "<think></think><answer>{}</answer>", "it is <answer>{}</answer>", "<answer>{}"
+    one = [completion(good.format(1), 4), completion(bare.format(1), 2), completion(wrong.format(1), 6, "length")]
+    two = [completion(good.format(1), 4), completion(bare.format(1), 1), completion(wrong.format(2), 1)]
+    greedy = [completion(good.format(1)), completion(good.format(1))]
+    score = tasks.score_answers(task, problems, greedy, [one, two], [1, 2, 3])
+    assert (score.problems, score.samples) == (2, 3)
+    assert score.greedy == (0.5, 0.5)  # of 1 and 0: a deviation of √½, by √2
+    assert {k: mean for k, (mean, _) in score.pass_at.items()} == pytest.approx({1: (2 / 3) / 2, 2: 1 / 2, 3: 1 / 2})
+    assert (score.well_formed, score.cut_off, score.mean_tokens) == pytest.approx((2 / 6, 1 / 6, 18 / 6))
+
+
+def test_answers_are_those_that_the_engine_gives_alone(engine):
+    problems = [Problem(question, answer, {}) for question, answer in QUESTIONS[:2]]
+    greedy, sampled = tasks.answer(engine, problems, samples=3, temperature=1.5, max_new_tokens=8, seed=7)
+    for i, problem in enumerate(problems):
+        (alone,) = engine.generate([problem.messages], temperature=0, max_new_tokens=8)
+        assert greedy[i].token_ids == alone.token_ids
+        for j in range(3):
+            options = {"temperature": 1.5, "min_p": 0, "max_new_tokens": 8, "seed": 7 + 3 * i + j}
+            assert sampled[i][j].token_ids == engine.generate([problem.messages], **options)[0].token_ids
+    assert len({tuple(c.token_ids) for own in sampled for c in own}) > 3
+
+
+def test_a_file_of_questions(small_checkpoint, questions, tmp_path, capsys):
+    out = run(
+        capsys, small_checkpoint, "--task", questions, "--whole", "--samples", 2, "--max-new-tokens", 6, "--seed", 3,
+        "--speculation", "--json", tmp_path / "found.json",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "found.json").read_text())
+    found = report["results"]["task"]
+    assert (found["problems"], found["samples"], list(found["pass_at"])) == (6, 2, ["1"])
+    assert {example["question"] for example in found["examples"]} < {question for question, _ in QUESTIONS}
+    assert report["settings"] | {"k": [1], "seed": 3, "task": questions, "rows": None} == report["settings"]
+    assert report["results"]["drafts_task"]["tokens_per_forward"] >= 1
+    for piece in ("6 problems, 2 samples", "greedy", "pass@1", "well-formed", "mean length", "drafts", "What is"):
+        assert piece in out
+
+
+def test_a_question_beyond_the_context_is_one_line(engine):
+    with pytest.raises(UserError, match=r"--task: the prompt has .* tokens, .* the model's context of 96"):
+        tasks.answer(engine, [Problem("why " * 99, "so", {})], 1, 1.0, 8, 0)
+
+
+# ---- drafts
+
+
+def test_counts_of_guesses_are_summed():
+    some = [completion("", 5, forwards=3, drafted=[3, 2], accepted=[2, 0]), completion("", 4, forwards=2),
+            completion("", 1, forwards=1, drafted=[1], accepted=[0])]  # fmt: skip
+    assert DraftScore.of(some) == DraftScore(10, 10 / 6, [2 / 4, 0 / 2])
+
+
+@torch.no_grad()
+def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, text_folder):
+    """Whatever the length of an answer: module 1's guess for token n stands in its state at n - 2, told token n - 1."""
+    texts = [path.read_text() for path in sorted(text_folder.iterdir())][:30]
+    rows = prepare_whole(Source("given", "thirty", lambda: iter(texts)), small_tokenizer, 48)
+    completions = continue_text(engine, rows)
+    tokens = forwards = tested = held = 0
+    for document, completion in enumerate(completions):
+        prompt, answer = rows.beginning(document, 48).tolist(), completion.token_ids
+        ids = torch.tensor([prompt + answer])
+        guess = small_model.lm_head(small_model.model(ids, with_mtp=True).mtp_hidden_states[0])[0].argmax(-1)
+        tokens, forwards, n = tokens + len(answer), forwards + 1, len(prompt) + 1
+        while n < ids.shape[1]:
+            right = int(guess[n - 2] == ids[0, n])
+            forwards, tested, held = forwards + 1, tested + 1, held + right
+            n += 1 + right
+    score = DraftScore.of(completions)
+    assert len(completions) == rows.n_documents
+    assert (score.tokens, score.tokens_per_forward) == (tokens, pytest.approx(tokens / forwards))
+    assert score.acceptance == [pytest.approx(held / tested)]
+    assert 0 < held < tested
+
+
+def test_beginnings_of_documents(small_tokenizer):
+    texts = ["The whale sang to the moon.", "Moon.", "The whale and the moon sang back to the whale."]
+    rows = prepare_whole(Source("given", "beginnings", lambda: iter(texts)), small_tokenizer, 8)
+    for document, text in enumerate(texts):
+        ids = small_tokenizer(text)["input_ids"]  # bos and the text
+        assert [rows.beginning(document, n).tolist() for n in (1, 3, 99)] == [ids[:1], ids[:3], ids]
+
+
+# ---- lm-eval
+
+CHOICES = ["moon", "whale sang back", "sang", "the moon"]
+
+
+@pytest.fixture
+def harness_folder(tmp_path):
+    """`whales`, a task of 16 questions with four answers."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"q": "The whale " * (i % 5 + 1) + f"sang {i}", "a": CHOICES, "right": i * 7 % 4} for i in range(16)]
+    (folder / "whales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "whales.yaml").write_text(
+        "task: whales\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/whales.jsonl}}}}\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{a}}"\ndoc_to_target: right\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    return folder
+
+
+@torch.no_grad()
+def choose(model, tokenizer, question: str, with_bos: bool = True) -> tuple[int, int]:
+    """The likeliest choice, and the likeliest for its length in characters."""
+    sums = []
+    for choice in CHOICES:
+        start, ids = (
+            tokenizer.encode(text, add_special_tokens=with_bos) for text in (question, f"{question} {choice}")
+        )
+        logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        sums.append(sum(float(logs[i - 1, ids[i]]) for i in range(len(start), len(ids))))
+    by_length = [total / len(choice) for total, choice in zip(sums, CHOICES, strict=True)]
+    return sums.index(max(sums)), by_length.index(max(by_length))
+
+
+def test_lm_eval_scores_as_by_hand(small_checkpoint, small_model, small_tokenizer, harness_folder, tmp_path, capsys,
+                                   monkeypatch):  # fmt: skip
+    def connect(*_):
+        raise OSError("a local task needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    out = run(
+        capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder, "--limit", 12,
+        "--batch-size", 5, "--precision", "fp32", "--json", tmp_path / "found.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())["results"]["lm_eval"]["whales"]
+    rows = [json.loads(line) for line in (harness_folder / "whales.jsonl").read_text().splitlines()][:12]
+
+    def accuracies(**options):
+        chosen = [choose(small_model, small_tokenizer, row["q"], **options) for row in rows]
+        return [sum(c[i] == row["right"] for c, row in zip(chosen, rows, strict=True)) / 12 for i in (0, 1)]
+
+    assert [found["acc"], found["acc_norm"]] == pytest.approx(accuracies())
+    assert accuracies() != accuracies(with_bos=False)
+    assert 0 < found["acc stderr"] < 0.2 and found["examples"] == 12
+    assert "whales (12 examples)" in out and f"{found['acc']:.4f} ±" in out
+
+
+def test_prompts_that_lm_eval_cuts_are_told(small_checkpoint, harness_folder, capsys, caplog):
+    given = [small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder]
+    run(capsys, *given)
+    assert not caplog.records
+    rows = [json.loads(line) for line in (harness_folder / "whales.jsonl").read_text().splitlines()]
+    rows[3]["q"] *= 20
+    (harness_folder / "whales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(capsys, *given)
+    (told,) = (record.getMessage() for record in caplog.records)
+    # Of its four choices, those of one token are scored together.
+    assert re.fullmatch("--lm-eval: [34] prompts or more lost their beginnings, to fit a context of 96", told)
+
+
+def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, capsys):
+    from lm_eval.tasks import TaskManager
+
+    original = TaskManager.__init__
+
+    def quick(self, *args, include_defaults=True, **options):
+        original(self, *args, include_defaults=False, **options)  # its own 14,000 tasks take ten seconds to read
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskManager, "__init__", quick)
+        line = refused(capsys, small_checkpoint, "--lm-eval", "whale", "--include-path", harness_folder)
+    assert line.endswith("--lm-eval: there is no task 'whale' (did you mean whales?)")
+
+
+@pytest.mark.slow
+def test_lm_evals_own_tasks_are_known(small_checkpoint, capsys):
+    pytest.importorskip("lm_eval")
+    assert "(did you mean arc_easy?)" in refused(capsys, small_checkpoint, "--lm-eval", "arc_esy")
+
+
+def test_a_task_that_cannot_be_loaded(small_checkpoint, harness_folder, capsys):
+    (harness_folder / "whales.jsonl").unlink()
+    line = refused(capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder)
+    assert "--lm-eval whales: FileNotFoundError: " in line
+
+
+def test_lm_eval_is_an_extra(small_checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert 'pip install "moonwhale[eval]"' in refused(capsys, small_checkpoint, "--lm-eval", "whales")
+
+
+# ---- the verb
+
+
+def test_several_at_once(small_checkpoint, text_folder, questions, harness_folder):
+    config = EvalConfig(
+        data=str(text_folder), rows=2, task=questions, problems=1, whole=True, samples=1, max_new_tokens=2,
+        lm_eval=["whales"], include_path=str(harness_folder), limit=2, speculation=True,
+    )  # fmt: skip
+    found = evaluate(str(small_checkpoint), config)
+    assert list(found) == ["text", "lm_eval", "drafts_text", "task", "drafts_task"]
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "there is nothing to evaluate: give --data, --task or --lm-eval"),
+        (["--speculation"], "there is nothing to evaluate"),
+        (["--data", "TEXT", "--rows", "0"], "--rows: 0 is impossible: it must be at least 1"),
+        (["--data", "TEXT", "--rows", "few"], "--rows: 'few' is not a whole number"),
+        (["--data", "TEXT", "--context", "97"], "--context: 97 is longer than the model's context of 96"),
+        (["--data", "TEXT", "--context", "1"], "--context 1: a row needs at least 2 tokens"),
+        (["--data", "nothing.txt"], "--data: no such file or folder: nothing.txt"),
+        (["--data", "TEXT", "--data-split", "test"], "--data-split test: only hub data sets have splits"),
+        (["--task", "chain_sun"], "(did you mean chain_sum?)"),
+        (["--task", "nothing.jsonl"], "--task: cannot read nothing.jsonl"),
+        (["--task", "QUESTIONS", "--samples", "4", "--k", "1,8"], "--k: 1,8 does not fit --samples 4"),
+        (["--task", "QUESTIONS", "--k", "0"], "--k: 0 does not fit --samples 4"),
+        (["--task", "QUESTIONS", "--temperature", "0"], "--temperature: 0 draws the greedy answer again and again"),
+        (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower --problems"),
+        (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by --whole"),
+        (["--lm-eval", "whales", "--speculation"], "--speculation: drafts are measured on text or on answers"),
+        (["--lm-eval", "whales", "--include-path", "nowhere"], "--include-path: nowhere is no folder"),
+        (["--data", "TEXT", "--precision", "fp8"], "--precision: 'fp8' is none of auto, fp32, bf16"),
+        (["--data", "TEXT", "--json", "nowhere/found.json"], "--json: nowhere/found.json is no new file"),
+        (["--data", "TEXT", "--row", "1"], "unknown option --row (did you mean --rows?)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(argv, message, small_checkpoint, text_folder, questions, capsys):
+    given = {"TEXT": str(text_folder), "QUESTIONS": questions}
+    assert message in refused(capsys, small_checkpoint, *(given.get(word, word) for word in argv))
+
+
+def test_no_checkpoint(text_folder, tmp_path, capsys):
+    assert "nowhere is no folder" in refused(capsys, tmp_path / "nowhere", "--data", text_folder)
+
+
+def test_a_tokenizer_of_another_vocabulary(small_checkpoint, text_folder, tmp_path, capsys):
+    folder = shutil.copytree(small_checkpoint, tmp_path / "mixed")
+    train_tokenizer(
+        [path.read_text() for path in text_folder.iterdir()] + ["abc def ghi jkl"] * 9, 400
+    ).save_pretrained(folder)
+    assert "the tokenizer is of another vocabulary" in refused(capsys, folder, "--data", text_folder)
+
+
+def test_a_model_without_modules_drafts_nothing(tiny_model, small_tokenizer, text_folder, tmp_path, capsys):
+    tiny_model(vocab_size=len(small_tokenizer), eos_token_id=small_tokenizer.eos_token_id).save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    line = refused(capsys, tmp_path, "--data", text_folder, "--speculation")
+    assert "has no MTP modules" in line
+    assert "MTP" not in run(capsys, tmp_path, "--data", text_folder)
+
+
+def test_results_are_never_overwritten(small_checkpoint, text_folder, tmp_path, capsys):
+    before = tmp_path / "before.json"
+    before.write_text("{}")
+    assert "before.json is no new file" in refused(capsys, small_checkpoint, "--data", text_folder, "--json", before)
+    assert before.read_text() == "{}"

@@ -1,0 +1,227 @@
+"""Steps as CUDA graphs. On a CPU one is emulated: a tape of a run's operations, which knows of other runs only what the
+same tensors hold, and on which nothing may be read, or made from numbers that Python knows.
+"""
+
+import copy
+
+import pytest
+import torch
+from test_decoder import CONFIGS, MOBA
+from test_scheduler import mixed, run
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moonwhale.infer import graphs, scheduler
+from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.drafting import Drafting
+from moonwhale.infer.feed_forward import Experts
+from moonwhale.infer.graphs import Graphs
+from moonwhale.infer.scheduler import Scheduler
+from moonwhale.native import bindings
+from refuses import Refuses
+
+has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+class RefusesNumbers(TorchFunctionMode):
+    """Copies from Python's memory, which a graph cannot wait for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), "numbers of Python's on the tape"
+        return function(*args, **(kwargs or {}))
+
+
+class Tape(TorchDispatchMode):
+    """Operations in their order, with the tensors that they read and the ones that they wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.operations:
+            again = function(*args, **kwargs)
+            for old, new in zip(*map(torch.utils._pytree.tree_leaves, (out, again)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(function, pool):
+    with Refuses(), RefusesNumbers(), Tape() as tape:
+        out = function()
+    return tape.replay, out, None
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """`taped(model)`: its decoder as on a GPU, with tapes for graphs of which there are many."""
+    monkeypatch.setattr(bindings, "serves", lambda weight: False)
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "BOUND", 8)
+    monkeypatch.setattr(graphs, "WORTH", 0)
+
+    def taped(model):
+        decoder = Decoder(model)
+        ours = [*decoder.main, *(block for module in decoder.modules for block in module.blocks)]
+        theirs = [
+            *model.model.main_blocks,
+            *(b for module in model.model.mtp_modules for b in (module, *module.blocks)),
+        ]
+        for block, of in zip(ours, theirs, strict=True):
+            if isinstance(block.feed_forward, Experts):
+                block.feed_forward.stacks = of.mlp.experts
+        decoder.graphs = Graphs(longest=len(decoder.modules) + 1)
+        return decoder
+
+    return taped
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@torch.inference_mode()
+def test_steps_of_graphs_are_the_models(changes, tiny_model, taped):
+    """Three sequences of different lengths, and a slot beside them that rows are rounded up to."""
+    model = tiny_model(num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes)
+    decoder, lengths, cuts = taped(model), [2, 17, 9], [1, 3, 1, 2, 3, 3, 1, 1]
+    ids = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(0))
+    want = model.model(ids, use_cache=False).last_hidden_state
+    cache = decoder.cache()
+    cache.resize(4, 48)
+    for slot, length in enumerate(lengths):
+        decoder.run(ids[slot : slot + 1, :length], cache, decoder.span(cache, slot, [0], length))
+    at = lengths
+    for cut in cuts:
+        new = torch.stack([row[n : n + cut] for row, n in zip(ids, at, strict=True)])
+        got = decoder.run(new, cache, decoder.span(cache, 0, at, cut))
+        for i, n in enumerate(at):
+            torch.testing.assert_close(got[i], want[i, n : n + cut], atol=2e-5, rtol=1e-4)
+        at = [n + cut for n in at]
+    assert len(decoder.graphs._recorded) < len(cuts), "some have served again"
+
+
+def both(model, taped, draft, monkeypatch, **options):
+    """What the same requests come to by a decoder as it is, and by one with graphs."""
+    monkeypatch.setattr(scheduler, "PIECE", 8)  # of the longest prompt, while the others are running
+    depth = Drafting(len(model.model.mtp_modules), draft)
+    return [run(Scheduler(decoder, 10**8, 8, depth), mixed(**options)) for decoder in (Decoder(model), taped(model))]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    more = MOBA | {"num_nextn_predict_layers": 2, "mtp_num_blocks": [1, 2]}
+    return tiny_model(max_position_embeddings=256, **more)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", [0, 1, 2])
+def test_batches_that_come_and_go_write_the_same(draft, options, model, taped, monkeypatch):
+    calls = []
+    right = graphs._Step.__call__
+    monkeypatch.setattr(graphs._Step, "__call__", lambda self, *args: calls.append(id(self)) or right(self, *args))
+    want, got = both(model, taped, draft, monkeypatch, **options)
+    assert got == want
+    assert len(calls) > 2 * len(set(calls)), "steps are replayed"
+
+
+def test_few_sizes_serve_all():
+    assert [graphs._rounded(rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)] == [1, 2, 4, 8, 8, 16, 24, 64]
+    assert [graphs._bound(tokens) for tokens in (1, 256, 257, 5000)] == [256, 256, 512, 8192]
+
+
+@torch.inference_mode()
+def test_no_expert_is_asked_for_where_rows_are_rounded_up(model, taped):
+    """85 rows of 3 tokens are few, and the 88 of a graph too many to go through all experts."""
+    decoder, plain = taped(model), Decoder(model)
+    tokens = torch.arange(85 * 3).view(85, 3) % 61
+    found = []
+    for one in (decoder, plain):
+        cache = one.cache()
+        cache.resize(88, 8)
+        found.append(one.run(tokens, cache, one.span(cache, 0, [0] * 85, 3)))
+    torch.testing.assert_close(*found)
+
+
+@torch.inference_mode()
+def test_what_comes_seldom_is_not_recorded(model, taped, monkeypatch):
+    monkeypatch.setattr(graphs, "WORTH", 3)
+    decoder = taped(model)
+    cache, ids = decoder.cache(), torch.arange(8)[None]
+    cache.resize(1, 16)
+    recorded = []
+    for n in range(8):
+        decoder.run(ids[:, n : n + 1], cache, decoder.span(cache, 0, [n], 1))
+        recorded.append(len(decoder.graphs._recorded))
+    assert recorded == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+@torch.inference_mode()
+def test_a_cache_of_another_size_is_recorded_anew(model, taped):
+    decoder = taped(model)
+    cache, ids = decoder.cache(), torch.arange(30)[None]
+    cache.resize(1, 16)
+    for n in range(10):
+        decoder.run(ids[:, n : n + 1], cache, decoder.span(cache, 0, [n], 1))
+    cache.resize(2, 40)
+    got = decoder.run(ids[:, 10:11], cache, decoder.span(cache, 0, [10], 1))
+    torch.testing.assert_close(got, model.model(ids[:, :11], use_cache=False).last_hidden_state[:, -1:])
+
+
+# --- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tape_that_knows_its_positions_is_caught(model, taped, monkeypatch):
+    monkeypatch.setattr(graphs, "_AnySpan", lambda like, *_: like)
+    with pytest.raises(AssertionError, match=r"numbers of Python's"):
+        both(model, taped, 0, monkeypatch)
+
+
+def test_positions_that_stay_are_caught(model, taped, monkeypatch):
+    monkeypatch.setattr(
+        graphs._Step, "__call__", lambda self, tensors, span: self.replay() or self.out[: len(span.start)]
+    )
+    want, got = both(model, taped, 0, monkeypatch)
+    assert got != want
+
+
+def test_rows_that_are_none_and_write_are_caught(model, taped, monkeypatch):
+    """At their slots' beginning, where a prompt that is being read has its entries."""
+    right = graphs._Step._fill
+
+    def fill(self, tensors, span):
+        right(self, tensors, span)
+        self.where[1] = self.slot * self.stride + self.where[0]
+
+    monkeypatch.setattr(graphs._Step, "_fill", fill)
+    want, got = both(model, taped, 0, monkeypatch)
+    assert got != want
+
+
+def test_means_that_stay_are_caught(model, taped, monkeypatch):
+    monkeypatch.setattr(graphs._AnySpan, "average", lambda self, keys, means: None)
+    want, got = both(model, taped, 0, monkeypatch)
+    assert got != want
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@has_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_cuda_graphs_are_the_steps_one_by_one(dtype, model, monkeypatch):
+    monkeypatch.setattr(graphs, "WORTH", 2)
+    model = copy.deepcopy(model).to("cuda", dtype)
+    ids, found = torch.randint(61, (1, 60), device="cuda"), []
+    for use in (True, False):
+        decoder = Decoder(model)
+        decoder.graphs = decoder.graphs if use else None
+        cache = decoder.cache()
+        cache.resize(2, 64)
+        decoder.run(ids[:, :40], cache, decoder.span(cache, 0, [0], 40))
+        steps = [decoder.run(ids[:, n : n + 1], cache, decoder.span(cache, 0, [n], 1)).clone() for n in range(40, 60)]
+        found.append(torch.cat(steps))
+    torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-2)

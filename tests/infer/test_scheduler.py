@@ -1,0 +1,256 @@
+"""Continuous batching and drafts: what comes out is what would have come out alone and without them."""
+
+import pytest
+import torch
+
+from moonwhale.errors import UserError
+from moonwhale.infer import sampling, scheduler
+from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.drafting import Drafting
+from moonwhale.infer.sampling import Noise
+from moonwhale.infer.sampling_options import SamplingOptions
+from moonwhale.infer.scheduler import Request, Scheduler
+
+MOBA = {"moba_block_size": 4, "moba_topk": 2, "num_nextn_predict_layers": 2, "mtp_num_blocks": [1, 2]}
+V = 61
+
+
+class Silent:
+    """In place of text."""
+
+    text = ""
+
+    def push(self, token):
+        return False
+
+    def flush(self):
+        pass
+
+
+def tokens(n, seed=0):
+    return torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def request(prompt, tokens=20, seed=0, vocabulary=V, **options):
+    options = SamplingOptions(**{"temperature": 0.0, "min_p": 0.0, "max_new_tokens": tokens} | options)
+    noise = Noise(seed, vocabulary, torch.device("cpu"))
+    return Request(prompt, options, {}, Silent(), noise, tokens)
+
+
+def scheduler_of(model, draft=0, memory=10**8, sequences=8):
+    return Scheduler(Decoder(model), memory, sequences, Drafting(len(model.model.mtp_modules), draft))
+
+
+def run(to, requests):
+    for one in requests:
+        to.submit(one)
+    while not to.idle:
+        to.step()
+    return [one.token_ids for one in requests]
+
+
+def mixed(**options):
+    return [request(tokens(n, seed=n), tokens=m, seed=n, **options) for n, m in ((1, 30), (9, 12), (40, 8), (70, 20))]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(max_position_embeddings=256, **MOBA)
+
+
+@pytest.fixture(scope="module")
+def certain(tiny_model):
+    """Of a model that holds every token equally likely, whatever the context, each guess holds."""
+    model = tiny_model(max_position_embeddings=256, **MOBA)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def assert_greedy(draft, model):
+    for one, got in zip(mixed(), run(scheduler_of(model, draft), mixed()), strict=True):
+        ids = torch.tensor([one.prompt])
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=one.limit, do_sample=False)
+        assert got == want[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("draft", [0, 1, 2])
+def test_greedy_is_that_of_transformers_with_and_without_drafts(draft, model):
+    assert_greedy(draft, model)
+
+
+SAMPLED = [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "min_p": 0.02}, {"temperature": 1.2, "top_k": 9}]
+
+
+@pytest.mark.parametrize("options", [*SAMPLED, {"temperature": 1.0, "repetition_penalty": 1.3}])
+def test_drafts_change_no_sample(options, model):
+    without, *others = (run(scheduler_of(model, draft), mixed(**options)) for draft in (0, 1, 2))
+    assert all(other == without for other in others)
+
+
+def test_who_runs_beside_changes_nothing(model):
+    options = {"temperature": 1.0}
+    together = run(scheduler_of(model, 2), mixed(**options))
+    in_turns = run(scheduler_of(model, 2, sequences=1), mixed(**options))
+    alone = [run(scheduler_of(model, 0), [one])[0] for one in mixed(**options)]
+    assert together == in_turns == alone
+
+
+def test_requests_come_and_go_at_any_step(model):
+    to, all_of_them = scheduler_of(model, 1, sequences=2), mixed(temperature=1.0) + mixed()
+    for one in all_of_them:
+        to.submit(one)
+        to.step()
+        to.step()
+    while not to.idle:
+        to.step()
+        assert len(to.running) <= 2
+    assert [one.token_ids for one in all_of_them] == run(scheduler_of(model), mixed(temperature=1.0) + mixed())
+
+
+def test_long_prompts_are_read_in_pieces_while_others_go_on(tiny_model):
+    model = tiny_model(max_position_embeddings=2048, **MOBA)
+    to, short, long = scheduler_of(model, 2), request(tokens(5), tokens=30), request(tokens(1000), tokens=5)
+    to.submit(short)
+    to.step()
+    to.submit(long)
+    while to.reading or to.waiting:
+        before = len(short.token_ids)
+        to.step()
+        assert len(short.token_ids) > before
+    while not to.idle:
+        to.step()
+    for one, draft in ((short, 0), (long, 0)):
+        assert run(scheduler_of(model, draft), [request(one.prompt, tokens=one.limit)])[0] == one.token_ids
+
+
+def test_certain_guesses_save_forwards(certain):
+    for options in ({}, {"temperature": 1.0}):
+        (one,) = (ones := [request(tokens(5), tokens=31, **options)])
+        run(scheduler_of(certain, 2), ones)
+        assert one.forwards == 11  # the prompt's gives one token, each of the others three
+        assert one.drafted == one.accepted == [10, 10]
+
+
+def test_cancelling_frees_a_slot(model):
+    to = scheduler_of(model, 1, sequences=2)
+    first, second, third, fourth = ones = [request(tokens(5, seed=i), tokens=200, seed=i) for i in range(4)]
+    for one in ones:
+        to.submit(one)
+    for _ in range(5):
+        to.step()
+    assert to.running == [first, second] and list(to.waiting) == [third, fourth]
+    to.cancel(first)
+    to.cancel(third)
+    to.step()
+    assert to.running == [second, fourth] and not to.waiting
+    for one in (second, fourth):
+        to.cancel(one)
+    to.step()
+    assert to.idle
+    assert [one.finish_reason for one in ones] == ["cancelled"] * 4
+
+
+def test_memory_decides_who_is_admitted(model):
+    each = scheduler_of(model)._needed(request(tokens(30)))
+    room = int(2.5 * each * scheduler_of(model).cache.bytes_per_token)
+    to = scheduler_of(model, memory=room)
+    ones = [request(tokens(30, seed=i), seed=i) for i in range(4)]
+    for one in ones:
+        to.submit(one)
+    while not to.idle:
+        to.step()
+        assert len(to.running) <= 2 and to.cache.bytes <= room
+    assert all(one.finish_reason == "length" for one in ones)
+    with pytest.raises(UserError, match="need a cache of"):
+        to.submit(request(tokens(100), tokens=150))
+
+
+def test_log_probabilities_are_the_models(model):
+    one = request(tokens(6), tokens=4)
+    one.top_logprobs = 3
+    run(scheduler_of(model, 2), [one])
+    logits = model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+    for n, (token, (logprob, top)) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
+        row = logits[5 + n]
+        assert logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert list(top) == row.topk(3).indices.tolist()
+
+
+# --- the distribution ------------------------------------------------------------------------------------------------
+
+
+SMALL, DRAWN = 7, 3000
+
+
+def chi_square(tiny_model, draft) -> float:
+    """How unlikely pairs of sampled tokens would be, were they of the model's own distribution: chi-square over its
+    degrees of freedom, about 1.
+    """
+    model = tiny_model(vocab_size=SMALL, num_nextn_predict_layers=2, max_position_embeddings=64)
+    to, prompt = scheduler_of(model, draft, sequences=250), [1, 2, 3, 4]
+    ones = [request(prompt, tokens=4, seed=i, vocabulary=SMALL, temperature=1.0) for i in range(DRAWN)]
+    run(to, ones)
+    # The second and third token: both can come from a guess.
+    seen = torch.zeros(SMALL, SMALL)
+    for one in ones:
+        seen[one.token_ids[1], one.token_ids[2]] += 1
+    expected = torch.zeros(SMALL, SMALL)
+    with torch.inference_mode():
+        first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        for a in range(SMALL):
+            second = model(torch.tensor([[*prompt, a]])).logits[0, -1].softmax(-1)
+            for b in range(SMALL):
+                third = model(torch.tensor([[*prompt, a, b]])).logits[0, -1].softmax(-1)
+                expected[b] += first[a] * second[b] * third
+    expected *= DRAWN
+    common = expected > 5
+    return (((seen - expected) ** 2 / expected)[common].sum() / (common.sum() - 1)).item()
+
+
+def test_sampling_with_drafts_keeps_the_distribution(tiny_model):
+    assert chi_square(tiny_model, draft=2) < 1.6
+
+
+def test_mutant_guesses_that_are_believed(tiny_model, monkeypatch):
+    """Taking a guess for the model's own choice, the classical mistake."""
+    right = scheduler.choose
+
+    def believing(logits, rows, ahead=0):
+        chosen = right(logits, rows, ahead)
+        if ahead == 0 and all(row.drafts for row in rows) and logits.shape[-1] == SMALL:
+            return [row.drafts[min(row.held, len(row.drafts) - 1)] for row in rows]
+        return chosen
+
+    monkeypatch.setattr(scheduler, "choose", believing)
+    assert chi_square(tiny_model, draft=2) > 1.6
+
+
+def test_mutant_noise_that_is_used_twice(tiny_model, monkeypatch):
+    """A draw whose noise is that of the token before depends on it."""
+    right, kept = Noise.of, {}
+    monkeypatch.setattr(sampling.Noise, "of", lambda self, n: kept.setdefault(id(self), right(self, n)))
+    assert chi_square(tiny_model, draft=2) > 1.6
+
+
+# --- the depth -------------------------------------------------------------------------------------------------------
+
+
+def settled(seconds, held, modules=2, cycles=200):
+    """The depth chosen most once cycles take seconds[depth] and `held` of the guesses hold."""
+    drafting, chosen = Drafting(modules), []
+    for _ in range(cycles):
+        depth = drafting.depth(1)
+        chosen.append(depth)
+        drafting.record(1, depth, seconds[depth], [min(held, depth)])
+    return max(set(chosen[cycles // 2 :]), key=chosen.count)
+
+
+def test_drafting_goes_as_deep_as_pays():
+    assert settled([1.0, 1.2, 1.4], held=2) == 2
+    assert settled([1.0, 1.2, 2.4], held=1) == 1
+    assert settled([1.0, 1.2, 1.4], held=0) == 0
+    assert settled([1.0, 2.1, 3.2], held=2) == 0
+    assert Drafting(2, fixed=1).depth(1) == 1
+    assert Drafting(2, fixed=9).depth(1) == 2
+    assert Drafting(0).depth(5) == 0

@@ -1,0 +1,179 @@
+"""Tensors on a GPU that is not there: torch's fake ones have a device, a dtype and a shape, and no numbers.
+
+Whatever mixes devices, or has to know a number, fails as it would (or would wait) on a GPU.
+"""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_decoder import CONFIGS
+from test_scheduler import request
+from test_waiting import dense
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+from moonwhale import fp8
+from moonwhale.infer import graphs, scheduler
+from moonwhale.infer.decoder import Decoder
+from moonwhale.infer.drafting import Drafting
+from moonwhale.model import MoonwhaleForCausalLM, flex, moe
+from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+
+CUDA, MPS, META = 1, 13, 14  # c10::DeviceType
+SPARSE = {"moba_topk": 2, "moba_block_size": 8, "moba_full_attention_layers": [1], "num_nextn_predict_layers": 2}
+
+
+@pytest.fixture
+def devices():
+    """A CPU's torch can't switch to a GPU, not even to none: it gets the switch of the device that holds nothing."""
+    library = Path(torch.__file__).parent / "lib" / ("libc10.dylib" if sys.platform == "darwin" else "libc10.so")
+    name = "_ZN3c104impl26device_guard_impl_registryE"
+    switches = (ctypes.c_void_p * (META + 1)).in_dll(ctypes.CDLL(str(library)), name)
+    before = list(switches)
+    for device in (CUDA, MPS):
+        switches[device] = switches[device] or switches[META]
+    yield
+    switches[:] = before
+
+
+@pytest.fixture
+def fake(devices, monkeypatch):
+    """Under a mode in which tensors are fake, with flex_attention's own compilation left out."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
+    monkeypatch.setattr(flex, "_flex", dense_there)
+    monkeypatch.setattr(flex, "TILE", 8)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        yield
+
+
+def dense_there(q, k, v, scale, mask):
+    with q.device:
+        return dense(q, k, v, scale, mask)
+
+
+@pytest.fixture
+def there(tiny_config, fake):
+    """`there(device, dtype, **overrides)`: a tiny model on a device."""
+
+    def there(device, dtype=torch.float32, **overrides):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = MoonwhaleForCausalLM(tiny_config(**overrides))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
+        return model
+
+    return there
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("context", ["short", "long"])
+@pytest.mark.parametrize("recipe", [None, "blockwise"])
+def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, recipe, there, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+    if not autocast or recipe:  # of whose grouped products torch doesn't know the shapes
+        monkeypatch.setattr(moe, "grouped_product", moe._grouped_product)
+        monkeypatch.setattr(fp8, "grouped_product", moe._grouped_product)
+    model = there("cuda", num_hidden_layers=3, first_k_dense_replace=1, **SPARSE).train()
+    if recipe:
+        fp8.convert(model, recipe, emulate=True)
+    optimizer = MuonClip(param_groups(model, lr=1e-3))
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=1.0)
+    tokens = torch.zeros(2, 64, dtype=torch.long, device="cuda")
+    number = torch.zeros(3, dtype=torch.long, device="cuda")
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            assert torch.is_autocast_enabled("cuda") == autocast
+            out = model(tokens, position_ids=tokens, labels=tokens, num_items_in_batch=number)
+        for parameter in model.parameters():  # torch has no backward pass without a device
+            parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {t.device.type for t in (out.loss, norm, hooks.last["max_logits"], hooks.last["loads"])} == {"cuda"}
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_steps_stay_on_their_gpu(device, changes, there):
+    decoder = Decoder(
+        there(device, torch.bfloat16, num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval()
+    )
+    decoder.graphs = None
+    cache = decoder.cache()
+    cache.resize(4, 64)
+    for length in (1, 3):
+        span = decoder.span(cache, 0, [2, 21, 12], length)
+        tokens = torch.zeros(3, length, dtype=torch.long, device=device)
+        hidden = decoder.run(tokens, cache, span)
+        guess = decoder.guess(1, hidden, tokens, cache, span)
+        assert decoder.head(guess).device.type == device and guess.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Each step is recorded, by being run."""
+    monkeypatch.setattr(graphs, "record", lambda function, pool: (lambda: None, function(), None))
+    monkeypatch.setattr(graphs, "WORTH", 0)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_so_do_graphs(changes, there, recording):
+    decoder = Decoder(there("cuda", num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval())
+    cache = decoder.cache()
+    cache.resize(4, 64)
+    tokens = torch.zeros(3, 3, dtype=torch.long, device="cuda")
+    hidden = decoder.run(tokens, cache, decoder.span(cache, 0, [2, 21, 12], 3))
+    assert hidden.shape == (3, 3, 32) and hidden.device.type == "cuda" and decoder.graphs._recorded
+
+
+class Noise:
+    """Drawn by nobody, since a generator needs its GPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def of(self, n):
+        return torch.ones(61, device=self.device)
+
+    def forget(self, n):
+        pass
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.1}], ids=str
+)
+@pytest.mark.parametrize("draft", [0, 2])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@torch.no_grad()
+def test_so_do_batches_that_come_and_go(device, draft, options, there, recording, monkeypatch):
+    """All the scheduler's work but reading: whatever it reads is a 7."""
+    monkeypatch.setattr(scheduler, "PIECE", 16)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [7] * len(self))
+    model = there(device, max_position_embeddings=128, mtp_num_blocks=[1, 2], **SPARSE).eval()
+    server = scheduler.Scheduler(Decoder(model), 10**8, 8, Drafting(2, draft))
+    waiting = [request([5] * n, tokens=m, **options) for n, m in ((1, 12), (9, 4), (40, 6))]
+    for one in waiting:
+        one.noise = Noise(device)
+        server.submit(one)
+    while not server.idle:
+        scheduler.Scheduler.step.__wrapped__(server)
+    assert [len(one.token_ids) for one in waiting] == [12, 4, 6]
+    assert (waiting[0].drafted != []) == (draft > 0)
+    assert device != "cuda" or server.decoder.graphs._recorded
+
+
+def test_a_mixture_of_devices_and_a_look_are_seen(fake):
+    there = torch.zeros(4, device="cuda")
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        there + torch.zeros(4)
+    with pytest.raises(DataDependentOutputException):
+        there.sum().item()

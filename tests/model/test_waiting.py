@@ -1,0 +1,160 @@
+"""A training step looks at no tensor on the way: on a GPU every look waits for all that was asked of it before.
+
+Run on a CPU that takes the GPU's paths, under a mode that refuses each operation whose result the host has to know.
+"""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from moonwhale import fp8, precision
+from moonwhale.checkpoint import list_checkpoints, step_of
+from moonwhale.errors import UserError
+from moonwhale.model import documents, flex, loss, mla, moba, moe
+from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.train import muonclip_trainer, pretrain, run_folder
+from moonwhale.train.mtp_trainer import MTPTrainer
+from refuses import Refuses
+
+TOKENS = torch.arange(128).view(2, 64) * 7 % 61
+DOCUMENTS = torch.tensor([[*range(17), *range(47)], [*range(64)]])
+
+
+def dense(q, k, v, scale, mask):
+    """What flex_attention gives; as there, a query that sees nothing is no NaN."""
+    index = (torch.arange(n)[(..., *[None] * (3 - i))] for i, n in enumerate((*q.shape[:3], k.shape[2])))
+    logits = (q @ k.mT * scale).masked_fill(~mask.mask_mod(*index), -1e9)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1), logits.amax(-1)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    for module in (documents, loss, moba, moe, muonclip_trainer):
+        monkeypatch.setattr(module, "unseen", lambda device: True)
+    monkeypatch.setattr(mla, "flex_serves", lambda q, layout: True)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
+    monkeypatch.setattr(flex, "_has_flex", lambda q: True)
+    monkeypatch.setattr(flex, "_flex", dense)
+    monkeypatch.setattr(flex, "TILE", 8)
+
+
+def make_step(model):
+    """Forward, backward and an optimizer's step with its hooks, to be called."""
+    optimizer = MuonClip(param_groups(model, lr=1e-3))
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=1.0)
+
+    def step():
+        out = model(TOKENS, position_ids=DOCUMENTS, labels=TOKENS, num_items_in_batch=torch.tensor([100, 98, 96]))
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [out.loss.detach(), norm, hooks.last["max_logits"], hooks.last["loads"]]
+
+    return step
+
+
+@pytest.fixture
+def model(tiny_model):
+    sparse = {"moba_topk": 2, "moba_block_size": 8, "moba_full_attention_layers": [1], "num_nextn_predict_layers": 2}
+    return lambda: tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **sparse).train()
+
+
+@pytest.mark.parametrize(("context", "recipe"), [("short", None), ("long", None), ("long", "blockwise")])
+def test_a_step_never_waits(context, recipe, model, as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+    model = model()
+    if recipe:
+        fp8.convert(model, recipe, emulate=True)
+    step = make_step(model)
+    step()  # makes the optimizer's state
+    with Refuses():
+        step()
+
+
+def test_the_gpus_paths_learn_the_same(model, as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(flex, "LONG", 0)
+    step = make_step(model())
+    found = [step(), step()]
+    monkeypatch.undo()
+    step = make_step(model())
+    torch.testing.assert_close(found, [step(), step()], rtol=1e-3, atol=1e-4)
+
+
+def test_a_cpus_own_paths_look(model):
+    with Refuses(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        make_step(model())()
+
+
+@pytest.fixture
+def from_third_to_fifth(monkeypatch):
+    """`from_third_to_fifth(context)`: a Trainer's steps from the third's beginning to the fifth's are in it."""
+    with ExitStack() as stack:
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                stack.enter_context(context)
+            if state.global_step == 4:
+                stack.close()
+            return original(self, args, state, control, **kwargs)
+
+        def from_third_to_fifth(given):
+            nonlocal context
+            context = given
+
+        context, original = None, muonclip_trainer._StepCallback.on_step_begin
+        monkeypatch.setattr(muonclip_trainer._StepCallback, "on_step_begin", on_step_begin)
+        yield from_third_to_fifth
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nor_does_the_trainer_between_log_lines(precision, tiny_run, as_on_a_gpu, from_third_to_fifth):
+    """Data, two micro-batches, clipping, the step with its hooks, and what the Trainer does after it."""
+    refuses = Refuses()
+    from_third_to_fifth(refuses)
+    pretrain.train(tiny_run(precision=precision, log_every=10))
+
+
+def test_a_trainer_that_looks_is_refused(tiny_run, as_on_a_gpu, from_third_to_fifth, monkeypatch):
+    monkeypatch.setattr(muonclip_trainer, "unseen", lambda device: False)
+    from_third_to_fifth(Refuses())
+    with pytest.raises(AssertionError, match="tolist waits"):
+        pretrain.train(tiny_run(log_every=10))
+
+
+@pytest.mark.parametrize(
+    ("asked", "finds"), [({"log_every": 4}, None), ({"save_every": 2}, 2), ({"eval_every": 4}, None)], ids=str
+)
+def test_what_nobody_looked_at_is_found_before_it_is_said_or_saved(asked, finds, tiny_run, as_on_a_gpu, monkeypatch):
+    """The third step's loss is NaN, and from there on all weights are; the first step has a log line."""
+    compute, steps = MTPTrainer.compute_loss, []
+
+    def compute_loss(self, *args, **kwargs):
+        steps.append(self.state.global_step + 1)
+        return compute(self, *args, **kwargs) * (torch.nan if steps[-1] == 3 else 1.0)
+
+    monkeypatch.setattr(MTPTrainer, "compute_loss", compute_loss)
+    config = tiny_run(**{"log_every": 10} | asked)
+    with pytest.raises(UserError, match=r"^step 3: the loss is nan; " + ("the last" if finds else "no checkpoint")):
+        pretrain.train(config)
+    assert steps[-1] == 4, "it goes on until there is something to say"
+    assert [step_of(found) for found in list_checkpoints(config.out)] == ([finds] if finds else [])
+
+
+def test_batches_are_copied_while_the_gpu_computes(tiny_run):
+    for device in ("cpu", "cuda"):
+        choice = precision.Choice(torch.device(device), torch.float32, False, "")
+        arguments = run_folder.trainer_arguments(tiny_run(), choice, 6)
+        assert (
+            arguments["accelerator_config"]["non_blocking"] == arguments["dataloader_pin_memory"] == (device == "cuda")
+        )
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), torch.nonzero, lambda x: x.tolist()],
+)
+def test_a_look_is_refused(look):
+    with Refuses(), pytest.raises(AssertionError, match="waits"):
+        look(torch.arange(4.0))

@@ -1,0 +1,202 @@
+"""Steps in C++ compared with their naive twin in PyTorch; tests/infer/test_decoder.py compares both with the model."""
+
+import copy
+import ctypes
+import platform
+import shutil
+
+import pytest
+import torch
+
+from moonwhale.errors import UserError
+from moonwhale.infer.decoder import Decoder
+from moonwhale.native import bindings
+from moonwhale.native.packed_linear import Linear
+
+SHAPES = {  # wide enough for whole vectors and for what is left behind them
+    "hidden_size": 48,
+    "num_attention_heads": 5,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 72,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 40,
+    "moba_block_size": 16,
+    "moba_topk": 3,
+    "max_position_embeddings": 512,
+}
+PROMPT = 300  # several pieces of full attention, many blocks of MoBA
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    if why_not := bindings.why_not():
+        pytest.skip(why_not)
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model(**SHAPES, moba_full_attention_layers=[1])
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read(decoder, rows=1):
+    """A cache with a prompt in each of some slots."""
+    cache = decoder.cache()
+    cache.resize(rows, PROMPT + 16)
+    for i in range(rows):
+        decoder.run(tokens(1, PROMPT, seed=i), cache, decoder.span(cache, i, [0], PROMPT))
+    return cache
+
+
+def steps(decoder, cache, lengths=(1, 2, 3, 1)):
+    """Hidden states of spans after the prompt, and all that is in the cache then."""
+    at, out = PROMPT, []
+    for n in lengths:
+        out.append(decoder.run(tokens(1, n, seed=at), cache, decoder.span(cache, 0, [at], n)))
+        at += n
+    return torch.cat(out, dim=1).float(), *(x.float() for x in (*cache.keys, cache.means[0]))
+
+
+def in_pytorch(model, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(bindings, "serves", lambda weight: False)
+        return Decoder(model, **options)
+
+
+def distances(some, others):
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(some, others, strict=True)]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@torch.inference_mode()
+def test_steps_are_those_of_pytorch(model, monkeypatch, int8):
+    compiled, naive = Decoder(model, int8=int8), in_pytorch(model, monkeypatch, int8=int8)
+    assert max(distances(steps(compiled, read(compiled)), steps(naive, read(naive)))) < 1e-5
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@torch.inference_mode()
+def test_steps_with_fewer_bits_are_nearer_to_exact_ones_than_pytorchs(model, monkeypatch, int8):
+    """Exact: the same weights, bf16 as they are, and everything else in fp32."""
+    model = model.to(torch.bfloat16)
+    compiled, naive = Decoder(model, int8=int8), in_pytorch(model, monkeypatch, int8=int8)
+    exact = in_pytorch(copy.deepcopy(model).float(), monkeypatch, int8=int8)
+    prompt = read(naive)
+    started = exact.cache()
+    started.resize(1, prompt.length)
+    for ours, theirs in zip((*started.keys, started.means[0]), (*prompt.keys, prompt.means[0]), strict=True):
+        ours.copy_(theirs)
+    want = steps(exact, started)
+    far = distances(steps(naive, copy.deepcopy(prompt)), want)
+    near = distances(steps(compiled, copy.deepcopy(prompt)), want)
+    assert near[0] < 0.75 * far[0] < 0.02
+    assert all(close <= away for close, away in zip(near, far, strict=True))
+
+
+@torch.inference_mode()
+def test_a_token_is_the_same_to_the_last_bit_whatever_is_beside_it(model):
+    """Threads, other sequences, tokens verified with it: none of it shows."""
+    decoder = Decoder(model.to(torch.bfloat16))
+    cache, threads = read(decoder, rows=5), torch.get_num_threads()
+    new = torch.cat([tokens(1, 3, seed=10 + i) for i in range(5)])
+    together = decoder.run(new, cache, decoder.span(cache, 0, [PROMPT] * 5, 3))
+    head = decoder.head(together)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for i in range(5):
+                alone = [
+                    decoder.run(new[i : i + 1, k : k + 1], cache, decoder.span(cache, i, [PROMPT + k], 1))
+                    for k in range(3)
+                ]
+                assert torch.equal(torch.cat(alone, dim=1)[0], together[i])
+                assert torch.equal(decoder.head(together[i]), head[i])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 33, 100])
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_products_of_every_shape(size, rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(11, size, generator=generator), torch.randn(11, generator=generator)
+    x = torch.randn(rows, size, generator=generator)
+    torch.testing.assert_close(Linear(weight, bias)(x), x @ weight.T + bias)
+
+
+def test_structures_are_as_large_as_in_cpp():
+    ours = [bindings.Matrix, bindings.Network, bindings.Norm, bindings.Block, bindings.Cache, bindings.Span]
+    assert bindings.library().sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
+
+
+def test_a_machine_without_a_compiler_says_so_and_works(model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        with pytest.raises(UserError, match="install g\\+\\+"):
+            bindings.library.__wrapped__()
+        patch.setattr(bindings, "library", bindings.library.__wrapped__)
+        assert bindings.why_not.__wrapped__() == "no C++ compiler found (install g++)"
+    assert in_pytorch(model, monkeypatch).main[0].native is None
+
+
+def test_a_compiler_that_fails_says_why(tmp_path):
+    (tmp_path / "step.cpp").write_text("int broken(")
+    with pytest.raises(UserError, match=r"can't compile decoding steps: .*step\.cpp:1"):
+        bindings.build("c++", tmp_path, tmp_path)
+
+
+def compiled_from(sources, folder, monkeypatch, machine=None):
+    """Has decoders use steps built of other sources or for another machine, in little time."""
+    flags = ["-O1" if flag == "-O3" else flag for flag in bindings.FLAGS if not machine or not flag.startswith("-m")]
+    monkeypatch.setattr(bindings, "FLAGS", flags + (machine or []))
+    bindings.build("c++", sources, folder)
+    built = bindings.load(folder)
+    monkeypatch.setattr(bindings, "library", lambda: built)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86-64's vectors")
+@pytest.mark.parametrize("machine", [["-mavx2", "-mfma"], ["-march=x86-64"]], ids=["AVX2", "no vectors of ours"])
+@torch.inference_mode()
+def test_other_machines_vectors(model, monkeypatch, tmp_path, machine):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tolerance = model.to(dtype), 1e-5 if dtype is torch.float32 else 1e-2
+        here = Decoder(model, int8=dtype is torch.bfloat16)
+        prompt = read(here)
+        want = steps(here, copy.deepcopy(prompt))
+        with monkeypatch.context() as patch:
+            compiled_from(bindings.SOURCES, tmp_path, patch, machine)
+            assert max(distances(steps(here, prompt), want)) < tolerance
+
+
+MUTANTS = {
+    "the gate takes the worst": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
+    "no block's mean is ever written": ("attention.h", "if (cache.means) average(keys);", ""),
+    "a step takes the full attention": ("attention.h", "return b.topk && position", "return false && position"),
+    "a token rotated as if it were the first": ("attention.h", "s.cos + position * half", "s.cos + 0 * half"),
+    "pieces added as if their scales were one": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
+    "a gate without its bias": ("experts.h", "scores[i] + b.bias[i] > scores[j] + b.bias[j]", "scores[i] > scores[j]"),
+    "the last few numbers of a sum are lost": ("products.h", "sum(total[o][r]) + rest", "sum(total[o][r])"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "right", "wrong"), MUTANTS.values(), ids=MUTANTS)
+@torch.inference_mode()
+def test_mutants_are_caught(model, monkeypatch, tmp_path, file, right, wrong):
+    for layer in model.model.layers[: model.config.num_hidden_layers]:
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.linspace(1, 0, model.config.n_routed_experts))
+    naive = in_pytorch(model, monkeypatch)
+    want = steps(naive, read(naive), [1] * 7)[0]
+    sources = shutil.copytree(bindings.SOURCES, tmp_path / "step")
+    source = (sources / file).read_text()
+    assert source.count(right) == 1
+    (sources / file).write_text(source.replace(right, wrong))
+    compiled_from(sources, tmp_path, monkeypatch)
+    decoder = Decoder(model)
+    assert (steps(decoder, read(decoder), [1] * 7)[0] - want).norm() > 1e-3 * want.norm()

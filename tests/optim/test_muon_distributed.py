@@ -1,0 +1,128 @@
+"""MuonClip shared by ranks, which have copies of the weights or parts of them, is MuonClip, bit for bit; and each rank
+orthogonalises its share of the matrices.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from conftest import TINY
+from forked import Forked, finish
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.optim import muonclip
+from moonwhale.optim.muon_distributed import SharedMuonClip, cost, equal_shares
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.parallel.fsdp import gathered
+
+STEPS, RANKS = 3, 2
+CASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "parts": torch.float32, "parts, bf16": torch.bfloat16}
+MUTANTS = ("silent", "rows")
+
+
+def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> dict:
+    """Some steps on drawn gradients: the weights and the optimizer's state afterwards, and what was orthogonalised."""
+    torch.manual_seed(0)
+    model = MoonwhaleForCausalLM(MoonwhaleConfig(**TINY, num_nextn_predict_layers=1))
+    groups = param_groups(model, lr=0.02)
+    for group in groups:
+        group["params"] = [nn.Parameter(place(torch.randn_like(p))) for p in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    optimizer = make_optimizer(groups, newton_schulz_dtype=dtype)
+    iterate, done = muonclip.newton_schulz, []
+    muonclip.newton_schulz = lambda stack, *args: done.extend(cost(m.shape) for m in stack) or iterate(stack, *args)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = place(torch.randn(p.shape, generator=generator))
+        optimizer.step()
+    muonclip.newton_schulz = iterate
+    states = [{name: gathered(value) for name, value in optimizer.state[p].items()} for p in params]
+    return {"weights": [gathered(p.detach()) for p in params], "states": states, "done": done}
+
+
+def of_rows(optimizer, updates, split, dtype) -> list[DTensor]:
+    """A mutant of `_of_shards`: each rank orthogonalises what it has."""
+    directions = MuonClip._orthogonalise(optimizer, [update.to_local() for update in updates], split, dtype)
+    return [
+        DTensor.from_local(direction, u.device_mesh, u.placements, shape=u.shape, stride=u.stride())
+        for direction, u in zip(directions, updates, strict=True)
+    ]
+
+
+def main(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def shared(dtype: torch.dtype, parts: bool) -> dict:
+        def place(tensor):
+            return distribute_tensor(tensor, mesh, [Shard(0)]) if parts else tensor
+
+        return descend(lambda *args, **how: SharedMuonClip(*args, group=dist.group.WORLD, **how), dtype, place)
+
+    seen = {name: shared(dtype, "parts" in name) for name, dtype in CASES.items()}
+    SharedMuonClip._of_shards = of_rows
+    seen["rows"] = shared(torch.float32, True)
+    broadcast = dist.broadcast
+    dist.broadcast = lambda part, group, group_src, **how: broadcast(  # what comes from others is thrown away
+        part if group_src == rank else torch.zeros_like(part), group=group, group_src=group_src, **how
+    )
+    seen["silent"] = shared(torch.float32, False)
+    torch.save(seen, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("muon")
+    finish([Forked(folder / f"{rank}.out", {}, main, rank, folder) for rank in range(RANKS)], 120)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def differences(seen: dict, one: dict, parts: bool) -> list[str]:
+    """The weights and states that are not the same bits. AdamW's last bit is free if they were in `parts`: a CPU rounds
+    a tensor's last few elements, beyond its vectors, otherwise, and parts end elsewhere.
+    """
+
+    def same(a, b, adamw: bool) -> bool:
+        return torch.allclose(a, b, rtol=1e-6, atol=0) if adamw and parts else torch.equal(a, b)
+
+    found = []
+    for i, (ours, theirs) in enumerate(zip(seen["states"], one["states"], strict=True)):
+        pairs = {name: (ours[name], theirs[name]) for name in theirs}
+        pairs["weight"] = seen["weights"][i], one["weights"][i]
+        adamw = "exp_avg" in theirs
+        found += [f"{i} {name}: {(a - b).abs().max()}" for name, (a, b) in pairs.items() if not same(a, b, adamw)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_momenta_are_one_process_s_bit_for_bit(ranks, name):
+    one = descend(MuonClip, CASES[name])
+    assert [differences(rank[name], one, "parts" in name) for rank in ranks] == [[], []]
+    assert sorted(done for rank in ranks for done in rank[name]["done"]) == sorted(one["done"])
+    shares = [sum(rank[name]["done"]) for rank in ranks]
+    largest = max(one["done"])
+    assert max(shares) - min(shares) < 2 * STEPS * 2 * largest  # a matrix at each end of a share, in two groups
+    assert max(shares) < 0.6 * sum(shares)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_seen(ranks, name):
+    """Shares that do not travel; parts of a matrix taken for matrices."""
+    one = descend(MuonClip, torch.float32)
+    assert all(differences(rank[name], one, name == "rows") for rank in ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
+def test_shares_are_as_equal_as_matrices_allow(ranks):
+    costs = [(7 * i) % 13 + 1 for i in range(40)]
+    shares = equal_shares(costs, ranks)
+    assert [i for share in shares for i in range(40)[share]] == list(range(40)) and len(shares) == ranks
+    assert all(abs(sum(costs[share]) - sum(costs) / ranks) <= max(costs) for share in shares)

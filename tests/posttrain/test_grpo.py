@@ -1,0 +1,131 @@
+"""GRPO runs at toy size: they learn what is rewarded, go on where they stopped, and say what they cannot do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moonwhale.checkpoint import log_history, newest_whole, open_checkpoint
+from moonwhale.errors import UserError
+from moonwhale.posttrain import config as post
+from moonwhale.posttrain.grpo import GRPOOptions, grpo
+from moonwhale.train import muonclip_trainer
+
+
+@pytest.fixture
+def options(small_checkpoint, tmp_path, monkeypatch):
+    """`options(**changes)`: those of a run of seconds. It rewards the letter e, which a random model can learn."""
+    rows = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(120)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "letters.py").write_text(
+        "def e(completions, **_):\n    return [c[0]['content'].count('e') / 12 for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "checkpoint": str(small_checkpoint), "out": str(tmp_path / "run"), "task": "task.jsonl", "questions": 40,
+        "rewards": ["letters:e", "format=0.5"], "group_size": 4, "questions_per_step": 4, "batch_size": 8, "steps": 4,
+        "max_new_tokens": 12, "warmup_steps": 1, "lr": 3e-3, "eval_every": 0, "eval_questions": 4, "save_every": 0,
+        "log_every": 1, "show": 0, "report_to": ["none"], "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
+    return lambda **changes: GRPOOptions(**given | changes)
+
+
+def history(out):
+    return [entry for entry in log_history(newest_whole(out)) if "reward" in entry]
+
+
+@pytest.mark.slow
+def test_a_run_learns_what_is_rewarded(options, capsys):
+    config = options(steps=30)
+    grpo(config)
+    said = capsys.readouterr().out
+    assert "objective  r1: loss_type grpo, beta 0.001, epsilon 0.2" in said
+    assert "held out: letters:e " in said
+    log = history(config.out)
+    first, last = (sum(e["rewards/letters:e/mean"] for e in part) / 5 for part in (log[:5], log[-5:]))
+    assert last > 2 * first
+    for name in ("rewards/format/mean", "frac_reward_zero_std", "completions/mean_length", "kl", "max_attention_logit"):
+        assert name in log[-1]
+    answers = pandas.read_parquet(max(Path(config.out, "completions").glob("*.parquet")))
+    assert len(answers) == 16 and {"prompt", "completion", "letters:e", "format", "advantage"} <= set(answers)
+    assert Path(config.out, "rewards.png").stat().st_size > 10_000
+    open_checkpoint(config.out)
+
+
+@pytest.mark.slow
+def test_resumed_is_uninterrupted(options, tmp_path):
+    whole, part = options(out=str(tmp_path / "whole"), save_every=2), options(save_every=2)
+    grpo(whole)
+    grpo(part)
+    shutil.rmtree(Path(part.out, "checkpoint-4"))
+    Path(part.out, "model.safetensors").unlink()
+    grpo(post.parse(GRPOOptions, ["--out", part.out, "--resume"], ""))
+    ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_step_of_several_micro_batches_and_iterations(options):
+    config = options(batch_size=4, iterations=2, objective="trl")
+    grpo(config)
+    assert [entry["step"] for entry in history(config.out)] == [1, 3]  # the other steps learn from the same answers
+    log = [entry for entry in log_history(newest_whole(config.out)) if "entropy" in entry]
+    assert len(log) == 4 and "kl" not in log[0]
+    assert log[0]["clip_ratio/region_mean"] == 0 < log[3]["clip_ratio/region_mean"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"batch_size": 5}, "--batch-size: 5 x 1 device(s) does not divide the 16 answers of a step (--group-size 4 x "
+                            "--questions-per-step 4): give --batch-size 4"),
+        ({"group_size": 1}, "--group-size: 1 is impossible: an answer is judged among at least 2"),
+        ({"temperature": 0.0}, "--temperature: 0.0 is impossible"),
+        ({"questions": 2}, "--questions: 2 are fewer than --questions-per-step"),
+        ({"questions": 4000}, "has 109 training questions, not 4000"),
+        ({"beta": -1.0}, "--beta: -1.0 is impossible"),
+        ({"task": "sums"}, "'sums' is no task of reasoning-gym"),
+        ({"rewards": ["letters:a"]}, "cannot import letters:a"),
+        ({"checkpoint": "nowhere"}, "nowhere is no folder"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_one_line(options, changes, complaint):
+    with pytest.raises(UserError) as error:
+        grpo(options(**changes))
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_failing_reward_stops_the_run_with_one_line(options, tmp_path):
+    (tmp_path / "broken.py").write_text("def f(completions, **_): return [1 / 0]\n")
+    with pytest.raises(UserError, match=r"broken:f raised ZeroDivisionError \(division by zero\) on prompt '\d+\+"):
+        grpo(options(rewards=["broken:f"]))
+
+
+def test_nothing_is_drawn_from_weights_that_are_not_finite(options, monkeypatch):
+    """Of a GPU, which is not looked at in each step."""
+    from moonwhale.posttrain.grpo_trainer import MTPGRPOTrainer
+
+    def compute_loss(self, *args, **kwargs):
+        return compute(self, *args, **kwargs) * (torch.nan if self.state.global_step == 1 else 1.0)
+
+    compute = MTPGRPOTrainer.compute_loss
+    monkeypatch.setattr(MTPGRPOTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(muonclip_trainer, "unseen", lambda device: True)
+    with pytest.raises(UserError, match=r"^step 2: the loss is nan; no checkpoint was written yet"):
+        grpo(options(log_every=10))
+
+
+def test_the_engine_and_generate_draw_from_the_same_policy(options, small_checkpoint):
+    """Greedy answers of the trainer's rollout are those of transformers' generate."""
+    from moonwhale.infer.engine import Engine
+
+    model, tokenizer = open_checkpoint(small_checkpoint)
+    engine = Engine(model, tokenizer)
+    ids = engine.encode([{"role": "user", "content": "4+4"}])
+    ours = engine.generate([ids], temperature=0.0, max_new_tokens=12)[0].token_ids
+    with torch.no_grad():
+        theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
+    assert ours == theirs[: len(ours)]

@@ -1,0 +1,157 @@
+"""Recipes and rejection sampling: checked before they begin, carried out in order, gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moonwhale.data.tasks import is_well_formed
+from moonwhale.errors import UserError
+from moonwhale.infer import engine
+from moonwhale.posttrain import recipe as recipes
+from moonwhale.posttrain.recipe import read, recipe
+from moonwhale.posttrain.sample import SampleOptions, sample
+
+
+@pytest.fixture
+def folder(small_checkpoint, tmp_path, monkeypatch):
+    """A working folder with a task and a base model, `base`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(60)]
+    Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("base").symlink_to(small_checkpoint)
+    return tmp_path
+
+
+@pytest.fixture
+def clever(monkeypatch):
+    """An engine whose answers are right three times out of four, twice in the same words."""
+
+    class Clever(engine.Engine):
+        def as_completed(self, prompts, **options):
+            for i, completion in super().as_completed(prompts, **options):
+                asked = self.tokenizer.decode(prompts[i], skip_special_tokens=True)
+                total = sum(map(int, asked.split("+")))
+                text = [f"<think>a</think><answer>{total}</answer>"] * 2
+                text += [f"<think>b</think><answer>{total}</answer>", f"<think>c</think><answer>{total + 1}</answer>"]
+                object.__setattr__(completion, "text", text[i % 4])
+                yield i, completion
+
+    monkeypatch.setattr(engine, "Engine", Clever)
+
+
+SMALL = {"report_to": ["none"], "device": "cpu", "precision": "fp32", "eval_every": 0, "save_every": 0}
+
+
+def write(stages) -> str:
+    Path("recipe.yaml").write_text(yaml.safe_dump(stages))
+    return "recipe.yaml"
+
+
+def test_right_answers_are_kept_once(folder, clever, capsys):
+    config = SampleOptions(
+        checkpoint="base", task="task.jsonl", questions=10, samples=4, out="new/answers.jsonl", max_new_tokens=2,
+        device="cpu", precision="fp32",
+    )  # fmt: skip
+    sample(config)
+    rows = [json.loads(line)["messages"] for line in Path("new/answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    for question, answer in rows:
+        a, _ = map(int, question["content"].split("+"))
+        assert is_well_formed(answer["content"]) and f"<answer>{2 * a}</answer>" in answer["content"]
+    assert "kept 20 of 40 answers, to 10 of 10 questions" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already: name a new file"):
+        sample(config)
+
+
+def test_a_model_that_knows_nothing_is_one_line(folder):
+    with pytest.raises(UserError, match="base answered none of 3 questions rightly"):
+        sample(
+            SampleOptions(
+                checkpoint="base", task="task.jsonl", questions=3, out="a.jsonl", max_new_tokens=4, device="cpu"
+            )
+        )
+    assert not Path("a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"checkpoint": None}, "CHECKPOINT: name the folder"),
+        ({"out": None}, "--out: None is no .jsonl file"),
+        ({"out": "x.txt"}, "--out: 'x.txt' is no .jsonl file"),
+        ({"samples": 0}, "--samples: 0 is impossible"),
+        ({"temperature": -1.0}, "--temperature: -1.0 is impossible"),
+    ],
+)
+def test_impossible_options_are_one_line(changes, complaint):
+    with pytest.raises(UserError) as error:
+        SampleOptions(**{"checkpoint": "base", "out": "x.jsonl"} | changes)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.slow
+def test_r1s_pipeline_runs_and_goes_on(folder, clever, capsys, monkeypatch):
+    sft = SMALL | {"context": 48, "steps": 3, "batch_size": 2}
+    grpo = SMALL | {"task": "task.jsonl", "questions": 20, "group_size": 2, "questions_per_step": 2, "batch_size": 4}
+    grpo |= {
+        "steps": 2,
+        "max_new_tokens": 8,
+        "eval_questions": 2,
+        "show": 0,
+        "rewards": ["accuracy", "format", "language"],
+    }
+    sampled = {"task": "task.jsonl", "questions": 12, "max_new_tokens": 2, "device": "cpu", "precision": "fp32"}
+    path = write(
+        [
+            {"sft": sft | {"checkpoint": "base", "data": "task:task.jsonl", "out": "r1/cold"}},
+            {"grpo": grpo | {"checkpoint": "r1/cold", "out": "r1/reasoner"}},
+            {"sample": sampled | {"checkpoint": "r1/reasoner", "out": "r1/answers.jsonl"}},
+            {"sft": sft | {"checkpoint": "base", "data": "r1/answers.jsonl", "out": "r1/assistant"}},
+            {"grpo": grpo | {"checkpoint": "r1/assistant", "out": "r1/final"}},
+        ]
+    )
+    recipe(path)
+    said = capsys.readouterr().out
+    assert [said.count(f"--- stage {i} of 5: ") for i in range(1, 6)] == [1] * 5
+    assert "kept 24 of 48 answers" in said
+    assert Path("r1/final/model.safetensors").exists()
+
+    Path("r1/final/config.json").unlink()  # interrupted before its end
+    recipe(path)
+    said = capsys.readouterr().out
+    assert said.count("done already") == 4 and Path("r1/final/config.json").exists()
+
+
+def test_the_recipe_in_docs_is_a_recipe():
+    stages = read(str(Path(__file__).parents[2] / "docs" / "r1.yaml"))
+    assert [verb for verb, _ in stages] == ["sft", "grpo", "sample", "sft", "grpo"]
+    assert stages[1][1].rewards == ["accuracy", "format", "language"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("- sft: {out: a, checkpoint: base, stepz: 3}", "stage 1: unknown key 'stepz' (did you mean steps?)"),
+        ("- gpro: {out: b}", "stage 1: 'gpro' is none of train, sft, grpo, sample (did you mean grpo?)"),
+        ("- sft: {checkpoint: base}", "stage 1: sft needs an `out`"),
+        ("- sft: {out: a, checkpoint: base, steps: many}", "stage 1: steps: 'many' is not a whole number"),
+        ("- sft: {out: a, checkpoint: base, lr: 0}", "--lr: 0.0 is impossible"),
+        ("- {sft: {}, grpo: {}}", "stage 1: it must be one verb with its options"),
+        ("sft: {}", "is no list of stages"),
+        ("- [", "is not YAML"),
+    ],
+)  # fmt: skip
+def test_a_broken_recipe_is_one_line_before_anything_runs(folder, monkeypatch, text, complaint):
+    Path("recipe.yaml").write_text(text)
+    monkeypatch.setattr(recipes, "STAGES", {verb: (cls, pytest.fail) for verb, (cls, _) in recipes.STAGES.items()})
+    with pytest.raises(UserError) as error:
+        recipe("recipe.yaml")
+    assert complaint in str(error.value)
+
+
+def test_a_missing_recipe_is_one_line(folder):
+    with pytest.raises(UserError, match=r"cannot read none.yaml: No such file"):
+        recipe("none.yaml")

@@ -1,0 +1,217 @@
+"""Supervised fine-tuning: what is labelled, how rows are packed, and whole runs at toy size."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moonwhale.checkpoint import log_history, newest_whole, open_checkpoint
+from moonwhale.data.chat import encode_answers, encode_document
+from moonwhale.data.loading import load_source
+from moonwhale.data.packing import prepare
+from moonwhale.data.sft_dataset import load_conversations
+from moonwhale.data.shards import document_hash
+from moonwhale.errors import UserError
+from moonwhale.posttrain import config as post
+from moonwhale.posttrain.sft import SFTOptions, sft
+from moonwhale.posttrain.sft_trainer import Collator, pack
+
+CHAT = [
+    {"role": "user", "content": "moon?"},
+    {"role": "assistant", "content": "whale"},
+    {"role": "user", "content": "sang?"},
+    {"role": "assistant", "content": "back <|eos|> to"},
+]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Sixty short conversations of one or two turns each."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = [
+        CHAT[:2] if i % 3 else [*CHAT[:3], {"role": "assistant", "content": "to the moon " * (i % 5 + 1)}]
+        for i in range(60)
+    ]
+    rows = [[{**row[0], "content": f"moon {i}?"}, *row[1:]] for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def options(small_checkpoint, chats, tmp_path, tmp_path_factory, monkeypatch):
+    """`options(**changes)`: those of a run of a second."""
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    given = {
+        "checkpoint": str(small_checkpoint), "data": str(chats), "out": str(tmp_path / "run"), "context": 48,
+        "steps": 6, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "lr": 3e-3, "eval_every": 0,
+        "save_every": 0, "log_every": 1, "report_to": ["none"], "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
+    return lambda **changes: SFTOptions(**given | changes)
+
+
+def losses(out):
+    history = log_history(newest_whole(out))
+    return [entry["loss_main"] for entry in history if "loss_main" in entry]
+
+
+def test_the_loss_is_on_what_the_assistant_says(small_tokenizer):
+    ((ids, answered),) = encode_answers(small_tokenizer, [CHAT])
+    assert (ids == encode_document(small_tokenizer, CHAT)).all()
+    assert small_tokenizer.decode(ids[answered]) == "whale<|eos|>back <|eos|> to<|eos|>"
+    plain = [[*CHAT[:3], {"role": "assistant", "content": "back"}]]  # nothing forged: transformers' own mask
+    ((ids, answered),) = encode_answers(small_tokenizer, plain)
+    assert small_tokenizer.decode(ids[answered]) == "whale<|eos|>back<|eos|>"
+
+
+def test_both_ways_to_find_the_answers_agree(small_tokenizer):
+    from moonwhale.data.chat import _encode_turns
+
+    for chat in (CHAT[:2], [*CHAT[:3], {"role": "assistant", "content": "back"}]):
+        ((ids, answered),) = encode_answers(small_tokenizer, [chat])
+        by_turns = _encode_turns(small_tokenizer, chat)
+        assert (ids == by_turns[0]).all() and (answered == by_turns[1]).all()
+
+
+def test_held_out_is_what_pretraining_holds_out(small_tokenizer, chats, tmp_path):
+    source = load_source(str(chats))
+    train, held_out = load_conversations(source, small_tokenizer, tmp_path)
+    assert len(train) + len(held_out) == 60
+    _, aside = prepare(source, small_tokenizer, 48, cache_dir=tmp_path)
+    stream = np.concatenate([aside[i]["input_ids"].numpy() for i in range(len(aside))])[: aside.n_tokens]
+    assert np.concatenate([row["input_ids"] for row in held_out]).tolist() == stream.tolist()
+    assert len({document_hash(c) for c in source}) == 60
+    again = load_conversations(source, small_tokenizer, tmp_path)  # from the cache
+    assert again[0].to_dict() == train.to_dict()
+
+
+def test_packed_rows_keep_conversations_apart(small_checkpoint, chats, tmp_path):
+    """The loss of packed rows is that of the conversations one by one, MTP's too."""
+    model, tokenizer = open_checkpoint(small_checkpoint)
+    train, _ = load_conversations(load_source(str(chats)), tokenizer, tmp_path)
+    rows, split = pack(train, 64)
+    assert split == 0 and len(rows) < len(train)
+    some = [rows[i] for i in range(4)]
+    batch = Collator(64, tokenizer.pad_token_id)(some)
+    assert batch["input_ids"].shape == (4, 64)
+    alone = [
+        (row["input_ids"][start - n : start], row["labels"][start - n : start])
+        for row in some
+        for n, start in zip(row["seq_lengths"], np.cumsum(row["seq_lengths"]), strict=True)
+    ]
+    with torch.no_grad():
+        packed = model(**batch)
+        single = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])) for ids, labels in alone]
+    counts = sum(out.targets for out in single)
+    assert (packed.targets == counts).all() and counts.min() > 10
+    nll = sum(out.losses * out.targets for out in single)
+    torch.testing.assert_close(packed.losses * packed.targets, nll, rtol=1e-5, atol=1e-4)
+    mixed = {**batch, "position_ids": torch.arange(64).expand(4, 64)}  # the mutant: one long conversation a row
+    with torch.no_grad():
+        assert (model(**mixed).losses - packed.losses).abs().max() > 1e-2
+
+
+def test_a_long_conversation_goes_on_in_another_row(chats, small_tokenizer, tmp_path):
+    train, _ = load_conversations(load_source(str(chats)), small_tokenizer, tmp_path)
+    rows, split = pack(train, 16)
+    assert split > 5
+    assert sum(map(len, rows["input_ids"])) == sum(map(len, train["input_ids"]))
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_mtp_learns_along(options, small_checkpoint, capsys):
+    config = options(steps=30)
+    sft(config)
+    said = capsys.readouterr().out
+    assert re.search(r"data +.*chats.jsonl: \d+ conversations in \d+ rows, \d+ held out", said)
+    curve = losses(config.out)
+    assert curve[-1] < 0.5 * curve[0]
+    history = log_history(newest_whole(config.out))
+    mtp = [entry["loss_mtp_1"] for entry in history if "loss_mtp_1" in entry]
+    assert mtp[-1] < 0.7 * mtp[0]
+    model, _ = open_checkpoint(config.out)  # a plain checkpoint, whole
+    before, _ = open_checkpoint(small_checkpoint)
+    for block, old in zip(model.model.layers, before.model.layers, strict=True):
+        assert (block.mlp.gate.e_score_correction_bias == old.mlp.gate.e_score_correction_bias).all()
+    assert Path(config.out, "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_resumed_is_uninterrupted(options, tmp_path):
+    whole = options(out=str(tmp_path / "whole"), save_every=3)
+    sft(whole)
+    part = options(save_every=3)
+    sft(part)
+    for name in ("model.safetensors", "config.json", "loss.png"):
+        Path(part.out, name).unlink()
+    again = post.parse(SFTOptions, ["--out", part.out, "--resume"], "")
+    sft(again)  # killed after its last checkpoint
+    assert Path(part.out, "model.safetensors").exists()
+    sft(again)  # ended
+    shutil.rmtree(Path(part.out, "checkpoint-6"))
+    Path(part.out, "config.json").unlink()
+    sft(again)  # killed before it
+    ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_lora_trains_adapters_and_gives_a_plain_checkpoint(options, small_checkpoint):
+    config = options(lora_rank=4, steps=12, lr=1e-2)
+    sft(config)
+    assert losses(config.out)[-1] < losses(config.out)[0]
+    assert any(Path(config.out).glob("checkpoint-*/adapter_model.safetensors"))
+    ours, before = (
+        load_file(Path(config.out, "model.safetensors")),
+        load_file(Path(small_checkpoint, "model.safetensors")),
+    )
+    assert ours.keys() == before.keys()
+    moved = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert moved and all(name.rpartition(".")[0].rpartition(".")[2] in ADAPTED for name in moved)
+    open_checkpoint(config.out)
+
+
+ADAPTED = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"checkpoint": None}, "CHECKPOINT: name the folder"),
+        ({"checkpoint": "nowhere"}, "nowhere is no folder"),
+        ({"context": 1000}, "--context: 1000 is longer than the model's context of 96"),
+        ({"batch_size": 500}, "--batch-size: 500 rows are computed at once, but the conversations fill only"),
+        ({"steps": 0}, "--steps: 0 is impossible"),
+        ({"epochs": 0.0}, "--epochs: 0.0 is impossible"),
+        ({"lora_rank": -1}, "--lora-rank: -1 is impossible"),
+        ({"data": "python"}, "holds text, not conversations"),
+        ({"lr": 0.0}, "--lr: 0.0 is impossible"),
+    ],
+)
+def test_impossible_options_are_one_line(options, changes, complaint):
+    with pytest.raises(UserError) as error:
+        sft(options(**changes))
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_without_generation_marks_is_refused(small_tokenizer, chats, tmp_path):
+    import copy
+
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.chat_template = re.sub(r"\{% (end)?generation %\}", "", tokenizer.chat_template)
+    with pytest.raises(UserError, match=r"has no \{% generation %\} marks"):
+        load_conversations(load_source(str(chats)), tokenizer, tmp_path)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(options, tmp_path):
+    config = options()
+    post.write(config)
+    with pytest.raises(UserError, match="already holds a run"):
+        sft(config)
+    with pytest.raises(UserError, match=r"--lr: 0.5 differs from the 0.003 that the run"):
+        sft(options(resume=True, lr=0.5))

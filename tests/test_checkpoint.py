@@ -1,0 +1,195 @@
+"""Checkpoint folders that aren't one, are damaged, or hold parts that do not belong together: one line each."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moonwhale.checkpoint import open_checkpoint
+from moonwhale.cli import main
+from moonwhale.data.tokenizer import train_tokenizer
+from moonwhale.errors import UserError
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    tokenizer = train_tokenizer(["The whale sang to the moon."] * 4, 290)
+    tokenizer.save_pretrained(folder)
+    config = MoonwhaleConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=4,
+        n_routed_experts=2,
+        moe_intermediate_size=8,
+        num_nextn_predict_layers=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    MoonwhaleForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "run")
+
+
+def refused(folder, *messages):
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(folder)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 500
+    assert all(message in line for message in (str(folder), *messages)), line
+    return line
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_good_checkpoint_opens(good, dtype):
+    model, tokenizer = open_checkpoint(good, dtype)
+    assert not model.training and model.lm_head.weight.dtype is dtype
+    assert model.model.layers[0].mlp.gate.e_score_correction_bias.dtype is torch.float32
+    assert model.config.vocab_size == len(tokenizer)
+    saved = load_file(good / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name].to(tensor.dtype)) for name, tensor in model.state_dict().items())
+
+
+def test_no_checkpoint(tmp_path):
+    refused(tmp_path / "nowhere", "is no folder")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "is a file")
+    refused(tmp_path, "not a checkpoint", "no config.json")
+
+
+def test_a_run_in_progress_names_its_newest_checkpoint(good, folder):
+    for step in (9, 20, 100):
+        shutil.copytree(good, folder / f"checkpoint-{step}")
+    (folder / "checkpoint-100" / "config.json").unlink()  # not complete
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no weights", f"newest checkpoint is {folder / 'checkpoint-20'} (give that)")
+    (folder / "config.json").unlink()
+    refused(folder, f"newest checkpoint is {folder / 'checkpoint-20'} (give that)")
+    open_checkpoint(folder / "checkpoint-20")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    assert "newest" not in refused(folder, "no weights")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b'{"model_type": "moonwh', b"\xff\xfe\x00", b"", b"[]"])
+def test_unreadable_json(folder, name, content):
+    (folder / name).write_bytes(content)
+    refused(folder, f"cannot read {folder / name}")
+
+
+def test_another_model(folder):
+    edit_json(folder / "config.json", model_type="llama")
+    refused(folder, "of type 'llama', not 'moonwhale'")
+    edit_json(folder / "config.json", model_type=None)
+    refused(folder, "of type None")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moba_block_size": 0}, "moba_block_size=0"),
+        ({"hidden_size": "wide"}, "hidden_size: 'wide' is not a whole number"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters={'rope_type': 'spiral'"),
+    ],
+    ids=str,
+)
+def test_an_impossible_configuration(folder, changes, message):
+    edit_json(folder / "config.json", **changes)
+    refused(folder, "config.json", message)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(folder, keep):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(keep * len(content))])
+    refused(folder, "damaged or cut short")
+
+
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[:40] = b"\xff" * 40
+    weights.write_bytes(content)
+    refused(folder, "damaged or cut short")
+
+
+def test_a_shard_is_missing(folder):
+    (folder / "model.safetensors").unlink()
+    names = ["lm_head.weight"]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "damaged or cut short")
+
+
+def test_weights_that_do_not_fit(folder, good, capfd, caplog, monkeypatch):
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "handlers", [*library.handlers, caplog.handler])
+    weights, norm = good / "model.safetensors", "model.norm.weight"
+    edit_weights(folder, lambda tensors: tensors.pop(norm))
+    refused(folder, "do not fit", f"{norm} is missing;")
+    shutil.copy(weights, folder)
+    edit_weights(folder, lambda tensors: tensors.update(more=torch.ones(2)))
+    refused(folder, "do not fit", "more is unknown;")
+    shutil.copy(weights, folder)
+    edit_weights(folder, lambda tensors: tensors.update({norm: torch.ones(3), "more": torch.ones(2)}))
+    refused(folder, "more is unknown (and 1 more)")
+    shutil.copy(weights, folder)
+    edit_json(folder / "config.json", vocab_size=999)
+    refused(folder, "weight is ", "×16, not 999×16 (and 1 more)")
+    assert not caplog.records and capfd.readouterr() == ("", ""), "no table of transformers' beside our line"
+
+
+def test_a_tokenizer_that_is_missing_or_damaged(folder):
+    (folder / "tokenizer.json").write_text("{")
+    assert "--tokenizer" not in refused(folder, "cannot read")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "no tokenizer.json")
+
+
+def test_a_tokenizer_of_another_vocabulary(folder):
+    train_tokenizer(["The whale sang to the moon, and the sea sang back."] * 4, 288).save_pretrained(folder)
+    refused(folder, "another vocabulary, with ids up to 287")
+
+
+def test_a_tokenizer_with_another_end(folder):
+    edit_json(folder / "config.json", eos_token_id=[7, 8])
+    refused(folder, "another vocabulary, with 1 as its end token")
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_the_command_line_prints_it_and_exits_with_2(verb, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MOONWHALE_DEBUG", raising=False)
+    arguments = ["hi"] if verb == "generate" else []
+    assert main([verb, str(tmp_path), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"moonwhale: error: {tmp_path} is not a checkpoint") and err.count("\n") == 1

@@ -1,0 +1,163 @@
+"""Two processes under DDP learn what one process with the same global batch does."""
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+
+from forked import Forked, finish, start
+from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.optim.muonclip import attach_hooks
+from moonwhale.train import pretrain
+from moonwhale.train.config import write_config
+
+SCRIPT = """
+import sys
+from forked import train
+sys.exit(train(sys.argv[1:]))
+"""
+OPTIONS = {
+    "steps": 4,  # less than an epoch, at whose end the processes' shares are not whole
+    "tokens_per_step": 256,
+    "save_every": 2,
+    "lr": 1e-3,
+    "qk_clip_tau": 2e-3,  # the clip is at work
+    "model": {"aux_loss_alpha": 0.0, "bias_update_speed": 0.01},
+}
+
+
+def processes_of(launched: subprocess.Popen) -> list[psutil.Process]:
+    """A launcher that still runs, and what it started; the launcher comes last."""
+    if launched.poll() is not None:
+        return []
+    return [*psutil.Process(launched.pid).children(recursive=True), psutil.Process(launched.pid)]
+
+
+def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[str, ...] = ()) -> str:
+    """Runs `moonwhale train` in several processes as users do, `before` it some code; returns what they print. Fresh
+    processes take long to import everything: where torchrun is not what is tested, `together` does the same.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--master-port={port}",
+        *launcher,
+    ]
+    script = Path(os.environ["MOONWHALE_CACHE"]) / "ddp.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(before + SCRIPT)
+    launched = subprocess.Popen(
+        [*launch, str(script), *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = launched.communicate(timeout=300)
+    finally:
+        for process in processes_of(launched):  # which may wait for each other, after it has gone
+            process.kill()
+    assert launched.returncode == 0, said
+    return said
+
+
+def together(*argv: str, processes: int = 2) -> str:
+    """`torchrun(*argv)` without torchrun."""
+    return finish(start(Path(os.environ["MOONWHALE_CACHE"]), *[argv] * processes))
+
+
+def assert_close(out, reference) -> None:
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (out, reference))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, theirs in zip(*(log_history(newest_whole(f)) for f in (out, reference)), strict=True):
+        names = [name for name in ours if not re.search("second|runtime|mfu|epoch", name)]
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
+    from moonwhale.optim import muonclip
+
+    monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
+    reference = tiny_run(**OPTIONS, out=str(tmp_path / "one"))
+    pretrain.train(reference)
+    logs = log_history(newest_whole(reference.out))
+    assert all(log["clipped_heads"] > 0 for log in logs if "loss_main" in log)
+
+    out = tmp_path / "two"
+    write_config(reference, tmp_path / "run.yaml")
+    said = torchrun("--config", str(tmp_path / "run.yaml"), "--out", str(out))
+    assert said.count("step      2  loss") == 1 and "2 processes" in said
+    assert_close(out, reference.out)
+    names = set(os.listdir(out / "checkpoint-4"))
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "manifest.json"} <= names
+    assert not (out / ".unfinished").exists()
+
+    # and go on from the middle
+    for path in out.iterdir():
+        if path.name not in ("checkpoint-2", "run.yaml", "data.txt"):
+            path.rename(tmp_path / f"aside-{path.name}")
+    together("--out", str(out), "--resume")
+    resumed, before = load_file(out / "model.safetensors"), load_file(tmp_path / "aside-model.safetensors")
+    assert not [name for name, value in resumed.items() if not torch.equal(value, before[name])]
+
+
+def hooks_of(rank: int, store: Path) -> None:
+    """What one of two ranks runs, and prints: it has seen its own logits and loads in two layers."""
+
+    class Seen(nn.Module):
+        def __init__(self, logits, loads):
+            super().__init__()
+            self.max_logit, self.load, self.at_update = torch.tensor(logits), torch.tensor(loads), []
+
+        def clip_qk_(self, tau):
+            self.at_update.append(self.max_logit.tolist())
+            return (self.max_logit > tau).sum()
+
+        def update_bias_(self):
+            self.at_update.append(self.load.tolist())
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    layers = [
+        Seen([[3.0, 1.0], [0.0, 2.0]][rank], [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]][rank]),
+        Seen([[1.0, -math.inf], [-math.inf, 0.0]][rank], [0.0, 1.0, 2.0]),
+    ]
+    model = nn.ModuleList([*layers, nn.Linear(1, 1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    hooks = attach_hooks(optimizer, model, 1.0)
+    optimizer.step()
+    seen = {name: value.tolist() for name, value in hooks.last.items()}
+    print(json.dumps(seen | {"at_update": layers[0].at_update}))
+    dist.destroy_process_group()
+
+
+def test_hooks_reduce_over_ranks(tmp_path):
+    ranks = [Forked(tmp_path / f"{rank}.out", {}, hooks_of, rank, tmp_path / "store") for rank in range(2)]
+    finish(ranks, 60)
+    first, second = (json.loads(rank.out.read_text().splitlines()[-1]) for rank in ranks)
+    assert first == second
+    assert first == {
+        "max_logits": [[3, 2], [1, 0]],
+        "loads": [[4, 6, 8], [0, 2, 4]],
+        "clipped_heads": 2,
+        "at_update": [[3, 2], [4, 6, 8]],
+    }

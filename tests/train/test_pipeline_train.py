@@ -1,0 +1,385 @@
+"""`moonwhale train` over a pipeline of processes is the run that one process makes, and its folder is the same."""
+
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_ddp import assert_close, together, torchrun
+
+from forked import start
+from moonwhale import processes
+from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.errors import UserError
+from moonwhale.train import pretrain
+from moonwhale.train.config import parse, write_config
+
+OPTIONS = {
+    "steps": 6,  # an epoch of 39 rows has 4 steps of 5 micro-batches, the last of them of 4
+    "tokens_per_step": 320,
+    "save_every": 3,
+    "eval_every": 3,
+    "lr": 1e-3,
+    "qk_clip_tau": 2e-3,
+    "mtp_loss_weight_final": 0.1,
+    "decay_fraction": 0.4,
+    "model": {"num_hidden_layers": 4, "bias_update_speed": 0.01, "aux_loss_alpha": 0.01},
+}
+
+
+@pytest.fixture
+def one(tiny_run, tmp_path, monkeypatch):
+    """`one(**options)`: a run of one process, finished, with its options in tmp_path/run.yaml."""
+    from moonwhale.optim import muonclip
+
+    monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
+
+    def one(**options):
+        config = tiny_run(**OPTIONS | options, out=str(tmp_path / "one"))
+        pretrain.train(config)
+        write_config(config, tmp_path / "run.yaml")
+        return config
+
+    return one
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_one_process(one, tmp_path):
+    config = one()
+    out = tmp_path / "two"
+    pipeline = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
+    said = together(*pipeline, "--parallel.schedule", "dualpipev")
+    assert said.count("step      2  loss") == 1 and "dualpipev over 2 processes" in said
+    assert_close(out, config.out)
+    for folder in ("checkpoint-3", "checkpoint-6", "."):
+        assert set(os.listdir(out / folder)) == set(os.listdir(Path(config.out) / folder))
+    log = log_history(newest_whole(out))
+    assert any(entry.get("clipped_heads", 0) > 0 for entry in log)
+
+    # back on one process from the middle, and from there on two again
+    for path in (*out.glob("checkpoint-6"), *out.glob("config.json"), *out.glob("model.safetensors")):
+        path.rename(tmp_path / f"aside-{path.name}")
+    pretrain.train(parse(["--out", str(out), "--resume", "--parallel.pp", "1"]))
+    assert_close(out, config.out)
+    other = Path(config.out)
+    for path in (*other.glob("checkpoint-6"), *other.glob("config.json"), *other.glob("model.safetensors")):
+        path.rename(tmp_path / f"one-{path.name}")
+    together("--out", str(other), "--resume", "--parallel.pp", "2", "--parallel.schedule", "1f1b")
+    a, b = load_file(other / "model.safetensors"), load_file(tmp_path / "one-model.safetensors")
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def our_lines(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("moonwhale:")]
+
+
+@pytest.fixture(params=["pp"])
+def endless(tiny_run, tmp_path, request):
+    """Arguments of a run that takes its time, on two ranks of a pipeline, or that share experts."""
+    changes = {"steps": 5000, "save_every": 0, "eval_every": 0, "tokens_per_step": 384}
+    config = tiny_run(**OPTIONS | changes, parallel={request.param: 2, "timeout": 30})
+    write_config(config, tmp_path / "run.yaml")
+    return ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (("--lr", "0.5"), "--lr: rank 1 was started with 0.5, rank 0 with 0.001"),
+        (
+            ("--parallel.schedule", "1f1b"),
+            "--parallel.schedule: rank 1 was started with '1f1b', rank 0 with 'dualpipev'",
+        ),
+    ],
+)
+def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
+    processes = start(tmp_path, endless, [*endless, *other])
+    try:
+        for process in processes:
+            assert process.wait() == 2
+            assert our_lines(process.err.read_text()) == [
+                f"moonwhale: error: {found}: start all ranks with the same options"
+            ]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("endless", ["pp", "ep"], indirect=True)
+def test_a_dead_rank_stops_the_others(endless, tmp_path):
+    processes = start(tmp_path, endless, endless)
+    try:
+        processes[0].until("step      3")
+        processes[1].kill()
+        processes[0].wait()
+        said = processes[0].err.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+    (line,) = our_lines(said)
+    assert re.match(
+        r"moonwhale: error: rank 0: stopped in step \d+, since rank 1 no longer answers \(.*\): go on", line
+    )
+    assert "Traceback" not in said
+
+
+def names_of_start(store: dist.Store, world: int) -> set[str]:
+    """What `world` processes that start together, the first one last, call their start."""
+    with ThreadPoolExecutor(world) as pool:
+        return set(pool.map(lambda rank: processes._name_of_start(store, rank, world, 30), reversed(range(world))))
+
+
+def test_each_start_has_a_name_of_its_own():
+    """In a store that outlives the processes, even where some of them died while they looked for each other."""
+    store = dist.HashStore()
+    (first,) = names_of_start(store, 3)
+    (second,) = names_of_start(store, 3)
+    store.set("asks/2", "of one who died")
+    (third,) = names_of_start(store, 3)
+    assert len({first, second, third}) == 3
+    with pytest.raises(TimeoutError):
+        processes._name_of_start(store, 0, 3, 0)
+
+
+def test_a_restart_goes_on_by_itself(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not parse([]).resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert parse([]).resume
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_from_the_last_checkpoint(one, tmp_path):
+    """A rank is killed, as if by the system, in step 5; torchrun starts all of them again."""
+    config = one()
+    out = tmp_path / "two"
+    script = f"""
+import os, signal, sys
+from moonwhale import cli
+from moonwhale.train.pipeline_trainer import PipelineTrainer
+step = PipelineTrainer.training_step
+def dying(self, *args):
+    if self.state.global_step == 4 and self.ranks.rank == 1 and not os.path.exists({str(tmp_path / "died")!r}):
+        open({str(tmp_path / "died")!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+PipelineTrainer.training_step = dying
+"""
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
+    torchrun(*options, before=script, launcher=("--max-restarts=1",))
+    assert (tmp_path / "died").exists()
+    assert_close(out, config.out)
+
+
+@pytest.mark.slow
+def test_two_pipelines_share_a_step(one, tmp_path):
+    config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
+    out = tmp_path / "four"
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
+    assert "dualpipev over 2 processes, 2 times" in together(*options, processes=4)
+    assert_close(out, config.out)
+
+
+@pytest.mark.slow
+def test_two_copies_against_each_other(one, tmp_path):
+    config = one(tokens_per_step=384, steps=4, save_every=4, eval_every=4)  # the epoch's last step has one micro-batch
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two"), "--parallel.pp", "2")
+    together(*options, "--parallel.schedule", "dualpipe")
+    assert_close(tmp_path / "two", config.out)
+
+
+@pytest.mark.slow
+def test_processes_that_share_experts(one, tmp_path):
+    config = one(tokens_per_step=256, steps=6)  # the epoch's last step has 3 micro-batches, of which one copy has one
+    out = tmp_path / "two"
+    shared = ("--parallel.ep", "2")
+    said = together("--config", str(tmp_path / "run.yaml"), "--out", str(out), *shared)
+    assert "2 processes, each layer's experts over 2" in said
+    assert_close(out, config.out)
+    a, b = (torch.load(folder / "checkpoint-6" / "optimizer.pt")["state"] for folder in (out, Path(config.out)))
+    assert a.keys() == b.keys()
+    for i, state in b.items():
+        for key, value in state.items():
+            torch.testing.assert_close(a[i][key], value, atol=1e-5, rtol=1e-3)
+
+    # on one process from the middle of the shared run, and on two from the middle of the other
+    for folder in (out, Path(config.out)):
+        for path in (*folder.glob("checkpoint-6"), *folder.glob("config.json"), *folder.glob("model.safetensors")):
+            path.rename(tmp_path / f"{folder.name}-{path.name}")
+    pretrain.train(parse(["--out", str(out), "--resume", "--parallel.ep", "1"]))
+    together("--out", config.out, "--resume", *shared)
+    assert_close(out, config.out)
+    a, b = load_file(Path(config.out) / "model.safetensors"), load_file(tmp_path / "one-model.safetensors")
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_pipelines_that_share_experts(one, tmp_path):
+    """With activations that are computed again, which sends the tokens once more."""
+    config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "four"), "--gradient-checkpointing")
+    together(*options, "--parallel.pp", "2", "--parallel.ep", "2", processes=4)
+    assert_close(tmp_path / "four", config.out)
+
+
+def test_weights_in_parts_are_one_process(one, tmp_path):
+    config = one(tokens_per_step=256)
+    out = tmp_path / "parts"
+    options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.fsdp", "true")
+    assert "2 processes, weights in parts" in together(*options)
+    assert_close(out, config.out)
+    for folder in ("checkpoint-3", "checkpoint-6", "."):
+        assert set(os.listdir(out / folder)) == set(os.listdir(Path(config.out) / folder))
+
+    def from_the_middle(name: str) -> str:
+        shutil.copytree(out, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-6", "config.json", "model.*"))
+        shutil.copytree(out / "checkpoint-3", tmp_path / name / "checkpoint-3", dirs_exist_ok=True)
+        return str(tmp_path / name)
+
+    pretrain.train(parse(["--out", from_the_middle("alone"), "--resume", "--parallel.fsdp", "false"]))
+    assert_close(tmp_path / "alone", config.out)
+    mirrored = ("--out", from_the_middle("mirrored"), "--resume", "--parallel.pp", "2", "--parallel.schedule")
+    assert "weights in parts" in together(*mirrored, "dualpipe")
+    assert_close(tmp_path / "mirrored", config.out)
+
+
+# What is refused before a process is started
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": {"pp": 0}}, "--parallel.pp: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"timeout": 0}}, "--parallel.timeout: 0 is impossible: it must be at least 1"),
+        (
+            {"parallel": {"schedule": "dualpip"}},
+            "--parallel.schedule: 'dualpip' is none of dualpipev, dualpipe, zerobubble, 1f1b (did you mean dualpipe?)",
+        ),
+        (
+            {"parallel": {"pp": 3, "schedule": "dualpipe"}},
+            "--parallel.pp: dualpipe runs two copies against each other, so 3 ranks are impossible: give 2 or 4, or "
+            "--parallel.schedule dualpipev",
+        ),
+        (
+            {"parallel": {"pp": 2, "schedule": "dualpipe"}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipe on 2 ranks needs "
+            "at least 4 and a multiple of 2: give 384,",
+        ),
+        ({"parallel": {"pp": 2}, "compile": True}, "--compile: a pipeline can't split a compiled backward pass"),
+        ({"parallel": {"ep": 0}}, "--parallel.ep: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"ep": 2}, "compile": True}, "--compile: experts on several ranks can't be compiled: leave it"),
+        ({"parallel": {"fsdp": True}, "compile": True}, "--compile: compiled blocks don't gather their weights: leave"),
+        (
+            {"parallel": {"pp": 4}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipev on 4 ranks "
+            "needs at least 8: give 512, or a smaller --batch-size",
+        ),
+        (
+            {"parallel": {"pp": 6, "schedule": "1f1b"}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but 1f1b on 6 ranks needs at "
+            "least 6: give 384, or a smaller --batch-size",
+        ),
+    ],
+)
+def test_impossible_options(tiny_run, options, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        tiny_run(**OPTIONS | options)
+
+
+def test_unknown_fields_of_parallel():
+    with pytest.raises(UserError, match=r"^--parallel.stages: there is no such field"):
+        parse(["--parallel.stages", "2"])
+    with pytest.raises(UserError, match=r"^--parallel.pp: 'two' is not a whole number"):
+        parse(["--parallel.pp", "two"])
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "message"),
+    [
+        (
+            1,
+            {"parallel": {"pp": 2}},
+            "--parallel.pp: pipelines of 2 ranks can't be made of 1 process: start torchrun --nproc-per-node 2, or "
+            "give --parallel.pp 1",
+        ),
+        (
+            1,
+            {"parallel": {"fsdp": True}},
+            "--parallel.fsdp: with 1 process and --parallel.pp 1 no weight is held twice: start torchrun "
+            "--nproc-per-node 2, or leave --parallel.fsdp out",
+        ),
+        (
+            2,
+            {"parallel": {"pp": 2, "fsdp": True}},
+            "--parallel.fsdp: with 2 processes and --parallel.pp 2 no weight is held twice: start torchrun "
+            "--nproc-per-node 4, or leave --parallel.fsdp out",
+        ),
+        (
+            2,
+            {"parallel": {"fsdp": True}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 2 processes "
+            "needs at least 2 and a multiple of 2: give 384, or a smaller --batch-size",
+        ),
+        (
+            5,
+            {"parallel": {"pp": 2}},
+            "--parallel.pp: pipelines of 2 ranks can't be made of 5 processes: start torchrun --nproc-per-node 4 or 6",
+        ),
+        (
+            4,
+            {"parallel": {"pp": 2}, "tokens_per_step": 576},
+            "--tokens-per-step: 576 is 9 micro-batches of --batch-size 2 x --context 32, but dualpipev on 2 ranks"
+            ", 2 times, needs at least 8 and a multiple of 2: give 640,",
+        ),
+        (
+            2,
+            {"parallel": {"pp": 2}, "model": {"num_hidden_layers": 3}},
+            "--model.num_hidden_layers: 3 blocks can't be cut into 4 stages: give at least 4, or a smaller "
+            "--parallel.pp",
+        ),
+        (
+            4,
+            {"parallel": {"ep": 2}},
+            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 4 processes "
+            "needs at least 4 and a multiple of 4: give 512,",
+        ),
+        (
+            1,
+            {"parallel": {"ep": 2}},
+            "--parallel.ep: 2 copies of the model are to share experts, which can't be made of 1: give 1, or start "
+            "torchrun --nproc-per-node 2",
+        ),
+        (
+            8,
+            {"parallel": {"pp": 2, "ep": 3}, "tokens_per_step": 1024},
+            "--parallel.ep: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or "
+            "start torchrun --nproc-per-node 6 or 12",
+        ),
+        (
+            3,
+            {"parallel": {"ep": 3}, "tokens_per_step": 384},
+            "--parallel.ep: 4 experts can't be shared by 3 ranks: give 2 or 4",
+        ),
+        (
+            2,
+            {"parallel": {"ep": 2}, "tokens_per_step": 384, "model": {"first_k_dense_replace": 9}},
+            "--parallel.ep: the model has no experts to share: leave it out",
+        ),
+    ],
+)
+def test_impossible_runs(tiny_run, monkeypatch, world, options, message):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    config = tiny_run(**OPTIONS | options)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        pretrain.train(config)
+    assert not torch.distributed.is_initialized() and not Path(config.out).exists()

@@ -1,0 +1,411 @@
+"""Runs that stop and go on: whatever the way they end, they end up where an uninterrupted run does."""
+
+import errno
+import os
+import pkgutil
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from forked import Forked
+from moonwhale import cli
+from moonwhale.checkpoint import (
+    find_damage,
+    list_checkpoints,
+    log_history,
+    newest_whole,
+    publish_checkpoint,
+    step_of,
+    unfinished_folder,
+)
+from moonwhale.errors import UserError
+from moonwhale.train import muonclip_trainer, pretrain
+from moonwhale.train.config import parse, write_config
+from moonwhale.train.mtp_trainer import MTPTrainer
+
+# 39 rows in micro-batches of 2, two of them a step: an epoch is 10 steps, the last of one micro-batch.
+LONG = {"steps": 14, "decay_fraction": 0.3, "mtp_loss_weight_final": 0.1}
+
+
+def resume(out, *argv: str) -> None:
+    pretrain.train(parse(["--out", str(out), "--resume", *argv]))
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Lets `act()` happen while step number `step` is computed."""
+    original = MTPTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            act()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MTPTrainer, "training_step", training_step)
+
+
+def interrupt(monkeypatch, config, step: int) -> None:
+    """Starts a run and presses Ctrl-C while it computes a step."""
+    pressed = []
+
+    def press():
+        if not pressed:  # once, though a step has several micro-batches
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, step, press)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.train(config)
+
+
+def crash(monkeypatch, config, step: int) -> None:
+    """Starts a run that dies in the middle of a step."""
+
+    def die():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, step, die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            pretrain.train(config)
+
+
+def losses(out) -> list[dict]:
+    """The log history without what a clock decides."""
+    keys = re.compile(r"(eval_)?(step$|loss|accuracy|grad_norm|learning_rate|max_attention|clipped|expert)")
+    entries = log_history(newest_whole(out))
+    return [{key: value for key, value in entry.items() if keys.match(key)} for entry in entries]
+
+
+def assert_same_end(out, reference, logs: bool = True) -> None:
+    """Bit for bit: the model, the optimizer's state and, with `logs`, every logged loss."""
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (out, reference))
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+    a, b = (
+        torch.load(newest_whole(folder) / "optimizer.pt", weights_only=True)["state"] for folder in (out, reference)
+    )
+    assert a.keys() == b.keys()
+    for i, state in a.items():
+        assert all(torch.equal(value, b[i][name]) for name, value in state.items())
+    if logs:
+        assert losses(out) == losses(reference)
+
+
+def files_of(folder) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(folder).rglob("*")}
+
+
+# Stopped and resumed
+
+
+def test_interrupted_is_uninterrupted(tiny_run, tmp_path, monkeypatch, capsys):
+    reference = tiny_run(**LONG, out=str(tmp_path / "whole"))
+    pretrain.train(reference)
+    for step in (4, 10, 12):  # in an epoch, at its end, in the next one and after the MTP weight's change
+        out = tmp_path / str(step)
+        interrupt(monkeypatch, tiny_run(**LONG, out=str(out)), step)
+        assert f"stopped    at step {step}" in capsys.readouterr().out
+        assert [path.name for path in list_checkpoints(out)] == [f"checkpoint-{step}"]
+        assert (out / "loss.png").exists()
+        assert not (out / "config.json").exists()
+        resume(out)
+        assert f"resuming   from {out}/checkpoint-{step}" in capsys.readouterr().out
+        assert_same_end(out, reference.out)
+
+
+def test_interrupted_again_and_again(tiny_run, tmp_path, monkeypatch):
+    reference, config = tiny_run(out=str(tmp_path / "whole")), tiny_run()
+    pretrain.train(reference)
+    interrupt(monkeypatch, config, 1)
+    for step in (2, 4):
+        interrupt(monkeypatch, parse(["--out", config.out, "--resume"]), step)
+    resume(config.out)
+    assert_same_end(config.out, reference.out)
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint(tiny_run, tmp_path, monkeypatch):
+    options = {"steps": 9, "save_every": 4, "log_every": 3, "eval_every": 5}
+    reference, config = tiny_run(**options, out=str(tmp_path / "whole")), tiny_run(**options)
+    pretrain.train(reference)
+    crash(monkeypatch, config, 7)
+    assert (Path(config.out) / "loss.png").exists()
+    resume(config.out)
+    assert_same_end(config.out, reference.out)
+    assert [entry["step"] for entry in losses(config.out) if "loss" in entry] == [1, 3, 4, 6, 8, 9]
+
+
+def hanging(where: str, options: str) -> None:
+    """A run that stops in the middle, says NOW and waits to be killed."""
+
+    def hang(*args, **kwargs):
+        print("NOW", flush=True)
+        time.sleep(600)
+
+    publish, step = muonclip_trainer.publish_checkpoint, MTPTrainer.training_step
+    if where == "in a step":
+        MTPTrainer.training_step = lambda self, *a: hang() if self.state.global_step == 4 else step(self, *a)
+    else:
+        muonclip_trainer.publish_checkpoint = lambda written, *a: (
+            hang() if written.name == "checkpoint-6" else publish(written, *a)
+        )
+    cli.main(["train", "--config", options])
+
+
+@pytest.mark.parametrize("where", ["in a step", "while it saves"])
+def test_kill_9(tiny_run, tmp_path, where):
+    options = {"steps": 8, "save_every": 3}
+    reference, config = tiny_run(**options, out=str(tmp_path / "whole")), tiny_run(**options)
+    pretrain.train(reference)
+    write_config(config, tmp_path / "run.yaml")
+    process = Forked(tmp_path / "said.out", {}, hanging, where, str(tmp_path / "run.yaml"))
+    process.until("NOW")
+    process.kill()
+    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-3"]
+    assert find_damage(newest_whole(config.out)) is None
+    resume(config.out)
+    assert not (Path(config.out) / ".unfinished").exists()
+    assert_same_end(config.out, reference.out)
+
+
+def test_ctrl_c_at_the_command_line(tiny_run, tmp_path):
+    reference, config = tiny_run(steps=60, log_every=5, out=str(tmp_path / "whole")), tiny_run(steps=60, log_every=5)
+    write_config(config, tmp_path / "run.yaml")
+    argv = [sys.executable, "-m", "moonwhale", "train", "--config", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("step      5"))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert re.search(
+        r"^stopped    at step \d+, which is saved; go on with: moonwhale train --out .* --resume$", out, re.M
+    )
+    assert err.splitlines() == [
+        "stopping after this step (Ctrl-C again: at once, without saving)",
+        "moonwhale: interrupted",
+    ]
+    assert 5 <= step_of(newest_whole(config.out)) < 60
+    resume(config.out)
+    pretrain.train(reference)
+    assert_same_end(config.out, reference.out, logs=False)  # the interruption added a line to the log
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny_run, monkeypatch):
+    config = tiny_run()
+    at_step(monkeypatch, 2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(config)
+    assert not list_checkpoints(config.out)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# Damage
+
+
+@pytest.fixture
+def finished(tiny_run):
+    config = tiny_run(save_every=2, keep_checkpoints=3)
+    pretrain.train(config)
+    return Path(config.out)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def corrupt(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_skipped(finished, tmp_path, caplog):
+    for hurt, name, said in [
+        (truncate, "model.safetensors", r"model\.safetensors is truncated: \d+ of \d+ bytes"),
+        (corrupt, "optimizer.pt", r"optimizer\.pt is damaged: its checksum differs"),
+        (Path.unlink, "scheduler.pt", r"scheduler\.pt is missing"),
+        (truncate, "manifest.json", r"manifest\.json is damaged"),
+        (Path.unlink, "manifest.json", r"manifest\.json is missing"),
+    ]:
+        out = tmp_path / name / hurt.__name__
+        shutil.copytree(finished, out)
+        hurt(out / "checkpoint-6" / name)
+        caplog.clear()
+        resume(out)
+        (warning,) = [r.getMessage() for r in caplog.records if r.name == "moonwhale.checkpoint"]
+        assert re.fullmatch(rf"skipping {out}/checkpoint-6: {said}", warning)
+        assert_same_end(out, finished)
+        names = {path.name for path in out.glob("*checkpoint*")}
+        assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "damaged-checkpoint-6"}
+
+
+def test_all_damaged(finished):
+    for checkpoint in list_checkpoints(finished):
+        truncate(checkpoint / "optimizer.pt")
+    with pytest.raises(UserError, match=r"^--resume: every checkpoint in .* is damaged"):
+        resume(finished)
+
+
+def test_a_damaged_one_never_pushes_out_a_whole_one(tmp_path):
+    def write(step: int) -> None:
+        written = unfinished_folder(tmp_path) / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        (written / "weights").write_text(str(step))
+        publish_checkpoint(written, tmp_path, keep=1)
+
+    write(5)
+    write(30)
+    truncate(tmp_path / "checkpoint-30" / "weights")
+    write(20)  # the run went on from an earlier one
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-20"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "damaged-checkpoint-30"]
+    write(20)
+    write(20)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-20"
+
+
+# Going on, or not
+
+
+def test_resuming_a_finished_run(finished, capsys):
+    before = (finished / "model.safetensors").read_bytes()
+    resume(finished)
+    assert "finished   already, with all 6 steps" in capsys.readouterr().out
+    assert (finished / "model.safetensors").read_bytes() == before
+    for path in finished.iterdir():  # as if killed before the model was put in its place
+        if path.is_file() and path.name not in ("run.yaml", "data.txt"):
+            path.unlink()
+    resume(finished)
+    assert (finished / "model.safetensors").read_bytes() == before
+    assert {"config.json", "tokenizer.json", "generation_config.json", "loss.png"} <= set(os.listdir(finished))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--lr", "1e-4"], r"^--lr: 0.0001 differs from the 0.005"),
+        (["--steps", "12"], r"^--steps: 12 differs from the 6"),
+        (["--model.hidden_size", "64"], r"^--model.hidden_size: 64 differs from the 32"),
+        (["--model.aux_loss_alpha", "0"], r"^--model.aux_loss_alpha: 0.0 differs from the None"),
+    ],
+)
+def test_what_is_learned_may_not_change(tiny_run, argv, said):
+    config = tiny_run()
+    Path(config.out).mkdir()
+    write_config(config, Path(config.out) / "run.yaml")
+    before = files_of(config.out)
+    with pytest.raises(UserError, match=said):
+        resume(config.out, *argv)
+    assert files_of(config.out) == before
+
+
+def test_changed_data_are_noticed(tiny_run, text_folder, tmp_path, monkeypatch):
+    data = shutil.copytree(text_folder, tmp_path / "data")
+    config = tiny_run(data=str(data))
+    interrupt(monkeypatch, config, 2)
+    (data / "07.txt").write_text("the sea " * 30)
+    with pytest.raises(UserError, match=r"^--data: .*, or its tokenizer, has changed since the run"):
+        resume(config.out)
+
+
+def test_intervals_may_change(tiny_run, monkeypatch):
+    config = tiny_run(log_every=10, save_every=10)
+    interrupt(monkeypatch, config, 2)
+    resume(config.out, "--log-every", "1", "--eval-every", "2", "--save-every", "5", "--keep-checkpoints", "9")
+    assert [path.name[-1] for path in list_checkpoints(config.out)] == ["6", "5", "2"]
+    assert [entry["step"] for entry in losses(config.out) if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in losses(config.out) if "eval_loss_main" in entry] == [4, 6]
+
+
+def test_resume_without_a_run_starts_one(tiny_run, capsys):
+    config = tiny_run(resume=True)
+    pretrain.train(config)
+    assert f"resuming   nothing: {config.out} holds no checkpoint" in capsys.readouterr().out
+    assert (Path(config.out) / "config.json").exists()
+
+
+def test_a_run_is_replayed_from_its_file(tiny_run, tmp_path):
+    config = tiny_run(seed=3, schedule="cosine")
+    pretrain.train(config)
+    again = parse(["--config", f"{config.out}/run.yaml", "--out", str(tmp_path / "again")])
+    pretrain.train(again)
+    assert_same_end(again.out, config.out)
+
+
+@pytest.mark.parametrize("resuming", [False, True])
+def test_foreign_folders_are_left_alone(tiny_run, resuming):
+    config = tiny_run(resume=resuming)
+    out = Path(config.out)
+    out.mkdir()
+    (out / "thesis.txt").write_text("dear")
+    before = files_of(out)
+    with pytest.raises(UserError, match=r"^--out: .* holds files that are not a run's"):
+        pretrain.train(config)
+    assert files_of(out) == before
+
+
+def test_another_run_is_left_alone(finished, tiny_run):
+    before = files_of(finished)
+    with pytest.raises(UserError, match=r"^--out: .* already holds a run: go on with it by --resume"):
+        pretrain.train(tiny_run())
+    assert files_of(finished) == before
+
+
+def test_out_is_a_file(tiny_run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--out: .*/file is a file"):
+        pretrain.train(tiny_run(out=str(tmp_path / "file")))
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")),
+        ("torch.save", RuntimeError("basic_ios::clear: iostream error")),
+        ("transformers.modeling_utils.safe_save_file", SafetensorError("I/O error: No space left on device")),
+        ("pathlib.Path.write_text", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    ],
+)
+def test_no_space_left(tiny_run, monkeypatch, writer, error):
+    config = tiny_run(save_every=2)
+    write = pkgutil.resolve_name(writer)
+
+    def write_until_full(*args, **kwargs):
+        if "checkpoint-4" in str(args):
+            raise error
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(writer, write_until_full)
+    with pytest.raises(UserError, match=r"^--out: no space left on the disk of [^\n]*checkpoint-2 is whole, go on"):
+        pretrain.train(config)
+    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-2"]
+    assert find_damage(f"{config.out}/checkpoint-2") is None
+    assert not (Path(config.out) / ".unfinished").exists()
+
+
+def test_no_space_for_the_model_itself(tiny_run, monkeypatch):
+    config = tiny_run()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(UserError, match=r"^--out: no space left on the disk of .*checkpoint-6 is whole, go on"):
+            pretrain.train(config)
+    assert not (Path(config.out) / "config.json").exists()
+    resume(config.out)
+    assert (Path(config.out) / "config.json").exists()
