@@ -86,7 +86,7 @@ def failing(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UserError("--data: no such file"), 2, "moonwhale: error: --data: no such file\n"),
+        (UserError("`data`: no such file"), 2, "moonwhale: error: --data: no such file\n"),
         (UserError("two\nlines"), 2, "moonwhale: error: two lines\n"),
         (KeyboardInterrupt(), 130, "moonwhale: interrupted\n"),
         (

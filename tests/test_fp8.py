@@ -385,9 +385,9 @@ def test_widths_that_the_kernels_cannot_cut(model):
     with pytest.raises(UserError) as error:
         fp8.convert(copy.deepcopy(model), "blockwise")
     message = str(error.value)
-    assert message.startswith("--precision: fp8-blockwise multiplies by 128 features at once, and ")
+    assert message.startswith("`precision`: fp8-blockwise multiplies by 128 features at once, and ")
     assert "model.layers.0.self_attn.q_a_proj is 80 x 144, where the nearest that fits is 80 x 128" in message
-    assert "more matrices" in message and "--precision bf16" in message and "\n" not in message
+    assert "more matrices" in message and "`precision` bf16" in message and "\n" not in message
 
     linears = torch.nn.ModuleDict({"fits": torch.nn.Linear(128, 72), "not": torch.nn.Linear(576, 256)})
     with pytest.raises(UserError, match="and not is 256 x 576, where the nearest that fits is 256 x 640 "):
@@ -409,7 +409,7 @@ def test_which_preset_fits_the_tiles(preset):
 
 
 def test_a_run_is_refused_without_the_hardware(tiny_run):
-    with pytest.raises(UserError, match=r"--precision: no fp8-blockwise on cpu.*\(give --precision bf16\)"):
+    with pytest.raises(UserError, match=r"`precision`: no fp8-blockwise on cpu.*\(give `precision` bf16\)"):
         train(tiny_run(precision="fp8-blockwise"))
 
 

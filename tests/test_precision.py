@@ -114,8 +114,8 @@ def test_a_precision_that_is_not_here_is_refused_with_the_nearest_that_is(machin
     with pytest.raises(UserError) as error:
         precision.choose(precision=name)
     message = str(error.value)
-    assert message.startswith(f"--precision: no {name}") and why in message and "\n" not in message
-    assert message.endswith(f"(give --precision {instead})")
+    assert message.startswith(f"`precision`: no {name}") and why in message and "\n" not in message
+    assert message.endswith(f"(give `precision` {instead})")
     assert precision.choose(precision=instead).reason.endswith(f"{instead} as asked") or instead == "bf16"
 
 
@@ -146,11 +146,11 @@ def test_bf32_keeps_fp32_and_multiplies_as_bf16():
 @pytest.mark.parametrize(
     ("here", "device", "dtype", "message"),
     [
-        ({}, "cuda", "auto", "--device: no cuda here"),
-        ({}, "mps", "auto", "--device: no mps here"),
-        ({"gpus": 1}, "cuda:1", "auto", "--device: no cuda:1 here"),
-        ({}, "gpu", "auto", "--device: unknown device 'gpu'"),
-        ({}, "cpu", "fp64", "--precision: unknown precision 'fp64'"),
+        ({}, "cuda", "auto", "`device`: no cuda here"),
+        ({}, "mps", "auto", "`device`: no mps here"),
+        ({"gpus": 1}, "cuda:1", "auto", "`device`: no cuda:1 here"),
+        ({}, "gpu", "auto", "`device`: unknown device 'gpu'"),
+        ({}, "cpu", "fp64", "`precision`: unknown precision 'fp64'"),
     ],
 )
 def test_what_this_machine_cannot_do_is_one_clear_line(machine, here, device, dtype, message):

@@ -50,7 +50,7 @@ def read_config(folder: Path) -> MoonwhaleConfig:
     """The configuration in a checkpoint folder; a UserError unless it is one of a moonwhale that can be."""
     if not folder.is_dir():
         kind = "is a file, not a checkpoint folder" if folder.exists() else "is no folder"
-        raise UserError(f"{folder} {kind} (give the folder that a training run wrote with --out)")
+        raise UserError(f"{folder} {kind} (give the folder that a training run wrote with `out`)")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a checkpoint: it holds no config.json{_newest(folder)}")
     values = read_json(folder / "config.json")
@@ -100,7 +100,7 @@ def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTo
     try:
         tokenizer = load_tokenizer(str(folder))
     except UserError as error:
-        raise UserError(str(error).removeprefix("--tokenizer: ")) from error
+        raise UserError(str(error).removeprefix("`tokenizer`: ")) from error
     largest, size = max(tokenizer.get_vocab().values()), model.config.vocab_size
     if largest >= size:
         raise UserError(
@@ -247,5 +247,5 @@ def explain_full_disk(error: Exception, out: str | os.PathLike) -> Exception:
         return error
     shutil.rmtree(Path(out) / ".unfinished", ignore_errors=True)
     whole = newest_whole(out)
-    kept = f"; {whole} is whole, go on from it with --resume" if whole else ""
-    return UserError(f"--out: no space left on the disk of {out}: free some, or lower --keep-checkpoints{kept}")
+    kept = f"; {whole} is whole, go on from it with `resume`" if whole else ""
+    return UserError(f"`out`: no space left on the disk of {out}: free some, or lower `keep_checkpoints`{kept}")

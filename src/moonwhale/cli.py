@@ -1,11 +1,12 @@
 """The command line: a verb names a function, and only that function's module is imported."""
 
+import logging
 import os
 import sys
 from importlib import import_module
 
 from moonwhale import __version__
-from moonwhale.errors import UserError, did_you_mean
+from moonwhale.errors import UserError, did_you_mean, with_option_names
 
 VERBS = {
     "train": ("moonwhale.train.pretrain:main", "train a model on text"),
@@ -27,6 +28,13 @@ VERBS = {
 }
 
 
+class _OptionNames(logging.Formatter):
+    """Prints a warning as one line, its fields spelled as options."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_option_names(record.getMessage())
+
+
 def usage() -> str:
     verbs = "\n".join(f"  {verb:<11}{summary}" for verb, (_, summary) in VERBS.items())
     return (
@@ -41,6 +49,9 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns its exit status: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output."""
     debug = os.environ.get("MOONWHALE_DEBUG") == "1"
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OptionNames())
+    logging.basicConfig(handlers=[handler])
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -77,5 +88,5 @@ def _run(argv: list[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print("moonwhale: " + message.replace("\n", " "), file=sys.stderr)
+    print("moonwhale: " + with_option_names(message).replace("\n", " "), file=sys.stderr)
     return status

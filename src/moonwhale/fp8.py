@@ -65,8 +65,8 @@ def _check_widths(modules: dict[str, nn.Module], recipe: str) -> None:
     if wrong:
         others = f"; {len(wrong) - 1} more matrices do not fit" if wrong[1:] else ""
         raise UserError(
-            f"--precision: fp8-{recipe} multiplies by {of[1]} features at once, and {wrong[0]}{others} (change the "
-            "--model.FIELD behind it, or give --precision bf16)"
+            f"`precision`: fp8-{recipe} multiplies by {of[1]} features at once, and {wrong[0]}{others} (change the "
+            "`model.FIELD` behind it, or give `precision` bf16)"
         )
 
 

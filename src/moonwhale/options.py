@@ -227,7 +227,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 def require(config: object, name: str, ok: bool, fix: str) -> None:
     """Raises a UserError about the option `name` of `config` unless its value is ok."""
     if not ok:
-        raise UserError(f"--{name.replace('_', '-')}: {getattr(config, name)!r} is impossible: {fix}")
+        raise UserError(f"`{name}`: {getattr(config, name)!r} is impossible: {fix}")
 
 
 def positive(text: str, name: str) -> int:

@@ -61,12 +61,12 @@ def choose(device: str = "auto", precision: str = "auto") -> Choice:
         why = f"fp32, since {slow}" if slow else f"bf16, since {_bf16_unit(chosen)}"
     elif precision == "fp16":
         nearest = _nearest(chosen, ("bf16", "fp32"))
-        raise UserError(f"--precision: no fp16, whose small range needs a loss scale (give --precision {nearest})")
+        raise UserError(f"`precision`: no fp16, whose small range needs a loss scale (give `precision` {nearest})")
     elif precision not in PRECISIONS:
-        raise UserError(f"--precision: unknown precision {precision!r} (give auto, {', '.join(PRECISIONS)})")
+        raise UserError(f"`precision`: unknown precision {precision!r} (give auto, {', '.join(PRECISIONS)})")
     elif why_not := why_not_precision(chosen, precision):
         nearest = _nearest(chosen, NEAREST.get(precision, ("bf16", "fp32")))
-        raise UserError(f"--precision: no {precision} on {chosen}, {why_not} (give --precision {nearest})")
+        raise UserError(f"`precision`: no {precision} on {chosen}, {why_not} (give `precision` {nearest})")
     else:
         why = f"{precision} as asked" + (f", though {slow}" if precision == "bf16" and slow else "")
     dtype, fp32_products, fp8 = PRECISIONS[precision]
@@ -126,13 +126,13 @@ def _choose_device(name: str) -> tuple[torch.device, str]:
         found = next((kind for kind in ("cuda", "mps") if not why_no_device(kind)), "cpu")
         return torch.device(found), f"{found}, the {'only' if found == 'cpu' else 'fastest'} device here"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device: unknown device {name!r} (give auto, cpu, cuda, cuda:N or mps)")
+        raise UserError(f"`device`: unknown device {name!r} (give auto, cpu, cuda, cuda:N or mps)")
     device = torch.device(name)
     if why := why_no_device(device.type):
-        raise UserError(f"--device: no {device.type} here, {why} (give --device auto or cpu)")
+        raise UserError(f"`device`: no {device.type} here, {why} (give `device` auto or cpu)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise UserError(f"--device: no {name} here, the last one is cuda:{last} (give --device auto or cuda:{last})")
+        raise UserError(f"`device`: no {name} here, the last one is cuda:{last} (give `device` auto or cuda:{last})")
     return device, f"{name} as asked"
 
 

@@ -167,7 +167,7 @@ PRESETS = {
 def get_preset(name: str) -> Preset:
     """The preset of that name, or a UserError that lists them."""
     if name not in PRESETS:
-        raise UserError(f"--preset: {name!r} is none of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+        raise UserError(f"`preset`: {name!r} is none of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]
 
 

@@ -7,7 +7,7 @@ import typing
 import uuid
 from datetime import timedelta
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, with_option_names
 
 if typing.TYPE_CHECKING:
     import torch.distributed as dist
@@ -31,7 +31,7 @@ def restarted() -> bool:
 def say(line: str) -> None:
     """Prints a line, once for all processes."""
     if is_main_process():
-        print(line, flush=True)
+        print(with_option_names(line), flush=True)
 
 
 def init_process_group(on_cpu: bool, timeout: int) -> None:
@@ -56,7 +56,7 @@ def init_process_group(on_cpu: bool, timeout: int) -> None:
     except (dist.DistStoreError, TimeoutError) as error:
         raise UserError(
             f"rank {rank}: not all {world} ranks came within {timeout} s: see what the others say, or, in "
-            "moonwhale train, raise --parallel.timeout"
+            "moonwhale train, raise `parallel.timeout`"
         ) from error
     own = dist.PrefixStore(name, store)
     dist.init_process_group("gloo" if on_cpu else "nccl", store=own, rank=rank, world_size=world, timeout=limit)

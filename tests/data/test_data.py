@@ -173,7 +173,7 @@ def test_bad_local_data_is_one_line_each(tmp_path, monkeypatch):
     fails("no column of messages or text; it has id, body", good)
     fails("no column title; it has id, body", good, columns=["title"])
     fails("id that is neither text nor a list of messages", good, columns=["id"])
-    fails("--data-split test: only hub data sets", good, split="test")
+    fails("`data_split` test: only hub data sets", good, split="test")
     fails("has no columns", str(tmp_path / "latin.txt"), columns=["text"])
     fails("1 of 1 rows .*a role other than system, user, assistant .*'tool'", tool)
 
@@ -251,7 +251,7 @@ def test_a_single_document_is_split_by_position(tokenizer, tmp_path, caplog):
     assert train[1]["position_ids"].tolist() == list(range(16)), "restarts where a row does"
     with pytest.raises(UserError, match="too short: 3 tokens"):
         prepare(source_of(["x"], "2"), tokenizer, 16, cache_dir=tmp_path)
-    with pytest.raises(UserError, match="--context 1"):
+    with pytest.raises(UserError, match="`context` 1"):
         prepare(source_of([text]), tokenizer, 1, cache_dir=tmp_path)
 
 
@@ -372,7 +372,7 @@ def test_a_killed_build_is_never_seen(tokenizer, tmp_path):
 def test_a_failing_source_leaves_nothing(tokenizer, tmp_path):
     def read():
         yield "whale"
-        raise UserError("--data: cannot read on")
+        raise UserError("`data`: cannot read on")
 
     with pytest.raises(UserError, match="cannot read on"):
         build_shards(Source("given", "print", read), tokenizer, tmp_path)

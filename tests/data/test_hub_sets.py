@@ -127,9 +127,9 @@ def test_text_sets(hub, caplog):
     assert list(load_source("wikicorpus")) == ["Whale\n\nA whale.", "x"]
     assert list(load_source("wikicorpus:20231101.de")) == ["Wal\n\nEin Wal."]
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("moonwhale")]
-    assert lines[0] == "--data tinystories: roneneldan/TinyStories, licence CDLA-Sharing 1.0"
+    assert lines[0] == "`data` tinystories: roneneldan/TinyStories, licence CDLA-Sharing 1.0"
     assert lines[3].startswith(
-        "--data wikicorpus: wikimedia/wikipedia 20231101.en, licence CC BY-SA 3.0 and GFDL (wiki"
+        "`data` wikicorpus: wikimedia/wikipedia 20231101.en, licence CC BY-SA 3.0 and GFDL (wiki"
     )
     assert "no longer works" in lines[3] and len(lines) == 5 and not any("\n" in line for line in lines)
 
@@ -330,8 +330,8 @@ def test_any_hub_set(hub, tmp_path):
     assert load_source("some/set").n_documents == 10
     fails("no column nope; it has text, title", "some/set", columns=["text", "nope"])
     fails("no column nope; it has text, title", "some/set", columns=["text", "nope"], limit=3)
-    fails("--data-split: some/set: Unknown split .test", "some/set", split="test")
-    fails("--data-split: some/set: Bad split: test", "some/set", split="test", limit=3)
+    fails("`data_split`: some/set: Unknown split .test", "some/set", split="test")
+    fails("`data_split`: some/set: Bad split: test", "some/set", split="test", limit=3)
     fails("a slice is cut from the whole set", "some/set", split="train[:1%]", limit=3)
     fails("there is no configuration wrong; give some/set:NAME with one of default", "some/set:wrong")
 
@@ -346,7 +346,7 @@ def test_so_many_documents(hub, tmp_path):
     assert list(load_source(lines, limit=2)) == ["0", "1"]
     assert len({load_source(lines, limit=limit).fingerprint for limit in (None, 3, 4)}) == 3
     assert len(list(load_source("chitchat", limit=7))) == 7
-    fails("--data-documents 0: read at least 1", "chitchat", limit=0)
+    fails("`data_documents` 0: read at least 1", "chitchat", limit=0)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_offline(tmp_path):
     places = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | places)
     line = done.stderr.splitlines()[-1]
-    assert "UserError: --data: tinystories is not in the cache, and the hub (roneneldan/TinyStories) cannot be" in line
+    assert "UserError: `data`: tinystories is not in the cache, and the hub (roneneldan/TinyStories) cannot be" in line
 
 
 # ---- names and mixtures
@@ -413,7 +413,7 @@ def test_names_that_are_near_a_known_one():
     fails("no such file or folder: tinystory .did you mean tinystories..*lmsys-chat-1m", "tinystory")
     fails("did you mean lmsys-chat-1m", "lmsys-chat1m:German")
     fails("did you mean python", "phyton")
-    fails("--data-columns a: openorca is read by its own .name Open-Orca/OpenOrca", "openorca", columns=["a"])
+    fails("`data_columns` a: openorca is read by its own .name Open-Orca/OpenOrca", "openorca", columns=["a"])
 
 
 def counted(name, n):

@@ -161,7 +161,7 @@ def test_fingerprint_sees_vocabulary_and_template_but_not_padding(ours):
 
 
 def test_vocabulary_too_small():
-    with pytest.raises(UserError, match=r"--vocab-size 200 is too small.*266"):
+    with pytest.raises(UserError, match=r"`vocab_size` 200 is too small.*266"):
         train_tokenizer([TEXT], 200)
     assert len(train_tokenizer([TEXT], 266)) == 266
 

@@ -118,7 +118,7 @@ def test_the_whole_is_all_of_the_text(small_tokenizer, text_folder):
     parts, whole = prepare(source, small_tokenizer, 32), prepare_whole(source, small_tokenizer, 32)
     assert whole.n_bytes == sum(len(path.read_bytes()) for path in text_folder.iterdir())
     assert whole.n_tokens == sum(part.n_tokens for part in parts) and all(part.n_tokens for part in parts)
-    with pytest.raises(UserError, match="--context 1"):
+    with pytest.raises(UserError, match="`context` 1"):
         prepare_whole(source, small_tokenizer, 1)
 
 
@@ -198,7 +198,7 @@ def test_a_file_of_questions(small_checkpoint, questions, tmp_path, capsys):
 
 
 def test_a_question_beyond_the_context_is_one_line(engine):
-    with pytest.raises(UserError, match=r"--task: the prompt has .* tokens, .* the model's context of 96"):
+    with pytest.raises(UserError, match=r"`task`: the prompt has .* tokens, .* the model's context of 96"):
         tasks.answer(engine, [Problem("why " * 99, "so", {})], 1, 1.0, 8, 0)
 
 
@@ -311,7 +311,7 @@ def test_prompts_that_lm_eval_cuts_are_told(small_checkpoint, harness_folder, ca
     run(capsys, *given)
     (told,) = (record.getMessage() for record in caplog.records)
     # Of its four choices, those of one token are scored together.
-    assert re.fullmatch("--lm-eval: [34] prompts or more lost their beginnings, to fit a context of 96", told)
+    assert re.fullmatch("`lm_eval`: [34] prompts or more lost their beginnings, to fit a context of 96", told)
 
 
 def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, capsys):
@@ -325,7 +325,7 @@ def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, cap
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskManager, "__init__", quick)
         line = refused(capsys, small_checkpoint, "--lm-eval", "whale", "--include-path", harness_folder)
-    assert line.endswith("--lm-eval: there is no task 'whale' (did you mean whales?)")
+    assert line.endswith("`lm_eval`: there is no task 'whale' (did you mean whales?)")
 
 
 @pytest.mark.slow
@@ -337,7 +337,7 @@ def test_lm_evals_own_tasks_are_known(small_checkpoint, capsys):
 def test_a_task_that_cannot_be_loaded(small_checkpoint, harness_folder, capsys):
     (harness_folder / "whales.jsonl").unlink()
     line = refused(capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder)
-    assert "--lm-eval whales: FileNotFoundError: " in line
+    assert "`lm_eval` whales: FileNotFoundError: " in line
 
 
 def test_lm_eval_is_an_extra(small_checkpoint, capsys, monkeypatch):
@@ -361,25 +361,25 @@ def test_several_at_once(small_checkpoint, text_folder, questions, harness_folde
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "there is nothing to evaluate: give --data, --task or --lm-eval"),
+        ([], "there is nothing to evaluate: give `data`, `task` or `lm_eval`"),
         (["--speculation"], "there is nothing to evaluate"),
-        (["--data", "TEXT", "--rows", "0"], "--rows: 0 is impossible: it must be at least 1"),
+        (["--data", "TEXT", "--rows", "0"], "`rows`: 0 is impossible: it must be at least 1"),
         (["--data", "TEXT", "--rows", "few"], "--rows: 'few' is not a whole number"),
-        (["--data", "TEXT", "--context", "97"], "--context: 97 is longer than the model's context of 96"),
-        (["--data", "TEXT", "--context", "1"], "--context 1: a row needs at least 2 tokens"),
-        (["--data", "nothing.txt"], "--data: no such file or folder: nothing.txt"),
-        (["--data", "TEXT", "--data-split", "test"], "--data-split test: only hub data sets have splits"),
+        (["--data", "TEXT", "--context", "97"], "`context`: 97 is longer than the model's context of 96"),
+        (["--data", "TEXT", "--context", "1"], "`context` 1: a row needs at least 2 tokens"),
+        (["--data", "nothing.txt"], "`data`: no such file or folder: nothing.txt"),
+        (["--data", "TEXT", "--data-split", "test"], "`data_split` test: only hub data sets have splits"),
         (["--task", "chain_sun"], "(did you mean chain_sum?)"),
-        (["--task", "nothing.jsonl"], "--task: cannot read nothing.jsonl"),
-        (["--task", "QUESTIONS", "--samples", "4", "--k", "1,8"], "--k: 1,8 does not fit --samples 4"),
-        (["--task", "QUESTIONS", "--k", "0"], "--k: 0 does not fit --samples 4"),
-        (["--task", "QUESTIONS", "--temperature", "0"], "--temperature: 0 draws the greedy answer again and again"),
-        (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower --problems"),
-        (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by --whole"),
-        (["--lm-eval", "whales", "--speculation"], "--speculation: drafts are measured on text or on answers"),
-        (["--lm-eval", "whales", "--include-path", "nowhere"], "--include-path: nowhere is no folder"),
+        (["--task", "nothing.jsonl"], "`task`: cannot read nothing.jsonl"),
+        (["--task", "QUESTIONS", "--samples", "4", "--k", "1,8"], "--k: 1,8 does not fit `samples` 4"),
+        (["--task", "QUESTIONS", "--k", "0"], "--k: 0 does not fit `samples` 4"),
+        (["--task", "QUESTIONS", "--temperature", "0"], "`temperature`: 0 draws the greedy answer again and again"),
+        (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower `problems`"),
+        (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by `whole`"),
+        (["--lm-eval", "whales", "--speculation"], "`speculation`: drafts are measured on text or on answers"),
+        (["--lm-eval", "whales", "--include-path", "nowhere"], "`include_path`: nowhere is no folder"),
         (["--data", "TEXT", "--precision", "fp8"], "--precision: 'fp8' is none of auto, fp32, bf16"),
-        (["--data", "TEXT", "--json", "nowhere/found.json"], "--json: nowhere/found.json is no new file"),
+        (["--data", "TEXT", "--json", "nowhere/found.json"], "`json`: nowhere/found.json is no new file"),
         (["--data", "TEXT", "--row", "1"], "unknown option --row (did you mean --rows?)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -439,14 +439,14 @@ def test_generate_says_when_the_context_is_full(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["hi", "--temperature", "-1"], "--temperature: -1.0 is impossible"),
+        (["hi", "--temperature", "-1"], "`temperature`: -1.0 is impossible"),
         (["hi", "--top-k", "x"], "--top-k: invalid int value: 'x'"),
-        (["hi", "--greedy", "--temperature", "1"], "--greedy contradicts"),
+        (["hi", "--greedy", "--temperature", "1"], "`greedy` contradicts"),
         (["hi", "--tempature", "1"], "--tempature"),
         (["hi", "--temp", "1"], "--temp"),
         (["hi", "--stop", ""], "--stop"),
-        (["hi", "--device", "abacus"], "--device: unknown device 'abacus'"),
-        (["hi", "--precision", "fp8"], "--precision: unknown precision 'fp8'"),
+        (["hi", "--device", "abacus"], "`device`: unknown device 'abacus'"),
+        (["hi", "--precision", "fp8"], "`precision`: unknown precision 'fp8'"),
     ],
 )
 def test_bad_options_are_one_line(folder, options, message):

@@ -210,9 +210,9 @@ def test_what_is_no_checkpoint(tmp_path, content, message):
     ("argv", "message"),
     [
         (["sead_190m"], r"neither a preset .* nor a folder \(did you mean seed_190m\?\)"),
-        (["demo", "--context", "0"], "--context: 0 is impossible"),
-        (["demo", "--context", "long"], "--context: 'long' is not a whole number"),
-        (["demo", "--model.moba_block_size", "0"], "--model.moba_block_size=0 is impossible"),
+        (["demo", "--context", "0"], "`context`: 0 is impossible"),
+        (["demo", "--context", "long"], "`context`: 'long' is not a whole number"),
+        (["demo", "--model.moba_block_size", "0"], "`model.moba_block_size`=0 is impossible"),
         (["demo", "--contxt", "3"], r"unknown option --contxt \(did you mean --context\?\)"),
         ([], "required: PRESET_OR_FOLDER"),
     ],

@@ -360,7 +360,7 @@ def test_ranks_together_are_the_model(tiny_model, tiny_config, tied, modules):
 
 
 def test_more_stages_than_blocks(tiny_config):
-    with pytest.raises(UserError, match=r"^--model.num_hidden_layers: 2 blocks can't be cut into 4 stages: give at"):
+    with pytest.raises(UserError, match=r"^`model.num_hidden_layers`: 2 blocks can't be cut into 4 stages: give at"):
         cut(tiny_config(), 4, 16)
 
 

@@ -163,14 +163,14 @@ def test_the_command(capsys):
     ("argv", "message"),
     [
         ([], "the following arguments are required: --gpus"),
-        (["--gpus", "0"], "--gpus: 0 is impossible"),
-        (["--gpus", "many"], "--gpus: 'many' is not"),
-        (["--gpus", "7"], "--gpus: 4,096 tokens a step are 8 rows of 512, which 7 GPUs can't share: give --gpus 4 or"),
-        (["--gpus", "8", "--gpu", "h10"], "--gpu: 'h10' is none of a100, h100, h200, b200"),
-        (["--gpus", "8", "--memory", "-1"], "--memory: -1 is impossible: it must be above 0"),
-        (["--gpus", "8", "--utilization", "2"], "--utilization: 2 is impossible"),
-        (["--gpus", "8", "--preset", "seed"], "--preset: 'seed' is none of"),
-        (["--gpus", "8", "--flops", "fast"], "--flops: 'fast' is not"),
+        (["--gpus", "0"], "`gpus`: 0 is impossible"),
+        (["--gpus", "many"], "`gpus`: 'many' is not"),
+        (["--gpus", "7"], "`gpus`: 4,096 tokens a step are 8 rows of 512, which 7 GPUs can't share: give `gpus` 4 or"),
+        (["--gpus", "8", "--gpu", "h10"], "`gpu`: 'h10' is none of a100, h100, h200, b200"),
+        (["--gpus", "8", "--memory", "-1"], "`memory`: -1 is impossible: it must be above 0"),
+        (["--gpus", "8", "--utilization", "2"], "`utilization`: 2 is impossible"),
+        (["--gpus", "8", "--preset", "seed"], "`preset`: 'seed' is none of"),
+        (["--gpus", "8", "--flops", "fast"], "`flops`: 'fast' is not"),
     ],
 )
 def test_bad_input(argv, message):

@@ -80,13 +80,13 @@ def test_a_step_of_several_micro_batches_and_iterations(options):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"batch_size": 5}, "--batch-size: 5 x 1 device(s) does not divide the 16 answers of a step (--group-size 4 x "
-                            "--questions-per-step 4): give --batch-size 4"),
-        ({"group_size": 1}, "--group-size: 1 is impossible: an answer is judged among at least 2"),
-        ({"temperature": 0.0}, "--temperature: 0.0 is impossible"),
-        ({"questions": 2}, "--questions: 2 are fewer than --questions-per-step"),
+        ({"batch_size": 5}, "`batch_size`: 5 x 1 device(s) does not divide the 16 answers of a step (`group_size` 4 x "
+                            "`questions_per_step` 4): give `batch_size` 4"),
+        ({"group_size": 1}, "`group_size`: 1 is impossible: an answer is judged among at least 2"),
+        ({"temperature": 0.0}, "`temperature`: 0.0 is impossible"),
+        ({"questions": 2}, "`questions`: 2 are fewer than `questions_per_step`"),
         ({"questions": 4000}, "has 109 training questions, not 4000"),
-        ({"beta": -1.0}, "--beta: -1.0 is impossible"),
+        ({"beta": -1.0}, "`beta`: -1.0 is impossible"),
         ({"task": "sums"}, "'sums' is no task of reasoning-gym"),
         ({"rewards": ["letters:a"]}, "cannot import letters:a"),
         ({"checkpoint": "nowhere"}, "nowhere is no folder"),

@@ -80,10 +80,10 @@ def test_a_model_that_knows_nothing_is_one_line(folder):
     ("changes", "complaint"),
     [
         ({"checkpoint": None}, "CHECKPOINT: name the folder"),
-        ({"out": None}, "--out: None is no .jsonl file"),
-        ({"out": "x.txt"}, "--out: 'x.txt' is no .jsonl file"),
-        ({"samples": 0}, "--samples: 0 is impossible"),
-        ({"temperature": -1.0}, "--temperature: -1.0 is impossible"),
+        ({"out": None}, "`out`: None is no .jsonl file"),
+        ({"out": "x.txt"}, "`out`: 'x.txt' is no .jsonl file"),
+        ({"samples": 0}, "`samples`: 0 is impossible"),
+        ({"temperature": -1.0}, "`temperature`: -1.0 is impossible"),
     ],
 )
 def test_impossible_options_are_one_line(changes, complaint):
@@ -138,7 +138,7 @@ def test_the_recipe_in_docs_is_a_recipe():
         ("- gpro: {out: b}", "stage 1: 'gpro' is none of train, sft, grpo, sample (did you mean grpo?)"),
         ("- sft: {checkpoint: base}", "stage 1: sft needs an `out`"),
         ("- sft: {out: a, checkpoint: base, steps: many}", "stage 1: steps: 'many' is not a whole number"),
-        ("- sft: {out: a, checkpoint: base, lr: 0}", "--lr: 0.0 is impossible"),
+        ("- sft: {out: a, checkpoint: base, lr: 0}", "`lr`: 0.0 is impossible"),
         ("- {sft: {}, grpo: {}}", "stage 1: it must be one verb with its options"),
         ("sft: {}", "is no list of stages"),
         ("- [", "is not YAML"),

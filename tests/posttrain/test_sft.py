@@ -184,13 +184,13 @@ ADAPTED = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", 
     [
         ({"checkpoint": None}, "CHECKPOINT: name the folder"),
         ({"checkpoint": "nowhere"}, "nowhere is no folder"),
-        ({"context": 1000}, "--context: 1000 is longer than the model's context of 96"),
-        ({"batch_size": 500}, "--batch-size: 500 rows are computed at once, but the conversations fill only"),
-        ({"steps": 0}, "--steps: 0 is impossible"),
-        ({"epochs": 0.0}, "--epochs: 0.0 is impossible"),
-        ({"lora_rank": -1}, "--lora-rank: -1 is impossible"),
+        ({"context": 1000}, "`context`: 1000 is longer than the model's context of 96"),
+        ({"batch_size": 500}, "`batch_size`: 500 rows are computed at once, but the conversations fill only"),
+        ({"steps": 0}, "`steps`: 0 is impossible"),
+        ({"epochs": 0.0}, "`epochs`: 0.0 is impossible"),
+        ({"lora_rank": -1}, "`lora_rank`: -1 is impossible"),
         ({"data": "python"}, "holds text, not conversations"),
-        ({"lr": 0.0}, "--lr: 0.0 is impossible"),
+        ({"lr": 0.0}, "`lr`: 0.0 is impossible"),
     ],
 )
 def test_impossible_options_are_one_line(options, changes, complaint):
@@ -213,5 +213,5 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(options, tmp_path):
     post.write(config)
     with pytest.raises(UserError, match="already holds a run"):
         sft(config)
-    with pytest.raises(UserError, match=r"--lr: 0.5 differs from the 0.003 that the run"):
+    with pytest.raises(UserError, match=r"`lr`: 0.5 differs from the 0.003 that the run"):
         sft(options(resume=True, lr=0.5))

@@ -331,8 +331,8 @@ def test_other_names_of_this_machine_are_refused(engine, small_checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "70000"], "--port: 70000 is impossible"),
-        (["--max-queue", "0"], "--max-queue: 0 is impossible"),
+        (["--port", "70000"], "`port`: 70000 is impossible"),
+        (["--max-queue", "0"], "`max_queue`: 0 is impossible"),
         (["--host", "203.0.113.7"], "cannot listen at 203.0.113.7:8000"),
         (["--precision", "int4"], "--precision"),
         (["--draft", "-1"], "--draft"),

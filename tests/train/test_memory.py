@@ -40,13 +40,13 @@ def test_what_may_not_fit_is_advised(gpu_of):
     weights = sum(memory.needed_bytes(CONFIG, run(), 2).values()) - memory.needed_bytes(CONFIG, run(), 2)["activations"]
     gpu_of(weights / 1e9 + 0.1)
     line = memory.estimate(CONFIG, run(), GPU, 2)
-    assert "may not suffice (give --batch-size 4, --gradient-checkpointing, a shorter --context, or" in line
+    assert "may not suffice (give `batch_size` 4, `gradient_checkpointing`, a shorter `context`, or" in line
 
 
 def test_what_cannot_fit_is_refused(gpu_of):
     gpu_of(1)
     with pytest.raises(
-        UserError, match=r"^--device: weights, gradients and optimizer take 2\.\d\d GB, and cuda has 1\.00 GB left"
+        UserError, match=r"^`device`: weights, gradients and optimizer take 2\.\d\d GB, and cuda has 1\.00 GB left"
     ):
         memory.estimate(CONFIG, run(), GPU, 2)
 
@@ -69,8 +69,8 @@ def test_out_of_memory_becomes_advice(error):
     with pytest.raises(UserError) as raised, memory.explained(run(), GPU):
         raise error
     assert str(raised.value) == (
-        "cuda is out of memory with --batch-size 8 rows: give --batch-size 4, --gradient-checkpointing, "
-        "a shorter --context, or a smaller model"
+        "cuda is out of memory with `batch_size` 8 rows: give `batch_size` 4, `gradient_checkpointing`, "
+        "a shorter `context`, or a smaller model"
     )
 
 
@@ -97,5 +97,5 @@ def test_training_that_runs_out_of_memory_ends_in_a_line(tiny_run, monkeypatch, 
     write_config(tiny_run(), tmp_path / "options.yaml")
     assert main(["train", "--config", str(tmp_path / "options.yaml"), "--out", str(tmp_path / "out")]) != 0
     said = capsys.readouterr().err
-    assert "cpu is out of memory with --batch-size 2 rows: give --batch-size 1, --gradient-" in said
+    assert "cpu is out of memory with `batch_size` 2 rows: give `batch_size` 1, `gradient`-" in said
     assert "Traceback" not in said

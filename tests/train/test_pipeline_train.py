@@ -92,10 +92,10 @@ def endless(tiny_run, tmp_path, request):
 @pytest.mark.parametrize(
     ("other", "found"),
     [
-        (("--lr", "0.5"), "--lr: rank 1 was started with 0.5, rank 0 with 0.001"),
+        (("--lr", "0.5"), "`lr`: rank 1 was started with 0.5, rank 0 with 0.001"),
         (
             ("--parallel.schedule", "1f1b"),
-            "--parallel.schedule: rank 1 was started with '1f1b', rank 0 with 'dualpipev'",
+            "`parallel.schedule`: rank 1 was started with '1f1b', rank 0 with 'dualpipev'",
         ),
     ],
 )
@@ -259,35 +259,35 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parallel": {"pp": 0}}, "--parallel.pp: 0 is impossible: it must be at least 1"),
-        ({"parallel": {"timeout": 0}}, "--parallel.timeout: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"pp": 0}}, "`parallel.pp`: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"timeout": 0}}, "`parallel.timeout`: 0 is impossible: it must be at least 1"),
         (
             {"parallel": {"schedule": "dualpip"}},
-            "--parallel.schedule: 'dualpip' is none of dualpipev, dualpipe, zerobubble, 1f1b (did you mean dualpipe?)",
+            "`parallel.schedule`: 'dualpip' is none of dualpipev, dualpipe, zerobubble, 1f1b (did you mean dualpipe?)",
         ),
         (
             {"parallel": {"pp": 3, "schedule": "dualpipe"}},
-            "--parallel.pp: dualpipe runs two copies against each other, so 3 ranks are impossible: give 2 or 4, or "
-            "--parallel.schedule dualpipev",
+            "`parallel.pp`: dualpipe runs two copies against each other, so 3 ranks are impossible: give 2 or 4, or "
+            "`parallel.schedule` dualpipev",
         ),
         (
             {"parallel": {"pp": 2, "schedule": "dualpipe"}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipe on 2 ranks needs "
+            "`tokens_per_step`: 320 is 5 micro-batches of `batch_size` 2 x `context` 32, but dualpipe on 2 ranks needs "
             "at least 4 and a multiple of 2: give 384,",
         ),
-        ({"parallel": {"pp": 2}, "compile": True}, "--compile: a pipeline can't split a compiled backward pass"),
-        ({"parallel": {"ep": 0}}, "--parallel.ep: 0 is impossible: it must be at least 1"),
-        ({"parallel": {"ep": 2}, "compile": True}, "--compile: experts on several ranks can't be compiled: leave it"),
-        ({"parallel": {"fsdp": True}, "compile": True}, "--compile: compiled blocks don't gather their weights: leave"),
+        ({"parallel": {"pp": 2}, "compile": True}, "`compile`: a pipeline can't split a compiled backward pass"),
+        ({"parallel": {"ep": 0}}, "`parallel.ep`: 0 is impossible: it must be at least 1"),
+        ({"parallel": {"ep": 2}, "compile": True}, "`compile`: experts on several ranks can't be compiled: leave it"),
+        ({"parallel": {"fsdp": True}, "compile": True}, "`compile`: compiled blocks don't gather their weights: leave"),
         (
             {"parallel": {"pp": 4}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but dualpipev on 4 ranks "
-            "needs at least 8: give 512, or a smaller --batch-size",
+            "`tokens_per_step`: 320 is 5 micro-batches of `batch_size` 2 x `context` 32, but dualpipev on 4 ranks "
+            "needs at least 8: give 512, or a smaller `batch_size`",
         ),
         (
             {"parallel": {"pp": 6, "schedule": "1f1b"}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but 1f1b on 6 ranks needs at "
-            "least 6: give 384, or a smaller --batch-size",
+            "`tokens_per_step`: 320 is 5 micro-batches of `batch_size` 2 x `context` 32, but 1f1b on 6 ranks needs at "
+            "least 6: give 384, or a smaller `batch_size`",
         ),
     ],
 )
@@ -309,71 +309,71 @@ def test_unknown_fields_of_parallel():
         (
             1,
             {"parallel": {"pp": 2}},
-            "--parallel.pp: pipelines of 2 ranks can't be made of 1 process: start torchrun --nproc-per-node 2, or "
-            "give --parallel.pp 1",
+            "`parallel.pp`: pipelines of 2 ranks can't be made of 1 process: start torchrun `nproc_per_node` 2, or "
+            "give `parallel.pp` 1",
         ),
         (
             1,
             {"parallel": {"fsdp": True}},
-            "--parallel.fsdp: with 1 process and --parallel.pp 1 no weight is held twice: start torchrun "
-            "--nproc-per-node 2, or leave --parallel.fsdp out",
+            "`parallel.fsdp`: with 1 process and `parallel.pp` 1 no weight is held twice: start torchrun "
+            "`nproc_per_node` 2, or leave `parallel.fsdp` out",
         ),
         (
             2,
             {"parallel": {"pp": 2, "fsdp": True}},
-            "--parallel.fsdp: with 2 processes and --parallel.pp 2 no weight is held twice: start torchrun "
-            "--nproc-per-node 4, or leave --parallel.fsdp out",
+            "`parallel.fsdp`: with 2 processes and `parallel.pp` 2 no weight is held twice: start torchrun "
+            "`nproc_per_node` 4, or leave `parallel.fsdp` out",
         ),
         (
             2,
             {"parallel": {"fsdp": True}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 2 processes "
-            "needs at least 2 and a multiple of 2: give 384, or a smaller --batch-size",
+            "`tokens_per_step`: 320 is 5 micro-batches of `batch_size` 2 x `context` 32, but the work of 2 processes "
+            "needs at least 2 and a multiple of 2: give 384, or a smaller `batch_size`",
         ),
         (
             5,
             {"parallel": {"pp": 2}},
-            "--parallel.pp: pipelines of 2 ranks can't be made of 5 processes: start torchrun --nproc-per-node 4 or 6",
+            "`parallel.pp`: pipelines of 2 ranks can't be made of 5 processes: start torchrun `nproc_per_node` 4 or 6",
         ),
         (
             4,
             {"parallel": {"pp": 2}, "tokens_per_step": 576},
-            "--tokens-per-step: 576 is 9 micro-batches of --batch-size 2 x --context 32, but dualpipev on 2 ranks"
+            "`tokens_per_step`: 576 is 9 micro-batches of `batch_size` 2 x `context` 32, but dualpipev on 2 ranks"
             ", 2 times, needs at least 8 and a multiple of 2: give 640,",
         ),
         (
             2,
             {"parallel": {"pp": 2}, "model": {"num_hidden_layers": 3}},
-            "--model.num_hidden_layers: 3 blocks can't be cut into 4 stages: give at least 4, or a smaller "
+            "`model.num_hidden_layers`: 3 blocks can't be cut into 4 stages: give at least 4, or a smaller "
             "--parallel.pp",
         ),
         (
             4,
             {"parallel": {"ep": 2}},
-            "--tokens-per-step: 320 is 5 micro-batches of --batch-size 2 x --context 32, but the work of 4 processes "
+            "`tokens_per_step`: 320 is 5 micro-batches of `batch_size` 2 x `context` 32, but the work of 4 processes "
             "needs at least 4 and a multiple of 4: give 512,",
         ),
         (
             1,
             {"parallel": {"ep": 2}},
-            "--parallel.ep: 2 copies of the model are to share experts, which can't be made of 1: give 1, or start "
+            "`parallel.ep`: 2 copies of the model are to share experts, which can't be made of 1: give 1, or start "
             "torchrun --nproc-per-node 2",
         ),
         (
             8,
             {"parallel": {"pp": 2, "ep": 3}, "tokens_per_step": 1024},
-            "--parallel.ep: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or "
-            "start torchrun --nproc-per-node 6 or 12",
+            "`parallel.ep`: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or "
+            "start torchrun `nproc_per_node` 6 or 12",
         ),
         (
             3,
             {"parallel": {"ep": 3}, "tokens_per_step": 384},
-            "--parallel.ep: 4 experts can't be shared by 3 ranks: give 2 or 4",
+            "`parallel.ep`: 4 experts can't be shared by 3 ranks: give 2 or 4",
         ),
         (
             2,
             {"parallel": {"ep": 2}, "tokens_per_step": 384, "model": {"first_k_dense_replace": 9}},
-            "--parallel.ep: the model has no experts to share: leave it out",
+            "`parallel.ep`: the model has no experts to share: leave it out",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_ctrl_c_at_the_command_line(tiny_run, tmp_path):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert re.search(
-        r"^stopped    at step \d+, which is saved; go on with: moonwhale train --out .* --resume$", out, re.M
+        r"^stopped    at step \d+, which is saved; go on with: moonwhale train `out` .* `resume`$", out, re.M
     )
     assert err.splitlines() == [
         "stopping after this step (Ctrl-C again: at once, without saving)",
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_skipped(finished, tmp_path, caplog):
 def test_all_damaged(finished):
     for checkpoint in list_checkpoints(finished):
         truncate(checkpoint / "optimizer.pt")
-    with pytest.raises(UserError, match=r"^--resume: every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"^`resume`: every checkpoint in .* is damaged"):
         resume(finished)
 
 
@@ -293,10 +293,10 @@ def test_resuming_a_finished_run(finished, capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--lr", "1e-4"], r"^--lr: 0.0001 differs from the 0.005"),
-        (["--steps", "12"], r"^--steps: 12 differs from the 6"),
-        (["--model.hidden_size", "64"], r"^--model.hidden_size: 64 differs from the 32"),
-        (["--model.aux_loss_alpha", "0"], r"^--model.aux_loss_alpha: 0.0 differs from the None"),
+        (["--lr", "1e-4"], r"^`lr`: 0.0001 differs from the 0.005"),
+        (["--steps", "12"], r"^`steps`: 12 differs from the 6"),
+        (["--model.hidden_size", "64"], r"^`model.hidden_size`: 64 differs from the 32"),
+        (["--model.aux_loss_alpha", "0"], r"^`model.aux_loss_alpha`: 0.0 differs from the None"),
     ],
 )
 def test_what_is_learned_may_not_change(tiny_run, argv, said):
@@ -314,7 +314,7 @@ def test_changed_data_are_noticed(tiny_run, text_folder, tmp_path, monkeypatch):
     config = tiny_run(data=str(data))
     interrupt(monkeypatch, config, 2)
     (data / "07.txt").write_text("the sea " * 30)
-    with pytest.raises(UserError, match=r"^--data: .*, or its tokenizer, has changed since the run"):
+    with pytest.raises(UserError, match=r"^`data`: .*, or its tokenizer, has changed since the run"):
         resume(config.out)
 
 
@@ -349,21 +349,21 @@ def test_foreign_folders_are_left_alone(tiny_run, resuming):
     out.mkdir()
     (out / "thesis.txt").write_text("dear")
     before = files_of(out)
-    with pytest.raises(UserError, match=r"^--out: .* holds files that are not a run's"):
+    with pytest.raises(UserError, match=r"^`out`: .* holds files that are not a run's"):
         pretrain.train(config)
     assert files_of(out) == before
 
 
 def test_another_run_is_left_alone(finished, tiny_run):
     before = files_of(finished)
-    with pytest.raises(UserError, match=r"^--out: .* already holds a run: go on with it by --resume"):
+    with pytest.raises(UserError, match=r"^`out`: .* already holds a run: go on with it by `resume`"):
         pretrain.train(tiny_run())
     assert files_of(finished) == before
 
 
 def test_out_is_a_file(tiny_run, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^--out: .*/file is a file"):
+    with pytest.raises(UserError, match=r"^`out`: .*/file is a file"):
         pretrain.train(tiny_run(out=str(tmp_path / "file")))
 
 
@@ -389,7 +389,7 @@ def test_no_space_left(tiny_run, monkeypatch, writer, error):
         return write(*args, **kwargs)
 
     monkeypatch.setattr(writer, write_until_full)
-    with pytest.raises(UserError, match=r"^--out: no space left on the disk of [^\n]*checkpoint-2 is whole, go on"):
+    with pytest.raises(UserError, match=r"^`out`: no space left on the disk of [^\n]*checkpoint-2 is whole, go on"):
         pretrain.train(config)
     assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-2"]
     assert find_damage(f"{config.out}/checkpoint-2") is None
@@ -404,7 +404,7 @@ def test_no_space_for_the_model_itself(tiny_run, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
-        with pytest.raises(UserError, match=r"^--out: no space left on the disk of .*checkpoint-6 is whole, go on"):
+        with pytest.raises(UserError, match=r"^`out`: no space left on the disk of .*checkpoint-6 is whole, go on"):
             pretrain.train(config)
     assert not (Path(config.out) / "config.json").exists()
     resume(config.out)

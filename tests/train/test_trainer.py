@@ -302,7 +302,7 @@ def break_after(monkeypatch, step: int, what: str) -> None:
 def test_nan_stops_with_the_step_and_the_last_good_checkpoint(tiny_run, monkeypatch, what, said):
     config = tiny_run(save_every=2, log_every=10)
     break_after(monkeypatch, 5, what)
-    with pytest.raises(UserError, match=rf"^step 6: {said}; the last good checkpoint is .*checkpoint-4: [^\n]*--lr"):
+    with pytest.raises(UserError, match=rf"^step 6: {said}; the last good checkpoint is .*checkpoint-4: [^\n]*`lr`"):
         pretrain.train(config)
     assert all(value.isfinite().all() for value in weights(f"{config.out}/checkpoint-4").values())
     assert (Path(config.out) / "loss.png").exists()
@@ -315,13 +315,13 @@ def test_nan_before_any_checkpoint(tiny_run, monkeypatch):
 
 
 def test_too_little_text_for_a_batch(tiny_run):
-    with pytest.raises(UserError, match=r"^--batch-size: 64 rows are computed at once, but the text fills only \d+ "):
+    with pytest.raises(UserError, match=r"^`batch_size`: 64 rows are computed at once, but the text fills only \d+ "):
         pretrain.train(tiny_run(batch_size=64, tokens_per_step=64 * 32))
 
 
 def test_another_gpu_than_the_first(tiny_run):
     choice = SimpleNamespace(device=torch.device("cuda:1"), autocast=False)
-    with pytest.raises(UserError, match=r"^--device: .*CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(UserError, match=r"^`device`: .*CUDA_VISIBLE_DEVICES=1"):
         pretrain._trainer_arguments(tiny_run(), choice, world=1)
 
 
@@ -331,7 +331,7 @@ def test_another_gpu_than_the_first(tiny_run):
 def test_no_compiler(tiny_run, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
     config = tiny_run(compile=True)
-    with pytest.raises(UserError, match=r"^--compile: no C\+\+ compiler is found .*, or leave it out$"):
+    with pytest.raises(UserError, match=r"^`compile`: no C\+\+ compiler is found .*, or leave it out$"):
         pretrain.train(config)
     assert not Path(config.out).exists()
 

@@ -19,14 +19,14 @@ def load_hub(spec: str, split: str = "train", columns: Sequence[str] = (), limit
     import datasets
 
     if limit and "[" in split:
-        raise UserError(f"--data-split {split}: a slice is cut from the whole set; give it or --data-documents")
+        raise UserError(f"`data_split` {split}: a slice is cut from the whole set; give it or `data_documents`")
     id, _, configuration = spec.partition(":")
     known, document, keeps = SETS.get(id), None, ""
     if known:
         id, columns = known.id, known.columns
         configuration, document, keeps = known.choose(spec)
         name = f"{id} {configuration}" if configuration else id
-        say_once(f"--data {spec}: {name}, licence {known.licence}" + (f" ({known.note})" if known.note else ""))
+        say_once(f"`data` {spec}: {name}, licence {known.licence}" + (f" ({known.note})" if known.note else ""))
     try:
         builder = datasets.load_dataset_builder(id, configuration or None)
         if limit:
@@ -52,35 +52,35 @@ def _reading(rows: Iterable[dict], spec: str) -> Iterator[dict]:
     try:
         yield from rows
     except Exception as error:  # a connection that broke, a damaged file: each is another class
-        raise UserError(f"--data: reading {spec} broke off, try again: {one_line(error)}") from error
+        raise UserError(f"`data`: reading {spec} broke off, try again: {one_line(error)}") from error
 
 
-def why_not(spec: str, id: str, known: HubSet | None, error: Exception, option: str = "--data") -> str:
-    """What to tell a user of a set that could not be loaded, and was asked for by `option`."""
+def why_not(spec: str, id: str, known: HubSet | None, error: Exception, field: str = "data") -> str:
+    """What to tell a user of a set that could not be loaded, and was asked for by the option `field`."""
     # Of a failing preparation, the library's own error says only that it failed.
     message = one_line(error.__cause__ if "error occurred while generating" in str(error) else error)
     if "scripts are no longer supported" in message:
         instead = "wikicorpus" if "wikicorpus" in id else "a copy of it in Parquet"
-        return f"{option}: {spec} is a loading script, which the datasets library no longer runs (use {instead})"
+        return f"`{field}`: {spec} is a loading script, which the datasets library no longer runs (use {instead})"
     missing = "doesn't exist on the Hub" in message
     if "gated" in message or (missing and known and known.gated):
         return (
-            f"{option}: {spec} is gated: ask for access at https://huggingface.co/datasets/{id}, "
+            f"`{field}`: {spec} is gated: ask for access at https://huggingface.co/datasets/{id}, "
             "then run `hf auth login` or set HF_TOKEN"
         )
     if missing:
-        return f"{option}: no such file, folder or hub data set: {spec} (a private one needs `hf auth login`)"
+        return f"`{field}`: no such file, folder or hub data set: {spec} (a private one needs `hf auth login`)"
     if "Couldn't reach" in message:
         return (
-            f"{option}: {spec} is not in the cache, and the hub ({id}) cannot be reached or HF_HUB_OFFLINE is set: "
+            f"`{field}`: {spec} is not in the cache, and the hub ({id}) cannot be reached or HF_HUB_OFFLINE is set: "
             "connect once, or copy the set's files here and name their folder"
         )
     if re.search("(Unknown|Bad) split", message):
-        return f"{option}-split: {spec}: {message}"
+        return f"`{field}_split`: {spec}: {message}"
     if names := re.search(r"[Aa]vailable(?: configs.*?)?: (\[.*?\])", str(error), re.DOTALL):
         cached = " (in the cache: the hub cannot be reached)" if "in the cache" in message else ""
-        return f"{option}: {spec}: {_configurations(spec, ast.literal_eval(names[1]))}{cached}"
-    return f"{option}: {spec} is no file or folder here, and cannot be loaded from the hub: {message}"
+        return f"`{field}`: {spec}: {_configurations(spec, ast.literal_eval(names[1]))}{cached}"
+    return f"`{field}`: {spec} is no file or folder here, and cannot be loaded from the hub: {message}"
 
 
 def _configurations(spec: str, names: list[str]) -> str:

@@ -31,7 +31,7 @@ class HubSet:
         name, _, choice = spec.partition(":")
         choice = choice or self.default
         if self.choices and not choice:
-            raise UserError(f"--data: {name} needs a configuration: {name}:NAME, with one such as {self.choices}")
+            raise UserError(f"`data`: {name} needs a configuration: {name}:NAME, with one such as {self.choices}")
         if self.keeps:
             return None, partial(self.document, language=choice), self.keeps.format(choice)
         return choice, self.document, ""

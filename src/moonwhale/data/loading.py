@@ -48,16 +48,16 @@ def load_source(
     """
     columns = [columns] if isinstance(columns, str) else list(columns or [])
     if limit is not None and limit < 1:
-        raise UserError(f"--data-documents {limit}: read at least 1")
+        raise UserError(f"`data_documents` {limit}: read at least 1")
     one_task = spec.startswith("task:") and "," not in spec  # whose settings look like weights
     weights = {} if one_task else parse_mixture(spec)
     paths = {part: _local(part) for part in weights or [spec]}
     if split and None not in paths.values():
-        raise UserError(f"--data-split {split}: only hub data sets have splits, {spec} has none")
+        raise UserError(f"`data_split` {split}: only hub data sets have splits, {spec} has none")
     if columns and not any(_has_columns(*part) for part in paths.items()):
         known = SETS.get(spec.partition(":")[0])
         why = f"is read by its own (name {known.id} to choose)" if known else "has no columns (tables and hub sets do)"
-        raise UserError(f"--data-columns {','.join(columns)}: {spec} {why}")
+        raise UserError(f"`data_columns` {','.join(columns)}: {spec} {why}")
     sources = [
         demonstrations(part, limit)
         if part.startswith("task:")
@@ -103,11 +103,11 @@ def _local(spec: str) -> list[Path] | None:
     else:
         near = did_you_mean(spec.partition(":")[0], ["chitchat", "python", *SETS])
         raise UserError(
-            f"--data: no such file or folder: {spec}{near} (give a file, a folder, a glob, a hub data set owner/name, "
+            f"`data`: no such file or folder: {spec}{near} (give a file, a folder, a glob, a hub data set owner/name, "
             f"or one of chitchat, python, {', '.join(SETS)})"
         )
     if not found:
-        raise UserError(f"--data: no files in {spec}")
+        raise UserError(f"`data`: no files in {spec}")
     return sorted(found)
 
 
@@ -125,7 +125,7 @@ def _read_files(paths: list[Path], columns: list[str]) -> Iterator[Document | Le
                 raise
             skipped.append(path)
     if skipped:
-        log.warning("--data: left out %d files that are not UTF-8 text, such as %s", len(skipped), skipped[0])
+        log.warning("`data`: left out %d files that are not UTF-8 text, such as %s", len(skipped), skipped[0])
 
 
 def _read_text(path: Path) -> str:
@@ -133,13 +133,13 @@ def _read_text(path: Path) -> str:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
             data = file.read()
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"--data: cannot read {path}: {error}") from error
+        raise UserError(f"`data`: cannot read {path}: {error}") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise NotText(f"--data: {path} is not UTF-8 text (byte {error.start} is not); convert it first") from error
+        raise NotText(f"`data`: {path} is not UTF-8 text (byte {error.start} is not); convert it first") from error
     if "\0" in text:
-        raise NotText(f"--data: {path} is not text but binary data (it holds zero bytes)")
+        raise NotText(f"`data`: {path} is not text but binary data (it holds zero bytes)")
     return text
 
 
@@ -159,13 +159,13 @@ def _read_table(path: Path, kind: str, columns: list[str]) -> Iterator[Document 
     except UserError:
         raise
     except Exception as error:  # each format's parser has its own
-        raise UserError(f"--data: cannot read {path} as {kind}: {one_line(error)}") from error
+        raise UserError(f"`data`: cannot read {path} as {kind}: {one_line(error)}") from error
 
 
 def _chitchat_file() -> Path:
     package = importlib.util.find_spec("chitchat_dataset")
     if package is None:
-        raise UserError("--data chitchat needs a package: pip install chitchat-dataset==0.9.0")
+        raise UserError("`data` chitchat needs a package: pip install chitchat-dataset==0.9.0")
     return Path(package.submodule_search_locations[0]) / "dataset.json"
 
 

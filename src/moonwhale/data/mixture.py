@@ -24,12 +24,12 @@ def parse_mixture(spec: str) -> dict[str, float]:
     for part in spec.split(","):
         name, _, weight = (word.strip() for word in part.rpartition("="))
         if not name:
-            raise UserError(f"--data: {part.strip() or 'nothing'!r} in {spec} is no NAME=WEIGHT")
+            raise UserError(f"`data`: {part.strip() or 'nothing'!r} in {spec} is no NAME=WEIGHT")
         if name in parts:
-            raise UserError(f"--data: {name} stands in {spec} twice: add up its weights")
+            raise UserError(f"`data`: {name} stands in {spec} twice: add up its weights")
         parts[name] = _weight(name, weight)
     if len(parts) == 1:
-        raise UserError(f"--data: {spec} is a mixture of one: leave out the weight, or add another source")
+        raise UserError(f"`data`: {spec} is a mixture of one: leave out the weight, or add another source")
     return parts
 
 
@@ -39,7 +39,7 @@ def _weight(name: str, text: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise UserError(f"--data: the weight of {name} is {text!r}, which is not a number above 0")
+        raise UserError(f"`data`: the weight of {name} is {text!r}, which is not a number above 0")
     return weight
 
 
@@ -63,7 +63,7 @@ def _interleave(sources: Sequence[Source], weights: Sequence[float], limit: int 
         document = next(readers[turn], None)
         if document is None:
             counts = ", ".join(f"{n:,} of {source.name}" for n, source in zip(given, sources, strict=True))
-            say_once(f"--data: the mixture ends where {sources[turn].name} does, with these documents: {counts}")
+            say_once(f"`data`: the mixture ends where {sources[turn].name} does, with these documents: {counts}")
             break
         given[turn] += 1
         yield document

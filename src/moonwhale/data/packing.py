@@ -159,7 +159,7 @@ def prepare_whole(
 
 def _shards(source: Source, tokenizer, context: int, cache_dir, verify: bool = False) -> Shards:
     if context < 2:
-        raise UserError(f"--context {context}: a row needs at least 2 tokens, one to predict from the other")
+        raise UserError(f"`context` {context}: a row needs at least 2 tokens, one to predict from the other")
     return build_shards(source, tokenizer, cache_dir, verify)
 
 
@@ -183,7 +183,7 @@ def _split_by_position(
 ) -> tuple[PackedDataset, PackedDataset]:
     n_tokens = int(shards.documents["tokens"][0])
     if n_tokens < 4:
-        raise UserError(f"--data: {shards.index['source']} is too short: {n_tokens} tokens in all")
+        raise UserError(f"`data`: {shards.index['source']} is too short: {n_tokens} tokens in all")
     log.warning("only one distinct document: the last %.0f %% of it is held out", 100 * fraction)
     cut = min(max(round(n_tokens * (1 - fraction)), 2), n_tokens - 2)
     n_bytes = int(shards.documents["bytes"][0])

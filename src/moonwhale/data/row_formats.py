@@ -34,7 +34,7 @@ def read_rows(
         missing = [column for column in columns if column not in row]
         if missing or not columns:
             asked = f"no column {','.join(missing)}" if columns else "no column of messages or text"
-            raise UserError(f"--data-columns: {where} has {asked}; it has {', '.join(row)}")
+            raise UserError(f"`data_columns`: {where} has {asked}; it has {', '.join(row)}")
         try:
             made = document(row) if document else text_or_chat(row, columns)
         except BadRow as bad:

@@ -54,7 +54,7 @@ def load_conversations(
         raise error.__cause__ or error from None
     hashes = np.array(rows["hash"], np.uint64)
     if len(np.unique(hashes)) < 2:
-        raise UserError(f"--data: {source.name} holds fewer than two different conversations: give more")
+        raise UserError(f"`data`: {source.name} holds fewer than two different conversations: give more")
     aside = held_out_of(hashes, HELD_OUT)
     rows = rows.remove_columns("hash")
     return rows.select(np.flatnonzero(~aside)), rows.select(np.flatnonzero(aside))
@@ -66,8 +66,8 @@ def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict
         while batch := list(itertools.islice(documents, BATCH)):
             if any(isinstance(document, str) for document in batch):
                 raise UserError(
-                    f"--data: {source.name} holds text, not conversations: fine-tuning needs a column of messages "
-                    "(name it by --data-columns), or train on text by `moonwhale train`"
+                    f"`data`: {source.name} holds text, not conversations: fine-tuning needs a column of messages "
+                    "(name it by `data_columns`), or train on text by `moonwhale train`"
                 )
             for document, (ids, answered) in zip(batch, encode_answers(tokenizer, batch), strict=True):
                 if answered.any():

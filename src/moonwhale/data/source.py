@@ -59,18 +59,18 @@ class Tally:
         self._judge(self.rows)
         if self.bad:
             reasons = "; ".join(f"{n:,} with {why} ({self.examples[why]})" for why, n in self.bad.most_common())
-            say_once(f"--data: left out {self.bad.total():,} of {self.rows:,} rows of {self.name}: {reasons}")
+            say_once(f"`data`: left out {self.bad.total():,} of {self.rows:,} rows of {self.name}: {reasons}")
         if self.filtered:
-            say_once(f"--data: {self.name} keeps {self.keeps}: {self.filtered:,} of {self.rows:,} rows are not")
+            say_once(f"`data`: {self.name} keeps {self.keeps}: {self.filtered:,} of {self.rows:,} rows are not")
 
     def _judge(self, rows: int) -> None:
         bad = self.bad.total()
         if bad > MAX_BAD_SHARE * rows:
             ((why, _),) = self.bad.most_common(1)
             raise UserError(
-                f"--data: {bad:,} of {self.rows:,} rows of {self.name} ({bad / self.rows:.1%}) cannot be read, mostly "
+                f"`data`: {bad:,} of {self.rows:,} rows of {self.name} ({bad / self.rows:.1%}) cannot be read, mostly "
                 f"those with {why} ({self.examples[why]}): mend them, or read other columns or another split with "
-                f"--data-columns, --data-split (up to {MAX_BAD_SHARE:.0%} are left out)"
+                f"`data_columns`, `data_split` (up to {MAX_BAD_SHARE:.0%} are left out)"
             )
 
 
@@ -109,7 +109,7 @@ class Source:
         if not found:
             tally.close()
             reason = "none of its rows is that" if tally.filtered else "it is empty, or all its documents are"
-            raise UserError(f"--data: there is no text in {self.name} ({self.keeps and self.keeps + ': '}{reason})")
+            raise UserError(f"`data`: there is no text in {self.name} ({self.keeps and self.keeps + ': '}{reason})")
 
     @property
     def slug(self) -> str:

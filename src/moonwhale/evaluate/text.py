@@ -82,6 +82,6 @@ def score_text(
             n_bytes += int(lengths[targets[targets != IGNORE]].sum())
             bar.update(len(targets))
     if not n_bytes:
-        raise UserError("--data: there is no text to predict in these rows: give more of it, or a larger --context")
+        raise UserError("`data`: there is no text to predict in these rows: give more of it, or a larger `context`")
     means = [(part / counts.clamp(min=1)).tolist() for part in (nll, right)]
     return TextScore(len(rows), int(counts[0]), n_bytes, *means)

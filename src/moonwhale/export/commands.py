@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out: {out} exists and is not an empty folder: name a new one, nothing is overwritten")
+        raise UserError(f"`out`: {out} exists and is not an empty folder: name a new one, nothing is overwritten")
 
     import torch
 
@@ -76,7 +76,7 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     config = model.config
     notes = _without_moba(folder, config, config.num_blocks)
     if config.scoring_func != "sigmoid":
-        raise UserError(f"{folder}: DeepSeek-V3's router scores by sigmoid, not {config.scoring_func}: --to code")
+        raise UserError(f"{folder}: DeepSeek-V3's router scores by sigmoid, not {config.scoring_func}: `to` code")
     weights, n = model.state_dict(), config.num_hidden_layers
     modules = config.num_nextn_predict_layers
     if any(blocks > 1 for blocks in config.mtp_blocks):
@@ -124,7 +124,7 @@ def to_gguf(folder: Path, out: Path, dtype) -> list[str]:
 def _without_moba(folder: Path, config, blocks: int) -> list[str]:
     """A line on what full attention in the first `blocks` blocks changes, if it does. Refuses a convolution on keys."""
     if config.moba_key_conv:
-        raise UserError(f"{folder}: DeepSeek-V3's format has no convolution on keys (moba_key_conv is set): --to code")
+        raise UserError(f"{folder}: DeepSeek-V3's format has no convolution on keys (moba_key_conv is set): `to` code")
     covered = config.moba_topk * config.moba_block_size
     if covered >= config.max_position_embeddings or not any(map(config.is_moba_layer, range(blocks))):
         return []

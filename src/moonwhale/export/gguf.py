@@ -19,7 +19,7 @@ from moonwhale.errors import UserError
 try:
     import gguf
 except ModuleNotFoundError as error:
-    raise UserError('--to gguf needs a package: pip install "moonwhale[gguf]"') from error
+    raise UserError('`to` gguf needs a package: pip install "moonwhale[gguf]"') from error
 
 ARCH = gguf.MODEL_ARCH.DEEPSEEK2
 DIGIT = r"\p{N}"
@@ -81,7 +81,7 @@ def _require_runnable(folder: Path, config) -> None:
         "YaRN by a factor of 1 or less": rope["rope_type"] == "yarn" and rope["factor"] <= 1,
     }.items():
         if there:
-            raise UserError(f"{folder}: llama.cpp's deepseek2 has no {fault}: --to code")
+            raise UserError(f"{folder}: llama.cpp's deepseek2 has no {fault}: `to` code")
 
 
 def _add_dimensions(writer, config) -> None:

@@ -103,11 +103,11 @@ class Engine:
         Raises UserError as `open_checkpoint` and `precision.choose`, and for int8 off the CPU.
         """
         if precision not in ("auto", "fp32", "bf16", "int8"):
-            raise UserError(f"--precision: unknown precision {precision!r} (give auto, fp32, bf16 or int8)")
+            raise UserError(f"`precision`: unknown precision {precision!r} (give auto, fp32, bf16 or int8)")
         int8 = precision == "int8"
         choice = precisions.choose(device, "bf16" if int8 else precision)
         if int8 and choice.device.type != "cpu":
-            raise UserError(f"--precision: int8 is for CPUs, not for {choice.device} (give bf16, or --device cpu)")
+            raise UserError(f"`precision`: int8 is for CPUs, not for {choice.device} (give bf16, or `device` cpu)")
         if precision == "auto" and choice.device.type == "cpu":
             weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
             choice = precisions.choose(device, "fp32") if weights < CACHE else choice

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
         config = build_model_config(run)
     else:
         config = read_config(arguments.target, overrides)
-    context = positive(arguments.context, "--context") if arguments.context else config.max_position_embeddings
-    figures = gather(config, context, positive(arguments.batch, "--batch"), run)
+    context = positive(arguments.context, "`context`") if arguments.context else config.max_position_embeddings
+    figures = gather(config, context, positive(arguments.batch, "`batch`"), run)
     print(json.dumps(figures, indent=2) if arguments.json else table(arguments.target, figures))
     return 0
 

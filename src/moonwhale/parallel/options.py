@@ -52,17 +52,17 @@ class Parallel:
     def __post_init__(self):
         for name in ("pp", "ep", "timeout"):
             if getattr(self, name) < 1:
-                raise UserError(f"--parallel.{name}: {getattr(self, name)} is impossible: it must be at least 1")
+                raise UserError(f"`parallel.{name}`: {getattr(self, name)} is impossible: it must be at least 1")
         if self.schedule not in SCHEDULES:
             near = did_you_mean(self.schedule, SCHEDULES)
-            raise UserError(f"--parallel.schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}{near}")
+            raise UserError(f"`parallel.schedule`: {self.schedule!r} is none of {', '.join(SCHEDULES)}{near}")
         if SCHEDULES[self.schedule].mirrored and self.pp > 1 and self.pp % 2:
             raise UserError(
-                f"--parallel.pp: {self.schedule} runs two copies against each other, so {self.pp} ranks are "
-                f"impossible: give {self.pp - 1} or {self.pp + 1}, or --parallel.schedule dualpipev"
+                f"`parallel.pp`: {self.schedule} runs two copies against each other, so {self.pp} ranks are "
+                f"impossible: give {self.pp - 1} or {self.pp + 1}, or `parallel.schedule` dualpipev"
             )
         if self.fsdp and self.ep > 1:
-            raise UserError("--parallel.fsdp: weights in parts don't go with shared experts: leave --parallel.ep out")
+            raise UserError("`parallel.fsdp`: weights in parts don't go with shared experts: leave `parallel.ep` out")
 
     @property
     def cuts(self) -> bool:
@@ -77,10 +77,10 @@ class Parallel:
     def check_experts(self, experts: int) -> None:
         """Of how many routed experts the model's layers have, 0 if no layer has any."""
         if self.ep > 1 and not experts:
-            raise UserError("--parallel.ep: the model has no experts to share: leave it out")
+            raise UserError("`parallel.ep`: the model has no experts to share: leave it out")
         if experts % self.ep:
             near = _divisors_near(experts, self.ep)
-            raise UserError(f"--parallel.ep: {experts} experts can't be shared by {self.ep} ranks: give {near}")
+            raise UserError(f"`parallel.ep`: {experts} experts can't be shared by {self.ep} ranks: give {near}")
 
     def micro_batches(self, count: int, copies: int, tokens: int, what: str) -> int:
         """How many of a step's `count` micro-batches of so many `tokens` each of `copies` pipelines computes; `what`
@@ -97,7 +97,7 @@ class Parallel:
                 + f", {copies} times," * (copies > 1 and self.pp > 1)
                 + f" needs at least {least}"
                 + f" and a multiple of {lots}" * (lots > 1)
-                + f": give {enough}, or a smaller --batch-size"
+                + f": give {enough}, or a smaller `batch_size`"
             )
         return count // copies
 
@@ -107,18 +107,18 @@ class Parallel:
         if rest or not copies:
             nearest = " or ".join(str(n * self.pp) for n in (copies, copies + 1) if n)
             raise UserError(
-                f"--parallel.pp: pipelines of {self.pp} ranks can't be made of {world} process{'es' * (world > 1)}: "
+                f"`parallel.pp`: pipelines of {self.pp} ranks can't be made of {world} process{'es' * (world > 1)}: "
                 f"start torchrun --nproc-per-node {nearest}" + ", or give --parallel.pp 1" * (world == 1)
             )
         if copies % self.ep:
             nearest = " or ".join(str(n * self.ep * self.pp) for n in (copies // self.ep, copies // self.ep + 1) if n)
             raise UserError(
-                f"--parallel.ep: {self.ep} copies of the model are to share experts, which can't be made of {copies}: "
+                f"`parallel.ep`: {self.ep} copies of the model are to share experts, which can't be made of {copies}: "
                 f"give {_divisors_near(copies, self.ep)}, or start torchrun --nproc-per-node {nearest}"
             )
         if self.fsdp and copies == 1 and not (self.pp > 1 and SCHEDULES[self.schedule].mirrored):
             raise UserError(
-                f"--parallel.fsdp: with {world} process{'es' * (world > 1)} and --parallel.pp {self.pp} no weight is "
+                f"`parallel.fsdp`: with {world} process{'es' * (world > 1)} and `parallel.pp` {self.pp} no weight is "
                 f"held twice: start torchrun --nproc-per-node {2 * self.pp}, or leave --parallel.fsdp out"
             )
         return copies

@@ -63,7 +63,7 @@ class Ranks:
         whom = f"rank {' and '.join(map(str, silent))} no longer answers" if silent else "a connection broke"
         return (
             f"rank {self.rank}: stopped in step {step}, since {whom} ({one_line(cause)[:120]}): go on from the last "
-            "checkpoint with --resume"
+            "checkpoint with `resume`"
         )
 
     def _silent(self, seconds: float = 3.0) -> list[int]:
@@ -147,6 +147,6 @@ def _agree(settings: dict, control: dist.ProcessGroup) -> None:
         for name in first | other:
             if first.get(name) != other.get(name):
                 raise UserError(
-                    f"--{name}: rank {rank} was started with {other.get(name)!r}, rank 0 with {first.get(name)!r}: "
+                    f"`{name}`: rank {rank} was started with {other.get(name)!r}, rank 0 with {first.get(name)!r}: "
                     "start all ranks with the same options"
                 )

@@ -49,8 +49,8 @@ def cut(config, n_stages: int, context: int) -> list[Part]:
     n_blocks = config.num_hidden_layers
     if n_stages > n_blocks:
         raise UserError(
-            f"--model.num_hidden_layers: {n_blocks} blocks can't be cut into {n_stages} stages: give at least "
-            f"{n_stages}, or a smaller --parallel.pp"
+            f"`model.num_hidden_layers`: {n_blocks} blocks can't be cut into {n_stages} stages: give at least "
+            f"{n_stages}, or a smaller `parallel.pp`"
         )
     flops = part_flops(config, context)
     modules = config.num_nextn_predict_layers

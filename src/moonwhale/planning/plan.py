@@ -57,21 +57,21 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.gpu not in GPUS:
         near = did_you_mean(arguments.gpu, GPUS)
-        raise UserError(f"--gpu: {arguments.gpu!r} is none of {', '.join(GPUS)}{near}; --memory and so on say the rest")
-    gpus = positive(arguments.gpus, "--gpus")
+        raise UserError(f"`gpu`: {arguments.gpu!r} is none of {', '.join(GPUS)}{near}; `memory` and so on say the rest")
+    gpus = positive(arguments.gpus, "`gpus`")
     known = asdict(GPUS[arguments.gpu]) | {"utilization": UTILIZATION}
-    figures = {name: _number(getattr(arguments, name), f"--{name}", value) for name, value in known.items()}
+    figures = {name: _number(getattr(arguments, name), f"`{name}`", value) for name, value in known.items()}
     if figures["utilization"] > 1:
-        raise UserError(f"--utilization: {figures['utilization']:g} is impossible: it lies in (0, 1]")
+        raise UserError(f"`utilization`: {figures['utilization']:g} is impossible: it lies in (0, 1]")
     given = {
-        name: positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+        name: positive(getattr(arguments, name), f"`{name}`")
         for name in ("context", "batch_size", "tokens_per_step")
         if getattr(arguments, name) is not None
     }
     model = options.check(TrainConfig, overrides, "--", from_text=True).get("model", {})
     run = resolve(given | {"preset": arguments.preset, "model": model})
     plans = rank(run, gpus, figures)
-    shown = plans[: positive(arguments.layouts, "--layouts")]
+    shown = plans[: positive(arguments.layouts, "`layouts`")]
     if arguments.json:
         print(json.dumps({"gpus": gpus, "preset": run.preset, **figures, "layouts": shown}, indent=2))
     else:
@@ -140,8 +140,8 @@ def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
         rows = run.tokens_per_step // run.context
         near = max(n for n in range(1, gpus + 1) if rows % n == 0)
         raise UserError(
-            f"--gpus: {run.tokens_per_step:,} tokens a step are {rows} rows of {run.context}, which {gpus} GPUs can't "
-            f"share: give --gpus {near} or --tokens-per-step {-(-rows // gpus) * gpus * run.context}"
+            f"`gpus`: {run.tokens_per_step:,} tokens a step are {rows} rows of {run.context}, which {gpus} GPUs can't "
+            f"share: give `gpus` {near} or `tokens_per_step` {-(-rows // gpus) * gpus * run.context}"
         )
     chosen = [_choose(sizes) for sizes in best.values()]
     return sorted(chosen, key=lambda p: (not p["fits"], p["seconds"] if p["fits"] else p["memory"]["memory"]))

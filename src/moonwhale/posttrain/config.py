@@ -1,6 +1,5 @@
 """What `moonwhale sft` and `moonwhale grpo` share: options of post-training, and how they become a run."""
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +97,6 @@ class PostTraining:
 
     def begin(self) -> Path | None:
         """Checks the run's folder and quietens the libraries. Returns the checkpoint to go on from, if there is one."""
-        logging.basicConfig(format="%(message)s")
         if is_main_process():
             run_folder.check_folder(self, lambda run_file: parse(type(self), ["--config", run_file], ""))
         checkpoint = run_folder.newest_checkpoint(self.out) if self.resume else None

@@ -67,7 +67,7 @@ class GRPOOptions(PostTraining):
             require(self, name, (getattr(self, name) or 0) >= 0, "it must not be negative")
         self.accumulation()
         if self.questions < self.questions_per_step:
-            raise UserError(f"--questions: {self.questions} are fewer than --questions-per-step: give at least those")
+            raise UserError(f"`questions`: {self.questions} are fewer than `questions_per_step`: give at least those")
 
     def accumulation(self, world: int = 1) -> int:
         """Micro-batches of an optimizer step on each of `world` devices."""
@@ -75,10 +75,10 @@ class GRPOOptions(PostTraining):
         if answers % at_once:
             fits = [n for n in range(1, answers // world + 1) if answers % (n * world) == 0]
             nearest = min(fits, key=lambda n: abs(n - self.batch_size), default=None)
-            advice = f"give --batch-size {nearest}" if nearest else f"give --questions-per-step {world}"
+            advice = f"give `batch_size` {nearest}" if nearest else f"give `questions_per_step` {world}"
             raise UserError(
-                f"--batch-size: {self.batch_size} x {world} device(s) does not divide the {answers} answers of a step "
-                f"(--group-size {self.group_size} x --questions-per-step {self.questions_per_step}): {advice}"
+                f"`batch_size`: {self.batch_size} x {world} device(s) does not divide the {answers} answers of a step "
+                f"(`group_size` {self.group_size} x `questions_per_step` {self.questions_per_step}): {advice}"
             )
         return answers // at_once
 

@@ -36,14 +36,14 @@ def load_rewards(spec: Sequence[str], task: Task, problems: Sequence[Problem]) -
         try:
             weights.append(float(weight or 1))
         except ValueError:
-            raise UserError(f"--rewards: the weight of {name} is {weight!r}, which is not a number") from None
+            raise UserError(f"`rewards`: the weight of {name} is {weight!r}, which is not a number") from None
         if not math.isfinite(weights[-1]):
-            raise UserError(f"--rewards: the weight of {name} is {weight!r}: give a finite number")
+            raise UserError(f"`rewards`: the weight of {name} is {weight!r}: give a finite number")
         if name in [reward.__name__ for reward in rewards]:
-            raise UserError(f"--rewards: {name} stands there twice: add up its weights")
+            raise UserError(f"`rewards`: {name} stands there twice: add up its weights")
         rewards.append(_checked(name, _find(name, task, problems)))
     if not rewards:
-        raise UserError(f"--rewards: give at least one of {', '.join(OURS)}, or module:function")
+        raise UserError(f"`rewards`: give at least one of {', '.join(OURS)}, or module:function")
     return rewards, weights
 
 
@@ -60,7 +60,7 @@ def _find(name: str, task: Task, problems: Sequence[Problem]) -> Reward:
     if ":" not in name:
         if name not in ours:
             near = did_you_mean(name, OURS)
-            raise UserError(f"--rewards: {name!r} is none of {', '.join(OURS)}{near}, nor a module:function")
+            raise UserError(f"`rewards`: {name!r} is none of {', '.join(OURS)}{near}, nor a module:function")
         return ours[name]
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` would have it
@@ -68,9 +68,9 @@ def _find(name: str, task: Task, problems: Sequence[Problem]) -> Reward:
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module does when it is imported
-        raise UserError(f"--rewards: cannot import {name}: {one_line(error)}") from error
+        raise UserError(f"`rewards`: cannot import {name}: {one_line(error)}") from error
     if not callable(found) or inspect.iscoroutinefunction(found):
-        raise UserError(f"--rewards: {name} is no plain function")
+        raise UserError(f"`rewards`: {name} is no plain function")
     return found
 
 
@@ -83,13 +83,13 @@ def _checked(name: str, reward: Reward) -> Reward:
             values = reward(**given)
         except Exception as error:
             at = _culprit(reward, given, len(prompts))
-            raise UserError(f"--rewards: {name} raised {_kind(error)} {_on(prompts, completions, at)}") from error
+            raise UserError(f"`rewards`: {name} raised {_kind(error)} {_on(prompts, completions, at)}") from error
         if not isinstance(values, list | tuple) or len(values) != len(prompts):
-            raise UserError(f"--rewards: {name} must return a list of {len(prompts)} numbers, one for each completion")
+            raise UserError(f"`rewards`: {name} must return a list of {len(prompts)} numbers, one for each completion")
         for at, value in enumerate(values):
             # None says that the reward does not apply, which TRL knows.
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-                raise UserError(f"--rewards: {name} returned {value!r} {_on(prompts, completions, at)}")
+                raise UserError(f"`rewards`: {name} returned {value!r} {_on(prompts, completions, at)}")
         return list(values)
 
     checked.__name__ = name  # which TRL logs

@@ -1,7 +1,6 @@
 """`moonwhale sample`: a model's own right answers, to fine-tune on (R1's rejection sampling, §2.3.3)."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class SampleOptions:
         if self.checkpoint is None:
             raise UserError("CHECKPOINT: name the folder of the model that answers")
         if self.out is None or not self.out.endswith(".jsonl"):
-            raise UserError(f"--out: {self.out!r} is no .jsonl file: name one for the conversations")
+            raise UserError(f"`out`: {self.out!r} is no .jsonl file: name one for the conversations")
         for name in AT_LEAST_ONE:
             require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
@@ -59,9 +58,8 @@ def sample(config: SampleOptions) -> None:
     Raises:
         UserError: one line, for anything the user can put right; no answer was right.
     """
-    logging.basicConfig(format="%(message)s")
     if Path(config.out).exists():
-        raise UserError(f"--out: {config.out} is there already: name a new file")
+        raise UserError(f"`out`: {config.out} is there already: name a new file")
 
     from tqdm import tqdm
 
@@ -83,7 +81,7 @@ def sample(config: SampleOptions) -> None:
     n = sum(map(len, kept))
     if not n:
         raise UserError(
-            f"--task: {config.checkpoint} answered none of {len(problems)} questions rightly: train it more"
+            f"`task`: {config.checkpoint} answered none of {len(problems)} questions rightly: train it more"
         )
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)

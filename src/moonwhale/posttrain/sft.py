@@ -77,7 +77,7 @@ def sft(config: SFTOptions) -> None:
     context = config.context or model.config.max_position_embeddings
     if context > model.config.max_position_embeddings:
         raise UserError(
-            f"--context: {context} is longer than the model's context of {model.config.max_position_embeddings}: "
+            f"`context`: {context} is longer than the model's context of {model.config.max_position_embeddings}: "
             "give at most that"
         )
     source = load_source(config.data, config.data_split, config.data_columns, config.data_documents)
@@ -88,8 +88,8 @@ def sft(config: SFTOptions) -> None:
     steps = config.steps or max(1, round(config.epochs * len(rows) / of_step))
     if len(rows) < config.batch_size * world:
         raise UserError(
-            f"--batch-size: {config.batch_size * world} rows are computed at once, but the conversations fill only "
-            f"{len(rows)} rows of --context {context}: lower the one or the other, or give more --data"
+            f"`batch_size`: {config.batch_size * world} rows are computed at once, but the conversations fill only "
+            f"{len(rows)} rows of `context` {context}: lower the one or the other, or give more `data`"
         )
     out = Path(config.out)
     say(f"{'model':<11}{config.checkpoint}" + (f", LoRA of rank {config.lora_rank}" if config.lora_rank else ""))

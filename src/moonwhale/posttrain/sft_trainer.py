@@ -72,7 +72,7 @@ def lora(model, rank: int, modules: Sequence[str]):
     try:
         from peft import LoraConfig
     except ImportError:
-        raise UserError('--lora-rank needs the package peft: pip install "moonwhale[rl]"') from None
+        raise UserError('`lora_rank` needs the package peft: pip install "moonwhale[rl]"') from None
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[name for name in modules if name in there])
 

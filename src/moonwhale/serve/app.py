@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import re
 import socket
 import sys
 import time
@@ -137,8 +138,8 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def _(_, error: UserError):
         message = str(error)
-        param = message.partition(":")[0].removeprefix("--").replace("-", "_") if message.startswith("--") else None
-        return JSONResponse(APIError(400, message.removeprefix("--"), param=param).body, 400)
+        field = re.match(r"`([\w.]+)`", message)
+        return JSONResponse(APIError(400, message.replace("`", ""), param=field and field[1]).body, 400)
 
     @app.exception_handler(RequestValidationError)
     async def _(_, error: RequestValidationError):

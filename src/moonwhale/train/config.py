@@ -102,16 +102,16 @@ class TrainConfig:
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
         decay = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
         left, less = self.steps - decay, f" less {decay} of decay" if decay else ""
-        room = f"--steps {self.steps}{less} leave {left} for warm-up"
+        room = f"`steps` {self.steps}{less} leave {left} for warm-up"
         require(self, "warmup_steps", self.warmup_steps <= left, room)
         require(self, "mtp_loss_weight_final", (self.mtp_loss_weight_final or 0) >= 0, "it must not be negative")
         self.accumulation()
         if self.split.pp > 1 and self.compile:
-            raise UserError("--compile: a pipeline can't split a compiled backward pass: leave it out")
+            raise UserError("`compile`: a pipeline can't split a compiled backward pass: leave it out")
         if self.split.ep > 1 and self.compile:
-            raise UserError("--compile: experts on several ranks can't be compiled: leave it out")
+            raise UserError("`compile`: experts on several ranks can't be compiled: leave it out")
         if self.split.fsdp and self.compile:
-            raise UserError("--compile: compiled blocks don't gather their weights: leave it or --parallel.fsdp out")
+            raise UserError("`compile`: compiled blocks don't gather their weights: leave it or `parallel.fsdp` out")
         self.micro_batches()
 
     @property
@@ -120,8 +120,8 @@ class TrainConfig:
 
     def micro_batches(self, copies: int = 1) -> int:
         """Micro-batches that each of a pipeline's `copies` computes in a step."""
-        what = f"--tokens-per-step: {self.tokens_per_step} is {self.accumulation()} micro-batches of --batch-size "
-        what += f"{self.batch_size} x --context {self.context}"
+        what = f"`tokens_per_step`: {self.tokens_per_step} is {self.accumulation()} micro-batches of `batch_size` "
+        what += f"{self.batch_size} x `context` {self.context}"
         return self.split.micro_batches(self.accumulation(), copies, self.batch_size * self.context, what)
 
     def accumulation(self, world: int = 1) -> int:
@@ -132,8 +132,8 @@ class TrainConfig:
             nearest = " or ".join(str(n * at_once) for n in (count, count + 1) if n)
             devices = f" x {world} devices" if world > 1 else ""
             raise UserError(
-                f"--tokens-per-step: {self.tokens_per_step} is no multiple of --batch-size {self.batch_size} x "
-                f"--context {self.context}{devices} = {at_once} tokens: give {nearest}"
+                f"`tokens_per_step`: {self.tokens_per_step} is no multiple of `batch_size` {self.batch_size} x "
+                f"`context` {self.context}{devices} = {at_once} tokens: give {nearest}"
             )
         return count
 
@@ -171,8 +171,8 @@ def resolve(given: dict, path: str | None = None) -> TrainConfig:
     filed = options.read_yaml(path, TrainConfig) if path else {}
     if "preset" in filed and given.get("preset", filed["preset"]) != filed["preset"]:
         raise UserError(
-            f"--preset: {given['preset']!r} contradicts {path}, whose values come from preset {filed['preset']!r}: "
-            "leave --preset out, or take `preset` and the values it should decide out of the file"
+            f"`preset`: {given['preset']!r} contradicts {path}, whose values come from preset {filed['preset']!r}: "
+            "leave `preset` out, or take `preset` and the values it should decide out of the file"
         )
     preset = get_preset(given.get("preset", filed.get("preset", TrainConfig.preset)))
     return TrainConfig(**options.merge(preset.train, {"model": preset.model}, filed, given))
@@ -194,16 +194,17 @@ def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: in
     size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
     if isinstance(size, int) and 0 < size < vocab_size:
         raise UserError(
-            f"--model.vocab_size: {size} is smaller than the tokenizer's {vocab_size}: "
-            f"give at least that, e.g. --model.vocab_size {-(-vocab_size // 64) * 64}"
+            f"`model.vocab_size`: {size} is smaller than the tokenizer's {vocab_size}: "
+            f"give at least that, e.g. `model.vocab_size` {-(-vocab_size // 64) * 64}"
         )
     try:
         model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | token_ids | config.model)
     except ValueError as error:
-        raise UserError(f"--model.{error}") from error
+        field, _, why = str(error).partition("=")
+        raise UserError(f"`model.{field}`={why}") from error
     if model.max_position_embeddings < config.context:
         raise UserError(
-            f"--context: {config.context} is longer than --model.max_position_embeddings "
+            f"`context`: {config.context} is longer than `model.max_position_embeddings` "
             f"{model.max_position_embeddings}: raise the one or lower the other"
         )
     return model

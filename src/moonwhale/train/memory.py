@@ -45,8 +45,8 @@ def estimate(model_config, run, device: torch.device, number_bytes: int) -> str:
     whole, activations = sum(needed.values()), needed["activations"]
     if whole - activations > free:
         raise UserError(
-            f"--device: weights, gradients and optimizer take {in_bytes(whole - activations)}, and {device} has "
-            f"{in_bytes(free)} left: train a smaller --preset or --model.FIELD, or on a larger device"
+            f"`device`: weights, gradients and optimizer take {in_bytes(whole - activations)}, and {device} has "
+            f"{in_bytes(free)} left: train a smaller `preset` or `model.FIELD`, or on a larger device"
         )
     line = f"memory     about {in_bytes(whole)} of the {in_bytes(free)} that {device} has left"
     return line if whole <= free else f"{line}: it may not suffice ({_smaller(run)})"
@@ -65,7 +65,7 @@ def explained(run, device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"{device} is out of memory with --batch-size {run.batch_size} rows: {_smaller(run)}"
+            f"{device} is out of memory with `batch_size` {run.batch_size} rows: {_smaller(run)}"
         ) from error
 
 
@@ -78,9 +78,9 @@ def _smaller(run) -> str:
     """What of a run's options would take less."""
     advice = []
     if run.batch_size > 1:
-        advice.append(f"--batch-size {run.batch_size // 2}")
+        advice.append(f"`batch_size` {run.batch_size // 2}")
     if not run.gradient_checkpointing:
-        advice.append("--gradient-checkpointing")
+        advice.append("`gradient_checkpointing`")
     if hasattr(run, "context"):
-        advice.append("a shorter --context")
+        advice.append("a shorter `context`")
     return f"give {', '.join(advice)}, or a smaller model" if advice else "train a smaller model"

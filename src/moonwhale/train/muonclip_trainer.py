@@ -98,7 +98,7 @@ class MuonClipTraining:
                     raise UserError(
                         f"step {step}: the {what} is {value}; "
                         + (f"the last good checkpoint is {good}" if good else "no checkpoint was written yet")
-                        + ": train into another --out with a lower --lr or --grad-clip"
+                        + ": train into another `out` with a lower `lr` or `grad_clip`"
                     )
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:

@@ -1,7 +1,6 @@
 """`moonwhale train`: from options to a trained checkpoint folder."""
 
 import hashlib
-import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,6 @@ def train(config: TrainConfig) -> None:
     main_process, world, split = is_main_process(), world_size(), config.split
     pipelined = split.cuts
     micro_batches = config.micro_batches(split.copies(world)) if pipelined else None
-    logging.basicConfig(format="%(message)s")
     if main_process:
         run_folder.check_folder(config, lambda run_file: resolve({}, run_file))
     checkpoint = run_folder.newest_checkpoint(config.out) if config.resume else None
@@ -84,8 +82,8 @@ def train(config: TrainConfig) -> None:
     data = build_data(config.data, *hub, config.tokenizer, vocab_size, config.context, limit=config.data_documents)
     if len(data.train) < config.batch_size * shares:
         raise UserError(
-            f"--batch-size: {config.batch_size * shares} rows are computed at once, but the text fills only "
-            f"{len(data.train)} rows of --context {config.context}: lower the one or the other, or give more --data"
+            f"`batch_size`: {config.batch_size * shares} rows are computed at once, but the text fills only "
+            f"{len(data.train)} rows of `context` {config.context}: lower the one or the other, or give more `data`"
         )
     ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model_config = build_model_config(config, len(data.tokenizer), **ids)
@@ -137,8 +135,8 @@ def _check_data(data, out: Path, config: TrainConfig) -> None:
         options.write_whole(record, f"{data.describe()}\nchecksum   {checksum}\n")
     elif checksum not in record.read_text(encoding="utf-8"):
         raise UserError(
-            f"--data: {config.data}, or its tokenizer, has changed since the run in {out} began (see {record}): "
-            "bring it back, or train into another --out"
+            f"`data`: {config.data}, or its tokenizer, has changed since the run in {out} began (see {record}): "
+            "bring it back, or train into another `out`"
         )
 
 
@@ -148,7 +146,7 @@ def _trainer_arguments(config: TrainConfig, choice, world: int):
 
     if choice.device.index and world == 1:
         raise UserError(
-            f"--device: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
+            f"`device`: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
             f"{choice.device.index} in the environment"
         )
     decay = round(config.steps * config.decay_fraction)
@@ -183,7 +181,7 @@ def compile_blocks(model, device) -> None:
     from moonwhale.precision import why_not_compile
 
     if why := why_not_compile(device):
-        raise UserError(f"--compile: {why}, or leave it out")
+        raise UserError(f"`compile`: {why}, or leave it out")
     for module in model.modules():
         if device.type == "cpu" and isinstance(module, MultiheadLatentAttention | Experts):
             module.forward = torch.compiler.disable(module.forward)

@@ -34,24 +34,24 @@ def check_folder(config, read: Callable[[str], object]) -> None:
     """
     out, run_file = Path(config.out), Path(config.out) / RUN_FILE
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file: name a folder")
+        raise UserError(f"`out`: {out} is a file: name a folder")
     if not run_file.exists():
         if out.exists() and any(not path.name.startswith(f".{RUN_FILE}") for path in out.iterdir()):
-            raise UserError(f"--out: {out} holds files that are not a run's: name a new or an empty folder")
+            raise UserError(f"`out`: {out} holds files that are not a run's: name a new or an empty folder")
         return
     if not config.resume:
-        raise UserError(f"--out: {out} already holds a run: go on with it by --resume, or name another folder")
+        raise UserError(f"`out`: {out} already holds a run: go on with it by `resume`, or name another folder")
     now, before = learned(config), learned(read(str(run_file)))
     for name in now | before:
         if now.get(name) != before.get(name):
             raise UserError(
-                f"--{name}: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
-                "with: leave it out to go on, or name another --out"
+                f"`{name}`: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
+                "with: leave it out to go on, or name another `out`"
             )
 
 
 def learned(config, also: tuple[str, ...] = ()) -> dict:
-    """The options that decide what is learned, `also` some others, as they are named on the command line."""
+    """The options that decide what is learned, `also` some others, by field, or FIELD.KEY."""
     values = {}
     for name, value in vars(config).items():
         if name in FREE_TO_CHANGE.difference(also):
@@ -59,7 +59,7 @@ def learned(config, also: tuple[str, ...] = ()) -> dict:
         if isinstance(value, dict):
             values |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
-            values[name.replace("_", "-")] = value
+            values[name] = value
     return values
 
 
@@ -131,7 +131,7 @@ def newest_checkpoint(out: str) -> Path | None:
 
     checkpoint = newest_whole(out)
     if checkpoint is None and list_checkpoints(out):
-        raise UserError(f"--resume: every checkpoint in {out} is damaged (see above): train anew into another --out")
+        raise UserError(f"`resume`: every checkpoint in {out} is damaged (see above): train anew into another `out`")
     return checkpoint
 
 
