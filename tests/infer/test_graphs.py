@@ -174,7 +174,7 @@ def test_a_cache_of_another_size_is_recorded_anew(model, taped):
 
 
 def test_a_tape_that_knows_its_positions_is_caught(model, taped, monkeypatch):
-    monkeypatch.setattr(graphs, "_AnySpan", lambda like, *_: like)
+    monkeypatch.setattr(graphs, "_AnyPlacement", lambda like, *_: like)
     with pytest.raises(AssertionError, match=r"numbers of Python's"):
         both(model, taped, 0, monkeypatch)
 
@@ -201,7 +201,7 @@ def test_rows_that_are_none_and_write_are_caught(model, taped, monkeypatch):
 
 
 def test_means_that_stay_are_caught(model, taped, monkeypatch):
-    monkeypatch.setattr(graphs._AnySpan, "average", lambda self, keys, means: None)
+    monkeypatch.setattr(graphs._AnyPlacement, "average", lambda self, keys, means: None)
     want, got = both(model, taped, 0, monkeypatch)
     assert got != want
 

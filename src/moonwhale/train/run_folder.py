@@ -150,8 +150,8 @@ def carry_out(config, choice, build: Callable[[list], object], checkpoint: Path 
     from moonwhale.train import memory, progress
 
     explained = memory.explained(config, choice.device)
-    with explained, progress.Progress(line_of) as progress, progress.StopAtStepEnd() as interrupt:
-        trainer = build(callbacks=[progress, interrupt])
+    with explained, progress.Progress(line_of) as bar, progress.StopAtStepEnd() as interrupt:
+        trainer = build(callbacks=[bar, interrupt])
         trainer.remove_callback(transformers.PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
