@@ -24,7 +24,7 @@ from transformers import DeepseekV3ForCausalLM, DynamicCache
 
 from common import deepseek_config, environment, options, timed_rounds, write
 from moonwhale.checkpoint import open_checkpoint
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.data.loading import load_source
 from moonwhale.data.packing import prepare
 from moonwhale.infer.decoder import Decoder
@@ -152,7 +152,7 @@ def cache_sizes() -> dict:
         found[preset] = {
             "latent": round(cache.bytes_per_token, 1),
             "latent_allocated": round(cache.bytes / 1024, 1),
-            "multi_head": count(config).mha_cache_bytes_per_token,
+            "multi_head": model_size(config).mha_cache_bytes_per_token,
         }
     return {"cache_bytes_per_token": found}
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common import ROOT, environment, options, timed_rounds, write
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, attention
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.precision import choose, tune_allocator
@@ -62,7 +62,7 @@ def measure_logits(tiles: list[Tensor]) -> None:
 def cost(rounds: int, rows: int) -> dict:
     """The shares of a step, and the seconds they come from; nothing where memory is too small."""
     tuned, config = tune_allocator(), MoonwhaleConfig(**PRESETS["seed_190m"].model)
-    needed = BYTES_PER_PARAMETER * count(config).parameters + BYTES_PER_TOKEN * rows * CONTEXT
+    needed = BYTES_PER_PARAMETER * model_size(config).parameters + BYTES_PER_TOKEN * rows * CONTEXT
     if psutil.virtual_memory().available < needed:
         print(f"cost: left out, a step takes about {needed / 1e9:.1f} GB, which are not free here", file=sys.stderr)
         return {}

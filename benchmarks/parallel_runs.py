@@ -24,7 +24,7 @@ import parallel_rank
 from common import environment
 from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_whole
-from moonwhale.costs import kept_probabilities
+from moonwhale.costs import saved_moba_probabilities
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.planning.cost_model import Estimate, ParallelLayout
 
@@ -282,8 +282,10 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
     layout = ParallelLayout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
     estimate, blocks = Estimate(config, run["context"], number_bytes=4), range(config.num_blocks)
-    kept = [kept_probabilities(config, i, run["context"]) for i in blocks]  # plans are for GPUs, and this is a CPU
-    estimate.sizes = replace(estimate.sizes, saved=tuple(map(sum, zip(estimate.sizes.saved, kept, strict=True))))
+    saved = estimate.sizes.saved_activations
+    extra = [saved_moba_probabilities(config, i, run["context"]) for i in blocks]  # a plan is for GPUs; this is a CPU
+    saved = tuple(map(sum, zip(saved, extra, strict=True)))
+    estimate.sizes = replace(estimate.sizes, saved_activations=saved)
     costs = estimate.costs(layout)
     return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
 

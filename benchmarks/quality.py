@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common import ROOT, _cpu_seconds, environment, options, write
 from dense import DenseLM, adamw_groups, cosine_decay
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.data.chat import encode_documents
 from moonwhale.data.loading import load_source
 from moonwhale.data.source import texts_of
@@ -236,7 +236,7 @@ def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = R
             return net(tokens, labels=labels, logits_to_keep=1).losses[0]
 
     run = _train(data, seconds, recipe["rows"], seed, net, optimizer, step, mean_loss)
-    return run | {"active_parameters": count(net.config).active_parameters}
+    return run | {"active_parameters": model_size(net.config).active_parameters}
 
 
 def linear_decay(progress: float, warmup: float, decay: float, floor: float) -> float:

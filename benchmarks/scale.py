@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from common import ROOT, environment, options, timed_rounds, write
-from moonwhale.costs import count, flops_per_token
+from moonwhale.costs import flops_per_token, model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import choose, tune_allocator
 from moonwhale.presets import PRESETS
@@ -101,11 +101,11 @@ def measure(shapes: dict, rows: int, context: int, steps: int) -> dict:
 def point(what: str, at: int, shapes: dict, rows: int, context: int, steps: int) -> dict:
     """What is counted of a point, and what is measured: seconds is None where memory is too little."""
     config, tokens, name = MoonwhaleConfig(**shapes), rows * context, f"{what} {at:,}"
-    counts, flops = count(config), flops_per_token(config, context)
+    size, flops = model_size(config), flops_per_token(config, context)
     found = {
         "at": at,
-        "parameters": counts.parameters,
-        "active_parameters": counts.active_parameters,
+        "parameters": size.parameters,
+        "active_parameters": size.active_parameters,
         "flops_per_token": round(flops),
         "teraflop": tokens * flops / 1e12,
     }
@@ -260,7 +260,7 @@ def page(result: dict) -> str:
     return PAGE.format(
         **result["environment"],
         preset=result["preset"],
-        parameters=f"{count(config).parameters / 1e6:.1f} M",
+        parameters=f"{model_size(config).parameters / 1e6:.1f} M",
         steps=result["steps"],
         config=config,
         full_blocks=sum(not config.is_moba_layer(i) for i in range(config.num_blocks)),

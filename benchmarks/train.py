@@ -29,7 +29,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from common import deepseek_config, environment, options, timed_rounds, write
 from dense import DenseLM
-from moonwhale.costs import count, flops_per_token
+from moonwhale.costs import flops_per_token, model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import choose, measured_flops, tune_allocator
 from moonwhale.presets import PRESETS
@@ -87,7 +87,7 @@ def dense_shapes(config: MoonwhaleConfig, context: int) -> dict:
 
 def active(config: MoonwhaleConfig) -> int:
     """Parameters that a token goes through, without the embedding."""
-    return count(config).active_parameters - count(config).embedding
+    return model_size(config).active_parameters - model_size(config).embedding
 
 
 def dense_active(shapes: dict) -> int:

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Polygon
 
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.presets import get_preset
 
@@ -73,18 +73,18 @@ def millions(number: int) -> str:
 
 
 def draw(config, name: str) -> Sheet:
-    sheet, counts = Sheet(), count(config)
-    blocks = counts.parameters - counts.embedding - counts.head - counts.mtp
-    total = f"{millions(counts.parameters)} parameters, of which a token uses {millions(counts.active_parameters)}"
-    parts = {"embedding": counts.embedding, "head": counts.head}
-    parts |= {f"{config.num_hidden_layers} blocks": blocks, "MTP modules": counts.mtp}
+    sheet, size = Sheet(), model_size(config)
+    blocks = size.parameters - size.embedding - size.head - size.mtp
+    total = f"{millions(size.parameters)} parameters, of which a token uses {millions(size.active_parameters)}"
+    parts = {"embedding": size.embedding, "head": size.head}
+    parts |= {f"{config.num_hidden_layers} blocks": blocks, "MTP modules": size.mtp}
     parts = " · ".join(f"{part} {millions(size)}" for part, size in parts.items() if size)
     sheet.text(0.4, 9.8, f"moonwhale {name}", 16, ha="left", weight="bold")
     sheet.text(WIDTH - 0.4, 9.95, total, 10.5, ha="right")
     sheet.text(WIDTH - 0.4, 9.73, parts, 8.8, GRAY, ha="right")
     _chain(sheet, config)
 
-    block = f"{millions(counts.parameters_per_block)} parameters, {millions(counts.active_parameters_per_block)} active"
+    block = f"{millions(size.parameters_per_block)} parameters, {millions(size.active_parameters_per_block)} active"
     around = "a norm before, and a residual around, attention and experts"
     sheet.text(0.4, 4.37, f"Inside a block: {block}; {around}", 10, ha="left")
     _latent_attention(sheet, config, 0.4, 0.25, 3.4, 3.95)

@@ -19,14 +19,14 @@ def demo() -> str:
 
 def sizes() -> str:
     """The presets, counted."""
-    from moonwhale.costs import count
+    from moonwhale.costs import model_size
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
     from moonwhale.presets import PRESETS
 
     lines = ["| preset | parameters | active | a block | MTP modules | cache a token | for |", "|---" * 7 + "|"]
     for name, preset in PRESETS.items():
         config = MoonwhaleConfig(**preset.model)
-        n = count(config)
+        n = model_size(config)
         cells = [
             f"`{name}`",
             f"{n.parameters / 1e6:.1f} M",

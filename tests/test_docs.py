@@ -207,15 +207,15 @@ def test_the_picture_is_the_configurations(drawing, tmp_path):
 
 
 def test_the_picture_shows_what_is_counted(drawing):
-    from moonwhale.costs import count
+    from moonwhale.costs import model_size
 
     config = drawing.configuration("seed_190m")
-    counts, shown = count(config), "\n".join(words(drawing.PICTURE))
+    size, shown = model_size(config), "\n".join(words(drawing.PICTURE))
     for number in (
-        f"{counts.parameters / 1e6:.0f} M parameters",
-        f"uses {counts.active_parameters / 1e6:.0f} M",
-        f"{counts.parameters_per_block / 1e6:.2f} M parameters, ",
-        f"{counts.active_parameters_per_block / 1e6:.2f} M active",
+        f"{size.parameters / 1e6:.0f} M parameters",
+        f"uses {size.active_parameters / 1e6:.0f} M",
+        f"{size.parameters_per_block / 1e6:.2f} M parameters, ",
+        f"{size.active_parameters_per_block / 1e6:.2f} M active",
         f"= {config.kv_cache_numbers_per_token} numbers a token",
         f"{config.moba_topk} blocks of {config.moba_block_size} keys",
         f"{config.n_routed_experts} routed experts of {config.moe_intermediate_size}",

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.errors import UserError
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.presets import PRESETS, get_preset, model_fields
@@ -31,7 +31,7 @@ def test_presets_set_the_same_options(name):
 
 def test_seed_has_the_documented_figures():
     model = build_model_config(resolve({"preset": "seed_190m"}))
-    counts = count(model)
+    counts = model_size(model)
     assert counts.parameters_per_block == pytest.approx(9.45e6, rel=0.005)
     assert counts.active_parameters_per_block == pytest.approx(7.08e6, rel=0.005)
     assert counts.parameters == pytest.approx(190e6, rel=0.02)
@@ -45,7 +45,7 @@ def test_seed_has_the_documented_figures():
 
 @pytest.mark.parametrize(("name", "low", "high"), [("demo", 5e6, 8e6), ("small", 50e6, 60e6), ("large", 0.7e9, 1e9)])
 def test_sizes(name, low, high):
-    assert low <= count(build_model_config(resolve({"preset": name}))).parameters <= high
+    assert low <= model_size(build_model_config(resolve({"preset": name}))).parameters <= high
 
 
 def test_large_has_the_widths_of_mla_kernels():

@@ -1,141 +1,146 @@
-"""What a configuration costs, by arithmetic alone: parameters, FLOPs, cache and memory. Nothing is built.
+"""The costs of a configuration by arithmetic: parameters, FLOPs, cache and memory. No model is built.
 
-`config` is a MoonwhaleConfig throughout. A number is *active* if a token goes through it: all of them but the routed
-experts it does not choose.
+`config` is a MoonwhaleConfig throughout. A token's *active* parameters are all but those of the routed experts that the
+router did not choose for it.
 """
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters, and bytes a token leaves in the cache of the main model's blocks."""
+class ModelSize:
+    """Parameter counts of a model, and the bytes that a token adds to the cache of the main model's blocks."""
 
     parameters: int
     active_parameters: int
     parameters_per_block: int  # of the last main block
     active_parameters_per_block: int
     embedding: int
-    head: int  # 0 when tied to the embedding
+    head: int  # 0 if tied to the embedding
     mtp: int  # the MTP modules, their blocks included
-    matrices: int  # what Muon trains: every matrix but embedding and head
+    matrices: int  # trained by Muon: every matrix except embedding and head
     kv_cache_bytes_per_token: int  # bf16
-    mha_cache_bytes_per_token: int  # of plain attention with the same heads and head widths, bf16
+    mha_cache_bytes_per_token: int  # multi-head attention with the same heads and head widths, bf16
 
 
-def count(config) -> Counts:
-    """Counts a configuration's parameters and cache."""
+def model_size(config) -> ModelSize:
+    """Counts the parameters and the cache bytes of a configuration."""
     vocabulary = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else vocabulary
-    main = range(config.num_hidden_layers)
+    main_blocks = range(config.num_hidden_layers)
     blocks = range(config.num_blocks)
+    last = main_blocks[-1]
     modules = config.num_nextn_predict_layers
-    # of a module: eh_proj, enorm, hnorm and the norm before the shared head
-    joins = modules * (_join(config) + 3 * config.hidden_size)
-    total = vocabulary + head + config.hidden_size + joins + sum(_block(config, i) for i in blocks)
+    mtp_inputs = modules * (_eh_proj(config) + _mtp_norms(config))
+    parameters = vocabulary + head + config.hidden_size + mtp_inputs + sum(_block(config, i) for i in blocks)
     heads, width = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
-    return Counts(
-        parameters=total,
-        active_parameters=total - sum(_idle(config, i) for i in blocks),
-        parameters_per_block=_block(config, main[-1]),
-        active_parameters_per_block=_block(config, main[-1]) - _idle(config, main[-1]),
+    return ModelSize(
+        parameters=parameters,
+        active_parameters=parameters - sum(_inactive_experts(config, i) for i in blocks),
+        parameters_per_block=_block(config, last),
+        active_parameters_per_block=_block(config, last) - _inactive_experts(config, last),
         embedding=vocabulary,
         head=head,
-        mtp=joins + sum(_block(config, i) for i in blocks[len(main) :]),
-        matrices=modules * _join(config) + sum(_matrices(config, i) for i in blocks),
-        kv_cache_bytes_per_token=2 * len(main) * config.kv_cache_numbers_per_token,
-        mha_cache_bytes_per_token=2 * len(main) * heads * width,
+        mtp=mtp_inputs + sum(_block(config, i) for i in blocks[len(main_blocks) :]),
+        matrices=modules * _eh_proj(config) + sum(_matrices(config, i) for i in blocks),
+        kv_cache_bytes_per_token=2 * len(main_blocks) * config.kv_cache_numbers_per_token,
+        mha_cache_bytes_per_token=2 * len(main_blocks) * heads * width,
     )
 
 
 def flops_per_token(config, context: int, training: bool = True) -> float:
-    """Floating-point operations a token costs, the mean over a row of `context` tokens.
+    """Returns the floating-point operations per token, averaged over a row of `context` tokens.
 
     forward = 2 N + Σ_blocks 2 H [(d_nope + d_rope + d_v) keys + (d_nope + d_rope) means]
 
-    N is the matrix parameters it goes through: MLA's projections, the router, shared and chosen experts (or the dense
-    feed-forward network) and the head. `keys` is the mean number of keys it attends to: (context + 1) / 2, less in
-    MoBA's blocks, where its gate compares the query with `means` earlier block means. Keys and values are expanded, as
-    in training and prefill. Norms, softmax and RoPE are left out.
+    N counts the active matrix parameters: MLA's projections, the router, shared and chosen experts (or the dense
+    feed-forward network) and the head. `keys` is the mean number of keys a token attends to: (context + 1) / 2 in full
+    attention, fewer with MoBA. MoBA's gate also compares each query with `means` earlier block means. Keys and values
+    are expanded, as in training and prefill. Norms, softmax and RoPE are not counted.
 
-    With `training`, the MTP modules (their projection, blocks, and the head again) count too, and the backward pass
-    twice as much as the forward.
+    With `training`, the MTP modules are counted as well (eh_proj, blocks, and the head once more for each), and the
+    backward pass adds twice the forward FLOPs.
     """
-    parts = part_flops(config, context)
+    parts = forward_flops(config, context)
     modules = config.num_nextn_predict_layers if training else 0
     blocks = parts.blocks if training else parts.blocks[: config.num_hidden_layers]
-    flops = (1 + modules) * parts.head + modules * parts.join + sum(blocks)
+    flops = (1 + modules) * parts.head + modules * parts.eh_proj + sum(blocks)
     return 3 * flops if training else flops
 
 
 @dataclass(frozen=True)
-class PartFlops:
-    """Forward operations a token costs in each part of a model (see `flops_per_token`); an embedding costs none."""
+class ForwardFlops:
+    """Forward FLOPs per token of each part of a model (see `flops_per_token`). The embedding lookup costs none."""
 
     blocks: tuple[float, ...]  # the main model's, then the MTP modules'
-    head: float  # once for each depth
-    join: float  # an MTP module's projection of two inputs to one
+    head: float  # for one prediction depth
+    eh_proj: float  # of one MTP module
 
 
-def part_flops(config, context: int) -> PartFlops:
-    """Splits `flops_per_token`'s forward pass over the parts of the model."""
+def forward_flops(config, context: int) -> ForwardFlops:
+    """Splits the forward pass of `flops_per_token` into the parts of the model."""
     blocks = []
-    for i in range(config.num_blocks):
-        keys, means = _attended(config, i, context)
-        products = config.qk_head_dim * (keys + means) + config.v_head_dim * keys
-        blocks.append(2.0 * (_matrices(config, i, active=True) + config.num_attention_heads * products))
-    return PartFlops(tuple(blocks), 2.0 * config.vocab_size * config.hidden_size, 2.0 * _join(config))
+    for layer in range(config.num_blocks):
+        keys, means = _attended(config, layer, context)
+        attention = config.num_attention_heads * (config.qk_head_dim * (keys + means) + config.v_head_dim * keys)
+        blocks.append(2.0 * (_matrices(config, layer, active=True) + attention))
+    head = 2.0 * config.vocab_size * config.hidden_size
+    return ForwardFlops(tuple(blocks), head, 2.0 * _eh_proj(config))
 
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Parameters of each part of a model, and what it leaves for the backward pass."""
+    """Parameter counts of each part of a model, and the activations that each block saves for backward."""
 
     blocks: tuple[int, ...]  # the main model's, then the MTP modules'
-    experts: tuple[int, ...]  # of these, the routed experts'
-    matrices: tuple[int, ...]  # of these, what Muon trains
-    saved: tuple[int, ...]  # numbers that a token leaves, roughly, for each block's backward pass
+    routed_experts: tuple[int, ...]  # included in `blocks`; 0 for a dense block
+    matrices: tuple[int, ...]  # included in `blocks`; trained by Muon
+    saved_activations: tuple[int, ...]  # values per token that each block saves for backward, roughly
     embedding: int
-    join: int  # an MTP module's projection of two inputs to one, and its norms
-    join_matrices: int
+    eh_proj: int  # of one MTP module
+    mtp_norms: int  # of one MTP module, outside its blocks
 
 
 def part_sizes(config) -> PartSizes:
-    """Splits `count`'s parameters over the parts of the model."""
+    """Splits the parameters of `model_size` into the parts of the model."""
     blocks = range(config.num_blocks)
     routed = config.n_routed_experts * _expert(config)
     return PartSizes(
         blocks=tuple(_block(config, i) for i in blocks),
-        experts=tuple(0 if _is_dense(config, i) else routed for i in blocks),
+        routed_experts=tuple(0 if _is_dense(config, i) else routed for i in blocks),
         matrices=tuple(_matrices(config, i) for i in blocks),
-        saved=tuple(_saved(config, i) for i in blocks),
+        saved_activations=tuple(_saved_activations(config, i) for i in blocks),
         embedding=config.vocab_size * config.hidden_size,
-        join=_join(config) + 3 * config.hidden_size,
-        join_matrices=_join(config),
+        eh_proj=_eh_proj(config),
+        mtp_norms=_mtp_norms(config),
     )
 
 
-def training_bytes(config, tokens: int, number_bytes: int = 4) -> dict[str, int]:
-    """Memory of a training step on one device, roughly: fp32 weights, gradients and optimizer state (momentum for
-    Muon's matrices, two moments for AdamW's), and what the backward pass needs of `tokens` tokens in `number_bytes`
-    each, without activation checkpointing.
+def one_device_training_bytes(config, tokens: int, bytes_per_activation: int = 4) -> dict[str, int]:
+    """Returns the approximate memory of a training step of `tokens` tokens on one device, without recomputation.
+
+    Weights, gradients and optimizer state are fp32. The optimizer keeps the momentum of Muon's matrices and two moments
+    of AdamW's parameters.
+
+    `train/memory.py` compares these bytes with a device's free memory, and `planning/cost_model.py` has the memory of
+    each rank of a parallel layout.
     """
-    counts = count(config)
-    saved = sum(_saved(config, i) for i in range(config.num_blocks))
-    saved += 4 * config.hidden_size * (1 + 4 * config.num_nextn_predict_layers)  # around the blocks
-    head_gradient = 4 * counts.embedding  # the chunked loss makes it in the forward pass
+    size = model_size(config)
+    saved = sum(_saved_activations(config, i) for i in range(config.num_blocks))
+    saved += 4 * config.hidden_size * (1 + 4 * config.num_nextn_predict_layers)  # outside the blocks
+    head_gradient = 4 * size.embedding  # the chunked loss computes it in the forward pass
     return {
-        "weights": 4 * counts.parameters,
-        "gradients": 4 * counts.parameters,
-        "optimizer": 8 * counts.parameters - 4 * counts.matrices,
-        "activations": number_bytes * tokens * saved + head_gradient,
+        "weights": 4 * size.parameters,
+        "gradients": 4 * size.parameters,
+        "optimizer": 8 * size.parameters - 4 * size.matrices,
+        "activations": bytes_per_activation * tokens * saved + head_gradient,
     }
 
 
 def inference_bytes(config, tokens: int) -> dict[str, int]:
-    """Memory of generation with `tokens` tokens in the cache, all in bf16."""
-    counts = count(config)
-    return {"weights": 2 * counts.parameters, "cache": tokens * counts.kv_cache_bytes_per_token}
+    """Returns the memory of generation in bf16 with `tokens` tokens in the cache."""
+    size = model_size(config)
+    return {"weights": 2 * size.parameters, "cache": tokens * size.kv_cache_bytes_per_token}
 
 
 def _is_dense(config, layer: int) -> bool:
@@ -147,20 +152,24 @@ def _attention(config) -> int:
     heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
     queries, q_rank = heads * config.qk_head_dim, config.q_lora_rank
     q = hidden * queries if q_rank is None else q_rank * (hidden + queries)
-    kv = hidden * config.kv_cache_numbers_per_token + rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return q + kv + heads * config.v_head_dim * hidden
+    kv_down = hidden * config.kv_cache_numbers_per_token
+    kv_up = rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    out = heads * config.v_head_dim * hidden
+    return q + kv_down + kv_up + out
 
 
 def _expert(config) -> int:
+    """Parameters of one expert."""
     return 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def _matrices(config, layer: int, active: bool = False) -> int:
-    """Matrix parameters of a block, all or those that a token goes through."""
+    """Matrix parameters of a block: all of them, or only the active ones."""
     if _is_dense(config, layer):
         return _attention(config) + 3 * config.hidden_size * config.intermediate_size
-    experts = config.n_shared_experts + (config.num_experts_per_tok if active else config.n_routed_experts)
-    return _attention(config) + config.hidden_size * config.n_routed_experts + experts * _expert(config)
+    router = config.hidden_size * config.n_routed_experts
+    routed = config.num_experts_per_tok if active else config.n_routed_experts
+    return _attention(config) + router + (config.n_shared_experts + routed) * _expert(config)
 
 
 def _block(config, layer: int) -> int:
@@ -171,33 +180,41 @@ def _block(config, layer: int) -> int:
     return _matrices(config, layer) + norms + biases + rank * config.moba_key_conv
 
 
-def _idle(config, layer: int) -> int:
-    """Parameters of the experts that a token does not choose."""
+def _inactive_experts(config, layer: int) -> int:
+    """Parameters of the routed experts that a token does not use."""
     return _matrices(config, layer) - _matrices(config, layer, active=True)
 
 
-def _join(config) -> int:
-    """An MTP module's eh_proj."""
+def _eh_proj(config) -> int:
+    """Parameters of the projection from an MTP module's two inputs to one."""
     return 2 * config.hidden_size**2
 
 
+def _mtp_norms(config) -> int:
+    """Parameters of an MTP module's enorm, hnorm and the norm before the shared head."""
+    return 3 * config.hidden_size
+
+
 def _attended(config, layer: int, context: int) -> tuple[float, float]:
-    """Keys that a token attends to and block means that it is compared with, the mean over a row."""
+    """Mean number of keys that a token attends to, and of block means that its query is compared with."""
     size, topk, keys, means = config.moba_block_size, config.moba_topk, 0, 0
     if not config.is_moba_layer(layer) or topk * size >= context:
         return (context + 1) / 2, 0.0
     for block, start in enumerate(range(0, context, size)):
         queries = min(size, context - start)
-        keys += queries * size * min(block, topk - 1) + queries * (queries + 1) // 2
+        earlier_keys = queries * size * min(block, topk - 1)
+        own_keys = queries * (queries + 1) // 2
+        keys += earlier_keys + own_keys
         means += queries * block if topk > 1 else 0
     return keys / context, means / context
 
 
-def _saved(config, layer: int) -> int:
-    """Numbers a token leaves for a block's backward pass, roughly: each norm's input and output, the queries, keys and
-    values of attention and its output twice, what enters and leaves the feed-forward networks, and each chosen expert's
-    own copy of what it reads. MoBA's second look at chosen blocks, `kept_probabilities` and rows that only pad are left
-    out.
+def _saved_activations(config, layer: int) -> int:
+    """Values per token that a block saves for backward, roughly.
+
+    They are the input and output of each norm, attention's queries, keys and values and twice its output, the inputs
+    and outputs of the feed-forward networks, and a copy of the input for each chosen expert. MoBA's second pass over
+    the chosen blocks, `saved_moba_probabilities` and padding rows are not counted.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
@@ -208,8 +225,8 @@ def _saved(config, layer: int) -> int:
     return norms + attention + chosen * (hidden + 3 * inner) + 5 * config.n_shared_experts * inner
 
 
-def kept_probabilities(config, layer: int, context: int) -> int:
-    """Numbers a token leaves besides in a block that chooses (MoBA), where it is no GPU's kernel that does."""
+def saved_moba_probabilities(config, layer: int, context: int) -> int:
+    """Extra values per token that MoBA saves for backward on the CPU path."""
     if not config.is_moba_layer(layer) or config.moba_topk * config.moba_block_size >= context:
         return 0
     return config.num_attention_heads * config.moba_topk * config.moba_block_size

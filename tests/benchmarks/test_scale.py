@@ -3,13 +3,13 @@
 import importlib
 import json
 import re
-from itertools import count as count_from
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 import toy
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.presets import PRESETS
 
@@ -40,7 +40,7 @@ def toy(scale, monkeypatch):
         return None if name == "full attention, context 64" else function(*arguments)
 
     monkeypatch.setattr(scale, "fresh", fresh)
-    peaks = count_from(10**11, 10**9)
+    peaks = count(10**11, 10**9)
     monkeypatch.setattr(scale, "peak_of_process", lambda: next(peaks))
     return scale
 
@@ -56,7 +56,8 @@ def test_scale(toy, tmp_path, capsys):
     assert result["context"]["full attention"][-1]["seconds"] is None
     assert longest["teraflop"] < result["context"]["full attention"][-1]["teraflop"]
     few, many = result["experts"]
-    assert many["parameters"] == count(MoonwhaleConfig(**TOY | {"n_routed_experts": 8})).parameters > few["parameters"]
+    eight_experts = model_size(MoonwhaleConfig(**TOY | {"n_routed_experts": 8}))
+    assert many["parameters"] == eight_experts.parameters > few["parameters"]
     assert [len(points) for points in (result["batch"], result["experts"])] == [2, 2]
 
     page = (tmp_path / "scale.md").read_text()

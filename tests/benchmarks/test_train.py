@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import toy
-from moonwhale.costs import count, flops_per_token
+from moonwhale.costs import flops_per_token, model_size
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.presets import PRESETS
 
@@ -72,9 +72,9 @@ def test_models_that_differ_are_refused(train):
 def test_the_dense_peer_is_as_large_as_what_a_token_goes_through(train):
     config = MoonwhaleConfig(**PRESETS["large"].model | {"num_nextn_predict_layers": 0})
     shapes = train.dense_shapes(config, 4096)
-    counts = count(config)
-    assert counts.embedding == counts.head, "one of them counts, in both models"
-    wanted = counts.active_parameters - counts.embedding
+    size = model_size(config)
+    assert size.embedding == size.head, "one of them counts, in both models"
+    wanted = size.active_parameters - size.embedding
     assert train.dense_active(shapes) == pytest.approx(wanted, rel=0.01)
     assert shapes["layers"] == config.num_hidden_layers and shapes["width"] == config.hidden_size
 

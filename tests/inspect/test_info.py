@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moonwhale.costs import count, flops_per_token, training_bytes
+from moonwhale.costs import flops_per_token, model_size, one_device_training_bytes
 from moonwhale.errors import UserError
 from moonwhale.inspect import info
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
@@ -57,7 +57,7 @@ def numbers(module, chosen=lambda name, p: True) -> int:
 
 
 def check(config) -> None:
-    model, counts = on_meta(config), count(config)
+    model, counts = on_meta(config), model_size(config)
     idle = 1 - Fraction(config.num_experts_per_tok, config.n_routed_experts)
     block = model.model.layers[config.num_hidden_layers - 1]
     assert counts.parameters == numbers(model)
@@ -133,7 +133,7 @@ def test_moba_that_covers_everything_costs_full_attention():
 
 
 def test_cache_is_latent():
-    counts = count(MoonwhaleConfig(**SMALL))
+    counts = model_size(MoonwhaleConfig(**SMALL))
     assert counts.kv_cache_bytes_per_token == 2 * 2 * (16 + 4)
     assert counts.mha_cache_bytes_per_token == 2 * 2 * 2 * (8 + 4 + 12)
 
@@ -152,7 +152,8 @@ def test_activations_are_roughly_those_that_autograd_keeps():
     ids = torch.arange(256).view(1, 256)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(input_ids=ids, labels=ids)
-    assert training_bytes(config, 256)["activations"] == pytest.approx(sum(n for _, n in kept.values()), rel=0.2)
+    estimated = one_device_training_bytes(config, 256)["activations"]
+    assert estimated == pytest.approx(sum(n for _, n in kept.values()), rel=0.2)
 
 
 def test_json(capsys):
@@ -182,7 +183,7 @@ def checkpoint(tmp_path):
 def test_checkpoint(checkpoint, capsys):
     info.main([str(checkpoint), "--json"])
     figures = json.loads(capsys.readouterr().out)
-    assert figures["parameters"] == count(MoonwhaleConfig(**SMALL)).parameters
+    assert figures["parameters"] == model_size(MoonwhaleConfig(**SMALL)).parameters
     assert figures["context"] == 48
     assert "steps" not in figures
 

@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import (
 import pipeline_ranks
 from conftest import TINY
 from forked import Forked, finish
-from moonwhale.costs import flops_per_token, part_flops
+from moonwhale.costs import flops_per_token, forward_flops
 from moonwhale.errors import UserError
 from moonwhale.parallel.expert_parallel import Exchange
 from moonwhale.parallel.options import SCHEDULES, places
@@ -312,9 +312,9 @@ def test_a_pair_of_which_one_fails(first):
 
 
 def costs(config, parts, context: int) -> list[float]:
-    flops = part_flops(config, context)
+    flops = forward_flops(config, context)
     modules, n = config.num_nextn_predict_layers, config.num_hidden_layers
-    tail = sum(flops.blocks[n:]) + (1 + modules) * flops.head + modules * flops.join
+    tail = sum(flops.blocks[n:]) + (1 + modules) * flops.head + modules * flops.eh_proj
     return [sum(flops.blocks[part.start : part.stop]) + part.is_last * tail for part in parts]
 
 

@@ -112,7 +112,7 @@ def test_what_is_sent_by_hand(tiny_config):
     (copied,) = estimate.costs(ParallelLayout(1, 4, "1f1b", 4, 2))
     (shared,) = estimate.costs(ParallelLayout(1, 4, "1f1b", 4, 2, ep=2))
     assert copied.reduce == 2 * whole.weights * 3 / 4 and whole.reduce == whole.pipeline == 0
-    experts = 4 * sum(estimate.sizes.experts)  # bytes
+    experts = 4 * sum(estimate.sizes.routed_experts)  # bytes
     assert shared.weights == whole.weights - experts / 2
     assert shared.reduce == 2 * ((whole.weights - experts) * 3 / 4 + experts / 2 / 2)
     rows = 4 * 2 * 16 * config.num_experts_per_tok

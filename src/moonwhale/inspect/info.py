@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moonwhale import options
-from moonwhale.costs import Counts, count, flops_per_token, inference_bytes, training_bytes
+from moonwhale.costs import flops_per_token, inference_bytes, model_size, one_device_training_bytes
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.options import positive
 from moonwhale.presets import PRESETS
@@ -73,16 +73,16 @@ def read_config(folder: str, overrides: dict | None = None):
 
 def gather(config, context: int, batch: int, run: TrainConfig | None = None) -> dict:
     """All figures of a configuration, ready for JSON. Bytes and FLOPs are plain numbers."""
-    counts: Counts = count(config)
-    figures = asdict(counts) | {
-        "cache_saving": counts.mha_cache_bytes_per_token / counts.kv_cache_bytes_per_token,
+    size = model_size(config)
+    figures = asdict(size) | {
+        "cache_saving": size.mha_cache_bytes_per_token / size.kv_cache_bytes_per_token,
         "blocks": config.num_hidden_layers,
         "mtp_blocks": config.mtp_blocks,
         "context": context,
         "batch": batch,
         "flops_per_token_forward": flops_per_token(config, context, training=False),
         "flops_per_token_training": flops_per_token(config, context),
-        "training_bytes": training_bytes(config, batch * context),
+        "training_bytes": one_device_training_bytes(config, batch * context),
         "inference_bytes": inference_bytes(config, batch * context),
     }
     if run:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.costs import count
+from moonwhale.costs import model_size
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.block import Block
@@ -165,12 +165,12 @@ def _guesses(predictions: list[Tensor], ids: list[int], tokenizer) -> list[list[
 
 def _facts(model: MoonwhaleForCausalLM) -> dict:
     """The cache in bytes a token in all main blocks, in bf16, and what plain attention of these heads would keep."""
-    config, counted = model.config, count(model.config)
+    config, size = model.config, model_size(model.config)
     return {
         "tau": 100,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "latent_bytes": counted.kv_cache_bytes_per_token,
-        "plain_bytes": counted.mha_cache_bytes_per_token,
+        "latent_bytes": size.kv_cache_bytes_per_token,
+        "plain_bytes": size.mha_cache_bytes_per_token,
         "rank": config.kv_lora_rank,
         "rope": config.qk_rope_head_dim,
         "heads": config.num_attention_heads,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moonwhale.costs import part_flops
+from moonwhale.costs import forward_flops
 from moonwhale.errors import UserError
 from moonwhale.model.documents import Documents
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleModelOutput, MoonwhaleOutput
@@ -52,9 +52,9 @@ def cut(config, n_stages: int, context: int) -> list[Part]:
             f"`model.num_hidden_layers`: {n_blocks} blocks can't be cut into {n_stages} stages: give at least "
             f"{n_stages}, or a smaller `parallel.pp`"
         )
-    flops = part_flops(config, context)
+    flops = forward_flops(config, context)
     modules = config.num_nextn_predict_layers
-    tail = sum(flops.blocks[n_blocks:]) + (1 + modules) * flops.head + modules * flops.join
+    tail = sum(flops.blocks[n_blocks:]) + (1 + modules) * flops.head + modules * flops.eh_proj
     # best[n]: the least sum of squares of the stages so far if they hold the first n blocks, and their ends
     best = {0: (0.0, ())}
     for index in range(n_stages):

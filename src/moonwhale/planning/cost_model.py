@@ -6,7 +6,7 @@ A layout is pp x dp processes: dp copies of a pipeline of pp ranks. `ep` of the 
 
 from dataclasses import dataclass
 
-from moonwhale.costs import part_flops, part_sizes
+from moonwhale.costs import forward_flops, part_sizes
 from moonwhale.parallel.options import SCHEDULES, places
 from moonwhale.parallel.stages import Part, cut
 
@@ -84,7 +84,7 @@ class Estimate:
 
     def __init__(self, config, context: int, number_bytes: int = 2):
         self.config, self.context, self.number_bytes = config, context, number_bytes
-        self.sizes, self.flops = part_sizes(config), part_flops(config, context)
+        self.sizes, self.flops = part_sizes(config), forward_flops(config, context)
         self.cuts: dict[int, list[Part]] = {}
 
     def costs(self, layout: ParallelLayout) -> list[Cost]:
@@ -144,14 +144,15 @@ class Estimate:
         """Of a rank's stages: parameters without routed experts, those of routed experts, what Muon trains of both."""
         sizes, modules, tied = self.sizes, self.config.num_nextn_predict_layers, self.config.tie_word_embeddings
         blocks = [i for part in held for i in self._blocks(part)]
-        experts = sum(sizes.experts[i] for i in blocks)
+        experts = sum(sizes.routed_experts[i] for i in blocks)
         dense, matrices = sum(sizes.blocks[i] for i in blocks) - experts, sum(sizes.matrices[i] for i in blocks)
         last = any(part.is_last for part in held)
         if any(part.is_first for part in held) or (last and (modules or tied)):
             dense += sizes.embedding
         if last:
-            dense += self.config.hidden_size + modules * sizes.join + (0 if tied else sizes.embedding)
-            matrices += modules * sizes.join_matrices
+            dense += self.config.hidden_size + modules * (sizes.eh_proj + sizes.mtp_norms)
+            dense += 0 if tied else sizes.embedding
+            matrices += modules * sizes.eh_proj
         return dense, experts, matrices
 
     def _saved(self, part: Part, tokens: int, ep: int) -> float:
@@ -159,24 +160,26 @@ class Estimate:
         weights, and the routers' inputs in fp32.
         """
         hidden, blocks = self.config.hidden_size, self._blocks(part)
-        numbers, experts = sum(self.sizes.saved[i] for i in blocks), sum(self.sizes.experts[i] for i in blocks)
+        numbers = sum(self.sizes.saved_activations[i] for i in blocks)
+        experts = sum(self.sizes.routed_experts[i] for i in blocks)
         if part.is_last:
             numbers += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
         saved = self.number_bytes * tokens * numbers
         if self.number_bytes < 4:
             copies = sum(self.sizes.matrices[i] for i in blocks) - experts * (1 - 1 / ep)
-            saved += self.number_bytes * copies + 4 * tokens * hidden * sum(self.sizes.experts[i] > 0 for i in blocks)
+            routers = sum(self.sizes.routed_experts[i] > 0 for i in blocks)
+            saved += self.number_bytes * copies + 4 * tokens * hidden * routers
         return saved + 4 * self.sizes.embedding * part.is_last  # the chunked loss makes the head's gradient at once
 
     def _routed(self, part: Part) -> int:
         """Numbers that a token sends to its experts and gets home, forward and backward."""
-        layers = sum(self.sizes.experts[i] > 0 for i in self._blocks(part))
+        layers = sum(self.sizes.routed_experts[i] > 0 for i in self._blocks(part))
         return 4 * layers * self.config.num_experts_per_tok * self.config.hidden_size
 
     def _operations(self, part: Part) -> float:
         """Floating-point operations that a token costs in a stage, forward."""
         flops, modules = self.flops, self.config.num_nextn_predict_layers
-        tail = (1 + modules) * flops.head + modules * flops.join if part.is_last else 0.0
+        tail = (1 + modules) * flops.head + modules * flops.eh_proj if part.is_last else 0.0
         return tail + sum(flops.blocks[i] for i in self._blocks(part))
 
 

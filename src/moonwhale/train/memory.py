@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from moonwhale.costs import training_bytes
+from moonwhale.costs import one_device_training_bytes
 from moonwhale.errors import UserError
 from moonwhale.units import in_bytes
 
@@ -18,12 +18,12 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def needed_bytes(model_config, run, number_bytes: int) -> dict[str, int]:
-    """`counts.training_bytes` of a micro-batch of `run`, whose activations are `number_bytes` a number.
+    """`costs.one_device_training_bytes` of a micro-batch of `run`, whose activations are `number_bytes` a number.
 
     Recomputed ones (`gradient_checkpointing`) leave what enters each block, and those of a block at a time.
     """
     tokens = run.batch_size * run.context
-    needed = training_bytes(model_config, tokens, number_bytes)
+    needed = one_device_training_bytes(model_config, tokens, number_bytes)
     if run.gradient_checkpointing:
         blocks = model_config.num_blocks
         kept = number_bytes * tokens * model_config.hidden_size * blocks

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> None:
 
     from moonwhale import fp8, precision
     from moonwhale.checkpoint import log_history, publish_model, step_of
-    from moonwhale.costs import count
+    from moonwhale.costs import model_size
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> None:
     if config.compile:
         compile_blocks(model, choice.device)
 
-    sizes = count(model_config)
+    sizes = model_size(model_config)
     fits = memory.estimate(model_config, config, choice.device, choice.dtype.itemsize) if not pipelined else ""
     say(data.describe())
     say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
