@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.cli import main as cli
 from moonwhale.data.tokenizer import train_tokenizer
-from moonwhale.export import commands
+from moonwhale.export.deepseek import MOONWHALE_JSON
 from moonwhale.model import MoonwhaleForCausalLM
 
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -119,7 +119,7 @@ def test_what_the_format_cannot_hold_is_said(checkpoint, tmp_path, capsys):
         moba_topk=2, moba_block_size=4, moba_full_attention_layers=[3], num_nextn_predict_layers=1, mtp_num_blocks=[2]
     )
     said = run(capsys, folder, "--out", tmp_path / "theirs")
-    assert "from token 9 on" in said and "one block a module" in said and len(said.splitlines()) == 2
+    assert "from token 9 on" in said and "one block per module" in said and len(said.splitlines()) == 2
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     from transformers import DeepseekV3ForCausalLM
 
@@ -139,7 +139,7 @@ def test_a_foreign_folder(checkpoint, tmp_path, capsys):
     """Without our configuration beside it: MTP modules are found in the weights, MoBA is off."""
     folder, model = checkpoint(moba_topk=2, moba_block_size=4, num_nextn_predict_layers=2)
     run(capsys, folder, "--out", tmp_path / "theirs")
-    (tmp_path / "theirs" / commands.KEPT).unlink()
+    (tmp_path / "theirs" / MOONWHALE_JSON).unlink()
     assert "MoBA is off" in run(capsys, tmp_path / "theirs", "--to", "moonwhale", "--out", tmp_path / "back")
     again, _ = open_checkpoint(tmp_path / "back")
     assert again.config.num_nextn_predict_layers == 2 and again.config.moba_topk == 0

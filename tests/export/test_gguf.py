@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
 from moonwhale.cli import main as cli
 from moonwhale.data.chat import encode_prompt
 from moonwhale.data.tokenizer import load_tokenizer
-from moonwhale.export.gguf import cut_name
+from moonwhale.export.gguf import pre_tokenizer_name
 from moonwhale.model import MoonwhaleForCausalLM
 
 CHAT = [{"role": "user", "content": "Hi! How are you?"}, {"role": "assistant", "content": "Fine."}] * 2
@@ -174,7 +174,7 @@ def test_vocabulary(exported, small_tokenizer):
 def test_tokenizers_of_others(name, cut, tmp_path):
     """Each as it is after saving, without a file of its hundred thousand tokens."""
     load_tokenizer(name).save_pretrained(tmp_path)
-    assert cut_name(tmp_path, load_tokenizer(str(tmp_path))) == cut
+    assert pre_tokenizer_name(tmp_path, load_tokenizer(str(tmp_path))) == cut
 
 
 def test_what_is_lost_is_said(exported):

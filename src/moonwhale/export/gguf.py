@@ -1,7 +1,8 @@
-"""A GGUF file of a model, as llama.cpp's `deepseek2` architecture wants it.
+"""Exports a checkpoint as one GGUF file, for llama.cpp's `deepseek2` architecture.
 
-The names are those that llama.cpp's own converter gives DeepSeek-V3, so they come from the `gguf` package. llama.cpp
-decodes with the latent absorbed, as we do: it reads W_UK and W_UV apart, and a key is the latent and the rotary key.
+The names of metadata and tensors are those that llama.cpp's converter gives DeepSeek-V3; they come from the `gguf`
+package. llama.cpp decodes with absorbed projections, as we do: it stores W_UK and W_UV as separate tensors, and a
+cached key is the latent followed by the rotary key.
 """
 
 import json
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
+from moonwhale.export.deepseek import without_moba
 
 try:
     import gguf
@@ -24,9 +27,9 @@ except ModuleNotFoundError as error:
 ARCH = gguf.MODEL_ARCH.DEEPSEEK2
 DIGIT = r"\p{N}"
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# llama.cpp's names for the ways of cutting text into words, by the expressions that cut, one after the other.
-CUTS = {
-    (DIGIT, GPT2_WORDS): "smollm",  # what `train_tokenizer` makes
+# llama.cpp's name for each way of splitting text into words, by the regular expressions that are applied in order.
+PRE_TOKENIZERS = {
+    (DIGIT, GPT2_WORDS): "smollm",  # what `train_tokenizer` writes
     (GPT2_WORDS,): "gpt-2",
     (
         r"\p{N}{1,3}",
@@ -37,11 +40,30 @@ CUTS = {
 }
 
 
-def write_gguf(path: Path, folder: Path, model, tokenizer, dtype: torch.dtype) -> None:
-    """Writes the main model of `folder`, in fp32 without MTP and MoBA, as the file `path`; matrices as `dtype`.
+def to_gguf(folder: Path, out: Path, dtype: torch.dtype) -> list[str]:
+    """Writes `out/model.gguf` and returns one line for each difference from our model.
 
     Raises:
-        UserError: for a model or a tokenizer that llama.cpp cannot run.
+        UserError: llama.cpp cannot run the model or its tokenizer.
+    """
+    model, tokenizer = open_checkpoint(folder)  # in fp32, since vectors and routers stay fp32 in the file
+    config = model.config
+    notes = without_moba(folder, config, config.num_hidden_layers)
+    if config.num_nextn_predict_layers:
+        notes.append("warning: MTP is left out: the file holds the main model only")
+    if config.rms_norm_eps != 1e-6:
+        notes.append(
+            f"warning: llama.cpp normalizes latents with rms_norm_eps={config.rms_norm_eps}, this model with 1e-06"
+        )
+    write_gguf(out / "model.gguf", folder, model, tokenizer, dtype)
+    return notes
+
+
+def write_gguf(path: Path, folder: Path, model, tokenizer, dtype: torch.dtype) -> None:
+    """Writes the main model, which is in fp32, to the file `path`, with matrices as `dtype`. MTP and MoBA are left out.
+
+    Raises:
+        UserError: llama.cpp cannot run the model or its tokenizer.
     """
     config = model.config
     _require_runnable(folder, config)
@@ -53,7 +75,7 @@ def write_gguf(path: Path, folder: Path, model, tokenizer, dtype: torch.dtype) -
     _add_rope(writer, config)
     _add_vocabulary(writer, folder, tokenizer, config.vocab_size)
     for tensor_name, weight in _tensors(model):
-        # As the converter has it: vectors and routers keep their precision, which costs next to nothing.
+        # As in llama.cpp's converter, vectors and routers stay fp32, at almost no cost.
         if dtype == torch.bfloat16 and weight.ndim > 1 and "ffn_gate_inp" not in tensor_name:
             as_bytes = weight.to(dtype).contiguous().view(torch.uint8).numpy()  # numpy has no bf16
             writer.add_tensor(tensor_name, as_bytes, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -66,26 +88,26 @@ def write_gguf(path: Path, folder: Path, model, tokenizer, dtype: torch.dtype) -
 
 
 def _require_runnable(folder: Path, config) -> None:
-    """Raises UserError for what llama.cpp's `deepseek2` has no place for."""
+    """Raises UserError if the model has something that llama.cpp's `deepseek2` cannot represent."""
     rope, blocks = config.rope_parameters, config.num_hidden_layers
     known_ropes = ("default",)
     if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) == (32, 1, True):
         known_ropes += ("yarn",)
-    # It takes models of these sizes for DeepSeek-V2-Lite and its kin.
+    # llama.cpp assumes that models of these sizes are DeepSeek-V2-Lite or derived from it.
     lite = blocks in (26, 27) or (blocks == 48 and config.vocab_size == 128_256)
-    for fault, there in {
+    for feature, present in {
         "biases in attention (attention_bias)": config.attention_bias,
         "blocks without shared experts (n_shared_experts=0)": not config.n_shared_experts,
         f"compressed queries (q_lora_rank) in {blocks} blocks": config.q_lora_rank is not None and lite,
-        f"RoPE like this one of type {rope['rope_type']}": rope["rope_type"] not in known_ropes,
+        f"RoPE of type {rope['rope_type']} with these settings": rope["rope_type"] not in known_ropes,
         "YaRN by a factor of 1 or less": rope["rope_type"] == "yarn" and rope["factor"] <= 1,
     }.items():
-        if there:
-            raise UserError(f"{folder}: llama.cpp's deepseek2 has no {fault}: `to` code")
+        if present:
+            raise UserError(f"{folder}: llama.cpp's deepseek2 has no {feature}: export it with `to` code")
 
 
 def _add_dimensions(writer, config) -> None:
-    """Widths and counts. The keys are the cached ones: a single head, the latent and the rotary key in it."""
+    """Writes the model's sizes. Keys are the cached ones: one head, which holds the latent and the rotary key."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
@@ -95,7 +117,7 @@ def _add_dimensions(writer, config) -> None:
 
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(1)
-    writer.add_q_lora_rank(config.q_lora_rank or 0)  # 0: one matrix from the hidden state to the queries
+    writer.add_q_lora_rank(config.q_lora_rank or 0)  # 0: queries are not compressed
     writer.add_kv_lora_rank(config.kv_lora_rank)
     writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
     writer.add_value_length(config.kv_lora_rank)
@@ -111,13 +133,13 @@ def _add_dimensions(writer, config) -> None:
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     sigmoid = config.scoring_func == "sigmoid"
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX)
-    if config.topk_group < config.n_group:  # all groups chosen is none left out, and llama.cpp stops at it
+    if config.topk_group < config.n_group:  # llama.cpp rejects a choice of all groups, which drops none
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
 
 
 def _add_rope(writer, config) -> None:
-    """RoPE. llama.cpp derives YaRN's two factors in its own way, so they are given to come out as ours."""
+    """Writes RoPE's settings. llama.cpp derives YaRN's two factors differently; these values make them equal ours."""
     rope = config.rope_parameters
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -127,8 +149,8 @@ def _add_rope(writer, config) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    # With f = 1 + 0.1 ln factor, llama.cpp multiplies the rotated by t = attn_factor · (1 if log_mul else f) and all
-    # logits by (t · (1 + log_mul · ln factor))². Ours: `rotated`, and the square of `scaled`.
+    # With f = 1 + 0.1 ln factor, llama.cpp multiplies the rotated parts by t = attn_factor · (1 if log_mul else f), and
+    # all logits by (t · (1 + log_mul · ln factor))². In our model these factors are `rotated` and `scaled`².
     rotated = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1]
     scaled = math.sqrt(config.attention_scale() * config.qk_head_dim**0.5)
     log_mul = (scaled / rotated - 1) / math.log(factor)
@@ -137,10 +159,14 @@ def _add_rope(writer, config) -> None:
 
 
 def _add_vocabulary(writer, folder: Path, tokenizer, vocab_size: int) -> None:
-    """Tokens, merges, control tokens and chat template. Raises UserError for a tokenizer that llama.cpp lacks."""
+    """Writes tokens, merges, control tokens and the chat template.
+
+    Raises:
+        UserError: llama.cpp does not know the tokenizer.
+    """
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cut_name(folder, tokenizer))
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # what the model knows and the tokenizer does not
+    writer.add_tokenizer_pre(pre_tokenizer_name(folder, tokenizer))
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # the model's vocabulary may be larger than the tokenizer's
     types = [gguf.TokenType.UNUSED] * vocab_size
     for token, id in tokenizer.get_vocab().items():
         tokens[id], types[id] = token, gguf.TokenType.NORMAL
@@ -154,53 +180,60 @@ def _add_vocabulary(writer, folder: Path, tokenizer, vocab_size: int) -> None:
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(True)  # a prompt starts the way documents start
+    writer.add_add_bos_token(True)  # in training, documents start with it too
     writer.add_add_eos_token(False)
-    # `generation` marks what fine-tuning learns; the readers of this file do not know it.
+    # The `generation` blocks mark what fine-tuning trains on; llama.cpp's template engine does not know them.
     template = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", tokenizer.get_chat_template())
     writer.add_chat_template(re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", template))
 
 
-def cut_name(folder: Path, tokenizer) -> str:
-    """llama.cpp's name for how a tokenizer cuts text; a UserError if it has none, or does more than cutting."""
+def pre_tokenizer_name(folder: Path, tokenizer) -> str:
+    """Returns llama.cpp's name for the way a tokenizer splits text into words.
+
+    Raises:
+        UserError: llama.cpp has no name for it, or the tokenizer also normalizes text or ignores merges.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    normalizer, cutter = backend["normalizer"], backend["pre_tokenizer"]
-    steps = cutter["pretokenizers"] if cutter["type"] == "Sequence" else [cutter]
-    found = CUTS.get(tuple(cut for step in steps if (cut := _expression(step))))
-    if found is None or (normalizer and normalizer.get("normalizers") != []) or backend["model"].get("ignore_merges"):
+    normalizer, pre_tokenizer = backend["normalizer"], backend["pre_tokenizer"]
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    expressions = tuple(expression for step in steps if (expression := _expression(step)))
+    name = PRE_TOKENIZERS.get(expressions)
+    normalizes = normalizer and normalizer.get("normalizers") != []
+    if name is None or normalizes or backend["model"].get("ignore_merges"):
         raise UserError(
-            f"{folder}: llama.cpp has no name for this tokenizer (it has for those trained here, for deepseek and gpt2)"
+            f"{folder}: llama.cpp has no name for this tokenizer (it has one for tokenizers trained by moonwhale, "
+            "for deepseek and for gpt2)"
         )
-    return found
+    return name
 
 
 def _expression(step: dict) -> str:
-    """The regular expression that a step of the tokenizer cuts with; "" if it does not cut."""
+    """Returns the regular expression by which a pre-tokenizer step splits text, or "" if it does not split."""
     match step:
         case {"type": "Digits", "individual_digits": True}:
             return DIGIT
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(cuts)}:
-            return GPT2_WORDS if cuts else ""
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(splits)}:
+            return GPT2_WORDS if splits else ""
         case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
             return pattern
     return str(step)
 
 
 def _tensors(model) -> Iterator[tuple[str, Tensor]]:
-    """llama.cpp's name and layout of each weight of the main model."""
+    """Yields each weight of the main model with llama.cpp's name and layout."""
     config = model.config
     names = gguf.get_tensor_name_map(ARCH, config.num_hidden_layers)
     for ours, weight in model.state_dict().items():
         if ours.startswith("model.layers.") and int(ours.split(".")[2]) >= config.num_hidden_layers:
             continue  # an MTP module
         if ours == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # llama.cpp takes the embedding where there is no head
-        for theirs, part in _relaid(ours, weight, config):
-            yield names.get_name(theirs, try_suffixes=(".weight", ".bias")), part
+            continue  # llama.cpp uses the embedding if the file has no head
+        for converter_name, tensor in _converted(ours, weight, config):
+            yield names.get_name(converter_name, try_suffixes=(".weight", ".bias")), tensor
 
 
-def _relaid(name: str, weight: Tensor, config) -> Iterator[tuple[str, Tensor]]:
-    """A weight of ours as the converter names and cuts it."""
+def _converted(name: str, weight: Tensor, config) -> Iterator[tuple[str, Tensor]]:
+    """Yields one of our weights with the names and shapes that llama.cpp's converter expects."""
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     if name.endswith("kv_b_proj.weight"):
         w_k, w_v = weight.unflatten(0, (heads, -1)).split([nope, config.v_head_dim], dim=1)
@@ -223,7 +256,7 @@ def _relaid(name: str, weight: Tensor, config) -> Iterator[tuple[str, Tensor]]:
 
 
 def _interleaved(weight: Tensor, rope: int, config) -> Tensor:
-    """(heads, width, in) with the last `rope` rows in the order that llama.cpp rotates: neighbours are pairs."""
+    """Reorders the last `rope` rows of a (heads, width, in) weight so that pairs are adjacent, as llama.cpp rotates."""
     if config.rope_interleave:
         return weight
     rotated = weight[:, -rope:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
