@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moonwhale.errors import UserError
 from moonwhale.infer import commands
-from moonwhale.infer.chat_session import Conversation
+from moonwhale.infer.chat_session import ChatSession
 from moonwhale.infer.detokenizer import TextStream, TokenBytes
 from moonwhale.infer.engine import Engine
 from moonwhale.infer.sampling_options import SamplingOptions
@@ -166,7 +166,7 @@ def test_tokens_are_drawn_by_their_probability(engine, model, options, allowed):
     ids=str,
 )
 def test_impossible_options_are_one_line(bad):
-    with pytest.raises(UserError, match=f"^--{next(iter(bad)).replace('_', '-')}: .*give") as caught:
+    with pytest.raises(UserError, match=f"^`{next(iter(bad))}`: .*give") as caught:
         SamplingOptions(**bad)
     assert "\n" not in str(caught.value)
 
@@ -333,11 +333,11 @@ def test_a_stream_left_half_way_keeps_what_it_has(engine):
     assert 1 <= len(stream.completion().token_ids) < 25
 
 
-# Conversations
+# ChatSessions
 
 
 def test_a_conversation_remembers(engine):
-    conversation = Conversation(engine, temperature=0, max_new_tokens=6)
+    conversation = ChatSession(engine, temperature=0, max_new_tokens=6)
     answer = "".join(conversation.ask("sang"))
     assert conversation.messages == [{"role": "user", "content": "sang"}, {"role": "assistant", "content": answer}]
     second = "".join(conversation.ask("moon"))
@@ -350,7 +350,7 @@ def test_a_conversation_remembers(engine):
 
 def test_the_seed_decides_a_conversation(engine):
     def talk():
-        conversation = Conversation(engine, seed=3, max_new_tokens=6)
+        conversation = ChatSession(engine, seed=3, max_new_tokens=6)
         return ["".join(conversation.ask(text)) for text in ("sang", "moon")], conversation.messages
 
     answers, messages = talk()
@@ -360,7 +360,7 @@ def test_the_seed_decides_a_conversation(engine):
 
 
 def test_a_conversation_drops_its_oldest_turns(engine):
-    conversation = Conversation(engine, temperature=0, max_new_tokens=6)
+    conversation = ChatSession(engine, temperature=0, max_new_tokens=6)
     texts = [f"The whale sang to the moon {i}" for i in range(8)]
     for text in texts:
         "".join(conversation.ask(text))
@@ -377,7 +377,7 @@ def test_a_conversation_drops_its_oldest_turns(engine):
 
 
 def test_a_message_beyond_the_context_is_as_if_never_said(engine):
-    conversation = Conversation(engine, temperature=0, max_new_tokens=6)
+    conversation = ChatSession(engine, temperature=0, max_new_tokens=6)
     "".join(conversation.ask("sang"))
     before = conversation.messages.copy()
     with pytest.raises(UserError, match="shorten it"):
@@ -386,7 +386,7 @@ def test_a_message_beyond_the_context_is_as_if_never_said(engine):
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_got(engine):
-    conversation = Conversation(engine, temperature=0, max_new_tokens=25)
+    conversation = ChatSession(engine, temperature=0, max_new_tokens=25)
     pieces = conversation.ask("The whale")
     first = next(pieces)
     pieces.close()
@@ -408,7 +408,7 @@ def test_generate_continues_each_prompt(engine, folder, capsys):
 
 def test_generate_prints_a_conversation(engine, folder, capsys):
     commands.main_generate([str(folder), "sang", "moon", "--chat", *FAST])
-    conversation = Conversation(engine, temperature=0, max_new_tokens=8)
+    conversation = ChatSession(engine, temperature=0, max_new_tokens=8)
     first, second = ("".join(conversation.ask(text)) for text in ("sang", "moon"))
     out, err = capsys.readouterr()
     assert out == f"you: sang\nmoonwhale: {first}\nyou: moon\nmoonwhale: {second}\n"
@@ -444,7 +444,7 @@ def test_generate_says_when_the_context_is_full(folder, capsys):
         (["hi", "--greedy", "--temperature", "1"], "`greedy` contradicts"),
         (["hi", "--tempature", "1"], "--tempature"),
         (["hi", "--temp", "1"], "--temp"),
-        (["hi", "--stop", ""], "--stop"),
+        (["hi", "--stop", ""], "`stop`"),
         (["hi", "--device", "abacus"], "`device`: unknown device 'abacus'"),
         (["hi", "--precision", "fp8"], "`precision`: unknown precision 'fp8'"),
     ],
@@ -460,7 +460,7 @@ def test_chat_in_a_terminal(engine, folder, capsys, monkeypatch):
     typed = iter(
         ["sang", KeyboardInterrupt, "", "/help", "/nonsense", "whale " * CONTEXT, "/reset", "moon", "again", EOFError]
     )
-    real, interrupted = Conversation.ask, []
+    real, interrupted = ChatSession.ask, []
 
     def type_next(prompt):
         assert prompt == "you: "
@@ -477,7 +477,7 @@ def test_chat_in_a_terminal(engine, folder, capsys, monkeypatch):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(builtins, "input", type_next)
-    monkeypatch.setattr(Conversation, "ask", ask)
+    monkeypatch.setattr(ChatSession, "ask", ask)
     commands.main_chat([str(folder), *FAST])
     out, err = capsys.readouterr()
     answers = [

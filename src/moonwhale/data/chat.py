@@ -55,8 +55,34 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Doc
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of a text to be continued: what `encode_document` gives, without the eos."""
+    """Encode a text to be continued: the ids that `encode_document` gives, without the final eos.
+
+    Raises UserError if the text is not valid UTF-8.
+    """
+    _check_utf8(text)
     return encode_document(tokenizer, text)[:-1].tolist()
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[int]:
+    """Encode a conversation to be answered: the chat template's rendering, up to where the assistant's answer begins.
+
+    Control tokens that a user types are encoded as ordinary characters.
+    Raises UserError if a message has no text, is not valid UTF-8, or if the chat template refuses the conversation.
+    """
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise UserError('a chat message needs "role" and "content", both text')
+        _check_utf8(message["content"])
+    (ids,) = _render(tokenizer, [messages], add_generation_prompt=True)["input_ids"]
+    return ids
+
+
+def _check_utf8(text: str) -> None:
+    """Refuse halves of surrogate pairs: they stand for bytes that were not valid UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid UTF-8 text (at character {error.start})") from error
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:

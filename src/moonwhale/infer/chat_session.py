@@ -1,4 +1,4 @@
-"""A conversation that keeps itself within the model's context."""
+"""`ChatSession`: a conversation that stays within the model's context."""
 
 from collections.abc import Iterator
 from itertools import count, repeat
@@ -8,47 +8,51 @@ from moonwhale.infer.engine import Completion, Engine
 from moonwhale.infer.sampling_options import SamplingOptions
 
 
-class Conversation:
-    """Turns of user and assistant. Once they outgrow the context, the oldest are dropped, and `forgetful` becomes true.
+class ChatSession:
+    """Turns of the user and the assistant. When they outgrow the context, the oldest turns are dropped.
 
-    Options are the fields of `SamplingOptions`.
+    `options` are the fields of `SamplingOptions`. `messages` holds the turns that are left, `last` the last answer.
+    `forgetful` becomes true when the first turn is dropped, and stays true.
     """
 
     def __init__(self, engine: Engine, **options):
         self.engine, self.options = engine, options
         seed = options.get("seed")
-        self._seeds = repeat(None) if seed is None else count(seed)  # another one for each turn
+        self._seeds = repeat(None) if seed is None else count(seed)  # each turn has its own
         self.messages: list[dict] = []
         self.last: Completion | None = None
         self.forgetful = False
-        # Tokens that an answer shall find free.
-        self._room = min(SamplingOptions(**options).max_new_tokens, engine.context // 4)
+        self._answer_room = min(SamplingOptions(**options).max_new_tokens, engine.context // 4)  # tokens kept free
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer piece by piece. One that is left half way is remembered as far as it got.
+        """Yield the answer in pieces. If the caller stops early, the session remembers the answer so far.
 
         Raises:
-            UserError: the text alone is longer than the context; the conversation is as if it had not been said.
+            UserError: the text alone is longer than the context. The session stays as it was.
         """
-        self._admit({"role": "user", "content": text})
-        stream = self.engine.stream(self.messages, **self.options | {"seed": next(self._seeds)})
+        ids = self._admit({"role": "user", "content": text})
+        stream = self.engine.stream(ids, **self.options | {"seed": next(self._seeds)})
         try:
             yield from stream
         finally:
             self.last = stream.completion()
             self.messages.append({"role": "assistant", "content": self.last.text})
 
-    def _admit(self, message: dict) -> None:
-        """Adds a user's message, dropping as many of the oldest turns as it takes."""
+    def _admit(self, message: dict) -> list[int]:
+        """Add a user's message, dropping the oldest turns until an answer fits too. Return the prompt's ids."""
         messages = [*self.messages, message]
-        while len(messages) > 1 and not self._fits(messages):
+        while len(messages) > 1 and (ids := self._encode_if_it_fits(messages)) is None:
             del messages[:2]
-        self.engine.encode(messages)
+        if len(messages) == 1:
+            ids = self.engine.encode(messages)
         self.forgetful |= len(messages) <= len(self.messages)
         self.messages = messages
+        return ids
 
-    def _fits(self, messages: list[dict]) -> bool:
+    def _encode_if_it_fits(self, messages: list[dict]) -> list[int] | None:
+        """Return the ids of a conversation that leaves room for an answer, otherwise None."""
         try:
-            return len(self.engine.encode(messages)) + self._room <= self.engine.context
+            ids = self.engine.encode(messages)
         except UserError:
-            return False
+            return None
+        return ids if len(ids) + self._answer_room <= self.engine.context else None

@@ -27,9 +27,9 @@ def main_generate(argv: list[str]) -> None:
     prompts = args.prompts or _standard_input(args.chat)
     engine = load_engine(args)
     if args.chat:
-        from moonwhale.infer.chat_session import Conversation
+        from moonwhale.infer.chat_session import ChatSession
 
-        conversation = Conversation(engine, **options)
+        conversation = ChatSession(engine, **options)
         for prompt in prompts:
             print(f"you: {prompt}")
             _answer(conversation, prompt, args.verbose)
@@ -49,18 +49,18 @@ def main_chat(argv: list[str]) -> None:
     options = _sampling(args)
     engine = load_engine(args)
 
-    from moonwhale.infer.chat_session import Conversation
+    from moonwhale.infer.chat_session import ChatSession
 
     with contextlib.suppress(ImportError):  # which Windows lacks
         import readline  # noqa: F401 (gives input() a history)
 
     print("Ctrl-C stops an answer, Ctrl-D or /quit leaves, /help tells more.", file=sys.stderr)
-    conversation = Conversation(engine, **options)
+    conversation = ChatSession(engine, **options)
     while (text := _read_turn()) is not None:
         if text == "/quit":
             return
         if text == "/reset":
-            conversation = Conversation(engine, **options)
+            conversation = ChatSession(engine, **options)
         elif text == "/help":
             print(HELP, file=sys.stderr)
         elif text.startswith("/"):
@@ -107,7 +107,7 @@ def _sampling(args: argparse.Namespace) -> dict:
     values = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     given = {name: value for name, value in values.items() if value is not None}
     if args.greedy and given.get("temperature"):
-        raise UserError(f"--greedy contradicts --temperature {args.temperature}: give one of them")
+        raise UserError(f"`greedy` contradicts `temperature` {args.temperature}: give one of them")
     options = given | ({"temperature": 0.0} if args.greedy else {})
     SamplingOptions(**options)
     return options
@@ -115,7 +115,7 @@ def _sampling(args: argparse.Namespace) -> dict:
 
 def load_engine(args: argparse.Namespace, **options):
     if args.draft != "auto" and not args.draft.isdecimal():
-        raise UserError(f"--draft: {args.draft!r} is neither auto nor a number of tokens (0 switches it off)")
+        raise UserError(f"`draft`: {args.draft!r} is neither auto nor a number of tokens (0 switches it off)")
 
     from moonwhale.infer.engine import Engine
 

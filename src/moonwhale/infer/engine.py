@@ -1,18 +1,17 @@
-"""Inference: continue texts, ids or conversations, many at a time, on the latent cache."""
+"""`Engine` generates text: it continues prompts and answers conversations, many at a time, on the latent cache."""
 
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import psutil
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale import precision as precisions
 from moonwhale.checkpoint import open_checkpoint
-from moonwhale.data.chat import encode_prompt
+from moonwhale.data.chat import encode_conversation, encode_prompt
 from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.detokenizer import TextStream, TokenBytes
@@ -22,21 +21,23 @@ from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.infer.scheduler import Request, Scheduler
 from moonwhale.model import MoonwhaleForCausalLM
 
-CACHE = 32_000_000  # bytes of weights that stay in a CPU's cache, where fewer bits gain nothing and conversions cost
-Prompt = str | list[int] | list[dict]  # a text to continue, ids as they are, or chat messages to answer
+# Bytes of weights that stay in a CPU's cache. Narrower weights gain nothing there, and converting them costs time.
+CPU_CACHE_BYTES = 32_000_000
+Prompt = str | list[int] | list[dict]  # a text to continue, token ids, or the messages of a conversation to answer
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote.
+    """The model's answer to one prompt.
 
-    text: without control tokens and without the stop string that ended it.
-    token_ids: every token it chose, the one that ended it included.
-    finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens or a full context) or "cancelled"; None while
-        running.
-    seconds: from the call to the last token, the reading of the prompt included.
-    forwards: how often the main model ran for it.
-    drafted, accepted: for each depth of the MTP chain, guesses that were put to the test and those that held.
+    text: the answer without control tokens and without the stop string that ended it.
+    token_ids: every generated token, including the one that ended the answer.
+    finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens` or the context is reached) or "cancelled".
+        It is None while the request is running.
+    prompt_tokens: the number of tokens of the prompt.
+    seconds: time from the call to the last token, including prefill.
+    forwards: number of forward passes of the main model.
+    drafted, accepted: for each depth of the MTP chain, the drafts that were verified and those that were accepted.
     """
 
     text: str
@@ -48,26 +49,40 @@ class Completion:
     drafted: list[int]
     accepted: list[int]
 
+    @classmethod
+    def of(cls, request: Request) -> "Completion":
+        """Return what a request has generated so far."""
+        return cls(
+            text=request.text.text,
+            token_ids=request.token_ids,
+            finish_reason=request.finish_reason,
+            prompt_tokens=len(request.prompt),
+            seconds=request.seconds,
+            forwards=request.forwards,
+            drafted=request.drafted,
+            accepted=request.accepted,
+        )
+
     @property
     def tokens_per_second(self) -> float:
         return len(self.token_ids) / self.seconds if self.seconds else 0.0
 
     @property
     def tokens_per_forward(self) -> float:
-        """What MTP drafts gained: tokens for each run of the main model, 1 without drafts."""
+        """Tokens for each forward of the main model: 1 without drafts, more with MTP drafts that are accepted."""
         return len(self.token_ids) / max(self.forwards, 1)
 
     @property
     def acceptance(self) -> list[float]:
-        """For each depth of the MTP chain that was tested, the share of guesses that held."""
-        return [held / tested for held, tested in zip(self.accepted, self.drafted, strict=True) if tested]
+        """The share of accepted drafts, for each depth of the MTP chain that was verified."""
+        return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True) if drafted]
 
 
 class Engine:
-    """A model, laid out for inference, and its tokenizer.
+    """A model prepared for inference, with its tokenizer.
 
-    Options of `generate` and `stream` are the fields of `SamplingOptions`. An answer is the same whatever runs beside
-    it and however much the MTP modules draft.
+    The options of `generate`, `stream` and `as_completed` are the fields of `SamplingOptions`. An answer does not
+    depend on the other requests in the batch, nor on how many tokens the MTP modules draft.
     """
 
     def __init__(
@@ -80,8 +95,13 @@ class Engine:
         memory: int | None = None,
         sequences: int = 64,
     ):
-        """`int8` stores weights in 8 bits. `draft`: tokens the MTP modules guess ahead, as many as pay when None.
-        `memory`: bytes the cache may take, half of what is free when None. `sequences`: most requests at a time.
+        """Prepare a model in evaluation mode.
+
+        Args:
+            int8: store the weights in 8 bits.
+            draft: tokens that the MTP modules draft ahead. None drafts as many as make decoding faster.
+            memory: bytes that the cache may use. None allows half of the free memory.
+            sequences: the largest number of requests in a batch.
         """
         assert not model.training, "sampling would count in the statistics of training"
         self.config, self.tokenizer = model.config, tokenizer
@@ -89,18 +109,22 @@ class Engine:
         known = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
         self.token_bytes = TokenBytes(tokenizer)
-        self.fits_cache = sum(parameter.nbytes for parameter in model.parameters()) < CACHE
+        self.fits_cache = sum(parameter.nbytes for parameter in model.parameters()) < CPU_CACHE_BYTES
         with torch.inference_mode():
             self.decoder = Decoder(model, int8)
         drafting = Drafting(len(self.decoder.modules), draft)
-        self.scheduler = Scheduler(self.decoder, memory or _free(self.decoder.device) // 2, sequences, drafting)
+        memory = memory or _free_memory(self.decoder.device) // 2
+        self.scheduler = Scheduler(self.decoder, memory, sequences, drafting)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", precision: str = "auto", **options) -> "Engine":
-        """Opens a checkpoint folder on a device, with weights in fp32, bf16 or int8; `auto` is the training's precision
-        there, but fp32 for what a CPU's cache can hold. Options are those of the constructor.
+        """Open a checkpoint folder on a device, with weights in fp32, bf16 or int8.
 
-        Raises UserError as `open_checkpoint` and `precision.choose`, and for int8 off the CPU.
+        `auto` takes the precision of training on that device, but fp32 for a model that fits a CPU's cache. `options`
+        are those of the constructor.
+
+        Raises:
+            UserError: as `open_checkpoint` and `precision.choose`, and for int8 on any device but the CPU.
         """
         if precision not in ("auto", "fp32", "bf16", "int8"):
             raise UserError(f"`precision`: unknown precision {precision!r} (give auto, fp32, bf16 or int8)")
@@ -109,21 +133,21 @@ class Engine:
         if int8 and choice.device.type != "cpu":
             raise UserError(f"`precision`: int8 is for CPUs, not for {choice.device} (give bf16, or `device` cpu)")
         if precision == "auto" and choice.device.type == "cpu":
-            weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-            choice = precisions.choose(device, "fp32") if weights < CACHE else choice
+            n_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+            choice = precisions.choose(device, "fp32") if n_bytes < CPU_CACHE_BYTES else choice
         model, tokenizer = open_checkpoint(folder, choice.dtype)
         return cls(model.to(choice.device), tokenizer, int8=int8, **options)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt: a text after bos, ids unchanged, messages through the chat template, ready for the answer.
+        """Return the ids of a prompt: of a text after bos, or of messages in the chat template. Ids are only checked.
 
         Raises:
-            UserError: the prompt is empty or malformed, or leaves no room in the context for a single token.
+            UserError: the prompt is empty or malformed, or leaves no room in the context for a new token.
         """
         if isinstance(prompt, str):
-            ids = encode_prompt(self.tokenizer, _utf8(prompt))
+            ids = encode_prompt(self.tokenizer, prompt)
         elif prompt and isinstance(prompt[0], dict):
-            ids = self._encode_messages(prompt)
+            ids = encode_conversation(self.tokenizer, prompt)
         else:
             ids = list(prompt)
         if not ids:
@@ -139,42 +163,51 @@ class Engine:
         return ids
 
     def generate(self, prompts: Sequence[Prompt], **options) -> list[Completion]:
-        """Continues all prompts. Each comes out as it would alone (with seed + its index as the seed).
+        """Continue all prompts. Prompt i gives what it would give alone with the seed `seed + i`.
 
-        Raises UserError for impossible options and as `encode`.
+        Raises:
+            UserError: an option is impossible, or as `encode`.
         """
         if isinstance(prompts, str):
             raise TypeError("generate takes a list of prompts")
-        done = dict(self.as_completed(prompts, **options))
-        return [done[i] for i in range(len(prompts))]
+        ids = [self.encode(prompt) for prompt in prompts]
+        done = dict(self.as_completed(ids, **options))
+        return [done[i] for i in range(len(ids))]
 
-    def as_completed(self, prompts: Sequence[Prompt], **options) -> Iterator[tuple[int, Completion]]:
-        """What `generate` gives, each completion as soon as it has ended, with its prompt's index."""
+    def as_completed(self, prompts: Sequence[list[int]], **options) -> Iterator[tuple[int, Completion]]:
+        """Continue prompts that are encoded already, and yield each index and completion as soon as it has ended.
+
+        Raises:
+            UserError: an option is impossible.
+        """
         settings = SamplingOptions(**options)
-        seed = secrets.randbits(62) if settings.seed is None else settings.seed
-        requests = {i: self.request(prompt, settings, seed + i) for i, prompt in enumerate(prompts)}
+        seed = _random_seed() if settings.seed is None else settings.seed
+        requests = {i: self.request(ids, settings, seed + i) for i, ids in enumerate(prompts)}
         try:
             for request in requests.values():
                 self.scheduler.submit(request)
             while requests:
                 self.scheduler.step()
                 for i in [i for i, request in requests.items() if request.finish_reason is not None]:
-                    yield i, completion(requests.pop(i))
+                    yield i, Completion.of(requests.pop(i))
         finally:
             for request in requests.values():
                 self.scheduler.cancel(request)
 
     def stream(self, prompt: Prompt, **options) -> "Stream":
-        """Continues one prompt; iterate over the result for its text in pieces. Raises UserError as `generate`."""
-        return Stream(self.scheduler, self.request(prompt, SamplingOptions(**options)))
+        """Continue one prompt. Iterate over the result for pieces of text. Raises UserError as `generate`."""
+        return Stream(self.scheduler, self.request(self.encode(prompt), SamplingOptions(**options)))
 
     def request(
-        self, prompt: Prompt, options: SamplingOptions, seed: int | None = None, top_logprobs: int | None = None
+        self, ids: list[int], options: SamplingOptions, seed: int | None = None, top_logprobs: int | None = None
     ) -> Request:
-        """What the scheduler takes. A UserError as `encode`."""
-        ids = self.encode(prompt)
-        seed = options.seed if seed is None else seed
-        seed = secrets.randbits(62) if seed is None else seed
+        """Make a request for the scheduler from a prompt's ids, as `encode` returns them.
+
+        `seed` replaces the one in `options`. `top_logprobs` is the number of alternatives that are recorded for each
+        token; None records no log-probabilities.
+        """
+        if seed is None:
+            seed = _random_seed() if options.seed is None else options.seed
         return Request(
             prompt=ids,
             options=options,
@@ -185,23 +218,11 @@ class Engine:
             top_logprobs=top_logprobs,
         )
 
-    def _encode_messages(self, messages: list[dict]) -> list[int]:
-        if not all(isinstance(message.get("content"), str) for message in messages):
-            raise UserError('a chat message needs "role" and "content", both text')
-        clean = [message | {"content": _utf8(message["content"])} for message in messages]
-        try:
-            # Sanitized, so that what a user types can't pass for a control token.
-            return self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, sanitize_control_tokens=True)[
-                "input_ids"
-            ]
-        except jinja2.TemplateError as error:
-            raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-
 
 class Stream:
-    """An answer on its way: an iterator over pieces of text that never cut a character or a stop string.
+    """A running answer: an iterator over pieces of text, which never end inside a character or a stop string.
 
-    Pieces joined are `completion().text`. Leaving it half way costs nothing.
+    The joined pieces are `completion().text`. Leaving the iteration early cancels the request.
     """
 
     def __init__(self, scheduler: Scheduler, request: Request):
@@ -218,35 +239,16 @@ class Stream:
             self._scheduler.cancel(self._request)
 
     def completion(self) -> Completion:
-        """What there is so far; all of it once the pieces have ended."""
-        return completion(self._request)
+        """Return the answer so far, or the whole answer after the last piece."""
+        return Completion.of(self._request)
 
 
-def completion(request: Request) -> Completion:
-    """What a request has come to."""
-    return Completion(
-        request.text.text,
-        request.token_ids,
-        request.finish_reason,
-        len(request.prompt),
-        request.seconds,
-        request.forwards,
-        request.drafted,
-        request.accepted,
-    )
+def _random_seed() -> int:
+    return secrets.randbits(62)
 
 
-def _free(device: torch.device) -> int:
-    """Bytes of memory that are free on a device."""
+def _free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _utf8(text: str) -> str:
-    """The text, or a UserError if it holds halves of surrogate pairs, which stand for bytes that were no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is not valid UTF-8 text (at character {error.start})") from error
-    return text
