@@ -1,6 +1,7 @@
 """The documents are true: links lead somewhere, snippets run, options and tests exist, pictures and figures fit."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import re
@@ -11,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from moonwhale import cli
-from moonwhale.parallel.options import parallel_fields
-from moonwhale.presets import model_fields
-from moonwhale.train.config import parse
+from moonwhale.train.config import MODEL_FIELDS, parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -75,13 +74,13 @@ def test_a_broken_link_is_seen():
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
-PARALLEL = {f"--parallel.{name}" for name in parallel_fields()}
+MODEL = {f"--model.{field.name}" for field in dataclasses.fields(MODEL_FIELDS)} | {"--model.FIELD"}
 
 
 def options_of(*verb: str) -> set[str]:
     with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
         cli.main([*verb, "--help"])
-    return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
+    return set(re.findall(r"--[a-z](?:[\w.-]*\w)?", shown.getvalue()))
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +104,7 @@ def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
     if verb not in options:
         return None if verb in ("VERB", "tokenizer") or verb.startswith("--") else f"no verb {verb}"
     given = {word.partition("=")[0] for word in command if word.startswith("--")}
-    fields = {f"--model.{name}" for name in (*model_fields(), "FIELD")} if verb in ("train", "info", "plan") else set()
-    if verb == "train":
-        fields |= PARALLEL
+    fields = MODEL if verb in ("train", "info", "plan") else set()
     unknown = given - options[verb] - fields
     if unknown:
         return f"moonwhale {verb} has no {', '.join(sorted(unknown))}"
@@ -125,8 +122,7 @@ def test_commands_can_be_typed(document, options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_options_exist(document, options):
     """Also those that the text names by themselves."""
-    known = set().union(*options.values(), {"--version", "--check", "--model.FIELD"})
-    known |= {f"--model.{name}" for name in model_fields()} | PARALLEL
+    known = set().union(*options.values(), {"--version", "--check", "--parallel.FIELD"}, MODEL)
     named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
     assert not named - known
 

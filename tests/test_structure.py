@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "optim": {"optim", "errors"},
     "data": {"data", "errors", "files", "options"},
     "checkpoint": {"errors", "files", "options", "model", "data"},
-    "parallel": {"parallel", "errors", "costs", "model", "processes"},
+    "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},
     "train": TRAINING,
     "native": {"native", "errors", "files"},
     "infer": INFERENCE,

@@ -1,7 +1,7 @@
 """Run options from a dataclass: every field is a command line option and a YAML key, checked against its annotation.
 
-A field made by `option(...)` carries its help text. A field of type `dict` with `fields` is a set of dotted options:
-`--model.hidden_size 128` on the command line is `model: {hidden_size: 128}` in YAML.
+`option(...)` makes a field with its help text. A field of type `dict` may name a dataclass whose fields are the
+dictionary's keys: `--model.hidden_size 128` on the command line is `model: {hidden_size: 128}` in YAML.
 """
 
 import argparse
@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Callable, Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import yaml
@@ -36,9 +37,17 @@ def option(
     *,
     group: str = "options",
     choices: tuple[str, ...] | None = None,
-    fields: Callable[[], dict[str, typing.Any]] | None = None,
+    fields: type | None = None,
 ):
-    """A dataclass field that is an option. `fields()` names a dict's keys and their annotations."""
+    """Declare a dataclass field as an option.
+
+    Args:
+        default: the value if no source gives one.
+        help: one line for `--help`.
+        group: the heading under which `--help` lists the option. "positional" makes it an argument without dashes.
+        choices: the only values allowed.
+        fields: for a dict, the dataclass whose fields are its keys.
+    """
     metadata = {"help": help, "group": group, "choices": choices, "fields": fields}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -46,128 +55,176 @@ def option(
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose every complaint is a UserError of one line."""
+    """An argparse parser that takes no abbreviations and raises every complaint as a UserError of one line."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> typing.NoReturn:
+        message = re.sub(r"--([a-z][\w.-]*)", lambda found: f"`{found[1].replace('-', '_')}`", message)
         raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(args and list(map(_canonical, args)), namespace)
 
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
             kind = "unknown option" if name.startswith("-") else "unexpected argument"
-            self.error(f"{kind} {name}{did_you_mean(name, self._option_string_actions)}")
+            near = did_you_mean(name, self._option_string_actions)
+            raise UserError(f"{kind} {name}{near}; see `{self.prog} --help`")
         return values
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, preset_decides: Container[str] = ()) -> None:
-    """Adds an option for every field of the dataclass `cls`, in its groups; one that is not given stays out of the
-    namespace. Help shows the defaults, but not of fields that every preset decides."""
-    kinds, groups = typing.get_type_hints(cls), {}
+def _canonical(argument: str) -> str:
+    """Spell an option as `--help` does: dashes for underscores, except in a dict's key."""
+    if not re.match(r"--[a-z][\w.-]*(=|$)", argument):
+        return argument
+    name, equals, value = argument.partition("=")
+    outer, dot, key = name.partition(".")
+    return outer.replace("_", "-") + dot + key.replace("-", "_") + equals + value
+
+
+class Option(typing.NamedTuple):
+    """One option of a dataclass: a field, or a key of a dict as `model.hidden_size`."""
+
+    name: str
+    field: dataclasses.Field
+    kind: typing.Any  # the annotation
+    group: str
+
+    @property
+    def flag(self) -> str:
+        """How the command line spells it: `--batch-size`, `--model.hidden_size`."""
+        return "--" + (self.name if "." in self.name else self.name.replace("_", "-"))
+
+
+def options_of(cls: type) -> Iterator[Option]:
+    """Yields every option of a dataclass, a dict's keys one by one."""
+    kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        title, choices = field.metadata["group"], field.metadata["choices"]
-        if field.metadata["fields"]:
+        group = field.metadata.get("group", "options")
+        if nested := field.metadata.get("fields"):
+            for inner in options_of(nested):
+                yield inner._replace(name=f"{field.name}.{inner.name}", group=group)
+        else:
+            yield Option(field.name, field, kinds[field.name], group)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, cls: type, preset_decides: Container[str] = (), show: bool = True
+) -> None:
+    """Add every option of the dataclass `cls` to a parser, in its groups.
+
+    An option that is not given stays out of the namespace. `--help` shows the defaults, except of the options named in
+    `preset_decides`; with `show=False` it lists none of these options.
+    """
+    groups = {}
+    for option in options_of(cls):
+        keywords = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if show:
+            keywords["help"] = _help(option.field, option.name in preset_decides)
+        if option.group == "positional":
+            parser.add_argument(option.name, nargs="?", metavar=option.name.upper(), **keywords)
             continue
-        if title == "positional":
-            text = field.metadata["help"]
-            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=field.name.upper(), help=text)
-            continue
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        default = field.default if field.default_factory is dataclasses.MISSING else ",".join(field.default_factory())
-        note = "" if default is None or default is False else f" ({default})"
-        text = field.metadata["help"] + (" (the preset's)" if field.name in preset_decides else note)
-        more = {"action": argparse.BooleanOptionalAction}
-        if kinds[field.name] is not bool:
-            more = {"metavar": "{" + ",".join(choices) + "}" if choices else field.name.split("_")[-1].upper()}
-        name = "--" + field.name.replace("_", "-")
-        groups[title].add_argument(name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **more)
+        if option.kind is bool and "." not in option.name:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = option.field.metadata.get("choices") or ("true", "false") * (option.kind is bool)
+            last_word = re.split(r"[._]", option.name)[-1].upper()
+            keywords["metavar"] = "{" + ",".join(choices) + "}" if choices else last_word
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        groups[option.group].add_argument(option.flag, dest=option.name, **keywords)
+
+
+def _help(field: dataclasses.Field, preset_decides: bool) -> str:
+    default = field.default if field.default_factory is dataclasses.MISSING else ",".join(field.default_factory())
+    if preset_decides:
+        default = "the preset's"
+    note = "" if default is None or default is False else f" ({str(default).lower() if default is True else default})"
+    return (field.metadata["help"] + note).replace("%", "%%")
 
 
 def read_argv(parser: argparse.ArgumentParser, cls: type, argv: list[str]) -> tuple[dict, argparse.Namespace]:
-    """The options of `cls` that a command line gives, typed, and the parser's other arguments.
+    """Read a command line. Returns the options of `cls` that it gives, typed, and the parser's other arguments.
 
     Raises:
-        UserError: an unknown option or field, a value of the wrong type.
+        UserError: an unknown option, or a value of the wrong type.
     """
-    values, argv = take_dotted(cls, argv)
-    namespace = parser.parse_args(argv)
-    for field in dataclasses.fields(cls):
-        if hasattr(namespace, field.name):
-            values[field.name] = getattr(namespace, field.name)
-            delattr(namespace, field.name)
-    return check(cls, values, "--", from_text=True), namespace
-
-
-def take_dotted(cls: type, argv: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Takes `--model.NAME VALUE` and `--model.NAME=VALUE` out of a command line.
-
-    The other options, returned second, get dashes for underscores.
-    """
-    dotted = {f"--{field.name}.": field.name for field in dataclasses.fields(cls) if field.metadata["fields"]}
-    taken, rest, tokens = {}, [], iter(argv)
-    for token in tokens:
-        name, equals, value = token.partition("=")
-        owner = dotted.get(name[: name.find(".") + 1])
-        if owner is None:
-            rest.append(name.replace("_", "-") + equals + value if token.startswith("--") else token)
+    arguments = parser.parse_args(argv)
+    values: dict[str, typing.Any] = {}
+    for option in options_of(cls):
+        if not hasattr(arguments, option.name):
             continue
-        if not equals and ((value := next(tokens, None)) is None or value.startswith("--")):
-            raise UserError(f"{name}: expected a value after it")
-        taken.setdefault(owner, {})[name.partition(".")[2].replace("-", "_")] = value
-    return taken, rest
+        value = _convert(getattr(arguments, option.name), option.field, option.kind, f"`{option.name}`", from_text=True)
+        delattr(arguments, option.name)
+        outer, dot, key = option.name.partition(".")
+        if dot:
+            values.setdefault(outer, {})[key] = value
+        else:
+            values[outer] = value
+    return values, arguments
 
 
 def read_yaml(path: str | os.PathLike, cls: type) -> dict:
-    """The options of `cls` that a YAML file gives, checked.
+    """Read the options of `cls` that a YAML file gives.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping, an unknown key, a value of the wrong type.
+        UserError: no such file, not YAML, not a mapping, an unknown key, or a value of the wrong type.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config: can't read {path}: {error.strerror}") from error
+        raise UserError(f"`config`: can't read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where, why = (f", line {mark.line + 1}", error.problem) if mark else ("", "it is not text")
-        raise UserError(f"--config: {path}{where} is not YAML: {why}") from error
+        raise UserError(f"`config`: {path}{where} is not YAML: {why}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config: {path} holds no `option: value` lines")
-    return check(cls, values, f"{path}: ")
+        raise UserError(f"`config`: {path} holds no 'option: value' lines")
+    return check(cls, values, str(path))
 
 
-def check(cls: type, values: dict, where: str, from_text: bool = False) -> dict:
-    """`values`, every key known to `cls` and every value of its field's type; `from_text` reads them first."""
+def check(cls: type, values: dict, source: str, outer: str = "") -> dict:
+    """Check that `cls` has an option for every key and that every value has its option's type.
+
+    Args:
+        values: option names and values, read from a file.
+        source: the file, for messages.
+        outer: the dict that holds these keys, as `model.`.
+
+    Raises:
+        UserError: naming the file, the key and the value.
+    """
     kinds, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     checked = {}
     for key, value in values.items():
+        name = f"{outer}{key}"
         if key not in fields:
-            raise UserError(f"{where}unknown key {key!r}{did_you_mean(str(key), fields)}")
-        metadata = fields[key].metadata
-        name = where + (key.replace("_", "-") if from_text else key)
-        if not metadata["fields"]:
-            checked[key] = convert(value, kinds[key], name, from_text)
-            if metadata["choices"] and checked[key] not in metadata["choices"]:
-                near = did_you_mean(str(value), metadata["choices"])
-                raise UserError(f"{name}: {value!r} is none of {', '.join(metadata['choices'])}{near}")
-            continue
-        known, checked[key] = metadata["fields"](), {}
-        for inner, inner_value in convert(value, dict, name).items():
-            if inner not in known:
-                raise UserError(f"{name}.{inner}: there is no such field{did_you_mean(str(inner), known)}")
-            checked[key][inner] = convert(inner_value, known[inner], f"{name}.{inner}", from_text)
+            known = [outer + field for field in fields]
+            raise UserError(f"{source}: unknown key {name!r}{did_you_mean(name, known)}")
+        if nested := fields[key].metadata.get("fields"):
+            checked[key] = check(nested, convert(value, dict, f"{source}: {name}"), source, f"{name}.")
+        else:
+            checked[key] = _convert(value, fields[key], kinds[key], f"{source}: {name}")
     return checked
 
 
+def _convert(value: typing.Any, field: dataclasses.Field, kind: typing.Any, name: str, from_text=False) -> typing.Any:
+    """Convert a field's value to its annotation and check it against the field's choices."""
+    value, choices = convert(value, kind, name, from_text), field.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{name}: {value!r} is none of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+    return value
+
+
 def convert(value: typing.Any, kind: typing.Any, name: str, from_text: bool = False) -> typing.Any:
-    """`value` as the annotation `kind` wants it.
+    """Convert `value` to the annotation `kind`; with `from_text`, parse text from a command line first.
 
     Raises:
-        UserError: one line naming the option, the value and what is expected.
+        UserError: one line with the option's name, the value and the expected type.
     """
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     readings = _readings(value, kinds) if from_text and isinstance(value, str) else [value]
@@ -180,7 +237,7 @@ def convert(value: typing.Any, kind: typing.Any, name: str, from_text: bool = Fa
 
 
 def _readings(text: str, kinds: tuple) -> list:
-    """What text from a command line may mean, likeliest first: YAML, unless text is wanted, or a list as `a,b`."""
+    """List what text from a command line may mean, likeliest first: the text itself, YAML, or a list as `a,b`."""
     if str in kinds:
         return [None, text] if text == "null" and types.NoneType in kinds else [text]
     if list[str] in kinds:
@@ -193,17 +250,17 @@ def _readings(text: str, kinds: tuple) -> list:
 
 
 def _as(value: typing.Any, kind: typing.Any) -> tuple[bool, typing.Any]:
-    """Whether a value is of a kind, and the value as that kind."""
+    """Return whether a value is of a type, and the value as that type."""
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_as(item, typing.get_args(kind)[0])[0] for item in value), value
-    if kind is float and type(value) in (int, str):  # YAML 1.1 takes 1e-3, which has no point, for text
+    if kind is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3, which has no point, as text
         with contextlib.suppress(ValueError):
             value = float(value)
     return type(value) is kind and (kind is not float or math.isfinite(value)), value
 
 
 def merge(*layers: dict) -> dict:
-    """One dict from several, later ones winning, key by key inside a dict of dotted options."""
+    """Merge dicts of options. Later ones win, key by key inside a dict of dotted options."""
     merged = {}
     for layer in layers:
         for key, value in layer.items():
@@ -212,12 +269,12 @@ def merge(*layers: dict) -> dict:
 
 
 def write_yaml(path: str | os.PathLike, values: dict, comment: str) -> None:
-    """Writes a mapping as YAML, atomically."""
+    """Write a mapping as YAML, atomically."""
     write_whole(path, f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Write a file atomically: under another name first, then renamed."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
@@ -225,13 +282,13 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 
 
 def require(config: object, name: str, ok: bool, fix: str) -> None:
-    """Raises a UserError about the option `name` of `config` unless its value is ok."""
+    """Raise a UserError about the option `name` of `config` unless its value is ok."""
     if not ok:
         raise UserError(f"`{name}`: {getattr(config, name)!r} is impossible: {fix}")
 
 
 def positive(text: str, name: str) -> int:
-    """Reads the value of the option `name` as a whole number of at least 1, or raises a UserError."""
+    """Read the value of the option `name` as a whole number of at least 1, or raise a UserError."""
     value = convert(text, int, name, from_text=True)
     if value < 1:
         raise UserError(f"{name}: {value} is impossible: it must be at least 1")

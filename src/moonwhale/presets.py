@@ -1,7 +1,6 @@
 """Named sizes. A preset sets model fields and run options; a YAML file and the command line override both."""
 
-import ast
-import typing
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,10 +170,9 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def model_fields() -> dict[str, typing.Any]:
-    """Names and annotations of MoonwhaleConfig's own fields, read from its source: importing it takes seconds."""
-    source = Path(__file__).with_name("model") / "configuration_moonwhale.py"
-    classes = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-    fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign)]
-    annotations = {node.target.id: ast.unparse(node.annotation) for node in fields}
-    return typing.get_type_hints(type("Fields", (), {"__annotations__": annotations}))
+def model_fields() -> type:
+    """Return the dataclass of a model's configuration fields, with their types, defaults and help.
+
+    Its file runs on its own: importing `moonwhale.model` registers the model with transformers, which takes seconds.
+    """
+    return runpy.run_path(str(Path(__file__).with_name("model") / "config_fields.py"))["ConfigFields"]

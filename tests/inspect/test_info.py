@@ -195,7 +195,7 @@ def test_checkpoint(checkpoint, capsys):
         ('{"model_type": "moonwh', "is damaged, not JSON"),
         ("[]", "of type None, not 'moonwhale'"),
         ('{"model_type": "llama"}', "of type 'llama', not 'moonwhale'"),
-        ('{"model_type": "moonwhale", "hidden_size": "x"}', "model.hidden_size: 'x' is not a whole number"),
+        ('{"model_type": "moonwhale", "hidden_size": "x"}', "config.json: hidden_size: 'x' is not a whole number"),
         ('{"model_type": "moonwhale", "moba_block_size": 0}', "moba_block_size=0 is impossible"),
     ],
 )

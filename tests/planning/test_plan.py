@@ -162,7 +162,7 @@ def test_the_command(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: --gpus"),
+        ([], "the following arguments are required: `gpus`"),
         (["--gpus", "0"], "`gpus`: 0 is impossible"),
         (["--gpus", "many"], "`gpus`: 'many' is not"),
         (["--gpus", "7"], "`gpus`: 4,096 tokens a step are 8 rows of 512, which 7 GPUs can't share: give `gpus` 4 or"),

@@ -8,7 +8,7 @@ import yaml
 
 from moonwhale.errors import UserError
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import TrainConfig, build_model_config, parse, write_config
+from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse, write_config
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ BAD = [
     (["--stepz", "3"], r"unknown option --stepz \(did you mean --steps\?\)"),
     (["--step", "3"], "unknown option --step"),  # no abbreviations
     (["3"], "unexpected argument 3"),
-    (["--steps"], "--steps: expected one argument"),
-    (["--steps", "many"], "--steps: 'many' is not a whole number"),
-    (["--steps", "2.5"], "--steps: '2.5' is not a whole number"),
-    (["--steps", "true"], "--steps: 'true' is not a whole number"),
+    (["--steps"], "`steps`: expected one argument"),
+    (["--steps", "many"], "`steps`: 'many' is not a whole number"),
+    (["--steps", "2.5"], "`steps`: '2.5' is not a whole number"),
+    (["--steps", "true"], "`steps`: 'true' is not a whole number"),
     (["--steps", "0"], "`steps`: 0 is impossible: it must be at least 1"),
-    (["--lr", "fast"], "--lr: 'fast' is not a number"),
-    (["--lr", "nan"], "--lr: 'nan' is not a number"),
+    (["--lr", "fast"], "`lr`: 'fast' is not a number"),
+    (["--lr", "nan"], "`lr`: 'nan' is not a number"),
     (["--lr", "0"], "`lr`: 0.0 is impossible: it must be above 0"),
     (["--weight-decay", "-1"], "`weight_decay`: -1.0 is impossible"),
     (["--momentum", "1"], "`momentum`: 1.0 is impossible"),
@@ -106,16 +106,16 @@ BAD = [
         ["--steps", "10", "--warmup-steps", "9", "--decay-fraction", "0.2"],
         "`steps` 10 less 2 of decay leave 8 for warm-up",
     ),
-    (["--schedule", "cosin"], r"--schedule: 'cosin' is none of wsd, cosine \(did you mean cosine\?\)"),
+    (["--schedule", "cosin"], r"`schedule`: 'cosin' is none of wsd, cosine \(did you mean cosine\?\)"),
     (["--preset", "dem"], r"`preset`: 'dem' is none of demo, .*did you mean demo"),
-    (["--model.hiden_size", "3"], r"--model.hiden_size: there is no such field \(did you mean hidden_size\?\)"),
-    (["--model.hidden_size", "wide"], "--model.hidden_size: 'wide' is not a whole number"),
-    (["--model.hidden_size", "2.5"], "--model.hidden_size: '2.5' is not a whole number"),
-    (["--model.q_lora_rank", "no"], "--model.q_lora_rank: 'no' is not a whole number or null"),
+    (["--model.hiden_size", "3"], r"unknown option --model.hiden_size \(did you mean --model.hidden_size\?\)"),
+    (["--model.hidden_size", "wide"], "`model.hidden_size`: 'wide' is not a whole number"),
+    (["--model.hidden_size", "2.5"], "`model.hidden_size`: '2.5' is not a whole number"),
+    (["--model.q_lora_rank", "no"], "`model.q_lora_rank`: 'no' is not a whole number or null"),
     (["--model.mtp_num_blocks", "1,x"], "'1,x' is not a whole number or a list of whole numbers"),
     (["--model.rope_parameters", "{a: "], "'{a: ' is not a mapping or null"),
-    (["--model.hidden_size"], "--model.hidden_size: expected a value"),
-    (["--model.hidden_size", "--steps", "3"], "--model.hidden_size: expected a value"),
+    (["--model.hidden_size"], "`model.hidden_size`: expected one argument"),
+    (["--model.hidden_size", "--steps", "3"], "`model.hidden_size`: expected one argument"),
     (
         ["--batch-size", "3", "--context", "256"],
         "4096 is no multiple of `batch_size` 3 x `context` 256 = 768 tokens: give 3840 or 4608",
@@ -124,7 +124,7 @@ BAD = [
         ["--tokens-per-step", "100", "--context", "256", "--batch-size", "8"],
         "100 is no multiple of .* = 2048 tokens: give 2048$",
     ),
-    (["--config", "no_such.yaml"], "--config: can't read no_such.yaml: No such file"),
+    (["--config", "no_such.yaml"], "`config`: can't read no_such.yaml: No such file"),
 ]
 
 
@@ -145,13 +145,13 @@ def test_bad_options_are_one_line(argv, message):
         ("report_to: [1]", "run.yaml: report_to: .* is not a list of words"),
         (
             "model: {hiden_size: 3}",
-            r"run.yaml: model.hiden_size: there is no such field \(did you mean",
+            r"run.yaml: unknown key 'model.hiden_size' \(did you mean model.hidden_size\?\)",
         ),
         ("model: 3", "run.yaml: model: 3 is not a mapping"),
         ("schedule: linear", "run.yaml: schedule: 'linear' is none of wsd, cosine"),
         ("steps: 3: 4", "run.yaml, line 1 is not YAML"),
-        ("", "holds no `option: value` lines"),
-        ("- steps", "holds no `option: value` lines"),
+        ("", "holds no 'option: value' lines"),
+        ("- steps", "holds no 'option: value' lines"),
     ],
 )
 def test_bad_yaml_is_one_line(yaml_file, text, message):
@@ -206,8 +206,10 @@ def test_help_lists_every_option_and_field(capsys):
 
 
 def test_model_config():
-    model = build_model_config(parse(["--model.moba_topk", "0", "--context", "256"]), vocab_size=2000, bos_token_id=5)
-    assert (model.moba_topk, model.bos_token_id, model.hidden_size) == (0, 5, 256)
+    config = parse(["--model.moba_topk", "0", "--context", "256", "--model.eos_token_id", "7"])
+    model = build_model_config(config)
+    fit_to_tokenizer(model, config, vocab_size=2000, bos_token_id=5, eos_token_id=6)
+    assert (model.moba_topk, model.bos_token_id, model.eos_token_id, model.hidden_size) == (0, 5, 7, 256)
     assert model.max_position_embeddings == 256  # the context, unless it is set
 
 
@@ -226,5 +228,6 @@ def test_model_config():
 )
 def test_impossible_models_name_the_option(argv, message):
     with pytest.raises(UserError, match=message) as caught:
-        build_model_config(parse(argv), vocab_size=301, pad_token_id=300)
+        config = parse(argv)
+        fit_to_tokenizer(build_model_config(config), config, vocab_size=301, pad_token_id=300)
     assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
 """`moonwhale info`: what a preset or a checkpoint costs, before anybody pays for it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from moonwhale import options
@@ -9,31 +9,30 @@ from moonwhale.costs import flops_per_token, inference_bytes, model_size, one_de
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.options import positive
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import TrainConfig, build_model_config, resolve
+from moonwhale.train.config import MODEL_FIELDS, ModelOverrides, TrainConfig, build_model_config, resolve
 from moonwhale.units import in_bytes, si
 
 
 def main(argv: list[str]) -> int:
     parser = options.Parser(
         prog="moonwhale info",
-        description="Parameters, FLOPs, cache and memory of a preset or a checkpoint.",
+        description="Parameters, FLOPs, cache and memory of a preset or a checkpoint.\n"
+        "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
         epilog="presets:\n" + "\n".join(f"  {name:<11}{preset.summary}" for name, preset in PRESETS.items()),
     )
     parser.add_argument("target", metavar="PRESET_OR_FOLDER", help="name of a preset, or folder of a checkpoint")
     parser.add_argument("--context", metavar="N", help="tokens of a row (the preset's, or the checkpoint's longest)")
     parser.add_argument("--batch", metavar="N", default="1", help="rows at once (1)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--model.FIELD", metavar="VALUE", help="override a field of the model's configuration")
-    overrides, argv = options.take_dotted(TrainConfig, argv)
-    arguments = parser.parse_args(argv)
-    overrides = options.check(TrainConfig, overrides, "--", from_text=True).get("model", {})
+    options.add_options(parser, ModelOverrides, show=False)
+    overrides, arguments = options.read_argv(parser, ModelOverrides, argv)
 
     run = None
     if arguments.target in PRESETS:
-        run = resolve({"preset": arguments.target, "model": overrides})
+        run = resolve({"preset": arguments.target, **overrides})
         config = build_model_config(run)
     else:
-        config = read_config(arguments.target, overrides)
+        config = read_config(arguments.target, overrides.get("model"))
     context = positive(arguments.context, "`context`") if arguments.context else config.max_position_embeddings
     figures = gather(config, context, positive(arguments.batch, "`batch`"), run)
     print(json.dumps(figures, indent=2) if arguments.json else table(arguments.target, figures))
@@ -62,9 +61,8 @@ def read_config(folder: str, overrides: dict | None = None):
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "moonwhale":
         raise UserError(f"{path} is of a model of type {kind!r}, not 'moonwhale'")
-    known = TrainConfig.__dataclass_fields__["model"].metadata["fields"]()
-    values = {name: value for name, value in values.items() if name in known}
-    values = options.check(TrainConfig, {"model": values}, f"{path}: ")["model"]
+    known = {field.name for field in fields(MODEL_FIELDS)}
+    values = options.check(MODEL_FIELDS, {name: value for name, value in values.items() if name in known}, str(path))
     try:
         return MoonwhaleConfig(**values | (overrides or {}))
     except ValueError as error:

@@ -4,6 +4,8 @@ import math
 
 from transformers import PreTrainedConfig
 
+from .config_fields import ConfigFields
+
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "max_position_embeddings")
 HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 COUNTS = ("num_hidden_layers", "num_attention_heads", "n_routed_experts", "num_experts_per_tok")
@@ -13,7 +15,7 @@ SCORING_FUNCS = ("sigmoid", "softmax")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose frequencies do not change with the length
 
 
-class MoonwhaleConfig(PreTrainedConfig):
+class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
     """Every dimension of a moonwhale model. Lengths are in tokens, widths in numbers.
 
     Names that DeepSeek-V3 has are DeepSeek-V3's; the others are explained where they are declared.
@@ -29,61 +31,6 @@ class MoonwhaleConfig(PreTrainedConfig):
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
     }
-
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 704  # of the dense blocks, when first_k_dense_replace > 0
-    num_hidden_layers: int = 4
-    max_position_embeddings: int = 1024
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 1
-
-    # Multi-head latent attention
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    q_lora_rank: int | None = 128
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 64
-    qk_rope_head_dim: int = 32
-    v_head_dim: int = 64
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
-    rope_interleave: bool = True
-    rope_parameters: dict | None = None
-
-    # Mixture of block attention: attention over `moba_topk` blocks of `moba_block_size` keys, the query's own one
-    # included
-    moba_block_size: int = 128
-    moba_topk: int = 0  # 0 switches MoBA off
-    moba_full_attention_layers: list[int] | None = None  # indices of blocks that keep full attention
-    moba_key_conv: int = 0  # width of the short causal convolution on keys (arXiv 2511.11571); 0 switches it off
-
-    # DeepSeekMoE
-    n_routed_experts: int = 8
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 128
-    first_k_dense_replace: int = 0
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    scoring_func: str = "sigmoid"
-    bias_update_speed: float = 0.001  # γ of the auxiliary-loss-free balancing; 0 switches it off
-    balance_loss: str = "sequence"
-    aux_loss_alpha: float = 1e-4  # α of the balance loss
-    n_device_groups: int = 1  # groups of experts that the device-level loss balances
-
-    # Multi-token prediction
-    num_nextn_predict_layers: int = 0
-    mtp_num_blocks: int | list[int] = 1  # blocks of each module, one number for all or one for each
-    mtp_loss_weight: float = 0.3  # λ
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

@@ -1,9 +1,9 @@
 """The schedules there are, what each asks of a run, and the options of a pipeline. Nothing heavy: `--help` needs it."""
 
-import typing
 from dataclasses import dataclass
 
 from moonwhale.errors import UserError, did_you_mean
+from moonwhale.options import option
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Parallel:
         UserError: an impossible setting, naming the nearest that works.
     """
 
-    pp: int = 1  # ranks of the pipeline; 1: none, every process has the whole model
-    ep: int = 1  # copies that share their experts; 1: each has all of them
-    schedule: str = "dualpipev"
-    fsdp: bool = False  # ranks that hold the same weights keep a part of them each (FSDP2)
-    timeout: int = 600  # seconds that a rank waits for another
+    pp: int = option(1, "ranks of the pipeline; 1: every process has the whole model")
+    ep: int = option(1, "replicas that share their routed experts; 1: each has all of them")
+    schedule: str = option("dualpipev", "the pipeline's schedule", choices=tuple(SCHEDULES))
+    fsdp: bool = option(False, "shard weights among the ranks that hold the same ones (FSDP2)")
+    timeout: int = option(600, "seconds that a rank waits for another")
 
     def __post_init__(self):
         for name in ("pp", "ep", "timeout"):
@@ -141,7 +141,3 @@ def _divisors_near(number: int, wrong: int) -> str:
     """Of a number's divisors, the nearest on both sides of one that is none."""
     near = [max(n for n in divisors(number) if n < wrong), *(n for n in divisors(number) if n > wrong)][:2]
     return " or ".join(map(str, near))
-
-
-def parallel_fields() -> dict[str, typing.Any]:
-    return typing.get_type_hints(Parallel)

@@ -10,7 +10,7 @@ from moonwhale.errors import UserError, did_you_mean
 from moonwhale.options import positive
 from moonwhale.parallel.options import SCHEDULES, divisors
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import TrainConfig, build_model_config, resolve
+from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config, resolve
 from moonwhale.units import in_bytes, si
 
 
@@ -32,7 +32,8 @@ CLOSE = 1.05  # a larger micro-batch is taken if it is at most so much slower: k
 def main(argv: list[str]) -> int:
     parser = options.Parser(
         prog="moonwhale plan",
-        description="Layouts of a run over many GPUs, the fastest first: what each would hold, send and idle.",
+        description="Layouts of a run over many GPUs, the fastest first: what each would hold, send and idle.\n"
+        "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
         epilog="GPUs (memory, dense bf16, network):\n"
         + "\n".join(f"  {n:<6}{g.memory:g} GB, {g.flops:g} TFLOP/s, {g.bandwidth:g} GB/s" for n, g in GPUS.items())
         + "\n\nMessages between the ranks of a pipeline are taken to hide behind its work; gradients and what goes to\n"
@@ -52,9 +53,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--layouts", metavar="N", default="10", help="lines to print (10)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--model.FIELD", metavar="VALUE", help="override a field of the model's configuration")
-    overrides, argv = options.take_dotted(TrainConfig, argv)
-    arguments = parser.parse_args(argv)
+    options.add_options(parser, ModelOverrides, show=False)
+    overrides, arguments = options.read_argv(parser, ModelOverrides, argv)
     if arguments.gpu not in GPUS:
         near = did_you_mean(arguments.gpu, GPUS)
         raise UserError(f"`gpu`: {arguments.gpu!r} is none of {', '.join(GPUS)}{near}; `memory` and so on say the rest")
@@ -68,8 +68,7 @@ def main(argv: list[str]) -> int:
         for name in ("context", "batch_size", "tokens_per_step")
         if getattr(arguments, name) is not None
     }
-    model = options.check(TrainConfig, overrides, "--", from_text=True).get("model", {})
-    run = resolve(given | {"preset": arguments.preset, "model": model})
+    run = resolve(given | {"preset": arguments.preset} | overrides)
     plans = rank(run, gpus, figures)
     shown = plans[: positive(arguments.layouts, "`layouts`")]
     if arguments.json:

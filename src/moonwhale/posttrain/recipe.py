@@ -70,7 +70,7 @@ def read(path: str) -> list[tuple[str, object]]:
         if not given.get("out"):
             raise UserError(f"{where}: {verb} needs an `out`, where it writes")
         cls = STAGES[verb][0]
-        given = options.check(cls, given, f"{where}: ")
+        given = options.check(cls, given, where)
         if verb != "sample":
             given["resume"] = (Path(given["out"]) / run_folder.RUN_FILE).exists()
         found.append((verb, resolve(given) if verb == "train" else cls(**given)))

@@ -4,7 +4,6 @@ Later sources win: defaults, the preset, a YAML file (`--config`), the command l
 """
 
 import os
-import textwrap
 import typing
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from moonwhale import options
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
-from moonwhale.parallel.options import SCHEDULES, Parallel, parallel_fields
+from moonwhale.parallel.options import Parallel
 from moonwhale.presets import PRESETS, get_preset, model_fields
 from moonwhale.processes import restarted
 from moonwhale.train import run_folder
@@ -23,6 +22,15 @@ if typing.TYPE_CHECKING:
 PRECISIONS = "auto, fp32, tf32, bf32, bf16, fp8-tensorwise, fp8-rowwise, fp8-blockwise"
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
+MODEL_FIELDS = model_fields()
+MODEL_HELP = "fields of MoonwhaleConfig that differ from its defaults"
+
+
+@dataclass
+class ModelOverrides:
+    """`--model.FIELD` alone, for the verbs that train nothing."""
+
+    model: dict = option({}, MODEL_HELP, fields=MODEL_FIELDS)
 
 
 @dataclass
@@ -87,8 +95,10 @@ class TrainConfig:
         ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
     )
 
-    parallel: dict = option({}, "how the model is spread over several processes", fields=parallel_fields)
-    model: dict = option({}, "fields of MoonwhaleConfig that differ from its defaults", fields=model_fields)
+    parallel: dict = option(
+        {}, "how the model is spread over several processes", group="several processes", fields=Parallel
+    )
+    model: dict = option({}, MODEL_HELP, group="model configuration", fields=MODEL_FIELDS)
 
     def __post_init__(self):
         self.out = self.out or default_out(self.preset)
@@ -144,17 +154,16 @@ def default_out(preset: str) -> str:
 
 def parse(argv: list[str]) -> TrainConfig:
     """A run's configuration from `moonwhale train`'s arguments; a run that goes on has its own file for --config."""
-    fields = textwrap.fill(", ".join(model_fields()), 100, initial_indent="  ", subsequent_indent="  ")
+    demo = PRESETS["demo"]
+    preset_decides = {*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)}
     parser = options.Parser(
         prog="moonwhale train",
-        description="Train a model on text. The preset, --config and the command line: a later one wins.",
-        epilog="--model.FIELD VALUE overrides the model's configuration, here as in `moonwhale info`, which says "
-        f"what it costs. Fields:\n{fields}\n\n"
-        "--parallel.pp P, .schedule " + "|".join(SCHEDULES) + ", .timeout SECONDS: a pipeline over P processes; "
-        ".ep N: N processes share the experts.\n"
-        "--parallel.fsdp true: processes that hold the same weights keep a part of them each.",
+        usage="%(prog)s [options]",
+        description="Train a model on text. Options come from the preset, the --config file and the command line: a "
+        "later source wins.",
+        epilog="`moonwhale info PRESET --model.FIELD VALUE` counts what a model costs.",
     )
-    options.add_options(parser, TrainConfig, preset_decides=PRESETS["demo"].train)
+    options.add_options(parser, TrainConfig, preset_decides)
     parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
     given, rest = options.read_argv(parser, TrainConfig, argv)
     path = rest.config
@@ -183,22 +192,16 @@ def write_config(config: TrainConfig, path: str | os.PathLike) -> None:
     run_folder.write(config, path, "train")
 
 
-def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: int | None) -> "MoonwhaleConfig":
-    """The model's configuration. `vocab_size` is the tokenizer's; `token_ids` are `bos_token_id` and the like.
+def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":
+    """Build the model's configuration; `fit_to_tokenizer` adds what only the tokenizer knows.
 
     Raises:
-        UserError: naming `--model.FIELD`, for dimensions that cannot work, or cannot hold the tokenizer or the context.
+        UserError: naming `model.FIELD`, for dimensions that cannot work or cannot hold the context.
     """
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
-    size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
-    if isinstance(size, int) and 0 < size < vocab_size:
-        raise UserError(
-            f"`model.vocab_size`: {size} is smaller than the tokenizer's {vocab_size}: "
-            f"give at least that, e.g. `model.vocab_size` {-(-vocab_size // 64) * 64}"
-        )
     try:
-        model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | token_ids | config.model)
+        model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | config.model)
     except ValueError as error:
         field, _, why = str(error).partition("=")
         raise UserError(f"`model.{field}`={why}") from error
@@ -208,3 +211,23 @@ def build_model_config(config: TrainConfig, vocab_size: int = 0, **token_ids: in
             f"{model.max_position_embeddings}: raise the one or lower the other"
         )
     return model
+
+
+def fit_to_tokenizer(model: "MoonwhaleConfig", config: TrainConfig, vocab_size: int, **token_ids: int | None) -> None:
+    """Check that a model's vocabulary holds a tokenizer's, and set its token ids, unless the run's options set them.
+
+    Args:
+        model: what `build_model_config` built from `config`.
+        vocab_size: size of the tokenizer's vocabulary.
+        token_ids: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
+
+    Raises:
+        UserError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    if model.vocab_size < vocab_size:
+        raise UserError(
+            f"`model.vocab_size`: {model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
+            f"give at least that, e.g. `model.vocab_size` {-(-vocab_size // 64) * 64}"
+        )
+    for name, token_id in token_ids.items():
+        setattr(model, name, config.model.get(name, token_id))

@@ -9,7 +9,7 @@ from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.processes import is_main_process, say, world_size
 from moonwhale.train import run_folder
-from moonwhale.train.config import TrainConfig, build_model_config, parse, resolve, write_config
+from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse, resolve, write_config
 
 DATA_FILE = "data.txt"
 
@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> None:
     from moonwhale.costs import model_size
     from moonwhale.data.packing import build_data
     from moonwhale.data.tokenizer import byte_lengths
-    from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+    from moonwhale.model import MoonwhaleForCausalLM
     from moonwhale.parallel import process_groups
     from moonwhale.train import memory, progress
     from moonwhale.train.mtp_trainer import MTPTrainer
@@ -72,21 +72,22 @@ def train(config: TrainConfig) -> None:
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
-    vocab_size = config.model.get("vocab_size", MoonwhaleConfig.vocab_size)
-    first = build_model_config(config)  # an impossible model should not cost a tokenizer's training first
+    model_config = build_model_config(config)  # an impossible model must not cost a tokenizer's training first
     settings = run_folder.learned(config, also=("out", "resume"))
-    place = process_groups.meet(split, first, config.context, choice.device.type == "cpu", settings)
+    place = process_groups.meet(split, model_config, config.context, choice.device.type == "cpu", settings)
     shares = 1 if place else world  # of the rows, one for each of the Trainer's processes
     args = _trainer_arguments(config, choice, shares)
     hub = config.data_split, config.data_columns
-    data = build_data(config.data, *hub, config.tokenizer, vocab_size, config.context, limit=config.data_documents)
+    data = build_data(
+        config.data, *hub, config.tokenizer, model_config.vocab_size, config.context, limit=config.data_documents
+    )
     if len(data.train) < config.batch_size * shares:
         raise UserError(
             f"`batch_size`: {config.batch_size * shares} rows are computed at once, but the text fills only "
             f"{len(data.train)} rows of `context` {config.context}: lower the one or the other, or give more `data`"
         )
     ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model_config = build_model_config(config, len(data.tokenizer), **ids)
+    fit_to_tokenizer(model_config, config, len(data.tokenizer), **ids)
     transformers.set_seed(config.seed)
     model = MoonwhaleForCausalLM(model_config)
     if choice.fp8:
