@@ -18,13 +18,13 @@ VERBS = {
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
     "serve": ("moonwhale.serve.commands:main", "answer over HTTP: OpenAI's API and a chat page"),
     "eval": ("moonwhale.evaluate.commands:main", "measure a model: text, tasks, multiple choice"),
-    "xray": ("moonwhale.inspect.commands:main", "draw what happened inside a model, as a page"),
+    "xray": ("moonwhale.inspect.commands:main_xray", "draw what happened inside a model, as a page"),
     "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
     "export": ("moonwhale.export.commands:main", "write a checkpoint in another format"),
     "info": ("moonwhale.inspect.info:main", "count what a preset or a checkpoint costs"),
     "plan": ("moonwhale.planning.plan:main", "lay a run out over many GPUs, and count what it costs"),
-    "doctor": ("moonwhale.inspect.doctor:main", "say what this machine can do, and why not more"),
+    "doctor": ("moonwhale.inspect.commands:main_doctor", "say what this machine can do, and why not more"),
 }
 
 

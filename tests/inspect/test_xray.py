@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moonwhale.errors import UserError
-from moonwhale.inspect import commands
-from moonwhale.inspect.xray import LONGEST, record, render
+from moonwhale.inspect.commands import main_xray
+from moonwhale.inspect.xray import MAX_TOKENS, record, render
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,14 @@ def test_the_page_is_whole_and_safe(recorded):
 
 
 def test_a_text_too_long_is_one_line(small_model, small_tokenizer):
-    with pytest.raises(UserError, match=f"has {LONGEST + 1} tokens: an X-ray shows from 1 to {LONGEST}"):
-        record(small_model, small_tokenizer, [5] * (LONGEST + 1), 1)
+    with pytest.raises(UserError, match=f"has {MAX_TOKENS + 1} tokens: an X-ray shows from 1 to {MAX_TOKENS}"):
+        record(small_model, small_tokenizer, [5] * (MAX_TOKENS + 1), 1)
 
 
 def test_the_command_writes_a_page(small_checkpoint, tmp_path, capsys):
     out = tmp_path / "x.html"
-    commands.main([str(small_checkpoint), "--prompt", "The whale", "--max-new-tokens", "6", "--out", str(out)])
+    main_xray([str(small_checkpoint), "--prompt", "The whale", "--max-new-tokens", "6", "--out", str(out)])
     assert "of answer; open it in a browser" in capsys.readouterr().out
     assert "const R = {" in out.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="is no place for a file"):
-        commands.main([str(small_checkpoint), "--prompt", "x", "--out", str(tmp_path / "no" / "x.html")])
+        main_xray([str(small_checkpoint), "--prompt", "x", "--out", str(tmp_path / "no" / "x.html")])

@@ -1,5 +1,6 @@
-"""`moonwhale xray`. Heavy imports wait until the arguments are known to be good."""
+"""The commands `moonwhale xray` and `moonwhale doctor`. torch is imported only after the options are checked."""
 
+import json
 from pathlib import Path
 
 from moonwhale.errors import UserError
@@ -7,21 +8,21 @@ from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
 
 
-def main(argv: list[str]) -> None:
-    """Writes the page about a prompt and the answer to it."""
-    parser = Parser(prog="moonwhale xray", description="See what happened inside the model: one HTML file.")
+def main_xray(argv: list[str]) -> None:
+    """Writes an HTML page about a prompt and the model's answer to it."""
+    parser = Parser(prog="moonwhale xray", description="See what happens inside the model, in one HTML file.")
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="checkpoint: what a run wrote with --out")
+    add("folder", metavar="FOLDER", help="checkpoint: the folder that a run wrote with --out")
     add("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a message to answer")
-    add("--chat", action="store_true", help="answer the prompt as a message")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer, 0 for none (%(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws (%(default)s)")
-    add("--out", default="xray.html", metavar="FILE", help="the page (%(default)s)")
+    add("--chat", action="store_true", help="treat the prompt as a chat message")
+    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer; 0 for none (%(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (%(default)s)")
+    add("--out", default="xray.html", metavar="FILE", help="file to write (%(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out: {args.out} is no place for a file: give a path in a folder that exists")
+        raise UserError(f"`out`: {args.out} is no place for a file: give a path in a folder that exists")
     options = SamplingOptions(max_new_tokens=max(args.max_new_tokens, 1), temperature=args.temperature, seed=args.seed)
 
     from moonwhale.checkpoint import open_checkpoint
@@ -34,3 +35,15 @@ def main(argv: list[str]) -> None:
     answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
     out.write_text(xray(model, tokenizer, ids + answer, len(ids)), encoding="utf-8")
     print(f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")
+
+
+def main_doctor(argv: list[str]) -> None:
+    """Prints what this machine can do."""
+    parser = Parser(prog="moonwhale doctor", description="Show what this machine can do, and why not more.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+
+    from moonwhale.inspect.doctor import examine, table
+
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else table(report))

@@ -1,7 +1,7 @@
-"""`moonwhale xray`: what happened inside the model, token by token and layer by layer, in one HTML file.
+"""Draws an X-ray: what happens inside the model, for each token and layer, in one HTML file.
 
-One forward over the whole text is recorded with hooks: every router's choice, every head's attention and the blocks it
-read, every MTP module's guess. The page draws those numbers and no others, and needs nothing but a browser.
+Forward hooks record one pass over the whole text: each router's choice, each head's attention and the blocks it read,
+and each MTP module's guess. The page draws only these numbers and needs only a browser.
 """
 
 import base64
@@ -19,26 +19,26 @@ from moonwhale.model.block import Block
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moe import Router
 
-LONGEST = 512  # tokens: every head's attention among all of them is in the file
-LIKELIEST = 6  # tokens shown of a prediction
+MAX_TOKENS = 512  # the file holds each head's attention between all tokens, so it grows quadratically
+TOP_TOKENS = 6  # tokens shown for each prediction
 
 
 def xray(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], prompt_tokens: int) -> str:
-    """The page about a text of ids, of which the first `prompt_tokens` were given and the model wrote the rest.
+    """Returns the page about a text. The first `prompt_tokens` ids are the prompt; the model wrote the rest.
 
     Raises:
-        UserError: more than LONGEST tokens, or none.
+        UserError: the text is empty or longer than MAX_TOKENS.
     """
     return render(record(model, tokenizer, ids, prompt_tokens))
 
 
 @torch.no_grad()
 def record(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], prompt_tokens: int) -> dict:
-    """What `render` draws, as JSON knows it; arrays of bytes are base64."""
-    if not 1 <= len(ids) <= LONGEST:
-        raise UserError(f"the text has {len(ids):,} tokens: an X-ray shows from 1 to {LONGEST}")
-    seen = _Seen(model)
-    with seen:
+    """Returns everything that `render` draws, as JSON values. Arrays of bytes are base64 strings."""
+    if not 1 <= len(ids) <= MAX_TOKENS:
+        raise UserError(f"the text has {len(ids):,} tokens: an X-ray shows from 1 to {MAX_TOKENS}")
+    recorder = _Recorder(model)
+    with recorder:
         body = model.model(torch.tensor([ids], device=model.device), use_cache=False, with_mtp=True)
     hidden = [body.last_hidden_state[0], *(h[0] for h in body.mtp_hidden_states)]
     predictions = [model.lm_head(h).float().softmax(-1) for h in hidden]
@@ -46,26 +46,26 @@ def record(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids:
     return {
         "tokens": text,
         "prompt_tokens": prompt_tokens,
-        "predictions": [_likeliest(p, tokenizer) for p in predictions],
+        "predictions": [_top_tokens(p, tokenizer) for p in predictions],
         "guesses": _guesses(predictions, ids, tokenizer),
         "layers": [
-            {"name": name, **_attention(seen.attention[i]), **_experts(seen.routing.get(i))}
-            for i, name in enumerate(_names(model))
+            {"name": name, **_attention(recorder.attention[i]), **_experts(recorder.routing.get(i))}
+            for i, name in enumerate(_block_names(model))
         ],
         "facts": _facts(model),
     }
 
 
 def render(recorded: dict) -> str:
-    """One HTML file that loads nothing."""
+    """Returns one HTML file that loads nothing from elsewhere."""
     template = (files("moonwhale.inspect") / "xray.html").read_text(encoding="utf-8")
-    # "<" is all that could end the script element early.
+    # Only "<" could end the script element early.
     data = json.dumps(recorded, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return template.replace("/*RECORDED*/null", data)
 
 
-class _Seen:
-    """Hooks that keep what attention was given and what routers decided, by the index of the block."""
+class _Recorder:
+    """Forward hooks that keep the inputs of attention and the choices of routers, by the index of the block."""
 
     def __init__(self, model: MoonwhaleForCausalLM):
         self._model, self._hooks = model, []
@@ -76,13 +76,13 @@ class _Seen:
         blocks = [module for module in self._model.modules() if isinstance(module, Block)]
         for block in blocks:
             attention: MultiheadLatentAttention = block.self_attn
-            self._keep(attention, self.attention, attention.layer_idx, lambda m, given, _: (m, *given[:3]))
+            self._record(attention, self.attention, attention.layer_idx, lambda m, inputs, _: (m, *inputs[:3]))
             if isinstance(router := getattr(block.mlp, "gate", None), Router):
-                self._keep(router, self.routing, attention.layer_idx, lambda _, __, routing: routing)
+                self._record(router, self.routing, attention.layer_idx, lambda _, __, routing: routing)
 
-    def _keep(self, module, where: dict, index: int, what) -> None:
-        def hook(module, given, result):
-            where[index] = what(module, given, result)
+    def _record(self, module, recorded: dict, index: int, select) -> None:
+        def hook(module, inputs, output):
+            recorded[index] = select(module, inputs, output)
 
         self._hooks.append(module.register_forward_hook(hook))
 
@@ -91,8 +91,8 @@ class _Seen:
             hook.remove()
 
 
-def _names(model: MoonwhaleForCausalLM) -> list[str]:
-    """Of all blocks, in the order of their indices."""
+def _block_names(model: MoonwhaleForCausalLM) -> list[str]:
+    """The names of all blocks, in the order of their indices."""
     main = [f"block {i}" for i in range(model.config.num_hidden_layers)]
     chain = [
         f"MTP {k}" if blocks == 1 else f"MTP {k}, block {i}"
@@ -102,15 +102,15 @@ def _names(model: MoonwhaleForCausalLM) -> list[str]:
     return main + chain
 
 
-def _attention(kept: tuple) -> dict:
-    """Each head's attention among all tokens, which blocks it read, and its largest logit."""
-    attention, x, table, layout = kept
-    logits, mask = attention.logits(x, table, layout)  # (1, H, T, T)
+def _attention(recorded: tuple) -> dict:
+    """Each head's attention between all tokens, the blocks it read, and its largest logit."""
+    attention, x, table, documents = recorded
+    logits, mask = attention.logits(x, table, documents)  # (1, H, T, T)
     logits = logits.masked_fill(~mask, -torch.inf)
     probabilities, length = logits.softmax(-1)[0], x.shape[1]
     found = {
         "heads": attention.heads,
-        # The root makes small shares visible, and a byte holds it well enough to draw.
+        # The square root makes small weights visible, and one byte is precise enough to draw.
         "attention": _bytes((probabilities.sqrt() * 255).round()),
         "largest": [round(value, 2) for value in logits[0].amax((1, 2)).tolist()],
     }
@@ -123,7 +123,7 @@ def _attention(kept: tuple) -> dict:
 
 
 def _experts(routing: tuple | None) -> dict:
-    """Which experts each token took and with what gates; nothing for a dense block."""
+    """The experts that each token used, with their gates; an empty dict for a dense block."""
     if routing is None:
         return {}
     _, index, gates = routing
@@ -135,18 +135,20 @@ def _experts(routing: tuple | None) -> dict:
     }
 
 
-def _likeliest(probabilities: Tensor, tokenizer) -> list[list]:
-    """For each position, [text, share] of the tokens likeliest to come."""
-    best = probabilities.topk(min(LIKELIEST, probabilities.shape[-1]))
+def _top_tokens(probabilities: Tensor, tokenizer) -> list[list]:
+    """For each position, the most likely next tokens, as [text, probability]."""
+    best = probabilities.topk(min(TOP_TOKENS, probabilities.shape[-1]))
     return [
-        [[tokenizer.decode([id]), round(share, 4)] for id, share in zip(ids, shares, strict=True)]
-        for ids, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        [[tokenizer.decode([id]), round(p, 4)] for id, p in zip(ids, row, strict=True)]
+        for ids, row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 
 def _guesses(predictions: list[Tensor], ids: list[int], tokenizer) -> list[list[dict]]:
-    """For each token, what the MTP modules had guessed it to be, from as many positions before, and whether that held:
-    it counts only if the guesses before it, made from the same position, held too.
+    """For each token, what each MTP module guessed it to be, and whether a speculative decoder would keep the guess.
+
+    The module of depth d guesses the token d + 1 positions ahead. A guess holds only if it is right and all shallower
+    guesses made from the same position hold too.
     """
     best = [p.argmax(-1).tolist() for p in predictions]
     guesses: list[list[dict]] = [[] for _ in ids]
@@ -164,10 +166,10 @@ def _guesses(predictions: list[Tensor], ids: list[int], tokenizer) -> list[list[
 
 
 def _facts(model: MoonwhaleForCausalLM) -> dict:
-    """The cache in bytes a token in all main blocks, in bf16, and what plain attention of these heads would keep."""
+    """Facts about the model. The cache sizes are bytes per token in all main blocks, in bf16."""
     config, size = model.config, model_size(model.config)
     return {
-        "tau": 100,
+        "tau": 100,  # QK-clip's default
         "parameters": sum(p.numel() for p in model.parameters()),
         "latent_bytes": size.kv_cache_bytes_per_token,
         "plain_bytes": size.mha_cache_bytes_per_token,
