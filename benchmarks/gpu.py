@@ -187,7 +187,7 @@ def moba(bench: Bench, _) -> dict:
         widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
         *inputs, d_out = (torch.randn(1, HEADS, length, width, device=bench.device, dtype=BF16) for width in widths)
         inputs = [x.requires_grad_() for x in inputs]
-        documents = Documents.of(1, length, bench.device, None, None)
+        documents = Documents.from_inputs(1, length, bench.device, None, None)
 
         def both(run, inputs=inputs, d_out=d_out):
             torch.autograd.grad(run(*inputs), inputs, d_out)
@@ -224,11 +224,11 @@ def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
     """The largest relative difference of output and gradients, long contexts' way, from a dense mask in fp32."""
     length = block_size * (topk + 5)
     documents, widths = (
-        Documents.of(1, length, bench.device, None, None),
+        Documents.from_inputs(1, length, bench.device, None, None),
         (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH),
     )
     *given, d_out = (torch.randn(1, 2, length, width, device=bench.device, dtype=BF16) for width in widths)
-    results, usual = [], flex.LONG
+    results, usual = [], flex.LONG_CONTEXT
     for long in (0, usual, None):
         inputs = [x.float() if long is None else x for x in given]
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -238,9 +238,9 @@ def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
             out = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
         else:
             torch._dynamo.reset()
-            flex.LONG = long
+            flex.LONG_CONTEXT = long
             out = attention(*inputs, scale, documents, block_size, topk)
-            flex.LONG = usual
+            flex.LONG_CONTEXT = usual
         results.append([out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))])
     *ours, exact = results
     worst = max(((a.float() - b).norm() / b.norm()).item() for found in ours for a, b in zip(found, exact, strict=True))

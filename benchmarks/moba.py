@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def contenders(length: int, block_size: int) -> dict:
     """Both kinds of attention, forward only and with the backward pass, on (q, k, v, gradient)."""
-    documents, scale = Documents.of(1, length, torch.device("cpu"), None, None), KEY_WIDTH**-0.5
+    documents, scale = Documents.from_inputs(1, length, torch.device("cpu"), None, None), KEY_WIDTH**-0.5
 
     def full(q, k, v):
         wide = F.pad(v, (0, KEY_WIDTH - VALUE_WIDTH))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from moonwhale import fp8
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.model.documents import Documents
-from moonwhale.model.loss import IGNORE
+from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muon_distributed import SharedMuonClip
@@ -38,15 +38,15 @@ def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tenso
     starts = torch.randint(2, length - 2, (rows, 1), generator=generator)
     position = torch.arange(length).expand(rows, length)
     labels = ids.clone()
-    labels[::2, -3:] = IGNORE
+    labels[::2, -3:] = IGNORE_INDEX
     positions = torch.where(position < starts, position, position - starts)
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def targets_of(config: MoonwhaleConfig, batch: dict[str, Tensor]) -> Tensor:
-    documents = Documents.of(*batch["labels"].shape, "cpu", None, batch["position_ids"])
+    documents = Documents.from_inputs(*batch["labels"].shape, "cpu", None, batch["position_ids"])
     depths = range(1 + config.num_nextn_predict_layers)
-    return torch.stack([(shifted_labels(batch["labels"], documents, d) != IGNORE).sum() for d in depths])
+    return torch.stack([(shifted_labels(batch["labels"], documents, d) != IGNORE_INDEX).sum() for d in depths])
 
 
 def model_of(config: dict, weights: dict[str, Tensor]) -> MoonwhaleForCausalLM:
@@ -167,7 +167,7 @@ def layer(case: dict) -> dict:
     e, k, hidden = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
     whole = Experts(config)
     if case["precision"] == "fp8":
-        whole.product, whole.step = fp8.emulated_product, fp8.TILE
+        whole.product, whole.row_multiple = fp8.emulated_product, fp8.TILE
     for p in whole.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
     first, n = 7, 50  # tokens of rank 0, and of both

@@ -375,7 +375,7 @@ def test_experts_by_another_product_are_the_same_experts():
         parts = rows.tensor_split(ends[:-1].tolist())
         return torch.cat([part @ weight.T for part, weight in zip(parts, stack, strict=True)])
 
-    experts.product, experts.step = product, 128
+    experts.product, experts.row_multiple = product, 128
     for plain, ours in zip(run(), written_out, strict=True):
         torch.testing.assert_close(plain, ours, rtol=1e-3, atol=1e-3)
     assert all((size % 128 == 0).all() for size in sizes), "a tile of 128 rows holds one expert's only"

@@ -46,7 +46,7 @@ def convert(model: nn.Module, recipe: str, emulate: bool = False) -> list[str]:
         for linear in linears.values():
             linear.__class__, linear.product = BlockwiseLinear, product
         for module in experts.values():
-            module.product, module.step = product, TILE  # so that no tile holds the tokens of two experts
+            module.product, module.row_multiple = product, TILE  # so that no tile holds the tokens of two experts
     else:
         _convert_by_torchao(model, set(linears), recipe, emulate)
     return [*linears, *experts]

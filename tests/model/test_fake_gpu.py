@@ -43,7 +43,7 @@ def fake(devices, monkeypatch):
     """Under a mode in which tensors are fake, with flex_attention's own compilation left out."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(flex, "_flex", dense_there)
-    monkeypatch.setattr(flex, "TILE", 8)
+    monkeypatch.setattr(flex, "FLEX_TILE", 8)
     with FakeTensorMode(allow_non_fake_inputs=False):
         yield
 
@@ -74,7 +74,7 @@ def there(tiny_config, fake):
 @pytest.mark.parametrize("context", ["short", "long"])
 @pytest.mark.parametrize("recipe", [None, "blockwise"])
 def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, recipe, there, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
     if not autocast or recipe:  # of whose grouped products torch doesn't know the shapes
         monkeypatch.setattr(moe, "grouped_product", moe._grouped_product)
         monkeypatch.setattr(fp8, "grouped_product", moe._grouped_product)

@@ -31,12 +31,12 @@ def dense(q, k, v, scale, mask):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     for module in (documents, loss, moba, moe, muonclip_trainer):
-        monkeypatch.setattr(module, "unseen", lambda device: True)
+        monkeypatch.setattr(module, "needs_static_shapes", lambda device: True)
     monkeypatch.setattr(mla, "flex_serves", lambda q, layout: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(flex, "_has_flex", lambda q: True)
     monkeypatch.setattr(flex, "_flex", dense)
-    monkeypatch.setattr(flex, "TILE", 8)
+    monkeypatch.setattr(flex, "FLEX_TILE", 8)
 
 
 def make_step(model):
@@ -63,7 +63,7 @@ def model(tiny_model):
 
 @pytest.mark.parametrize(("context", "recipe"), [("short", None), ("long", None), ("long", "blockwise")])
 def test_a_step_never_waits(context, recipe, model, as_on_a_gpu, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
     model = model()
     if recipe:
         fp8.convert(model, recipe, emulate=True)
@@ -74,7 +74,7 @@ def test_a_step_never_waits(context, recipe, model, as_on_a_gpu, monkeypatch):
 
 
 def test_the_gpus_paths_learn_the_same(model, as_on_a_gpu, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     step = make_step(model())
     found = [step(), step()]
     monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_nor_does_the_trainer_between_log_lines(precision, tiny_run, as_on_a_gpu
 
 
 def test_a_trainer_that_looks_is_refused(tiny_run, as_on_a_gpu, from_third_to_fifth, monkeypatch):
-    monkeypatch.setattr(muonclip_trainer, "unseen", lambda device: False)
+    monkeypatch.setattr(muonclip_trainer, "needs_static_shapes", lambda device: False)
     from_third_to_fifth(Refuses())
     with pytest.raises(AssertionError, match="tolist waits"):
         pretrain.train(tiny_run(log_every=10))

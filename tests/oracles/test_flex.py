@@ -25,9 +25,9 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch_flex, "_apply_kernel_options", options)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
-    monkeypatch.setattr(moba, "unseen", lambda device: True)
+    monkeypatch.setattr(moba, "needs_static_shapes", lambda device: True)
     monkeypatch.setattr(flex, "_has_flex", lambda q: True)
-    monkeypatch.setattr(flex, "TILE", 2)
+    monkeypatch.setattr(flex, "FLEX_TILE", 2)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def assert_naive(rows, topk):
 @pytest.mark.parametrize("topk", [0, 1, 2, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_flex_is_moba(rows, topk, way, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0 if way == "long" else 99)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if way == "long" else 99)
     monkeypatch.setattr(flex, "_has_flex", lambda q: way != "in a graph elsewhere")
     assert_naive(rows, topk)
 
@@ -83,7 +83,7 @@ def assert_lists_agree(mask, heads):
     """Tiles that are listed as whole are, those as partial may be, and nothing is seen in the others; and queries list
     the same keys as keys list queries.
     """
-    n_queries, n_keys = (n // flex.TILE for n in mask.seq_lengths)
+    n_queries, n_keys = (n // flex.FLEX_TILE for n in mask.seq_lengths)
     dense = torch_flex.create_mask(mask.mask_mod, *heads, *mask.seq_lengths, device="cpu")
     dense = dense.unflatten(3, (n_keys, -1)).unflatten(2, (n_queries, -1))
     part = pairs(mask.kv_num_blocks, mask.kv_indices, n_keys)
@@ -99,7 +99,7 @@ def assert_lists_agree(mask, heads):
 @pytest.mark.parametrize("topk", [0, 3])
 @pytest.mark.parametrize("rows", ["whole blocks", "packed and padded"])
 def test_the_lists_of_tiles_say_what_the_mask_says(rows, topk, context, masks, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0 if context == "long" else 99)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
     assert_naive(ROWS[rows], topk)
     assert len(masks) == (2 if context == "long" and topk else 1)
     for mask, heads, _ in masks:
@@ -107,14 +107,14 @@ def test_the_lists_of_tiles_say_what_the_mask_says(rows, topk, context, masks, m
 
 
 def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     layout, _ = read([[64]])
     q, k, v = (normal(1, HEADS, 64, width, seed=width) for width in (WIDTH, WIDTH, 5))
     flex.attention(q, k, v, SCALE, layout, SIZE, 3)
     (own, *_), (far, *_) = masks
     assert (own.kv_num_blocks + own.full_kv_num_blocks).sum() == 16 * 3, "of 2 x 2 tiles of a block, three"
     pairs_chosen = HEADS * SIZE * (1 + 2 * 14)
-    tiles = far.full_kv_num_blocks.sum() * flex.TILE**2
+    tiles = far.full_kv_num_blocks.sum() * flex.FLEX_TILE**2
     assert pairs_chosen * SIZE <= tiles <= (pairs_chosen + HEADS * 16) * SIZE, "all, and at most a query more a block"
 
 
@@ -122,8 +122,8 @@ def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
 @pytest.mark.slow
 def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
     """The forward pass of the CPU's kernel, which wants a list to have room for every tile of keys."""
-    monkeypatch.setattr(flex, "TILE", 128)
-    monkeypatch.setattr(flex, "LONG", 0)
+    monkeypatch.setattr(flex, "FLEX_TILE", 128)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     layout, _ = read([[1024]])
     q, k, v = (normal(1, HEADS, 1024, 32, seed=i).float() for i in range(3))
     flex.attention(q, k, v, SCALE, layout, 256, 3)
@@ -144,26 +144,26 @@ def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
 
 
 def test_mutant_blocks_go_by_the_row_and_not_by_the_sequence(monkeypatch):
-    right = flex.Blocks.of
+    right = flex.StaticBlockTable.build
 
     def of(segment, offset, size):
         return right(segment, torch.arange(segment.shape[1]).expand_as(segment), size)
 
-    monkeypatch.setattr(flex.Blocks, "of", of)
+    monkeypatch.setattr(flex.StaticBlockTable, "build", of)
     assert_naive(ROWS["whole blocks"], 2)
     caught(assert_naive, ROWS["packed"], 2)
 
 
 def test_mutant_merged_without_log_sum_exp(monkeypatch):
     right = flex._flex
-    monkeypatch.setattr(flex, "LONG", 0)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     monkeypatch.setattr(flex, "_flex", lambda *args: (right(*args)[0], right(*args)[1] * 0, right(*args)[2]))
     assert_naive(ROWS["ragged"], 1)
     caught(assert_naive, ROWS["ragged"], 2)
 
 
 def test_mutant_a_tile_is_missing(masks, monkeypatch):
-    monkeypatch.setattr(flex, "LONG", 0)
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     assert_naive(ROWS["whole blocks"], 3)
     mask, heads, _ = masks[1]
     mask.full_q_num_blocks[0, 0, 0] -= 1

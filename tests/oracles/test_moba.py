@@ -35,7 +35,7 @@ def read(rows) -> tuple[Documents, list[list[range]]]:
     for row in rows:
         ends = torch.tensor(row).abs().cumsum(0).tolist()
         documents.append([range(end - n, end) for n, end in zip(row, ends, strict=True) if n > 0])
-    return Documents.of(*mask.shape, mask.device, mask, position_ids), documents
+    return Documents.from_inputs(*mask.shape, mask.device, mask, position_ids), documents
 
 
 def normal(*shape, seed=0):
@@ -43,7 +43,7 @@ def normal(*shape, seed=0):
 
 
 def heads_of(layout: Documents):
-    batch, length = layout.segment.shape
+    batch, length = layout.document_ids.shape
     return [normal(batch, HEADS, length, width, seed=width) for width in (WIDTH, WIDTH + 1, V_WIDTH)]
 
 
@@ -107,9 +107,9 @@ def assert_naive_mask(rows, topk, newest=None):
 @pytest.fixture(params=["chunks as they are", "small chunks"])
 def chunks(request, monkeypatch):
     if request.param == "small chunks":
-        monkeypatch.setattr(attention, "CHUNK", 3)
-        monkeypatch.setattr(attention, "TILE", 64)
-        monkeypatch.setattr(moba, "QUERIES", 2)
+        monkeypatch.setattr(attention, "QUERIES_PER_TILE", 3)
+        monkeypatch.setattr(attention, "SCORES_PER_TILE", 64)
+        monkeypatch.setattr(moba, "MAX_CHUNK_WIDTH", 2)
 
 
 @pytest.mark.parametrize("topk", TOPK)
@@ -143,7 +143,7 @@ def test_blocks_that_cover_everything_are_full_attention():
     layout, _ = read([[8, 7, 5]])
     q, k, v = (x.float() for x in heads_of(layout))
     k = k[..., :WIDTH]
-    full = attention.attend(q, k, v, SCALE, True, layout.segment)
+    full = attention.attend(q, k, v, SCALE, True, layout.document_ids)
     for topk in (2, 99):
         ours = moba.moba_attention(q, k, v, SCALE, layout, SIZE, topk)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, full, strict=True))
@@ -162,9 +162,9 @@ def count_scores(monkeypatch, length, topk, size=16):
     all_scores = attention._scores
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_scores", scores)
-        patch.setattr(attention, "CHUNK", length)  # every block in one piece, so that causality saves nothing
+        patch.setattr(attention, "QUERIES_PER_TILE", length)  # a block is one piece, so that causality saves nothing
         q, k, v = (normal(1, 1, length, 4, seed=i).float() for i in range(3))
-        moba.moba_attention(q, k, v, 0.5, Documents.of(1, length, q.device, None, None), size, topk)
+        moba.moba_attention(q, k, v, 0.5, Documents.from_inputs(1, length, q.device, None, None), size, topk)
     return computed
 
 
@@ -184,8 +184,8 @@ def test_work_is_sparse_and_linear(monkeypatch):
 @pytest.mark.parametrize(("chunk", "tile"), [(128, 1 << 19), (3, 1 << 19), (3, 1), (128, 300)])
 def test_attend_is_softmax_attention(segment, causal, chunk, tile, monkeypatch):
     """Output, row maxima, log-sum-exp and gradients, in tiles of any size."""
-    monkeypatch.setattr(attention, "CHUNK", chunk)
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "QUERIES_PER_TILE", chunk)
+    monkeypatch.setattr(attention, "SCORES_PER_TILE", tile)
     n_queries = 11 if causal or segment else 7
     segment = None if segment is None else torch.tensor(segment)
     inputs = [normal(2, 3, n, d, seed=d) for n, d in ((n_queries, WIDTH), (11, WIDTH), (11, V_WIDTH))]
@@ -219,7 +219,7 @@ def test_gates_are_fp32_under_autocast(monkeypatch):
     q, k, v = (normal(1, 4, 256, 32, seed=seed).bfloat16() for seed in range(3))
     seen, right = [], moba.choose_blocks
     monkeypatch.setattr(moba, "choose_blocks", lambda *args: seen.append(right(*args)) or seen[-1])
-    layout = Documents.of(1, 256, q.device, None, None)
+    layout = Documents.from_inputs(1, 256, q.device, None, None)
     moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
     with torch.autocast("cpu", torch.bfloat16):
         moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
@@ -230,7 +230,7 @@ def test_bf16_gradients_of_many_tiles_are_as_good_as_of_one(monkeypatch):
     inputs, weights = [normal(1, 2, 256, 16, seed=i) for i in range(3)], normal(1, 2, 256, 16, seed=3)
 
     def gradients(dtype, chunk):
-        monkeypatch.setattr(attention, "CHUNK", chunk)
+        monkeypatch.setattr(attention, "QUERIES_PER_TILE", chunk)
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
         (attention.attend(*leaves, 0.25, True)[0].double() * weights).sum().backward()
         return [x.grad.double() for x in leaves]
@@ -405,14 +405,14 @@ def test_mutant_topk_does_not_count_the_own_block(monkeypatch):
 
 
 def blocks_by_column(layout, size):
-    length = layout.segment.shape[1]
+    length = layout.document_ids.shape[1]
     count = -(-length // size)
     return BlockTable(size, count, None, None, torch.zeros(1, count, dtype=torch.long))
 
 
 @pytest.mark.parametrize("rows", ["padded on the left", "packed"])
 def test_mutant_padding_shifts_the_blocks(rows, monkeypatch):
-    monkeypatch.setattr(Documents, "blocks", blocks_by_column)
+    monkeypatch.setattr(Documents, "block_table", blocks_by_column)
     assert_naive(ROWS["ragged"], 2)
     assert_naive_mask(ROWS["ragged"], 2)
     caught(assert_naive, ROWS[rows], 2)
@@ -420,7 +420,7 @@ def test_mutant_padding_shifts_the_blocks(rows, monkeypatch):
 
 
 def test_mutant_padding_shifts_the_blocks_of_the_model(sparse_model, monkeypatch):
-    monkeypatch.setattr(Documents, "blocks", blocks_by_column)
+    monkeypatch.setattr(Documents, "block_table", blocks_by_column)
     caught(assert_padding_changes_nothing, sparse_model, "left")
     caught(assert_packing_changes_nothing, sparse_model)
 
@@ -472,8 +472,8 @@ def test_mutant_gradients_of_queries_that_only_fill_a_chunk(monkeypatch):
         chunks = right(*args)
         return dataclasses.replace(chunks, empty=torch.zeros_like(chunks.empty))
 
-    right = moba.Chunks.of
-    monkeypatch.setattr(moba.Chunks, "of", of)
+    right = moba.Chunks.exact
+    monkeypatch.setattr(moba.Chunks, "exact", of)
     caught(assert_naive, ROWS["ragged"], 2)
 
 
@@ -490,8 +490,8 @@ def test_mutant_key_conv_reads_other_documents_and_padding(sparse_model, monkeyp
     right = MultiheadLatentAttention._convolved
 
     def convolved(self, latent, layout):
-        offset = torch.arange(latent.shape[2]).expand_as(layout.offset)
-        return right(self, latent, dataclasses.replace(layout, offset=offset))
+        offset = torch.arange(latent.shape[2]).expand_as(layout.positions)
+        return right(self, latent, dataclasses.replace(layout, positions=offset))
 
     monkeypatch.setattr(MultiheadLatentAttention, "_convolved", convolved)
     caught(assert_packing_changes_nothing, sparse_model)
@@ -508,9 +508,9 @@ def test_mutant_key_conv_of_the_new_token_alone(sparse_model, monkeypatch):
     convolved, absorbed = MultiheadLatentAttention._convolved, MultiheadLatentAttention._absorbed
 
     def without_past(self, latent, layout):
-        offset = layout.offset.clone()
+        offset = layout.positions.clone()
         offset[:, -1] = 0
-        return convolved(self, latent, dataclasses.replace(layout, offset=offset))
+        return convolved(self, latent, dataclasses.replace(layout, positions=offset))
 
     def absorb(*args):
         with monkeypatch.context() as patch:

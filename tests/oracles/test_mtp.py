@@ -57,7 +57,7 @@ TARGETS = {
 
 
 def assert_targets_by_hand():
-    documents = Documents.of(3, 8, MASK.device, MASK, POSITIONS)
+    documents = Documents.from_inputs(3, 8, MASK.device, MASK, POSITIONS)
     for depth, expected in TARGETS.items():
         assert mtp.shifted_labels(LABELS, documents, depth).tolist() == expected, depth
 
@@ -67,7 +67,7 @@ def test_targets_by_hand():
 
 
 def test_one_token_has_no_target():
-    documents = Documents.of(2, 1, MASK.device, None, None)
+    documents = Documents.from_inputs(2, 1, MASK.device, None, None)
     for depth in range(3):
         assert shifted_labels(torch.tensor([[3], [4]]), documents, depth).tolist() == [[NO], [NO]]
 
@@ -231,7 +231,7 @@ def test_parts_of_the_loss(chain):
     assert out.logits is None
     parts = out.losses[0] + 0.6 / 2 * out.losses[1:].sum() + out.balance_loss
     assert torch.allclose(out.loss, parts) and out.balance_loss > 0.2
-    documents = Documents.of(4, 20, MASK.device, batch["attention_mask"], batch["position_ids"])
+    documents = Documents.from_inputs(4, 20, MASK.device, batch["attention_mask"], batch["position_ids"])
     assert out.targets.tolist() == [
         (shifted_labels(batch["labels"], documents, d) != NO).sum().item() for d in range(3)
     ]
@@ -343,7 +343,7 @@ def assert_cross_entropy(n=37, ignored=(0, 5, 6, 36), dtype=torch.float32):
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
 def test_cross_entropy_is_torchs(chunk, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "ROWS_PER_CHUNK", chunk)
     assert_cross_entropy()
     assert_cross_entropy(ignored=())
     assert_cross_entropy(ignored=range(37))
@@ -370,7 +370,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def test_logits_are_never_whole(chain, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 8)
+    monkeypatch.setattr(loss_module, "ROWS_PER_CHUNK", 8)
     model, ids = chain(hidden_size=40).train(), tokens(2, 19)
     with LargestLogits() as seen:
         model(ids, labels=ids).loss.backward()
@@ -459,8 +459,8 @@ def test_mutant_targets_across_documents(chain, monkeypatch):
 
 
 def test_mutant_attention_across_documents(chain, monkeypatch):
-    right = Documents.of
-    monkeypatch.setattr(Documents, "of", lambda *args: right(*args[:-1], None))
+    right = Documents.from_inputs
+    monkeypatch.setattr(Documents, "from_inputs", lambda *args: right(*args[:-1], None))
     caught(assert_documents_are_apart, chain().train())
 
 

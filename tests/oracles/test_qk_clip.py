@@ -77,7 +77,7 @@ def largest_by_hand(attention, config, x, positions, documents):
     k_nope = torch.einsum("bzsr,hnr->bhsn", c, w_k).double()
     q = torch.cat([q[..., :nope], rotate(q[..., nope:], table, True)], -1)
     products = q @ torch.cat([k_nope, k_rope.expand_as(k_nope[..., :rope])], -1).mT
-    seen = (documents.segment[:, :, None] == documents.segment[:, None]).tril()[:, None]
+    seen = (documents.document_ids[:, :, None] == documents.document_ids[:, None]).tril()[:, None]
     if config.moba_topk:
         seen = moba_mask(products, documents, config.moba_block_size, config.moba_topk)  # test_moba.py proves it
     seen = seen & documents.valid[:, None, :, None]
@@ -89,7 +89,7 @@ def assert_measured_by_hand(model):
 
     def look(attention, args):
         x, _, documents, _ = args
-        positions = torch.where(documents.segment < 0, POSITIONS, documents.offset)
+        positions = torch.where(documents.document_ids < 0, POSITIONS, documents.positions)
         seen[attention] = largest_by_hand(attention, model.config, x, positions, documents)
 
     hooks = [attention.register_forward_pre_hook(look) for attention in attentions(model)]
@@ -136,7 +136,7 @@ def measure(attention, x, documents, table):
 
 def assert_clip_is_exact(model):
     """Every attention of the model alone: the largest head above τ lands on it, all else stays bit for bit."""
-    config, documents = model.config, Documents.of(*MASK.shape, MASK.device, MASK, POSITIONS)
+    config, documents = model.config, Documents.from_inputs(*MASK.shape, MASK.device, MASK, POSITIONS)
     x = torch.randn(*MASK.shape, 32, generator=torch.Generator().manual_seed(7))
     table = rotation_table(config, POSITIONS, torch.float32)
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -274,7 +274,9 @@ def test_mutant_padding_measured(trained, monkeypatch):
 
     def forward(self, x, table, documents, cache=None):
         out, _ = right(self, x, table, documents, cache)
-        documents = Documents(documents.segment, documents.offset, torch.ones_like(documents.valid), documents.plain)
+        documents = Documents(
+            documents.document_ids, documents.positions, torch.ones_like(documents.valid), documents.one_per_row
+        )
         return out, right(self, x, table, documents, cache)[1]
 
     model = trained()
@@ -284,9 +286,9 @@ def test_mutant_padding_measured(trained, monkeypatch):
 
 
 def test_mutant_other_documents_measured(trained, monkeypatch):
-    right = Documents.of
+    right = Documents.from_inputs
     model = trained()
-    monkeypatch.setattr(Documents, "of", lambda *args: right(*args[:-1], None))
+    monkeypatch.setattr(Documents, "from_inputs", lambda *args: right(*args[:-1], None))
     with torch.no_grad():
         reset(model)
         model(**BATCH)

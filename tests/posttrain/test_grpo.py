@@ -113,7 +113,7 @@ def test_nothing_is_drawn_from_weights_that_are_not_finite(options, monkeypatch)
 
     compute = MTPGRPOTrainer.compute_loss
     monkeypatch.setattr(MTPGRPOTrainer, "compute_loss", compute_loss)
-    monkeypatch.setattr(muonclip_trainer, "unseen", lambda device: True)
+    monkeypatch.setattr(muonclip_trainer, "needs_static_shapes", lambda device: True)
     with pytest.raises(UserError, match=r"^step 2: the loss is nan; no checkpoint was written yet"):
         grpo(options(log_every=10))
 

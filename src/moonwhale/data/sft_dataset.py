@@ -21,7 +21,7 @@ from moonwhale.files import cache_folder, locked
 
 FORMAT = 1
 BATCH = 256  # conversations that are encoded together
-IGNORE = -100
+IGNORE_INDEX = -100  # as `model.loss.IGNORE_INDEX`; this room does not import `model`
 
 
 def load_conversations(
@@ -71,6 +71,6 @@ def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict
                 )
             for document, (ids, answered) in zip(batch, encode_answers(tokenizer, batch), strict=True):
                 if answered.any():
-                    labels = np.where(answered, ids, IGNORE)
+                    labels = np.where(answered, ids, IGNORE_INDEX)
                     yield {"input_ids": ids, "labels": labels, "hash": np.uint64(document_hash(document))}
             bar.update(len(batch))

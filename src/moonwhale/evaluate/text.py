@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from moonwhale.data.tokenizer import byte_lengths
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
-from moonwhale.model.loss import IGNORE
+from moonwhale.model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def score_text(
             right += out.accuracies.cpu().double() * n
             counts += n
             targets = batch["labels"][:, 1:]
-            n_bytes += int(lengths[targets[targets != IGNORE]].sum())
+            n_bytes += int(lengths[targets[targets != IGNORE_INDEX]].sum())
             bar.update(len(targets))
     if not n_bytes:
         raise UserError("`data`: there is no text to predict in these rows: give more of it, or a larger `context`")

@@ -195,7 +195,7 @@ class _Attention:
         k_rope = keys[..., self.rank :].unsqueeze(1).expand(-1, self.heads, -1, -1)
         q, k = q.transpose(1, 2), torch.cat([k_nope, k_rope], dim=-1)
         if self.topk:
-            documents = Documents.of(len(keys), placement.end, keys.device, None, None)
+            documents = Documents.from_inputs(len(keys), placement.end, keys.device, None, None)
             out, _ = moba_attention(q, k, v, self.scale, documents, self.size, self.topk)
         else:
             out, _ = attend(q, k, v, self.scale, causal=True)

@@ -1,4 +1,7 @@
-"""Exact softmax attention, a tile of queries at a time, never the whole score matrix; with row maxima for QK-clip."""
+"""Exact softmax attention, computed tile by tile so that the whole score matrix never exists.
+
+It also returns the largest logit of each query, which QK-Clip needs and `F.scaled_dot_product_attention` does not give.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -7,126 +10,146 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 128  # queries of a tile; causal tiles compute only the keys up to their own end
-TILE = 1 << 20  # scores of a tile, over as many heads as that allows
-LOG2 = math.log(2)  # tiles hold powers of 2, not of e: torch's exp2 is three times as fast as its exp on a CPU
+QUERIES_PER_TILE = 128  # a causal tile computes only the keys up to its last query
+SCORES_PER_TILE = 1 << 20  # a tile takes as many heads as this allows
+LN2 = math.log(2)  # scores are powers of 2, not of e: on a CPU torch's exp2 is three times as fast as its exp
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segment: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, document_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q (B, H, Tq, D) to k (B, H, Tk, D) and v (B, H, Tk, Dv); the width of v is its own (MLA).
+    """Compute attention of q (B, H, Tq, D) to k (B, H, Tk, D) and v (B, H, Tk, Dv). In MLA, Dv differs from D.
 
-    With `segment` (B, Tk), a token sees only tokens of the same number. `causal`: the queries are the last Tq tokens.
-    There is a gradient only where they are all of them.
+    With `document_ids` (B, Tk), a token sees only tokens with the same id. With `causal`, the queries are the last Tq
+    tokens. Gradients are defined only if Tq = Tk.
 
     Returns:
-        out (B, H, Tq, Dv), and the largest scaled logit of each row (B, H, Tq) in fp32, not differentiable.
+        out (B, H, Tq, Dv), and the largest scaled logit of each query (B, H, Tq) in fp32, not differentiable.
     """
-    return _Attend.apply(q, k, v, scale, causal, segment)
+    return _Attend.apply(q, k, v, scale, causal, document_ids)
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segment: Tensor | None = None, kept: list | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    document_ids: Tensor | None = None,
+    saved_probs: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend` for N heads, q (N, Tq, D), k (N, Tk, D) and v (N, Tk, Dv) all contiguous; `kept` gets the probabilities.
+    """Run the forward pass of `attend` for N heads: q (N, Tq, D), k (N, Tk, D) and v (N, Tk, Dv), all contiguous.
+
+    The probabilities of each tile are appended to `saved_probs` if it is given.
 
     Returns:
-        out (N, Tq, Dv); the log-sum-exp of each row (N, Tq) in fp32, which is what merging partial attentions needs;
-        and the largest scaled logit of each row (N, Tq) in fp32.
+        out (N, Tq, Dv); the log-sum-exp of each query (N, Tq) in fp32, by which partial attentions can be merged; and
+        the largest scaled logit of each query (N, Tq) in fp32.
     """
-    out, top = v.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=_wide(q))
-    lse = torch.empty_like(top)
+    out = v.new_empty(*q.shape[:2], v.shape[-1])
+    max_logit = q.new_empty(q.shape[:2], dtype=_at_least_fp32(q))
+    lse = torch.empty_like(max_logit)
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
-        head, rows, keys = tile
-        scores = _scores(q, k, scale, causal, segment, tile)
+        heads, queries, keys = tile
+        scores = _scores(q, k, scale, causal, document_ids, tile)  # (heads, queries, keys)
         peak = scores.amax(-1, keepdim=True)
         probs = scores.sub_(peak).exp2_()
         total = probs.sum(-1, keepdim=True)
         probs = probs.div_(total).to(v.dtype)
-        out[head, rows] = probs @ v[head, keys]
-        if kept is not None:
-            kept.append(probs)
-        top[head, rows], lse[head, rows] = peak.squeeze(-1) * LOG2, (peak + total.log2_()).squeeze(-1) * LOG2
-    return out, lse, top
+        out[heads, queries] = probs @ v[heads, keys]
+        if saved_probs is not None:
+            saved_probs.append(probs)
+        max_logit[heads, queries] = peak.squeeze(-1) * LN2
+        lse[heads, queries] = (peak + total.log2_()).squeeze(-1) * LN2
+    return out, lse, max_logit
 
 
 def attend_backward(
-    d_out: Tensor, along: Tensor, probs: Iterable[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    d_out: Tensor, out_dot: Tensor, probs: Iterable[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attend_forward`'s q, k and v, the last two in fp32, from the probabilities of each tile.
+    """Return the gradients of `attend_forward`'s q, k and v from each tile's probabilities; those of k and v are fp32.
 
-    `along` (N, Tq, 1) is the product of each row of `d_out` (N, Tq, Dv) with its output. If `k` and `v` are a part of
-    what the queries attend to, it is that of the whole, and both come times the part's share in each row's softmax.
+    d_out (N, Tq, Dv) is the output's gradient, and out_dot (N, Tq, 1) is the sum of d_out * out over Dv.
+
+    If k and v are only a part of what the queries attend to, `out` in `out_dot` is the merged output. Then multiply
+    both `d_out` and `out_dot` by the part's share of each query's softmax.
     """
-    wide = along.dtype
+    wide = out_dot.dtype
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
-    for (head, rows, keys), p in zip(_tiles(len(q), q.shape[1], k.shape[1], causal), probs, strict=False):
-        dp = (d_out[head, rows] @ v[head, keys].transpose(1, 2)).to(wide)
-        dv_tile = p.to(v.dtype).transpose(1, 2) @ d_out[head, rows]
-        ds = dp.sub_(along[head, rows]).mul_(scale).mul_(p.to(wide)).to(q.dtype)  # P * (dP - rowsum(dO * O))
-        dq[head, rows] = ds @ k[head, keys]
-        dk_tile = ds.transpose(1, 2) @ q[head, rows]
-        if rows.stop == q.shape[1]:  # the first tile of these heads
-            dk[head], dv[head] = dk_tile, dv_tile
+    for (heads, queries, keys), p in zip(_tiles(len(q), q.shape[1], k.shape[1], causal), probs, strict=False):
+        dp = (d_out[heads, queries] @ v[heads, keys].transpose(1, 2)).to(wide)
+        dv_tile = p.to(v.dtype).transpose(1, 2) @ d_out[heads, queries]
+        ds = dp.sub_(out_dot[heads, queries]).mul_(scale).mul_(p.to(wide)).to(q.dtype)  # P * (dP - rowsum(dO * O))
+        dq[heads, queries] = ds @ k[heads, keys]
+        dk_tile = ds.transpose(1, 2) @ q[heads, queries]
+        first_tile_of_heads = queries.stop == q.shape[1]
+        if first_tile_of_heads:
+            dk[heads], dv[heads] = dk_tile, dv_tile
         else:
-            dk[head, keys] += dk_tile
-            dv[head, keys] += dv_tile
+            dk[heads, keys] += dk_tile
+            dv[heads, keys] += dv_tile
     return dq, dk, dv
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _tiles(heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Cuts (heads, queries, keys) into tiles, the last queries first: they see all keys."""
-    height = max(1, TILE // (min(CHUNK, n_queries) * n_keys))
-    for head in range(0, heads, height):
-        for start in reversed(range(0, n_queries, CHUNK)):
-            stop = min(start + CHUNK, n_queries)
+def _tiles(n_heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield tiles as slices of heads, queries and keys. The last queries of some heads come first: they see all keys,
+    so the backward pass can write their gradients of k and v where later tiles must add.
+    """
+    heads_per_tile = max(1, SCORES_PER_TILE // (min(QUERIES_PER_TILE, n_queries) * n_keys))
+    for head in range(0, n_heads, heads_per_tile):
+        for start in reversed(range(0, n_queries, QUERIES_PER_TILE)):
+            stop = min(start + QUERIES_PER_TILE, n_queries)
             yield (
-                slice(head, min(head + height, heads)),
+                slice(head, min(head + heads_per_tile, n_heads)),
                 slice(start, stop),
                 slice(0, n_keys - n_queries + stop if causal else n_keys),
             )
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, segment: Tensor | None, tile) -> Tensor:
-    """Scaled and masked logits of a tile of q and k (N, T, D), as powers of 2, in fp32: a CPU is slow in bf16."""
-    head, rows, keys = tile
-    scores = torch.baddbmm(q.new_empty(()), q[head, rows], k[head, keys].transpose(1, 2), beta=0, alpha=scale / LOG2)
-    scores = scores.to(_wide(q))
-    if segment is not None:
-        batch = torch.arange(head.start, head.stop, device=q.device) // (len(q) // len(segment))
-        scores.masked_fill_(segment[batch, -q.shape[1] :][:, rows, None] != segment[batch, None, keys], -torch.inf)
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, document_ids: Tensor | None, tile) -> Tensor:
+    """Return a tile's scaled and masked logits as exponents of 2, in fp32 since a CPU is slow in bf16."""
+    heads, queries, keys = tile
+    scores = torch.baddbmm(
+        q.new_empty(()), q[heads, queries], k[heads, keys].transpose(1, 2), beta=0, alpha=scale / LN2
+    )
+    scores = scores.to(_at_least_fp32(q))  # (heads, queries, keys)
+    if document_ids is not None:
+        row = torch.arange(heads.start, heads.stop, device=q.device) // (len(q) // len(document_ids))
+        of_queries = document_ids[row, -q.shape[1] :][:, queries, None]
+        scores.masked_fill_(of_queries != document_ids[row, None, keys], -torch.inf)
     if causal:
-        size = rows.stop - rows.start
+        size = queries.stop - queries.start
         future = scores.new_full((size, size), -torch.inf).triu_(1)
-        scores[:, :, -size:] += future  # on a CPU four times as fast as filling by a mask
+        scores[:, :, -size:] += future  # on a CPU four times as fast as masked_fill_
     return scores
 
 
 class _Attend(torch.autograd.Function):
+    """Saves the log-sum-exp of each query. The backward pass recomputes the probabilities tile by tile."""
+
     @staticmethod
-    def forward(ctx, q, k, v, scale, causal, segment):
+    def forward(ctx, q, k, v, scale, causal, document_ids):
         shape = q.shape[:3]
-        q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-        out, lse, top = attend_forward(q, k, v, scale, causal, segment)
-        ctx.save_for_backward(q, k, v, out, lse, segment)
+        q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # (B * H, T, D)
+        out, lse, max_logit = attend_forward(q, k, v, scale, causal, document_ids)
+        ctx.save_for_backward(q, k, v, out, lse, document_ids)
         ctx.scale, ctx.causal, ctx.shape = scale, causal, shape
-        top = top.view(shape)
-        ctx.mark_non_differentiable(top)
-        return out.unflatten(0, shape[:2]), top
+        max_logit = max_logit.view(shape)  # (B, H, Tq)
+        ctx.mark_non_differentiable(max_logit)
+        return out.unflatten(0, shape[:2]), max_logit  # (B, H, Tq, Dv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, _):
-        q, k, v, out, lse, segment = ctx.saved_tensors
+        q, k, v, out, lse, document_ids = ctx.saved_tensors
         d_out = d_out.to(v.dtype).reshape(out.shape)
-        along = (d_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
+        out_dot = (d_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
         tiles = _tiles(len(q), q.shape[1], k.shape[1], ctx.causal)
-        scores = ((tile, _scores(q, k, ctx.scale, ctx.causal, segment, tile)) for tile in tiles)
-        probs = (s.sub_(lse[head, rows, None] / LOG2).exp2_() for (head, rows, _), s in scores)
-        grads = attend_backward(d_out, along, probs, q, k, v, ctx.scale, ctx.causal)
+        scores = ((tile, _scores(q, k, ctx.scale, ctx.causal, document_ids, tile)) for tile in tiles)
+        probs = (s.sub_(lse[heads, queries, None] / LN2).exp2_() for (heads, queries, _), s in scores)
+        grads = attend_backward(d_out, out_dot, probs, q, k, v, ctx.scale, ctx.causal)
         return *(dx.to(q.dtype).unflatten(0, ctx.shape[:2]) for dx in grads), None, None, None

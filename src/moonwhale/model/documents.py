@@ -1,4 +1,4 @@
-"""Where the tokens of a batch belong: padding, packed documents, and the blocks MoBA cuts them into."""
+"""Which document each token of a batch belongs to, and the key blocks that MoBA cuts each document into."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,151 +6,207 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass
-class BlockTable:
-    """The blocks of a batch, in slot order: block n of a row owns the slots `n * size … (n + 1) * size - 1`.
-
-    A sequence's first token opens a block, so a block never spans two sequences, its tokens fill it from the front, and
-    every block but a sequence's last is full. That is why neither padding nor packing needs a mask inside a block.
-    """
-
-    size: int
-    count: int  # blocks a row, the same for every row
-    slot: Tensor | None  # (B, T) slot of each token, 0 for padding; None: token t sits in slot t
-    token: Tensor | None  # (B, count * size) token of each slot, 0 where the slot is empty
-    first: Tensor  # (B or 1, count) first block of the same sequence
-
-    def block_of(self, n_tokens: int) -> Tensor:
-        """Block of each token, (B or 1, n_tokens)."""
-        slot = torch.arange(n_tokens, device=self.first.device)[None] if self.slot is None else self.slot
-        return slot // self.size
-
-    def to_slots(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) tokens to (B, H, count * size, D) slots; what an empty slot holds has no meaning."""
-        if self.token is None:
-            missing = -x.shape[2] % self.size
-            return F.pad(x, (0, 0, 0, missing)) if missing else x
-        return _take(x, self.token)
-
-    def to_tokens(self, x: Tensor, n_tokens: int) -> Tensor:
-        """(B, H, count * size, …) slots back to (B, H, T, …) tokens."""
-        if self.slot is None:
-            return x[:, :, :n_tokens]
-        return _take(x, self.slot)
+PADDING_BETWEEN_TOKENS = (
+    "attention_mask has padding between tokens: pad at one end (the left, to generate), "
+    "or let position_ids restart at 0 behind it"
+)
 
 
-def unseen(device) -> bool:
-    """Whether no size may depend on what a tensor holds: a graph being compiled does not know it, and a GPU would have
-    to be waited for. Upper bounds stand in there; on a CPU, exact sizes are the faster ones.
+def needs_static_shapes(device: torch.device | str) -> bool:
+    """Return whether tensor shapes must not depend on the values in a tensor.
+
+    torch.compile does not know the values while it traces a graph. On CUDA, reading a value forces a host sync. There,
+    code allocates for the worst case. Elsewhere exact sizes are read from the data, which saves work.
     """
     return torch.compiler.is_compiling() or torch.device(device).type == "cuda"
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, H, N, …) at index (B, M) of its third dimension, in whole rows: several times faster than `gather`."""
+@dataclass
+class BlockTable:
+    """The MoBA blocks of a batch. Block n of a row owns the slots n * size … (n + 1) * size - 1.
+
+    The first token of a document always opens a block, so a block never spans two documents. Tokens fill a block from
+    the front, and only the last block of a document may be partly empty. That is why neither padding nor packing needs
+    a mask inside a block.
+
+    Attributes:
+        size: tokens per block.
+        count: blocks per row, the same for every row.
+        slot: (B, T) slot of each token, 0 for padding. None: token t is in slot t.
+        token: (B, count * size) token in each slot, 0 where the slot is empty. None: slot t holds token t.
+        first: (B or 1, count) for each block, the first block of the same document.
+    """
+
+    size: int
+    count: int
+    slot: Tensor | None
+    token: Tensor | None
+    first: Tensor
+
+    def block_of(self, n_tokens: int) -> Tensor:
+        """Return the block of each token, (B or 1, n_tokens)."""
+        slot = torch.arange(n_tokens, device=self.first.device)[None] if self.slot is None else self.slot
+        return slot // self.size
+
+    def to_slots(self, x: Tensor) -> Tensor:
+        """Move x from tokens (B, H, T, D) to slots (B, H, count * size, D). Empty slots hold arbitrary values."""
+        if self.token is None:
+            missing = -x.shape[2] % self.size
+            return F.pad(x, (0, 0, 0, missing)) if missing else x
+        return take_rows(x, self.token)
+
+    def to_tokens(self, x: Tensor, n_tokens: int) -> Tensor:
+        """Move x from slots (B, H, count * size, …) back to tokens (B, H, T, …)."""
+        if self.slot is None:
+            return x[:, :, :n_tokens]
+        return take_rows(x, self.slot)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather x (B, H, N, …) along dimension 2 at `index` (B, M). Copying whole rows is several times as fast as
+    `torch.gather`.
+    """
     batch, heads, n = x.shape[:3]
     base = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
-    return x.flatten(0, 2).index_select(0, (base + index[:, None]).flatten()).view(batch, heads, -1, *x.shape[3:])
+    rows = (base + index[:, None]).flatten()  # (B * H * M,)
+    return x.flatten(0, 2).index_select(0, rows).view(batch, heads, -1, *x.shape[3:])  # (B, H, M, …)
 
 
 @dataclass
 class Documents:
-    """Which sequence each of the T tokens of B rows belongs to.
+    """Which document each of the T tokens of B rows belongs to.
 
-    segment: (B, T) number of the token's own sequence in its row, -1 for padding.
-    offset: (B, T) the token's position in its own sequence, 0 for its first.
-    valid: (B, T) whether the token counts in statistics (loads, largest logits).
-    plain: every row is one unpadded sequence, so that causality is all the masking it needs.
+    A row holds one document or several packed end to end, with or without padding. Attention, MoBA's blocks, RoPE's
+    positions and the targets of the loss all follow from this one description.
+
+    Attributes:
+        document_ids: (B, T) index of the token's document within its row, -1 for padding.
+        positions: (B, T) position of the token within its document, 0 for the first one.
+        valid: (B, T) whether the token counts in statistics (expert loads, largest logits). False for padding.
+        one_per_row: every row is one document without padding, so causality is all the masking attention needs.
+            False means "not known to be", since finding out may force a host sync.
     """
 
-    segment: Tensor
-    offset: Tensor
+    document_ids: Tensor
+    positions: Tensor
     valid: Tensor
-    plain: bool
+    one_per_row: bool
     _tables: dict[int, BlockTable] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, batch: int, length: int, device, attention_mask: Tensor | None, position_ids: Tensor | None
+    def from_inputs(
+        cls,
+        batch: int,
+        length: int,
+        device: torch.device | str,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> "Documents":
-        """Reads padding from a (B, T) `attention_mask` (0 = padding) and document starts from (B, T) `position_ids`
-        that restart.
+        """Read padding from `attention_mask` (B, T), 0 for padding, and document starts from `position_ids` (B, T).
+
+        A document starts where `position_ids` does not continue the position before, and after padding.
 
         Raises:
-            ValueError: the mask is not (B, T), or has padding between tokens where no document ends.
+            ValueError: the mask is not (B, T), or it has padding between tokens where no document ends. In training on
+                CUDA the latter is a device-side assertion.
         """
         if attention_mask is not None and attention_mask.shape != (batch, length):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, not {(batch, length)}: "
                 "give 0 for padding and 1 for a token"
             )
-        index = torch.arange(length, device=device).expand(batch, length)
-        real = torch.ones_like(index, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        starts = torch.zeros_like(real)
-        starts[:, 0] = True
-        starts[:, 1:] |= real[:, 1:] & ~real[:, :-1]
-        if position_ids is not None:
-            starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-        starts &= real
-        segment = (starts.cumsum(1) - 1).masked_fill(~real, -1)
-        begin = torch.where(starts, index, 0).cummax(1).values
-        plain = attention_mask is None and position_ids is None
-        if not plain and not (unseen(device) and (torch.is_grad_enabled() or torch.compiler.is_compiling())):
-            plain = not bool(segment.any())
-        if not plain and attention_mask is not None:
-            reopened = starts[:, 1:] & ~real[:, :-1] & (segment[:, 1:] > 0)
-            wrong = (reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)).any()
-            message = (
-                "attention_mask has padding between tokens: pad at one end (the left, to generate), "
-                "or let position_ids restart at 0 behind it"
-            )
-            if unseen(device):  # said by the device, when it gets there
-                torch._assert_async(~wrong, message)
-            elif bool(wrong):
-                raise ValueError(message)
-        return cls(segment, (index - begin).masked_fill(~real, 0), real, plain)
+        # Inference on CUDA reads the mask: one sync pays for the simpler attention of rows that are one document each.
+        trains = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        build = cls._with_static_shapes if needs_static_shapes(device) and trains else cls._exact
+        return build(batch, length, device, attention_mask, position_ids)
 
-    def ahead(self, k: int) -> "Documents":
-        """The layout of MTP module k, where a token counts only if the k-th token after it is of its own sequence."""
-        same = torch.zeros_like(self.valid)
-        same[:, :-k] = self.segment[:, k:] == self.segment[:, :-k]
-        return replace(self, valid=self.valid & same)
+    @classmethod
+    def _exact(cls, batch, length, device, attention_mask, position_ids) -> "Documents":
+        """Find out whether each row is one document, and check the mask at once."""
+        document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
+        one_per_row = (attention_mask is None and position_ids is None) or not bool(document_ids.any())
+        may_be_wrong = attention_mask is not None and not one_per_row
+        if may_be_wrong and bool(_reopened(document_ids, real, starts, position_ids).any()):
+            raise ValueError(PADDING_BETWEEN_TOKENS)
+        return cls(document_ids, positions, real, one_per_row)
+
+    @classmethod
+    def _with_static_shapes(cls, batch, length, device, attention_mask, position_ids) -> "Documents":
+        """Read no value: treat any mask or position ids as packing, and leave the check of the mask to the device."""
+        document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
+        if attention_mask is not None:
+            wrong = _reopened(document_ids, real, starts, position_ids).any()
+            torch._assert_async(~wrong, PADDING_BETWEEN_TOKENS)
+        return cls(document_ids, positions, real, attention_mask is None and position_ids is None)
+
+    def with_successor(self, k: int) -> "Documents":
+        """Return a copy in which a token is valid only if the k-th token after it is in the same document.
+
+        MTP module k reads that token's embedding, so its other positions must not count in any statistic.
+        """
+        same_document = torch.zeros_like(self.valid)
+        same_document[:, :-k] = self.document_ids[:, k:] == self.document_ids[:, :-k]
+        return replace(self, valid=self.valid & same_document)
 
     @property
-    def packing(self) -> Tensor | None:
-        """What `attend` has to be told besides causality: `segment`, or nothing if there is one document a row."""
-        return None if self.plain else self.segment
+    def ids_to_mask_by(self) -> Tensor | None:
+        """The document ids (B, T) that full attention has to compare, or None if causality is enough."""
+        return None if self.one_per_row else self.document_ids
 
     def visible(self, n_queries: int) -> Tensor:
-        """Which tokens the last `n_queries` see under full attention, (B, n_queries, T)."""
-        index = torch.arange(self.segment.shape[1], device=self.segment.device)
-        same = self.segment[:, -n_queries:, None] == self.segment[:, None]
-        return same & (index[-n_queries:, None] >= index)
+        """Return which keys the last `n_queries` tokens see under full attention, (B, n_queries, T)."""
+        index = torch.arange(self.document_ids.shape[1], device=self.document_ids.device)
+        same_document = self.document_ids[:, -n_queries:, None] == self.document_ids[:, None]
+        return same_document & (index[-n_queries:, None] >= index)
 
-    def blocks(self, size: int) -> BlockTable:
-        """The MoBA blocks of `size` tokens (computed once for all layers)."""
+    def block_table(self, size: int) -> BlockTable:
+        """Return the MoBA blocks of `size` tokens. They are computed once and shared by all layers."""
         if size not in self._tables:
-            self._tables[size] = self._block_table(size)
+            self._tables[size] = self._build_table(size)
         return self._tables[size]
 
-    def _block_table(self, size: int) -> BlockTable:
-        batch, length = self.segment.shape
-        device = self.segment.device
-        if self.plain:
+    def _build_table(self, size: int) -> BlockTable:
+        batch, length = self.document_ids.shape
+        device = self.document_ids.device
+        if self.one_per_row:
             count = -(-length // size)
             return BlockTable(size, count, None, None, torch.zeros(1, count, dtype=torch.long, device=device))
-        real = self.segment >= 0
-        opens = (self.offset % size == 0) & real
-        block = opens.cumsum(1) - 1
-        slot = torch.where(real, block * size + self.offset % size, 0)
-        count = max(int(opens.sum(1).max()), 1)
+
+        real = self.document_ids >= 0
+        opens_block = (self.positions % size == 0) & real  # (B, T)
+        block = opens_block.cumsum(1) - 1
+        slot = torch.where(real, block * size + self.positions % size, 0)
+        count = max(int(opens_block.sum(1).max()), 1)
+
+        # Padding goes to one extra slot, and tokens that open no block to one extra block. Both are cut off at the end.
         index = torch.arange(length, device=device).expand(batch, length)
-        # Padding is scattered to one slot, and blocks to one entry, more than there are: thrown away at the end.
         token = torch.zeros(batch, count * size + 1, dtype=torch.long, device=device)
         token.scatter_(1, torch.where(real, slot, count * size), index)
+        opens_document = opens_block & (self.positions == 0)
+        first_of_document = torch.where(opens_document, block, 0).cummax(1).values
         first = torch.zeros(batch, count + 1, dtype=torch.long, device=device)
-        first.scatter_(
-            1, torch.where(opens, block, count), torch.where(opens & (self.offset == 0), block, 0).cummax(1).values
-        )
+        first.scatter_(1, torch.where(opens_block, block, count), first_of_document)
         return BlockTable(size, count, slot, token[:, :-1], first[:, :-1])
+
+
+def _find_documents(
+    batch: int, length: int, device, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return document ids, positions, which tokens are real, and which start a document, each (B, T)."""
+    index = torch.arange(length, device=device).expand(batch, length)
+    real = torch.ones_like(index, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    starts = torch.zeros_like(real)
+    starts[:, 0] = True
+    starts[:, 1:] |= real[:, 1:] & ~real[:, :-1]
+    if position_ids is not None:
+        starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts &= real
+    document_ids = (starts.cumsum(1) - 1).masked_fill(~real, -1)
+    first_token = torch.where(starts, index, 0).cummax(1).values
+    return document_ids, (index - first_token).masked_fill(~real, 0), real, starts
+
+
+def _reopened(document_ids: Tensor, real: Tensor, starts: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return where tokens go on after padding although no document starts there, (B, T - 1)."""
+    reopened = starts[:, 1:] & ~real[:, :-1] & (document_ids[:, 1:] > 0)
+    return reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)

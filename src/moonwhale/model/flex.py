@@ -1,9 +1,11 @@
-"""Attention whose sizes the data do not decide: for a GPU, which would have to be waited for, and for compiled graphs.
+"""Attention with data-independent shapes, for training on CUDA (no host sync) and for torch.compile.
 
-On an NVIDIA GPU it is block-sparse `flex_attention`: only tiles of 128 x 128 in which some query attends to some key,
-and each query's largest logit from the same kernel. Each query has its own blocks, though, and 128 queries together
-nearly all. In a short context every query all the same sees its blocks through a mask; in a long one queries are lined
-up by the blocks they chose, and the parts merged. Neither was measured on a GPU yet.
+On an NVIDIA GPU it uses block-sparse `flex_attention`, which computes only tiles of 128 x 128 in which some query
+attends to some key, and gives each query's largest logit from the same kernel.
+
+Each query chooses its own MoBA blocks, so 128 neighbouring queries together choose nearly all of them. In a short
+context the tiles cover all these blocks, and a mask hides what a query did not choose. In a long context queries are
+lined up by the block they chose, as in moba.py, and the parts are merged. Neither was measured on a GPU yet.
 """
 
 from dataclasses import dataclass
@@ -14,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .documents import Documents, _take
+from .documents import Documents, take_rows
 from .moba import Chunks
 
-TILE = 128
-LONG = 8  # times topk * block_size tokens make a context long
+FLEX_TILE = 128  # queries, and keys, per tile of flex_attention
+LONG_CONTEXT = 8  # a context is long from this many times topk * block_size tokens
 
 
 def serves(q: Tensor, documents: Documents) -> bool:
-    """Whether this is the way: in a graph, and in training on CUDA (a prompt of any length would be compiled anew)."""
-    if q.shape[2] != documents.segment.shape[1]:
+    """Return whether attention should take this path: while a graph is compiled, and in training on CUDA.
+
+    Inference on CUDA takes the other paths, since every prompt length would be compiled anew.
+    """
+    if q.shape[2] != documents.document_ids.shape[1]:
         return False
     return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.is_grad_enabled())
 
@@ -31,25 +36,30 @@ def serves(q: Tensor, documents: Documents) -> bool:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q, k (B, H, T, D) and v (B, H, T, Dv) over MoBA's blocks, or full where `topk` is 0.
+    """Compute attention of q, k (B, H, T, D) and v (B, H, T, Dv) over MoBA's blocks, or full attention if `topk` is 0.
 
     Returns:
-        out (B, H, T, Dv), and each query's largest scaled logit (B, H, T) in fp32.
+        out (B, H, T, Dv), and the largest scaled logit of each query (B, H, T) in fp32.
     """
     run = _attention if torch.compiler.is_compiling() else _compiled()
-    return run(q, k, v, documents.segment, documents.offset, scale, block_size, topk)
+    return run(q, k, v, documents.document_ids, documents.positions, scale, block_size, topk)
 
 
-def _attention(q, k, v, segment, offset, scale, block_size, topk) -> tuple[Tensor, Tensor]:
+def _attention(q, k, v, document_ids, positions, scale, block_size, topk) -> tuple[Tensor, Tensor]:
     length = q.shape[2]
-    missing = -length % TILE
-    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-    segment, offset = F.pad(segment, (0, missing), value=-1), F.pad(offset, (0, missing))
-    blocks = Blocks.of(segment, offset, block_size if topk else len(segment[0]))  # full attention: one block a sequence
-    chosen = blocks.choose(q, k, topk - 1) if topk > 1 and length > block_size else None
-    lined_up = chosen is not None and _has_flex(q) and block_size % TILE == 0 and length > LONG * topk * block_size
-    out, top = _gathered(q, k, v, scale, blocks, chosen) if lined_up else _masked(q, k, v, scale, blocks, chosen)[::2]
-    return out[:, :, :length], top[:, :, :length].detach()
+    missing = -length % FLEX_TILE
+    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))  # (B, H, T', D), T' a multiple of FLEX_TILE
+    document_ids, positions = F.pad(document_ids, (0, missing), value=-1), F.pad(positions, (0, missing))
+    # Full attention is one block that holds a whole document.
+    table = StaticBlockTable.build(document_ids, positions, block_size if topk else len(document_ids[0]))
+    chosen = table.choose(q, k, topk - 1) if topk > 1 and length > block_size else None
+
+    is_long = length > LONG_CONTEXT * topk * block_size
+    if chosen is not None and is_long and _has_flex(q) and block_size % FLEX_TILE == 0:
+        out, max_logit = _lined_up(q, k, v, scale, table, chosen)
+    else:
+        out, _, max_logit = _masked(q, k, v, scale, table, chosen)
+    return out[:, :, :length], max_logit[:, :, :length].detach()
 
 
 @cache
@@ -58,84 +68,103 @@ def _compiled():
 
 
 def _has_flex(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.shape[-1] >= 16  # the least width of its kernels
+    return q.device.type == "cuda" and q.shape[-1] >= 16  # the least head width of its kernels
 
 
 @dataclass
-class Blocks:
-    """MoBA's blocks of S tokens. Only whole ones can be chosen, and of these there are at most T // S in a row."""
+class StaticBlockTable:
+    """MoBA's blocks of S tokens, in shapes that only B and T decide.
+
+    Only full blocks can be chosen, since a block that a later query sees is full. A row has at most T // S of them.
+
+    Attributes:
+        size: S.
+        own: (B, T) first token of each token's own block.
+        full_block: (B, T) index of the full block that a token is in, `count` if it is in none.
+        first: (B, count) first token of each full block, T where a row has fewer.
+        document_ids: (B, T).
+    """
 
     size: int
-    own: Tensor  # (B, T) first token of each token's own block
-    whole: Tensor  # (B, T) number of the whole block that a token is in; `count` if it is in none
-    first: Tensor  # (B, count) first token of each whole block; T where there are fewer
-    segment: Tensor  # (B, T)
+    own: Tensor
+    full_block: Tensor
+    first: Tensor
+    document_ids: Tensor
 
     @property
     def count(self) -> int:
         return self.first.shape[1]
 
     @classmethod
-    def of(cls, segment: Tensor, offset: Tensor, size: int) -> "Blocks":
-        batch, length = segment.shape
-        count, index = length // size, torch.arange(length, device=segment.device).expand(batch, -1)
-        own = index - offset % size
-        last = F.pad(segment, (0, size), value=-2)[:, size - 1 : size - 1 + length]
-        opens = (offset % size == 0) & (segment >= 0) & (last == segment)
-        number = torch.where(opens, opens.cumsum(1) - 1, count)
-        first = torch.full((batch, count + 1), length, device=segment.device).scatter_(1, number, index)
-        return cls(size, own, number.gather(1, own), first[:, :-1], segment)
+    def build(cls, document_ids: Tensor, positions: Tensor, size: int) -> "StaticBlockTable":
+        """Find the blocks from `Documents`' document ids and positions, both (B, T)."""
+        batch, length = document_ids.shape
+        count, index = length // size, torch.arange(length, device=document_ids.device).expand(batch, -1)
+        own = index - positions % size
+        size_later = F.pad(document_ids, (0, size), value=-2)[:, size - 1 : size - 1 + length]
+        opens_full_block = (positions % size == 0) & (document_ids >= 0) & (size_later == document_ids)
+        number = torch.where(opens_full_block, opens_full_block.cumsum(1) - 1, count)
+        first = torch.full((batch, count + 1), length, device=document_ids.device).scatter_(1, number, index)
+        return cls(size, own, number.gather(1, own), first[:, :-1], document_ids)
 
     def take(self, x: Tensor) -> Tensor:
-        """Tokens (B, H, T, D) of the whole blocks, (B, H, count * S, D)."""
+        """Gather the tokens of full blocks from x (B, H, T, D): (B, H, count * S, D)."""
         index = self.first[..., None] + torch.arange(self.size, device=x.device)
-        return _take(x, index.clamp(max=x.shape[2] - 1).flatten(1))
+        return take_rows(x, index.clamp(max=x.shape[2] - 1).flatten(1))
 
     def choose(self, q: Tensor, k: Tensor, n: int) -> Tensor:
-        """The `n` earlier blocks with the best gates, (B, H, T, n); -1 where there are fewer."""
+        """Return the `n` earlier blocks with the largest gates, (B, H, T, n), and -1 where there are fewer."""
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            gates = q.float() @ self.take(k).float().unflatten(2, (self.count, -1)).mean(3).mT
-            segment = self.segment.gather(1, self.first.clamp(max=q.shape[2] - 1))
-            earlier = (self.first[:, None] < self.own[..., None]) & (segment[:, None] == self.segment[..., None])
+            means = self.take(k).float().unflatten(2, (self.count, -1)).mean(3)  # (B, H, count, D)
+            gates = q.float() @ means.mT  # (B, H, T, count)
+            ids = self.document_ids.gather(1, self.first.clamp(max=q.shape[2] - 1))  # (B, count)
+            same_document = ids[:, None] == self.document_ids[..., None]
+            earlier = (self.first[:, None] < self.own[..., None]) & same_document  # (B, T, count)
             values, index = gates.masked_fill_(~earlier[:, None], -torch.inf).topk(min(n, self.count), dim=-1)
             return index.masked_fill(values == -torch.inf, -1)
 
 
 def _masked(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Blocks, chosen: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, table: StaticBlockTable, chosen: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Own blocks and the chosen ones (B, H, T, n) through a mask; out (B, H, T, Dv), log-sum-exp and largest logit."""
-    own, whole = blocks.own, blocks.whole
+    """Attend to own blocks and to the `chosen` ones (B, H, T, n) through a mask.
+
+    Returns:
+        out (B, H, T, Dv), the log-sum-exp, and the largest logit of each query, both (B, H, T).
+    """
+    own, full_block = table.own, table.full_block
 
     def mask(b, h, query, key):
-        seen = (own[b, query] == own[b, key]) & (query >= key)
+        visible = (own[b, query] == own[b, key]) & (query >= key)
         for j in range(0 if chosen is None else chosen.shape[-1]):
-            seen = seen | (chosen[b, h, query, j] == whole[b, key])
-        return seen
+            visible = visible | (chosen[b, h, query, j] == full_block[b, key])
+        return visible
 
     if not _has_flex(q):
         return _dense(q, k, v, scale, mask)
-    length = q.shape[2]
-    tile = torch.arange(length // TILE, device=q.device)
-    begins = own.unflatten(1, (-1, TILE))  # of the blocks of each tile's queries
+    return _flex(q, k, v, scale, _tile_mask(table, chosen, mask, q.shape[2]))
+
+
+def _tile_mask(table: StaticBlockTable, chosen: Tensor | None, mask, length: int) -> BlockMask:
+    """List the tiles in which some query sees some key, and among them those in which every query sees every key."""
+    tile = torch.arange(length // FLEX_TILE, device=table.own.device)
+    own_begins = table.own.unflatten(1, (-1, FLEX_TILE))  # (B, T / tile, tile)
     earlier = tile[:, None] >= tile
-    seen = (earlier & (begins.amin(2)[..., None] // TILE <= tile))[:, None]  # (B, 1, T / TILE, T / TILE)
-    full = ((tile[:, None] > tile) & (begins.amax(2)[..., None] <= tile * TILE))[:, None]
+    visible = (earlier & (own_begins.amin(2)[..., None] // FLEX_TILE <= tile))[:, None]  # (B, 1, T / tile, T / tile)
+    full = ((tile[:, None] > tile) & (own_begins.amax(2)[..., None] <= tile * FLEX_TILE))[:, None]
     if chosen is not None:
-        taken = chosen.new_zeros(*chosen.shape[:2], len(tile), blocks.count + 1, dtype=torch.float32)
-        by_tile = chosen.masked_fill(chosen < 0, blocks.count).unflatten(2, (-1, TILE)).flatten(3)
-        taken = taken.scatter_(3, by_tile, 1.0)[..., :-1]
-        begin, end = blocks.first[..., None] // TILE, (blocks.first[..., None] + blocks.size - 1) // TILE
-        covers = ((begin <= tile) & (tile <= end)).float()  # (B, count, T / TILE)
-        seen = seen | (taken @ covers[:, None] > 0)
-    partly = BlockMask.from_kv_blocks(
-        *_listed(seen & ~full), *_listed(full.expand_as(seen)), TILE, mask, seq_lengths=(length, length)
-    )
-    return _flex(q, k, v, scale, partly)
+        by_tile = chosen.masked_fill(chosen < 0, table.count).unflatten(2, (-1, FLEX_TILE)).flatten(3)
+        taken = chosen.new_zeros(*chosen.shape[:2], len(tile), table.count + 1, dtype=torch.float32)
+        taken = taken.scatter_(3, by_tile, 1.0)[..., :-1]  # (B, H, T / tile, count)
+        begin, last = table.first[..., None] // FLEX_TILE, (table.first[..., None] + table.size - 1) // FLEX_TILE
+        covers = ((begin <= tile) & (tile <= last)).float()  # (B, count, T / tile)
+        visible = visible | (taken @ covers[:, None] > 0)
+    partial, full = _list_tiles(visible & ~full), _list_tiles(full.expand_as(visible))
+    return BlockMask.from_kv_blocks(*partial, *full, FLEX_TILE, mask, seq_lengths=(length, length))
 
 
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Of (…, rows, columns): how many tiles of each row are set, and their columns, first."""
+def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of booleans (…, rows, columns), return how many are set, and the columns with the set ones first."""
     return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
@@ -145,38 +174,43 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: BlockMask) -> tup
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, mask) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_flex` gives, with all scores at once."""
+    """Return what `_flex` does, from the whole score matrix."""
     sizes = (*q.shape[:3], k.shape[2])
-    seen = mask(*(torch.arange(n, device=q.device)[(..., *[None] * (3 - i))] for i, n in enumerate(sizes)))
+    visible = mask(*(torch.arange(n, device=q.device)[(..., *[None] * (3 - i))] for i, n in enumerate(sizes)))
     logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    logits = logits.masked_fill(~seen, -torch.inf)
+    logits = logits.masked_fill(~visible, -torch.inf)  # (B, H, T, T)
     return logits.softmax(-1).to(v.dtype) @ v, logits.logsumexp(-1), logits.amax(-1)
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Blocks, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in two parts, own blocks, and queries lined up by the block they chose, merged by their log-sum-exp."""
-    own_out, own_lse, own_top = _masked(q, k, v, scale, blocks, None)
-    chunks = Chunks.of(chosen, blocks.count, TILE)
+def _lined_up(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, table: StaticBlockTable, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the same in two parts, merged by their log-sum-exp: own blocks, and queries lined up by chosen block."""
+    own_out, own_lse, own_max = _masked(q, k, v, scale, table, None)
+    chunks = Chunks.with_static_shapes(chosen, table.count, FLEX_TILE)
     place, missing, empty = chunks.place, chunks.missing, chunks.empty.view(-1, 1)
-    pair = torch.zeros(len(empty) + 1, dtype=torch.long, device=q.device)  # that sits in each row
-    pair.scatter_(0, place.masked_fill(missing, len(empty)).flatten(), torch.arange(place.numel(), device=q.device))
+    pair_at = torch.zeros(len(empty) + 1, dtype=torch.long, device=q.device)  # missing pairs go to the extra place
+    pair_at.scatter_(0, place.masked_fill(missing, len(empty)).flatten(), torch.arange(place.numel(), device=q.device))
 
-    def home(rows: Tensor) -> Tensor:
-        return _Take.apply(rows, place.flatten(), pair[:-1, None], empty).unflatten(0, place.shape)
+    def to_queries(rows: Tensor) -> Tensor:
+        return _Take.apply(rows, place.flatten(), pair_at[:-1, None], empty).unflatten(0, place.shape)
 
-    queries = _Take.apply(q.flatten(0, 2), chunks.query.flatten(), place, missing)
-    far = (queries, *(blocks.take(x).flatten(0, 2) for x in (k, v)))
-    parts = _flex(*(x[None, None] for x in far), scale, _chunk_mask(chunks, blocks.size, len(far[1]), q.shape[2]))
-    far_out, far_lse, far_top = (home(x[0, 0]) for x in parts)
-    far_lse, far_top = (x.masked_fill(missing, -torch.inf) for x in (far_lse, far_top))
+    queries = _Take.apply(q.flatten(0, 2), chunks.query.flatten(), place, missing)  # (C * tile, D)
+    far_k, far_v = (table.take(x).flatten(0, 2) for x in (k, v))  # (B * H * count * S, D)
+    mask = _chunk_mask(chunks, table.size, len(far_k), q.shape[2])
+    far = _flex(*(x[None, None] for x in (queries, far_k, far_v)), scale, mask)
+    far_out, far_lse, far_max = (to_queries(x[0, 0]) for x in far)  # (B * H * T, n, …)
+    far_lse, far_max = (x.masked_fill(missing, -torch.inf) for x in (far_lse, far_max))
+
     weights = torch.cat([own_lse.reshape(-1, 1), far_lse], dim=1).softmax(1)[..., None]
     out = own_out.flatten(0, 2) * weights[:, 0] + (far_out * weights[:, 1:]).sum(1)
-    return out.to(v.dtype).view_as(own_out), torch.maximum(own_top, far_top.amax(1).view_as(own_top))
+    return out.to(v.dtype).view_as(own_out), torch.maximum(own_max, far_max.amax(1).view_as(own_max))
 
 
 class _Take(torch.autograd.Function):
-    """Rows `index` of x. The gradient is taken in the same way, not added up by atomics: row i of x went to the places
-    back[i], but for those that are absent.
+    """Takes rows `index` of x. Its gradient is gathered too, where autograd's would be added up by atomics.
+
+    Row i of x was taken to the places `back[i]`, of which those marked in `absent` do not count.
     """
 
     @staticmethod
@@ -192,23 +226,27 @@ class _Take(torch.autograd.Function):
 
 
 def _chunk_mask(chunks: Chunks, size: int, n_keys: int, length: int) -> BlockMask:
-    """Every chunk attends to all tiles of its block, and an unused one to none.
+    """Let every chunk attend to all tiles of its block, and an unused chunk to none.
 
-    Written out from both sides: BlockMask would find the second by a matrix of all chunks and all keys.
+    Both lists of tiles, by query and by key, are written out here. BlockMask would find the second one through a matrix
+    of all chunks and all keys.
     """
-    device, groups, m = chunks.block.device, n_keys // size, size // TILE
+    device, n_blocks, tiles_per_block = chunks.block.device, n_keys // size, size // FLEX_TILE
     used = ~chunks.empty[:, 0]
-    owner = torch.where(used, chunks.block, groups)
-    begin = torch.searchsorted(owner, torch.arange(groups + 1, device=device))  # of each block's chunks
-    per_block, most = begin.diff(), torch.arange(-(-length // TILE), device=device)
-    key_tiles = chunks.block[:, None] * m + torch.arange(m, device=device)
+    owner = torch.where(used, chunks.block, n_blocks)  # (C,)
+    begin = torch.searchsorted(owner, torch.arange(n_blocks + 1, device=device))  # first chunk of each block
+    chunks_per_block, most = begin.diff(), torch.arange(-(-length // FLEX_TILE), device=device)
+    key_tiles = chunks.block[:, None] * tiles_per_block + torch.arange(tiles_per_block, device=device)
     query_tiles = (begin[:-1, None] + most).clamp(max=len(owner) - 1)
-    full_keys, full_queries = (used * m, key_tiles), (x.repeat_interleave(m, 0) for x in (per_block, query_tiles))
-    none_of = [(x.new_zeros(len(x)), x.new_zeros(len(x), 1)) for x in (owner, begin[:-1].repeat_interleave(m))]
-    lists = (*none_of[0], *full_keys, *none_of[1], *full_queries)
+    full_keys = used * tiles_per_block, key_tiles
+    full_queries = (x.repeat_interleave(tiles_per_block, 0) for x in (chunks_per_block, query_tiles))
+    no_partial_keys, no_partial_queries = (
+        (x.new_zeros(len(x)), x.new_zeros(len(x), 1)) for x in (owner, begin[:-1].repeat_interleave(tiles_per_block))
+    )
+    lists = (*no_partial_keys, *full_keys, *no_partial_queries, *full_queries)
     return BlockMask(
-        (len(owner) * TILE, n_keys),
+        (len(owner) * FLEX_TILE, n_keys),
         *(x.int().contiguous()[None, None] for x in lists),
-        (TILE, TILE),
-        lambda b, h, query, key: owner[query // TILE] == key // size,
+        (FLEX_TILE, FLEX_TILE),
+        lambda b, h, query, key: owner[query // FLEX_TILE] == key // size,
     )

@@ -100,7 +100,7 @@ class MultiheadLatentAttention(nn.Module):
             return flex_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
         if self.topk:
             return moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
-        return attend(q, k, v, self.scale, causal=True, segment=documents.packing)
+        return attend(q, k, v, self.scale, causal=True, document_ids=documents.ids_to_mask_by)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> Tensor:
         """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is
@@ -139,7 +139,7 @@ class MultiheadLatentAttention(nn.Module):
         c, mixed = latent.squeeze(1), 0.0
         for back in range(self.key_conv.shape[-1]):
             tap = F.pad(c, (0, 0, back, 0))[:, : c.shape[1]]
-            inside = (documents.offset >= back).unsqueeze(-1)
+            inside = (documents.positions >= back).unsqueeze(-1)
             mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(c.dtype)
         return (c + F.silu(mixed)).unsqueeze(1)
 

@@ -1,9 +1,11 @@
-"""Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and to the few earlier ones its
-gate chooses.
+"""Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block of keys and to a few earlier ones.
 
-The gate of a query to a block is its product with the block's mean key, has no parameters, and chooses per head. The
-fast path does only the chosen work: own blocks as one causal batch, chosen earlier blocks as chunks of the queries that
-chose them, and both merged by their log-sum-exp. `moba_mask` is its dense twin, which decoding uses as well.
+A gate chooses the earlier blocks for each query and head. The gate of query q to a block is the product of q with the
+block's mean key, so it has no parameters.
+
+The sparse path computes only what was chosen. Own blocks are one causal batch. Queries that chose the same earlier
+block are lined up in chunks, and each chunk meets its block in one product. The log-sum-exp of each part merges them.
+`moba_mask` is the dense twin; decoding uses it too.
 """
 
 from dataclasses import dataclass
@@ -14,124 +16,172 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import attend, attend_backward, attend_forward
-from .documents import BlockTable, Documents, unseen
+from .documents import BlockTable, Documents, needs_static_shapes
 
-QUERIES = 256  # most queries of one chunk of the sparse path
-STEP = 16  # chunks by which their number grows: a kernel library compiles a product for each shape it meets
+MAX_CHUNK_WIDTH = 256  # queries per chunk
+CHUNK_COUNT_MULTIPLE = 16  # a CPU's kernel library compiles a product for every new shape, so keep the shapes few
 
 
 def moba_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv), both work and memory linear in T * topk * block_size.
+    """Compute sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv).
 
-    If `documents.plain`, the queries may be the last tokens only, from the start of a block on. There is no gradient
-    then. So a long prompt can be read in pieces.
+    Work and memory are linear in T * topk * block_size. `topk` counts the query's own block.
+
+    To read a long prompt in pieces, `q` may hold the last Tq tokens only, from the start of a block on. This needs
+    `documents.one_per_row` and has no gradient.
 
     Returns:
-        out (B, H, Tq, Dv), and each query's largest scaled logit (B, H, Tq) in fp32.
+        out (B, H, Tq, Dv), and the largest scaled logit of each query (B, H, Tq) in fp32.
     """
-    table, length = documents.blocks(block_size), q.shape[2]
-    if topk >= table.count:  # every block is chosen
-        return attend(q, k, v, scale, causal=True, segment=documents.packing)
-    out, top = _MoBA.apply(*(table.to_slots(x) for x in (q, k, v)), scale, table, topk - 1)
-    return table.to_tokens(out, length), table.to_tokens(top, length)
+    table, length = documents.block_table(block_size), q.shape[2]
+    every_block_is_chosen = topk >= table.count
+    if every_block_is_chosen:
+        return attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
+    q, k, v = (table.to_slots(x) for x in (q, k, v))  # (B, H, S, D), S = count * block_size
+    out, max_logit = _MoBA.apply(q, k, v, scale, table, topk - 1)
+    return table.to_tokens(out, length), table.to_tokens(max_logit, length)
 
 
 @torch.no_grad()
 def choose_blocks(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Tensor:
-    """The `n` earlier blocks with the best gates, (B, H, S, n) by slot; -1 where there are fewer. q (B, H, S, D) has
-    all slots, or the last ones.
+    """Return the `n` earlier blocks with the largest gates for each slot, (B, H, S, n), and -1 where there are fewer.
+
+    q (B, H, S, D) holds all slots or the last ones; k holds all of them.
     """
     batch, heads, slots, width = q.shape
-    means = k.float().view(batch, heads, table.count, table.size, width).mean(3)
-    with torch.autocast(q.device.type, enabled=False):  # which would round both, and choose other blocks
-        gates = q.float() @ means.transpose(-1, -2)
+    means = k.float().view(batch, heads, table.count, table.size, width).mean(3)  # (B, H, count, D)
+    with torch.autocast(q.device.type, enabled=False):  # bf16 gates would choose other blocks
+        gates = q.float() @ means.transpose(-1, -2)  # (B, H, S, count)
     block = torch.arange(table.count, device=q.device)
-    own = block.repeat_interleave(table.size)[-slots:, None]
-    earlier = (block < own) & (block >= table.first.repeat_interleave(table.size, dim=1)[:, -slots:, None])
-    gates.masked_fill_(~earlier[:, None], -torch.inf)
+    own = block.repeat_interleave(table.size)[-slots:, None]  # (S, 1)
+    first = table.first.repeat_interleave(table.size, dim=1)[:, -slots:, None]  # (B or 1, S, 1)
+    earlier_in_document = (block < own) & (block >= first)
+    gates.masked_fill_(~earlier_in_document[:, None], -torch.inf)
     values, index = gates.topk(min(n, table.count), dim=-1)
     return index.masked_fill_(values == -torch.inf, -1)
 
 
 @dataclass
 class Chunks:
-    """The (query, chosen block) pairs, lined up by block in C chunks of W queries, each chunk with its block's keys.
+    """Queries lined up by the block they chose, in C chunks of W queries. Each chunk belongs to one block.
 
-    Queries are numbered through all B * H * S slots, blocks through all B * H * count.
+    Queries are numbered through all B * H * S slots, blocks through all B * H * count. "Place" is the position of a
+    (query, chosen block) pair among the C * W places.
+
+    Attributes:
+        query: (C, W) the query at each place, 0 where the chunk is not full.
+        empty: (C, W) where the chunk is not full.
+        block: (C,) the block of each chunk.
+        place: (B * H * S, n) the place of each pair, 0 for a missing pair.
+        missing: (B * H * S, n) pairs that do not exist, since the query chose fewer than n blocks.
     """
 
-    query: Tensor  # (C, W) its query; 0 where the chunk is not full
-    empty: Tensor  # (C, W) where the chunk is not full
-    block: Tensor  # (C,)
-    place: Tensor  # (B * H * S, n) where in the C * W a pair sits; 0 for a query that chose fewer blocks
-    missing: Tensor  # (B * H * S, n) these
+    query: Tensor
+    empty: Tensor
+    block: Tensor
+    place: Tensor
+    missing: Tensor
 
     @classmethod
-    def of(cls, chosen: Tensor, count: int, width: int) -> "Chunks | None":
-        """From `choose_blocks`' (B, H, S, n) of `count` blocks; None if it is seen that nothing was chosen."""
-        heads, n, device = chosen.shape[0] * chosen.shape[1], chosen.shape[3], chosen.device
-        groups, missing = heads * count, (chosen < 0).view(-1, n)
-        block = chosen.view(heads, -1) + torch.arange(heads, device=device)[:, None] * count
-        block, pair = block.flatten().masked_fill(missing.flatten(), groups).sort(stable=True)
-        if not unseen(device):
-            n_pairs = block.numel() - int(missing.sum())
-            if not n_pairs:
-                return None
-            block, pair = block[:n_pairs], pair[:n_pairs]
-        last = torch.searchsorted(block, torch.arange(groups + 1, device=device), right=True)
-        sizes = last.diff(prepend=last.new_zeros(1))
-        chunks = -(-sizes[:-1] // width)
-        ends = chunks.cumsum(0)
-        total = len(pair) // width + groups if unseen(device) else -(-int(ends[-1]) // STEP) * STEP
-        begin = F.pad((ends - chunks) * width, (0, 1)) - (last - sizes)
-        place = torch.arange(len(pair), device=device) + begin[block]
-        query = torch.full((total * width + 1,), -1, device=device)
-        query[torch.where(block < groups, place, total * width)] = pair // n
-        query = query[:-1].view(total, width)
-        place_of_pair = torch.zeros(chosen.numel(), dtype=torch.long, device=device)
+    def exact(cls, chosen: Tensor, count: int, width: int) -> "Chunks | None":
+        """Line up `chosen` (B, H, S, n), the result of `choose_blocks` among `count` blocks, in as few chunks as
+        possible. Return None if no query chose a block.
+        """
+        missing, n_blocks = (chosen < 0).view(-1, chosen.shape[3]), chosen.shape[0] * chosen.shape[1] * count
+        block, pair = _sort_pairs(chosen, count)
+        n_pairs = block.numel() - int(missing.sum())
+        if not n_pairs:
+            return None
+        block, pair = block[:n_pairs], pair[:n_pairs]  # missing pairs come last
+        ends, place = _place_pairs(block, n_blocks, width)
+        n_chunks = -(-int(ends[-1]) // CHUNK_COUNT_MULTIPLE) * CHUNK_COUNT_MULTIPLE
+        query = torch.full((n_chunks, width), -1, device=chosen.device)
+        query.view(-1)[place] = pair // chosen.shape[3]
+        return cls._build(query, ends, pair, place, missing)
+
+    @classmethod
+    def with_static_shapes(cls, chosen: Tensor, count: int, width: int) -> "Chunks":
+        """Do the same without reading a value: allocate the largest number of chunks that can be needed."""
+        missing, n_blocks = (chosen < 0).view(-1, chosen.shape[3]), chosen.shape[0] * chosen.shape[1] * count
+        block, pair = _sort_pairs(chosen, count)
+        ends, place = _place_pairs(block, n_blocks, width)
+        n_chunks = len(pair) // width + n_blocks
+        query = torch.full((n_chunks * width + 1,), -1, device=chosen.device)  # missing pairs go to the extra place
+        query[torch.where(block < n_blocks, place, n_chunks * width)] = pair // chosen.shape[3]
+        return cls._build(query[:-1].view(n_chunks, width), ends, pair, place, missing)
+
+    @classmethod
+    def _build(cls, query: Tensor, ends: Tensor, pair: Tensor, place: Tensor, missing: Tensor) -> "Chunks":
+        chunk = torch.arange(len(query), device=query.device)
+        block = torch.searchsorted(ends, chunk, right=True).clamp_(max=len(ends) - 1)
+        place_of_pair = torch.zeros(missing.numel(), dtype=torch.long, device=query.device)
         place_of_pair[pair] = place
-        block = torch.searchsorted(ends, torch.arange(total, device=device), right=True).clamp_(max=groups - 1)
-        return cls(query.clamp(min=0), query < 0, block, place_of_pair.view(-1, n).masked_fill_(missing, 0), missing)
+        place_of_pair = place_of_pair.view(missing.shape).masked_fill_(missing, 0)
+        return cls(query.clamp(min=0), query < 0, block, place_of_pair, missing)
+
+
+def _sort_pairs(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sort all (query, block) pairs of `chosen` (B, H, S, n) by block.
+
+    Returns:
+        the block of each pair in that order, B * H * count for a missing pair, and the pair's index in `chosen`.
+    """
+    heads = chosen.shape[0] * chosen.shape[1]
+    first_block = torch.arange(heads, device=chosen.device)[:, None] * count
+    block = (chosen.view(heads, -1) + first_block).flatten()
+    return block.masked_fill((chosen < 0).flatten(), heads * count).sort(stable=True)
+
+
+def _place_pairs(block: Tensor, n_blocks: int, width: int) -> tuple[Tensor, Tensor]:
+    """Give each pair a place in chunks of `width`. `block` is sorted; pairs of block `n_blocks` are missing ones.
+
+    Returns:
+        the chunk where each block's chunks end (n_blocks,), and the place of each pair.
+    """
+    last = torch.searchsorted(block, torch.arange(n_blocks + 1, device=block.device), right=True)
+    sizes = last.diff(prepend=last.new_zeros(1))  # pairs of each block, then the missing ones
+    chunks = -(-sizes[:-1] // width)
+    ends = chunks.cumsum(0)
+    shift = F.pad((ends - chunks) * width, (0, 1)) - (last - sizes)  # from a pair's rank to its place
+    return ends, torch.arange(len(block), device=block.device) + shift[block]
 
 
 class _MoBA(torch.autograd.Function):
-    """Every query's own block and its chosen earlier ones, each a partial attention, merged by their log-sum-exp.
+    """Merges partial attentions by their log-sum-exp: each query's own block, and the earlier blocks that it chose.
 
-    With the output of the whole and its share in it, the gradient of a part is that of plain attention (see
-    `attend_backward`), so that the merge needs none of its own. The probabilities are kept: they grow as the tokens.
+    The merge needs no gradient of its own. Given the merged output and a part's share in it, the part's gradient is
+    that of plain attention (see `attend_backward`). All probabilities are kept, which is linear in the tokens.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, scale, table, n):
         batch, heads, slots, _ = q.shape
         q, k, v = (x.contiguous() for x in (q, k, v))
-        own = (q, k[:, :, -slots:], v[:, :, -slots:])
-        own = (x.reshape(-1, table.size, x.shape[-1]) for x in own)
         probs, shares = [] if any(ctx.needs_input_grad) else None, ()
-        out, lse, top = attend_forward(*own, scale, causal=True, kept=probs)
-        out, lse, top = out.flatten(0, 1), lse.flatten(), top.flatten()
-        # A chunk copies its block, so that it should have as many queries as keys, about.
-        width = min(QUERIES, max(table.size, 64))
-        chunks = Chunks.of(choose_blocks(q, k, table, n), table.count, width) if n else None
+        own = (q, k[:, :, -slots:], v[:, :, -slots:])
+        own = (x.reshape(-1, table.size, x.shape[-1]) for x in own)  # (B * H * blocks, size, D)
+        out, lse, max_logit = attend_forward(*own, scale, causal=True, saved_probs=probs)
+        out, lse, max_logit = out.flatten(0, 1), lse.flatten(), max_logit.flatten()  # (B * H * S, …)
+        chunks = _line_up(q, k, table, n) if n else None
         if chunks is not None:
-            # Blocks before a query's own are full, so that nothing in a chunk needs a mask.
-            far = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False, kept=probs)
-            far_lse, far_top = (x.view(-1)[chunks.place].masked_fill_(chunks.missing, -torch.inf) for x in far[1:])
-            top = torch.maximum(top, far_top.amax(-1))
-            parts = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1)
+            # Blocks before a query's own are full, so nothing in a chunk needs a mask.
+            far_out, *far = attend_forward(*_gather(chunks, table, q, k, v), scale, causal=False, saved_probs=probs)
+            far_lse, far_max = (x.view(-1)[chunks.place].masked_fill_(chunks.missing, -torch.inf) for x in far)
+            max_logit = torch.maximum(max_logit, far_max.amax(-1))
+            parts = torch.cat([lse.unsqueeze(-1), far_lse], dim=-1)  # (B * H * S, 1 + n)
             lse = parts.logsumexp(-1)
             weights = (parts - lse.unsqueeze(-1)).exp_().to(out.dtype)
             out *= weights[:, :1]
-            out += _sum_at(chunks.place, far[0], weights[:, 1:].contiguous())
-            far_share = (far[1] - lse[chunks.query]).exp_().masked_fill_(chunks.empty, 0.0)
+            out += _sum_at(chunks.place, far_out, weights[:, 1:].contiguous())
+            far_share = (far[0] - lse[chunks.query]).exp_().masked_fill_(chunks.empty, 0.0)  # (C, W)
             shares = (weights[:, :1].contiguous(), far_share.unsqueeze(-1).to(out.dtype))
         ctx.save_for_backward(q, k, v, out, *shares, *(probs or ()))
         ctx.scale, ctx.table, ctx.chunks = scale, table, chunks
-        top = top.view(batch, heads, slots)
-        ctx.mark_non_differentiable(top)
-        return out.view(batch, heads, slots, -1), top
+        max_logit = max_logit.view(batch, heads, slots)
+        ctx.mark_non_differentiable(max_logit)
+        return out.view(batch, heads, slots, -1), max_logit
 
     @staticmethod
     @once_differentiable
@@ -141,56 +191,64 @@ class _MoBA(torch.autograd.Function):
         share, far_share, *probs = kept if chunks is not None else (1, 1, *kept)
         probs = iter(probs)  # the tiles of own blocks, then those of chunks
         d_out = d_out.to(v.dtype).reshape(out.shape)
-        along = (d_out * out).sum(-1, keepdim=True, dtype=torch.promote_types(out.dtype, torch.float32))
+        out_dot = (d_out * out).sum(-1, keepdim=True, dtype=torch.promote_types(out.dtype, torch.float32))
 
-        own = ((x * share).view(-1, table.size, x.shape[-1]) for x in (d_out, along))
-        parts = (x.view(-1, table.size, x.shape[-1]) for x in (q, k, v))
-        dq, dk, dv = attend_backward(*own, probs, *parts, ctx.scale, causal=True)
+        own = ((x * share).view(-1, table.size, x.shape[-1]) for x in (d_out, out_dot))
+        qkv = (x.view(-1, table.size, x.shape[-1]) for x in (q, k, v))
+        dq, dk, dv = attend_backward(*own, probs, *qkv, ctx.scale, causal=True)
         if chunks is not None:
             query = chunks.query.flatten()
-            far = (x.index_select(0, query).view(*far_share.shape[:2], -1).mul_(far_share) for x in (d_out, along))
-            parts = _gather(chunks, table, q, k, v)
-            far_dq, far_dk, far_dv = attend_backward(*far, probs, *parts, ctx.scale, causal=False)
-            taken = (~chunks.missing).to(dq.dtype)
-            dq = dq.flatten(0, 1).add_(_sum_at(chunks.place, far_dq, taken))
+            far = (x.index_select(0, query).view(*far_share.shape[:2], -1).mul_(far_share) for x in (d_out, out_dot))
+            qkv = _gather(chunks, table, q, k, v)
+            far_dq, far_dk, far_dv = attend_backward(*far, probs, *qkv, ctx.scale, causal=False)
+            exists = (~chunks.missing).to(dq.dtype)
+            dq = dq.flatten(0, 1).add_(_sum_at(chunks.place, far_dq, exists))
             dk.index_add_(0, chunks.block, far_dk)
             dv.index_add_(0, chunks.block, far_dv)
         return *(dx.to(q.dtype).view_as(x) for dx, x in ((dq, q), (dk, k), (dv, v))), None, None, None
 
 
+def _line_up(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Chunks | None:
+    """Choose `n` earlier blocks for every query, and line the queries up by block."""
+    width = min(MAX_CHUNK_WIDTH, max(table.size, 64))  # a chunk copies its block, so let it have about as many queries
+    line_up = Chunks.with_static_shapes if needs_static_shapes(q.device) else Chunks.exact
+    return line_up(choose_blocks(q, k, table, n), table.count, width)
+
+
 def _gather(chunks: Chunks, table: BlockTable, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (C, W, D) and keys and values (C, size, D or Dv) of every chunk."""
+    """Return every chunk's queries (C, W, D), keys (C, size, D) and values (C, size, Dv)."""
     queries = q.flatten(0, 2).index_select(0, chunks.query.flatten()).view(*chunks.query.shape, -1)
     return queries, *(x.view(-1, table.size, x.shape[-1]).index_select(0, chunks.block) for x in (k, v))
 
 
 def _sum_at(place: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j weights[i, j] * rows[place[i, j]] for rows (C, W, D), (N, D): gathered, weighed and added in one pass."""
+    """Return Σ_j weights[i, j] * rows[place[i, j]], (N, D), for rows (C, W, D), in one pass over memory."""
     return F.embedding_bag(place, rows.flatten(0, 1), per_sample_weights=weights, mode="sum")
 
 
 @torch.no_grad()
 def moba_mask(products: Tensor, documents: Documents, block_size: int, topk: int) -> Tensor:
-    """Which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk), from all products q·k (B, H, Tq, Tk) before
-    scaling.
+    """Return which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk).
 
-    The mean over a block of q·k is q·mean(k), so the gate needs nothing but the products, whether they were taken with
-    keys or, absorbed, with latents.
+    `products` (B, H, Tq, Tk) are all q·k before scaling. The mean of q·k over a block is q·mean(k), so the gates follow
+    from the products, whether these were computed from keys or, absorbed, from latents.
     """
     batch, heads, n_queries, n_keys = products.shape
-    table = documents.blocks(block_size)
-    block = table.block_of(n_keys).expand(batch, -1)
+    table = documents.block_table(block_size)
+    block = table.block_of(n_keys).expand(batch, -1)  # (B, Tk)
     query = slice(n_keys - n_queries, n_keys)
 
-    real = (documents.segment >= 0)[:, None, None]
+    real = (documents.document_ids >= 0)[:, None, None]
     scatter_index = block[:, None, None].expand_as(products)
     gates = products.new_zeros(batch, heads, n_queries, table.count, dtype=torch.float32)
     gates.scatter_add_(3, scatter_index, products.float().masked_fill(~real, 0.0)).div_(block_size)
-    own = block[:, query, None]
+
+    own = block[:, query, None]  # (B, Tq, 1)
+    first = table.first.expand(batch, -1).gather(1, block)[:, query, None]
     candidates = torch.arange(table.count, device=products.device)
-    earlier = (candidates < own) & (candidates >= table.first.expand(batch, -1).gather(1, block)[:, query, None])
-    gates.masked_fill_(~earlier[:, None], -torch.inf)
+    earlier_in_document = (candidates < own) & (candidates >= first)  # (B, Tq, count)
+    gates.masked_fill_(~earlier_in_document[:, None], -torch.inf)
     gates.scatter_(3, own[:, None].expand(-1, heads, -1, -1), torch.inf)
-    best = gates.topk(min(topk, table.count), dim=-1).indices  # what is not an earlier block is not visible
+    best = gates.topk(min(topk, table.count), dim=-1).indices  # other blocks among them are masked by `visible`
     taken = torch.zeros_like(gates, dtype=torch.bool).scatter_(3, best, True)
     return taken.gather(3, scatter_index) & documents.visible(n_queries)[:, None]

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from .block import Block
 from .configuration_moonwhale import MoonwhaleConfig
 from .documents import Documents
-from .loss import IGNORE, linear_cross_entropy
+from .loss import IGNORE_INDEX, linear_cross_entropy
 from .mla import MultiheadLatentAttention
 from .moe import DeepseekMoE, Experts, Router
 from .mtp import MTPModule, shifted_labels
@@ -153,9 +153,11 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch, length, _ = x.shape
         if documents is None:
-            documents = Documents.of(batch, past + length, x.device, attention_mask, None if past else position_ids)
+            documents = Documents.from_inputs(
+                batch, past + length, x.device, attention_mask, None if past else position_ids
+            )
         if position_ids is None:
-            position_ids = documents.offset[:, past:]
+            position_ids = documents.positions[:, past:]
         table = rotation_table(self.config, position_ids, x.dtype)
 
         embeds, balance, seen = x, x.new_zeros((), dtype=torch.float32), []
@@ -195,7 +197,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         """
         outputs = []
         for k, module in enumerate(self.mtp_modules, start=1):
-            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, documents.ahead(k))
+            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, documents.with_successor(k))
             balance = self._collect([module, *module.blocks], stats, balance)
             outputs.append(hidden)
         return tuple(outputs), balance
@@ -260,7 +262,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             given = input_ids if inputs_embeds is None else inputs_embeds
             if given is not None and labels.shape != given.shape[:2]:
                 raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(given.shape[:2])} as the tokens")
-            documents = Documents.of(*labels.shape, labels.device, attention_mask, position_ids)
+            documents = Documents.from_inputs(*labels.shape, labels.device, attention_mask, position_ids)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -289,7 +291,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         """
         hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])
         targets = torch.stack([shifted_labels(labels, documents, depth) for depth in range(len(hidden))])
-        counts = (targets != IGNORE).sum((1, 2))
+        counts = (targets != IGNORE_INDEX).sum((1, 2))
         own = counts.clamp(min=1).float()
         total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().clamp(min=1)
         if total.dim() == 0:

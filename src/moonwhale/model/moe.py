@@ -1,4 +1,4 @@
-"""DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared ones, and a router kept balanced."""
+"""DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared experts, and a balanced router."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .documents import unseen
+from .documents import needs_static_shapes
 
-STEP = 64  # rows by which an expert's share grows
+EXPERT_ROW_MULTIPLE = 64  # each expert's rows are padded to a multiple, so that shapes of products are few
 
 
 class MLP(nn.Module):
-    """A gated feed-forward network: a dense block's, or the shared experts'."""
+    """The gated feed-forward network (SwiGLU) of a dense block, or of the shared experts together."""
 
     def __init__(self, config, intermediate_size: int):
         super().__init__()
@@ -24,21 +24,22 @@ class MLP(nn.Module):
         self.down_proj.starts_at_zero = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (…, hidden) to the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Routing(NamedTuple):
-    """What the router decided for N tokens."""
+    """The router's decision for N tokens."""
 
-    scores: Tensor  # (N, E) fp32 affinities, before the bias
-    index: Tensor  # (N, K) experts chosen
-    gates: Tensor  # (N, K) fp32 weights of their outputs
+    scores: Tensor  # (N, E) affinities in fp32, without the bias
+    index: Tensor  # (N, K) chosen experts
+    gates: Tensor  # (N, K) weights of their outputs in fp32
 
 
 class Router(nn.Module):
-    """Scores the experts, chooses K of them by score + bias, and weighs them by score alone.
+    """Scores the experts, chooses K of them by score + bias, and weights their outputs by score alone.
 
-    `e_score_correction_bias` is a buffer, not a parameter: it steers the choice, never the output, and has no gradient.
+    `e_score_correction_bias` is a buffer, not a parameter. It steers only the choice and has no gradient.
     """
 
     def __init__(self, config):
@@ -48,40 +49,44 @@ class Router(nn.Module):
         self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
         self.sigmoid = config.scoring_func == "sigmoid"
         self.weight = nn.Parameter(torch.empty(self.n_experts, config.hidden_size))
-        # fp32 in any model, as the load below: bf16 knows neither a step of γ nor a count beyond 256.
+        # fp32 in any model, as is `DeepseekMoE.load`: bf16 can represent neither a step of γ nor a count beyond 256.
         self.register_buffer("e_score_correction_bias", torch.zeros(self.n_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Routing:
-        """Routes (N, hidden), in fp32 whatever the precision around it."""
+        """Route tokens x (N, hidden). This is computed in fp32 whatever the precision around it."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = F.linear(x.float(), self.weight.float())  # (N, E)
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
         index = self.choose(scores + self.e_score_correction_bias)
-        gates = scores.gather(1, index)
+        gates = scores.gather(1, index)  # (N, K)
         if self.normalise:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return Routing(scores, index, gates * self.factor)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """The K best of (N, E) scores, (N, K), from the groups whose two best experts score highest (V3 §2.1.2)."""
+        """Return the K best experts (N, K) of `scores` (N, E).
+
+        With groups of experts, only the groups whose two best experts score highest take part (V3 §2.1.2).
+        """
         if self.groups > 1:
-            grouped = scores.view(-1, self.groups, self.n_experts // self.groups)
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
-            shut = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
-            scores = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
+            grouped = scores.view(-1, self.groups, self.n_experts // self.groups)  # (N, groups, E / groups)
+            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+            best = group_scores.topk(self.topk_groups, dim=-1).indices
+            closed = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
+            scores = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)  # (N, E)
         return scores.topk(self.topk, dim=-1, sorted=False).indices
 
 
 class Experts(nn.Module):
-    """E gated feed-forward networks as two stacks of matrices; every token reaches all its K experts (dropless).
+    """E gated feed-forward networks, stored as two stacks of matrices. No token is dropped: each reaches its K experts.
 
-    `product`, where it is set, does their matrix products, as FP8's do: `product(rows (R, in), stack (E, out, in), ends
-    (E,)) -> (R, out)`, differentiable, an expert's rows reaching from the end of the one before to its own, each a
-    multiple of `step`.
+    Set `product` to replace the matrix products, as FP8 training does. It is a differentiable function
+    `product(rows (R, in), stack (E, out, in), ends (E,)) -> (R, out)`. The rows of expert e end before `ends[e]`, where
+    those of expert e + 1 begin, and each end is a multiple of `row_multiple`.
     """
 
     product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    step = STEP
+    row_multiple = EXPERT_ROW_MULTIPLE
 
     def __init__(self, config):
         super().__init__()
@@ -90,48 +95,74 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-        """(N, hidden) through the experts `index` (N, K), weighted by `gates` (N, K)."""
+        """Send x (N, hidden) through each token's experts `index` (N, K), weighting their outputs by `gates` (N, K)."""
         if self.product is None:
             return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
-        token, home, ends = _line_up(index, len(self.down_proj), self.step)
-        rows = x.new_zeros(len(token), x.shape[1]).index_copy(0, home, x.repeat_interleave(index.shape[1], 0))
+        token, row_of_pair, ends = line_up(index, len(self.down_proj), self.row_multiple)
+        pairs = x.repeat_interleave(index.shape[1], 0)  # (N * K, hidden)
+        rows = x.new_zeros(len(token), x.shape[1]).index_copy(0, row_of_pair, pairs)  # (R, hidden)
         gate, up = self.product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        out = self.product(F.silu(gate) * up, self.down_proj, ends).index_select(0, home).view(*index.shape, -1)
+        out = self.product(F.silu(gate) * up, self.down_proj, ends)
+        out = out.index_select(0, row_of_pair).view(*index.shape, -1)  # (N, K, hidden)
         return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1)
 
 
-def _line_up(index: Tensor, n_experts: int, step: int = STEP) -> tuple[Tensor, Tensor, Tensor]:
-    """Places the (token, expert) pairs of (N, K) choices in rows sorted by expert, each expert's padded to whole steps.
+def line_up(index: Tensor, n_experts: int, multiple: int = EXPERT_ROW_MULTIPLE) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the (token, expert) pairs of `index` (N, K) into rows by expert, and pad each expert's rows to a multiple.
 
-    Padding keeps the shapes of the products few: a kernel library compiles one for each (1.5 ms a piece for bf16 on a
-    CPU), and the counts of tokens never repeat.
+    Padding keeps the shapes of the products few. For bf16 on a CPU a kernel library compiles a kernel for each shape
+    (1.5 ms each), and token counts hardly ever repeat.
 
     Returns:
-        the token of each row (R,), 0 in the padding; the row of each pair (N * K,); where each expert's rows end (E,).
+        the token of each row (R,), 0 for padding rows; the row of each pair (N * K,); the end of each expert's rows
+        (E,), int32.
     """
+    arrange = _line_up_with_static_shapes if needs_static_shapes(index.device) else _line_up_exact
+    return arrange(index, n_experts, multiple)
+
+
+def _line_up_exact(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the rows that the choices need."""
+    order, row, ends = _sort_by_expert(index, n_experts, multiple)
+    return *_place_pairs(index, order, row, int(ends[-1])), ends.to(torch.int32)
+
+
+def _line_up_with_static_shapes(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the worst case; spare rows go to the last expert."""
+    order, row, ends = _sort_by_expert(index, n_experts, multiple)
+    n_rows = -(-(len(order) + n_experts * (multiple - 1)) // multiple) * multiple
+    ends = torch.cat([ends[:-1], ends.new_full((1,), n_rows)])
+    return *_place_pairs(index, order, row, n_rows), ends.to(torch.int32)
+
+
+def _sort_by_expert(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pairs sorted by expert (N * K,), their rows (N * K,), and where each expert's padded rows end (E,)."""
     expert, order = index.flatten().sort(stable=True)
     last = torch.searchsorted(expert, torch.arange(n_experts, device=index.device), right=True)
     sizes = last.diff(prepend=last.new_zeros(1))
-    padded = -(-sizes // step) * step
+    padded = -(-sizes // multiple) * multiple
     ends = padded.cumsum(0)
-    shift = (ends - padded) - (last - sizes)
-    row = torch.arange(len(order), device=index.device) + shift[expert]
-    if unseen(index.device):  # as many rows as there can be, those left over the last expert's
-        rows = -(-(len(order) + n_experts * (step - 1)) // step) * step
-        ends = torch.cat([ends[:-1], ends.new_full((1,), rows)])
-    else:
-        rows = int(ends[-1])
-    token = torch.zeros(rows, dtype=torch.long, device=index.device)
+    shift = (ends - padded) - (last - sizes)  # from a pair's rank to its row
+    return order, torch.arange(len(order), device=index.device) + shift[expert], ends
+
+
+def _place_pairs(index: Tensor, order: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the token of each of `n_rows` rows, and the row of each pair."""
+    token = torch.zeros(n_rows, dtype=torch.long, device=index.device)
     token[row] = order // index.shape[1]
-    return token, torch.empty_like(order).scatter_(0, order, row), ends.to(torch.int32)
+    return token, torch.empty_like(order).scatter_(0, order, row)
 
 
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """`F.grouped_mm`: rows a (R, in) through stacks b (E, in, out), (R, out); or, of a (M, R) and b (R, N), the product
-    of each group's columns and rows (E, M, N). `ends` (E,) is where groups end.
+    """Multiply groups of rows by a matrix each, with `F.grouped_mm`. `ends` (E,) is where the groups end.
+
+    Returns:
+        (R, out) for rows a (R, in) and a stack b (E, in, out); or, for a (M, R) and b (R, N), each group's own product
+        (E, M, N).
     """
-    in_graph = torch.compiler.is_compiling() and a.dtype != torch.bfloat16  # the only one that a graph takes
-    return _grouped_product(a, b, ends) if in_graph else F.grouped_mm(a, b, offs=ends)
+    # In a graph F.grouped_mm supports bf16 only. A custom operator hides the other dtypes from the compiler.
+    needs_custom_op = torch.compiler.is_compiling() and a.dtype != torch.bfloat16
+    return _grouped_product(a, b, ends) if needs_custom_op else F.grouped_mm(a, b, offs=ends)
 
 
 @torch.library.custom_op("moonwhale::grouped_product", mutates_args=())
@@ -145,45 +176,47 @@ def _(a, b, ends):
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Lines the tokens up by expert, does two grouped products, and brings the rows home.
+    """Lines tokens up by expert, computes two grouped products, and sums each token's rows.
 
-    The gradient is written out because autograd's would add rows up through indexing, and keep more of them.
+    The gradient is written out because autograd's would add rows up through indexing, and would save more of them.
     """
 
     @staticmethod
     def forward(ctx, x, gate_up_proj, down_proj, index, gates):
-        token, home, ends = _line_up(index, len(down_proj))
-        weight = gates.new_zeros(len(token)).scatter_(0, home, gates.flatten()).to(x.dtype).unsqueeze(1)  # 0: padding
+        token, row_of_pair, ends = line_up(index, len(down_proj))
+        weight = gates.new_zeros(len(token)).scatter_(0, row_of_pair, gates.flatten())  # 0 for padding rows
+        weight = weight.to(x.dtype).unsqueeze(1)  # (R, 1)
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
-        rows = x.index_select(0, token)
-        inner = grouped_product(rows, gate_up_proj.transpose(1, 2), ends)
-        gate, up = (half.contiguous() for half in inner.chunk(2, dim=-1))  # where all that follows is twice as fast
+        rows = x.index_select(0, token)  # (R, hidden)
+        inner = grouped_product(rows, gate_up_proj.transpose(1, 2), ends)  # (R, 2 * inner)
+        gate, up = (half.contiguous() for half in inner.chunk(2, dim=-1))  # makes all that follows twice as fast
         activated = F.silu(gate)
-        out = grouped_product((activated * up).mul_(weight), down_proj.transpose(1, 2), ends)
-        ctx.save_for_backward(rows, gate_up_proj, down_proj, gate, up, activated, weight, token, home, ends)
+        out = grouped_product((activated * up).mul_(weight), down_proj.transpose(1, 2), ends)  # (R, hidden)
+        ctx.save_for_backward(rows, gate_up_proj, down_proj, gate, up, activated, weight, token, row_of_pair, ends)
         ctx.gates_dtype, ctx.shape = gates.dtype, index.shape
-        return F.embedding_bag(home.view(index.shape), out, mode="sum")  # a token's rows, added up in one pass
+        return F.embedding_bag(row_of_pair.view(index.shape), out, mode="sum")  # (N, hidden), summed in one pass
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        rows, gate_up_proj, down_proj, gate, up, activated, weight, token, home, ends = ctx.saved_tensors
+        rows, gate_up_proj, down_proj, gate, up, activated, weight, token, row_of_pair, ends = ctx.saved_tensors
         product = activated * up
         d_rows = d_out.index_select(0, token)
         d_down = grouped_product(d_rows.T, product * weight, ends)
         d_product = grouped_product(d_rows, down_proj, ends)
-        d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, home).view(ctx.shape)
+        d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, row_of_pair).view(ctx.shape)
         d_product = d_product.mul_(weight)
         d_inner = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * activated], dim=-1)
         d_gate_up = grouped_product(d_inner.T, rows, ends)
-        d_x = F.embedding_bag(home.view(ctx.shape), grouped_product(d_inner, gate_up_proj, ends), mode="sum")
+        d_rows = grouped_product(d_inner, gate_up_proj, ends)
+        d_x = F.embedding_bag(row_of_pair.view(ctx.shape), d_rows, mode="sum")
         return d_x, d_gate_up, d_down, None, d_gates
 
 
 class DeepseekMoE(nn.Module):
-    """Shared experts for every token and routed ones for those that choose them.
+    """Shared experts for every token, and K routed experts per token.
 
-    `load` (E,) collects how many tokens chose each expert since the last optimizer step; `update_bias_` acts on it.
+    The buffer `load` (E,) counts the tokens that chose each expert since the last optimizer step, for `update_bias_`.
     """
 
     def __init__(self, config):
@@ -198,12 +231,12 @@ class DeepseekMoE(nn.Module):
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, hidden) to the same; only tokens of `valid` (B, T) count in the statistics.
+        """Apply the experts to x (B, T, hidden). Only tokens in `valid` (B, T) count in the loss and the load.
 
         Returns:
-            the output, the weighted balance loss (0-d), and how many tokens chose each expert (E,).
+            the output (B, T, hidden), the weighted balance loss (0-d), and how many tokens chose each expert (E,).
         """
-        flat = x.flatten(0, 1)
+        flat = x.flatten(0, 1)  # (B * T, hidden)
         routing = self.gate(flat)
         out = self.experts(flat, routing.index, routing.gates).view_as(x)
         if self.shared_experts is not None:
@@ -211,15 +244,17 @@ class DeepseekMoE(nn.Module):
         return out, self.balance_loss(routing, valid), self.count(routing.index, valid.flatten()).sum(0)
 
     def count(self, index: Tensor, valid: Tensor) -> Tensor:
-        """(N, E) ones where a token that counts chose an expert, from (N, K) choices."""
+        """Return ones where a valid token chose an expert, (N, E), from the choices `index` (N, K) and `valid` (N,)."""
         chosen = torch.zeros(len(index), self.gate.n_experts, device=index.device)
         return chosen.scatter_(1, index, valid[:, None].to(chosen.dtype).expand_as(index))
 
     def balance_loss(self, routing: Routing, valid: Tensor) -> Tensor:
-        """α Σ f_i P_i in fp32, f_i an expert's share of the choices (1 when even) and P_i its mean score.
+        """Return α Σ_i f_i P_i in fp32, with f_i the share of choices that expert i got (1 when even) and P_i its mean
+        score.
 
-        "sequence": DeepSeek-V3 eq. 17-20, a sequence at a time, scores normalised over experts and choices made without
-        the bias. "expert": DeepSeekMoE eq. 12-14, over the whole batch. "device": eq. 15-17, over groups of experts.
+        "sequence" is DeepSeek-V3 eq. 17-20: each sequence by itself, scores normalised over experts, choices made
+        without the bias. "expert" is DeepSeekMoE eq. 12-14, over the whole batch. "device" is its eq. 15-17, over
+        groups of experts.
         """
         if self.balance == "none" or self.alpha == 0:
             return routing.scores.new_zeros(())
@@ -232,9 +267,9 @@ class DeepseekMoE(nn.Module):
             rows = (1, valid.numel())
         n_experts, topk = self.gate.n_experts, self.gate.topk
         weight = valid.reshape(*rows, 1).to(scores.dtype)
-        tokens = weight.sum(1).clamp(min=1)  # (rows, 1)
+        tokens = weight.sum(1).clamp(min=1)  # (sequences, 1)
         f = self.count(index, valid.flatten()).view(*rows, n_experts).sum(1) * n_experts / (topk * tokens)
-        p = (scores.view(*rows, n_experts) * weight).sum(1) / tokens
+        p = (scores.view(*rows, n_experts) * weight).sum(1) / tokens  # (sequences, E), as f
         if self.balance == "device":
             f = f.unflatten(1, (self.device_groups, -1)).mean(-1)
             p = p.unflatten(1, (self.device_groups, -1)).sum(-1)
@@ -242,7 +277,7 @@ class DeepseekMoE(nn.Module):
 
     @torch.no_grad()
     def update_bias_(self) -> None:
-        """Auxiliary-loss-free balancing (V3 §2.1.2): raises the bias of experts chosen too little, lowers that of the
-        others.
+        """Balance without an auxiliary loss (V3 §2.1.2): raise the bias of experts with less than the mean load, and
+        lower that of experts with more.
         """
         self.gate.e_score_correction_bias += self.bias_speed * torch.sign(self.load.mean() - self.load)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .block import Block, Stats
 from .documents import Documents
-from .loss import IGNORE
+from .loss import IGNORE_INDEX
 from .norm import RMSNorm
 
 
@@ -50,6 +50,6 @@ def shifted_labels(labels: Tensor, documents: Documents, depth: int) -> Tensor:
 
     The last positions have no target, padding has none, and none lies in another document.
     """
-    targets = torch.full_like(labels, IGNORE)
+    targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, : -1 - depth] = labels[:, 1 + depth :]
-    return targets.masked_fill(~documents.ahead(1 + depth).valid, IGNORE)
+    return targets.masked_fill(~documents.with_successor(1 + depth).valid, IGNORE_INDEX)

@@ -123,8 +123,8 @@ class Stage(nn.Module):
         of them. See `MoonwhaleForCausalLM.forward`.
         """
         kind, body, part = input_ids.device.type, self.model.model, self.part
-        documents = Documents.of(*input_ids.shape, input_ids.device, attention_mask, position_ids)
-        positions = documents.offset if position_ids is None else position_ids
+        documents = Documents.from_inputs(*input_ids.shape, input_ids.device, attention_mask, position_ids)
+        positions = documents.positions if position_ids is None else position_ids
         with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
             if part.is_first:
                 x = body.embed(input_ids)

@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 from moonwhale.infer.engine import Engine
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.documents import Documents
-from moonwhale.model.loss import IGNORE, linear_cross_entropy
+from moonwhale.model.loss import IGNORE_INDEX, linear_cross_entropy
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.model.rope import rotation_table
 from moonwhale.train.muonclip_trainer import MuonClipArguments, MuonClipTraining
@@ -82,8 +82,8 @@ class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
             return loss
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        labels = ids.masked_fill(mask == 0, IGNORE)
-        labels[:, : inputs["prompt_ids"].shape[1]] = IGNORE
+        labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+        labels[:, : inputs["prompt_ids"].shape[1]] = IGNORE_INDEX
         unwrapped = self.accelerator.unwrap_model(self.model)
         beside = body.balance_loss
         if unwrapped.config.num_nextn_predict_layers:
@@ -110,15 +110,15 @@ def mtp_losses(
     Returns:
         the mean cross-entropy in nats of each depth (D,), and the sum of the modules' balance losses.
     """
-    documents = Documents.of(*input_ids.shape, input_ids.device, attention_mask, None)
+    documents = Documents.from_inputs(*input_ids.shape, input_ids.device, attention_mask, None)
     embeds = model.model.embed(input_ids).detach()
-    table = rotation_table(model.config, documents.offset, hidden.dtype)
+    table = rotation_table(model.config, documents.positions, hidden.dtype)
     nothing = hidden.new_zeros((), dtype=torch.float32)
     seen, balance = model.model.run_mtp(hidden.detach(), embeds, nothing, table, documents)
     losses = []
     for depth, out in enumerate(seen, start=1):
         targets = shifted_labels(labels, documents, depth)
-        share = torch.ones(targets.numel(), device=out.device) / (targets != IGNORE).sum().clamp(min=1)
+        share = torch.ones(targets.numel(), device=out.device) / (targets != IGNORE_INDEX).sum().clamp(min=1)
         loss, _, _ = linear_cross_entropy(out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share)
         losses.append(loss)
     return torch.stack(losses), balance

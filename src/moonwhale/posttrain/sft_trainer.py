@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from moonwhale.errors import UserError
-from moonwhale.model.loss import IGNORE
+from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.train.mtp_trainer import MTPTraining
 from moonwhale.train.muonclip_trainer import MuonClipArguments
 
@@ -55,7 +55,7 @@ class Collator:
             lengths = [*(row.get("seq_lengths") or [len(row["input_ids"])]), missing]
             columns["input_ids"].append(torch.tensor([*row["input_ids"], *[self.pad_token_id] * missing]))
             columns["position_ids"].append(torch.cat([torch.arange(n) for n in lengths]))
-            columns["labels"].append(torch.tensor([*row["labels"], *[IGNORE] * missing]))
+            columns["labels"].append(torch.tensor([*row["labels"], *[IGNORE_INDEX] * missing]))
         return columns
 
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from moonwhale.model.documents import Documents
-from moonwhale.model.loss import IGNORE
+from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.train.muonclip_trainer import MuonClipArguments, MuonClipTraining
 
@@ -40,10 +40,12 @@ class MTPTraining(MuonClipTraining):
         total = torch.zeros(len(depths), dtype=torch.long, device=device)
         for batch in batch_samples:
             labels = batch["labels"]
-            documents = Documents.of(
+            documents = Documents.from_inputs(
                 *labels.shape, labels.device, batch.get("attention_mask"), batch.get("position_ids")
             )
-            total += torch.stack([(shifted_labels(labels, documents, d) != IGNORE).sum() for d in depths]).to(device)
+            total += torch.stack([(shifted_labels(labels, documents, d) != IGNORE_INDEX).sum() for d in depths]).to(
+                device
+            )
         return self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -82,7 +84,7 @@ class MTPTraining(MuonClipTraining):
             parts.add(self._evaluate_batch(inputs))
             if self.byte_lengths is not None:
                 targets = inputs["labels"][:, 1:]
-                n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE]].sum()
+                n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE_INDEX]].sum()
         metrics = parts.drain(self.accelerator)
         n_bytes = self.accelerator.reduce(n_bytes, "sum").item()
         if n_bytes:

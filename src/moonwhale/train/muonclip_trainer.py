@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from moonwhale.checkpoint import explain_full_disk, newest_whole, publish_checkpoint, unfinished_folder
 from moonwhale.costs import flops_per_token
 from moonwhale.errors import UserError
-from moonwhale.model.documents import unseen
+from moonwhale.model.documents import needs_static_shapes
 from moonwhale.optim.muon_distributed import SharedMuonClip
 from moonwhale.optim.muonclip import StepHooks, attach_hooks, param_groups
 from moonwhale.precision import peak_flops
@@ -84,7 +84,7 @@ class MuonClipTraining:
         """The norm; the last moment before the weights change, hence where a NaN is caught, if that is no waiting."""
         norm = super()._get_grad_norm(model, grad_norm)
         self._unchecked[self.state.global_step + 1] = torch.stack([self._tr_loss, norm.to(self._tr_loss)])
-        if not unseen(self.args.device):
+        if not needs_static_shapes(self.args.device):
             self._stop_unless_finite()
         return norm
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moonwhale.errors import UserError
-from moonwhale.model.loss import IGNORE
+from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
 from moonwhale.optim.muonclip import attach_hooks, param_groups
 from moonwhale.parallel.expert_parallel import Exchange, join, own_experts, share_
@@ -132,7 +132,7 @@ class PipelineTrainer(MTPTrainer):
         if len(held) < wanted * copies:
             masked = [inputs | {"attention_mask": torch.ones_like(inputs["labels"])} for inputs in held]
             empty = {name: torch.zeros_like(value) for name, value in masked[0].items()}
-            empty["labels"] = torch.full_like(empty["labels"], IGNORE)
+            empty["labels"] = torch.full_like(empty["labels"], IGNORE_INDEX)
             held = masked + [empty] * (wanted * copies - len(held))
             real = len(masked[self.ranks.copy :: copies])
         else:
