@@ -12,7 +12,7 @@ import pytest
 from moonwhale.errors import UserError
 from moonwhale.serve import commands
 from moonwhale.serve.app import create_app
-from moonwhale.serve.middleware import Limits
+from moonwhale.serve.limits import Limits
 from serving import HELLO, NAME, Running
 
 LIMITS = Limits(body=20_000, receive=1.0, queue=6, answer=20.0)
@@ -334,7 +334,7 @@ def test_other_names_of_this_machine_are_refused(engine, small_checkpoint):
         (["--port", "70000"], "`port`: 70000 is impossible"),
         (["--max-queue", "0"], "`max_queue`: 0 is impossible"),
         (["--host", "203.0.113.7"], "cannot listen at 203.0.113.7:8000"),
-        (["--precision", "int4"], "--precision"),
+        (["--precision", "int4"], "`precision`: unknown precision"),
         (["--draft", "-1"], "--draft"),
     ],
 )

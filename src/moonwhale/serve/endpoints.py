@@ -1,167 +1,150 @@
-"""How the server answers: a request's jobs on the worker, and what they gain as one body or as a stream of events."""
+"""The endpoints of OpenAI's API: chat completions, completions and models."""
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
 
 from moonwhale.errors import UserError
-from moonwhale.infer.engine import Engine
+from moonwhale.infer.engine import Engine, Prompt
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.infer.scheduler import Request
-from moonwhale.serve.middleware import APIError, Limits, Metrics, Stopwatch
-from moonwhale.serve.requests import ChatRequest, CompletionRequest
-from moonwhale.serve.responses import Logprobs, event, usage
-from moonwhale.serve.worker import Failed, Gain, Job, Worker
+from moonwhale.serve import errors
+from moonwhale.serve.limits import Limits
+from moonwhale.serve.metrics import Metrics, Stopwatch
+from moonwhale.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from moonwhale.serve.responses import ChatFormat, CompletionFormat, ResponseFormat, event
+from moonwhale.serve.worker import GenerationJob, TokenChunk, Worker, WorkerError
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
-# What a choice says besides index and finish_reason: of a request, its text, and its tokens from the first to the last.
-Part = Callable[[Request, str, int, int], dict]
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+DISCONNECT_POLL = 0.25  # seconds
 
 
-class Answering:
-    """One model, called `name`, behind OpenAI's two ways to ask it.
+class OpenAIEndpoints:
+    """One model behind OpenAI's API.
 
     Raises:
-        APIError: another model, too many prompts waiting, too long an answer, a client gone.
-        UserError: an impossible value, or a prompt that is too long.
+        APIError: see `moonwhale.serve.errors`.
+        UserError: a value is impossible, or a prompt is too long.
     """
 
-    def __init__(self, engine: Engine, name: str, worker: Worker, limits: Limits, metrics: Metrics):
-        self.engine, self.name, self.worker, self.limits, self.metrics = engine, name, worker, limits, metrics
-        self.logprobs = Logprobs(engine.token_bytes)
+    def __init__(self, engine: Engine, model_name: str, worker: Worker, limits: Limits, metrics: Metrics):
+        self.engine, self.model_name, self.worker = engine, model_name, worker
+        self.limits, self.metrics = limits, metrics
+        self.model_card = {
+            "id": model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "moonwhale",
+            "context": engine.context,
+        }
+
+    def add_routes(self, app: FastAPI) -> None:
+        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.complete)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{model}")(self.model)
 
     async def chat(self, body: ChatRequest, http: HTTPRequest):
-        """An answer to a conversation: a dict, or a stream of chunks."""
+        """Answers a conversation."""
         messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        job = self._submit(body, [messages], self.engine.context)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-
-        def delta(request: Request, text: str, first: int, last: int) -> dict:
-            opening = {} if first else {"role": "assistant"}
-            return {"delta": opening | {"content": text}, "logprobs": self.logprobs.of_chat(request, first, last)}
-
-        def message(request: Request, text: str, first: int, last: int) -> dict:
-            said = {"role": "assistant", "content": text, "refusal": None}
-            return {"message": said, "logprobs": self.logprobs.of_chat(request, first, last)}
-
-        if body.stream:
-            return self._stream(job, head | {"object": "chat.completion.chunk"}, delta, body)
-        return await self._whole(job, http, head | {"object": "chat.completion"}, message, body)
+        job = self._submit(body, [messages], default_max_tokens=self.engine.context)
+        return await self._respond(body, job, ChatFormat(self.engine, self.model_name), http)
 
     async def complete(self, body: CompletionRequest, http: HTTPRequest):
-        """What follows a text, likewise."""
-        job = self._submit(body, body.prompts, 16)
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-        head["object"] = "text_completion"
+        """Continues one or more texts."""
+        job = self._submit(body, body.prompts, default_max_tokens=COMPLETION_TOKENS)
+        return await self._respond(body, job, CompletionFormat(self.engine, self.model_name, bool(body.echo)), http)
 
-        def text_of(request: Request, text: str, first: int, last: int) -> dict:
-            if body.echo and not first:
-                text = self.engine.tokenizer.decode(request.prompt, skip_special_tokens=True) + text
-            return {"text": text, "logprobs": self.logprobs.of_completion(request, first, last)}
+    async def models(self):
+        """Lists the one model."""
+        return {"object": "list", "data": [self.model_card]}
 
-        if body.stream:
-            return self._stream(job, head, text_of, body)
-        return await self._whole(job, http, head, text_of, body)
+    async def model(self, model: str):
+        """Describes the model."""
+        self.check_model(model)
+        return self.model_card
 
-    def known(self, model: str) -> None:
-        """Refuses any other model."""
-        if model != self.name:
-            message = f"there is no model {model!r} here: ask for {self.name!r}"
-            raise APIError(404, message, param="model", code="model_not_found")
+    def check_model(self, asked: str) -> None:
+        """Raises a 404 for any other model's name."""
+        if asked != self.model_name:
+            raise errors.unknown_model(asked, self.model_name)
 
-    def _submit(self, body: ChatRequest | CompletionRequest, prompts: list, default_tokens: int) -> Job:
-        """The body's requests, n of each prompt, on their way."""
-        self.known(body.model)
+    def _submit(self, body: GenerationRequest, prompts: list[Prompt], default_max_tokens: int) -> GenerationJob:
+        """Submits `body.num_choices` requests for each prompt to the worker."""
+        self.check_model(body.model)
         if body.stream_options and not body.stream:
-            raise APIError(400, "stream_options: set stream to true with it", param="stream_options")
-        options = SamplingOptions(**body.sampling(default_tokens))
+            raise UserError("`stream_options`: set stream to true with it")
+        options = SamplingOptions(**body.sampling_options(default_max_tokens))
         requests: list[Request] = []
-        for prompt in map(self.engine.encode, prompts):
-            for _ in range(body.n or 1):
+        for ids in map(self.engine.encode, prompts):
+            for _ in range(body.num_choices):
                 seed = None if options.seed is None else options.seed + len(requests)
-                requests.append(self.engine.request(prompt, options, seed, body.alternatives))
-        if self.worker.waiting + len(requests) > self.limits.queue:
-            raise APIError(429, f"{self.limits.queue} prompts wait already: try again soon", "rate_limit_error")
+                requests.append(self.engine.request(ids, options, seed, body.num_top_logprobs))
+        if self.worker.num_waiting + len(requests) > self.limits.queue:
+            raise errors.full_queue(self.limits.queue)
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         return self.worker.submit(requests)
 
-    async def _gains(self, job: Job) -> AsyncIterator[Gain]:
-        """What a job gains, timed and counted, within the time there is; leaving it frees the slots."""
-        watch = Stopwatch(self.metrics)
+    async def _respond(self, body: GenerationRequest, job: GenerationJob, format: ResponseFormat, http: HTTPRequest):
+        """Returns a stream of events if the body asks for one, else the whole response once it is complete."""
+        if body.stream:
+            events = self._events(body, job, format)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        await self._wait_for_end(job, http)
+        return format.whole(job.requests, body.num_choices)
+
+    async def _events(self, body: GenerationRequest, job: GenerationJob, format: ResponseFormat) -> AsyncIterator[str]:
+        """Yields a server-sent event for each chunk. An error is an event as well: the status has been sent."""
+        num_sent = [0] * len(job.requests)
         try:
-            async with aclosing(job.gains(self.limits.answer)) as all_gains:
-                async for gain in all_gains:
-                    watch.token()
-                    yield gain
-            watch.end()
-        except TimeoutError:
-            raise APIError(408, f"the answer took more than {self.limits.answer:g} seconds", "timeout") from None
-        except Failed as error:
-            raise APIError(503, f"the model had to stop: {error}", "server_error") from None
-        finally:
-            self.worker.cancel(job)
-            for request in job.requests:
-                self.metrics.generated_tokens.inc(len(request.token_ids))
-                for depth, (tested, held) in enumerate(zip(request.drafted, request.accepted, strict=True), start=1):
-                    self.metrics.drafts_tested.labels(depth).inc(tested)
-                    self.metrics.drafts_accepted.labels(depth).inc(held)
+            async with aclosing(self._chunks(job)) as chunks:
+                async for chunk in chunks:
+                    yield event(format.chunk(job.requests[chunk.index], chunk, num_sent[chunk.index]))
+                    num_sent[chunk.index] = chunk.num_tokens
+            if body.wants_usage:
+                yield event(format.usage_chunk(job.requests, body.num_choices))
+        except errors.APIError as error:
+            yield event(error.body)
+        except UserError as error:
+            yield event(errors.bad_request(error).body)
+        yield "data: [DONE]\n\n"
 
-    async def _finished(self, job: Job, http: HTTPRequest) -> None:
-        """Waits for a job's end, unless the client goes away."""
+    async def _wait_for_end(self, job: GenerationJob, http: HTTPRequest) -> None:
+        """Waits until a job has ended. Raises a 499 if the client disconnects first."""
 
-        async def to_the_end() -> None:
-            async with aclosing(self._gains(job)) as all_gains:
-                async for _ in all_gains:
+        async def exhaust_chunks() -> None:
+            async with aclosing(self._chunks(job)) as chunks:
+                async for _ in chunks:
                     pass
 
-        task = asyncio.ensure_future(to_the_end())
+        task = asyncio.ensure_future(exhaust_chunks())
         try:
-            while not (await asyncio.wait([task], timeout=0.25))[0]:
+            while not (await asyncio.wait([task], timeout=DISCONNECT_POLL))[0]:
                 if await http.is_disconnected():
-                    raise APIError(499, "the client went away")
+                    raise errors.client_gone()
             task.result()
         finally:
             task.cancel()
 
-    def _stream(self, job: Job, head: dict, part: Part, body: ChatRequest | CompletionRequest) -> StreamingResponse:
-        """Server-sent events: a chunk for each gain."""
-        told = [0] * len(job.requests)
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                async with aclosing(self._gains(job)) as all_gains:
-                    async for gain in all_gains:
-                        request, first = job.requests[gain.index], told[gain.index]
-                        told[gain.index] = gain.tokens
-                        said = part(request, gain.text, first, gain.tokens)
-                        choice = {"index": gain.index, **said, "finish_reason": FINISH.get(gain.finish_reason)}
-                        yield event(head | {"choices": [choice]})
-                if body.wants_usage:
-                    yield event(head | {"choices": [], "usage": usage(job.requests, body.n or 1)})
-            except APIError as error:
-                yield event(error.body)
-            except UserError as error:
-                yield event(APIError(400, str(error)).body)
-            yield "data: [DONE]\n\n"
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-
-    async def _whole(
-        self, job: Job, http: HTTPRequest, head: dict, part: Part, body: ChatRequest | CompletionRequest
-    ) -> dict:
-        """The answer once all of it is there."""
-        await self._finished(job, http)
-        choices = [
-            {
-                "index": i,
-                **part(request, request.text.text, 0, len(request.token_ids)),
-                "finish_reason": FINISH[request.finish_reason],
-            }
-            for i, request in enumerate(job.requests)
-        ]
-        return head | {"choices": choices, "usage": usage(job.requests, body.n or 1)}
+    async def _chunks(self, job: GenerationJob) -> AsyncIterator[TokenChunk]:
+        """Yields a job's chunks within the time limit, and measures them. Closing the iterator frees its slots."""
+        watch = Stopwatch(self.metrics)
+        try:
+            async with aclosing(job.chunks(self.limits.answer)) as chunks:
+                async for chunk in chunks:
+                    watch.token()
+                    yield chunk
+            watch.end()
+        except TimeoutError:
+            raise errors.slow_answer(self.limits.answer) from None
+        except WorkerError as error:
+            raise errors.model_stopped(error) from None
+        finally:
+            self.worker.cancel(job)
+            for request in job.requests:
+                self.metrics.count_tokens(request)

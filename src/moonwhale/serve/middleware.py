@@ -1,149 +1,111 @@
-"""What stands before the server's endpoints: who may ask, how large a body may be, and what is counted."""
+"""The middleware in front of the endpoints: it counts requests, checks the host and the API key, and limits bodies.
+
+All of it is plain ASGI. Starlette's BaseHTTPMiddleware would keep a client's disconnect from the endpoint.
+"""
 
 import asyncio
 import hmac
-import json
-import time
-from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = {"/", "/health", "/favicon.ico"}  # without a key
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+from moonwhale.serve.errors import APIError, large_body, missing_api_key, slow_body, wrong_host
+from moonwhale.serve.limits import Limits
+from moonwhale.serve.metrics import Metrics
 
-
-class APIError(Exception):
-    """An answer in OpenAI's error shape."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param=None, code=None):
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+NO_KEY_NEEDED = {"/", "/health", "/favicon.ico"}
 
 
-@dataclass
-class Limits:
-    """Bytes of a body, seconds to receive one, prompts that may wait, seconds for an answer."""
+class RequestCounter:
+    """Counts responses by path and status. Paths without a route share one label, so that clients cannot add more."""
 
-    body: int = 1_000_000
-    receive: float = 30.0
-    queue: int = 256
-    answer: float = 600.0
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]):
+        self.app, self.metrics, self.paths = app, metrics, paths
 
-
-@dataclass
-class Metrics:
-    """What /metrics tells, besides the gauges that the server adds."""
-
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-
-    def __post_init__(self):
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(f"moonwhale_{name}", help, labels, registry=self.registry)
-
-        def histogram(name: str, help: str) -> Histogram:
-            return Histogram(f"moonwhale_{name}", help, buckets=SECONDS, registry=self.registry)
-
-        self.requests = counter("requests", "HTTP requests answered", "path", "status")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts read")
-        self.generated_tokens = counter("generated_tokens", "Tokens generated")
-        self.drafts_tested = counter("drafts_tested", "MTP guesses put to the test", "depth")
-        self.drafts_accepted = counter("drafts_accepted", "MTP guesses that held", "depth")
-        self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token")
-        self.answer = histogram("answer_seconds", "From the request to its last token")
-
-
-class Guard:
-    """ASGI middleware. Pure, so that a client's going away still reaches the endpoint."""
-
-    def __init__(
-        self, app, limits: Limits, metrics: Metrics, api_key: str | None, hosts: set[str] | None, paths: set[str]
-    ):
-        self.app, self.limits, self.metrics, self.hosts, self.paths = app, limits, metrics, hosts, paths
-        self.key = api_key.encode() if api_key else None
-
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 0
+        status = 500  # if the app raises before it has begun a response
 
-        async def counted(message):
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            headers = dict(scope["headers"])
-            self._admit(scope["path"], headers)
-            await self.app(scope, await self._whole_body(headers, receive), counted)
-        except APIError as error:
-            body = json.dumps(error.body).encode()
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            if error.status in (408, 413):  # the rest of the body is not read
-                headers.append((b"connection", b"close"))
-            await counted({"type": "http.response.start", "status": error.status, "headers": headers})
-            await counted({"type": "http.response.body", "body": body})
+            await self.app(scope, receive, send_and_note_status)
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status).inc()
 
-    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
-        if self.hosts is not None and host not in self.hosts:  # a web page whose name was pointed at this machine
-            raise APIError(403, "this server answers to localhost only: call it by that name, or serve with --host")
-        if self.key and path not in OPEN:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self.key):
-                raise APIError(
-                    401,
-                    "no valid API key: send it as `Authorization: Bearer KEY`",
-                    "authentication_error",
-                    code="invalid_api_key",
-                )
 
-    async def _whole_body(self, headers: dict[bytes, bytes], receive):
-        """Reads the body within its limits; returns a `receive` that gives it and then goes on with the real one."""
-        too_large = APIError(413, f"the body is larger than {self.limits.body:,} bytes: send less at a time")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.limits.body:
-            raise too_large
-        body, more, message = b"", True, {"type": "http.request", "body": b""}
-        try:
-            async with asyncio.timeout(self.limits.receive):
-                while more:
+class AccessControl:
+    """Refuses requests to another host name (403) or without the API key (401), before their body is read.
+
+    hosts: host names that the server answers to. None allows any name.
+
+    Starlette's TrustedHostMiddleware would answer 400 in plain text. FastAPI's HTTPBearer is a dependency, which runs
+    only after the body has been read, and only for paths that have a route.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: set[str] | None = None, api_key: str | None = None):
+        self.app, self.hosts = app, hosts
+        self.api_key = api_key.encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._error(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (error.response() if error else self.app)(scope, receive, send)
+
+    def _error(self, path: str, headers: Headers) -> APIError | None:
+        # A web page may have pointed its own host name at this machine (DNS rebinding).
+        host = headers.get("host", "").rsplit(":", 1)[0]
+        if self.hosts is not None and host not in self.hosts:
+            return wrong_host()
+        if self.api_key and path not in NO_KEY_NEEDED:
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode("latin-1"), self.api_key):
+                return missing_api_key()
+        return None
+
+
+class BodyLimit:
+    """Limits the size of a request body (413) and the time to receive it (408).
+
+    The errors are raised where the endpoint reads the body. Starlette's RequestBodyLimitMiddleware has no time limit,
+    and answers in plain text.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits):
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            receive = self._limited(receive, Headers(scope=scope).get("content-length", ""))
+        await self.app(scope, receive, send)
+
+    def _limited(self, receive: Receive, content_length: str) -> Receive:
+        """Returns a `receive` that raises an APIError for a body over the limits."""
+        announced = int(content_length) if content_length.isdecimal() else 0
+        deadline = asyncio.get_running_loop().time() + self.limits.receive
+        received, complete = 0, False
+
+        async def receive_within_limits() -> Message:
+            nonlocal received, complete
+            if complete:  # the next message is the client's disconnect, which has no deadline
+                return await receive()
+            if announced > self.limits.body:
+                raise large_body(self.limits.body)
+            try:
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
-                    if message["type"] == "http.disconnect":
-                        break
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > self.limits.body:
-                        raise too_large
-        except TimeoutError:
-            raise APIError(408, f"the body did not come within {self.limits.receive:g} seconds", "timeout") from None
-        first = message if more else {"type": "http.request", "body": body, "more_body": False}
+            except TimeoutError:
+                raise slow_body(self.limits.receive) from None
+            received += len(message.get("body", b""))
+            if received > self.limits.body:
+                raise large_body(self.limits.body)
+            complete = not message.get("more_body", False)
+            return message
 
-        async def replay():
-            nonlocal first
-            if first is not None:
-                given, first = first, None
-                return given
-            return await receive()
-
-        return replay
-
-
-class Stopwatch:
-    """Times one answer for the histograms."""
-
-    def __init__(self, metrics: Metrics):
-        self._metrics, self._start, self._first = metrics, time.perf_counter(), True
-
-    def token(self) -> None:
-        if self._first:
-            self._first = False
-            self._metrics.first_token.observe(time.perf_counter() - self._start)
-
-    def end(self) -> None:
-        self._metrics.answer.observe(time.perf_counter() - self._start)
+        return receive_within_limits

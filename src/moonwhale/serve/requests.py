@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as a small text model can serve them; what it can't is refused, not ignored."""
+"""The bodies of requests: OpenAI's fields that a small text model can serve. Other fields are refused, not ignored."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -6,32 +6,34 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_
 
 from moonwhale.errors import UserError
 
-MOST_CHOICES = 8
-Tokens = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+MAX_CHOICES = 8
+TokenCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
 Stop = str | Annotated[list[str], Field(max_length=16)] | None
 Number = Annotated[float, Field(strict=True)]
 T = TypeVar("T")
-Many = Annotated[list[T], Field(max_length=64)]
+PromptList = Annotated[list[T], Field(max_length=64)]
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """A model that refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictModel):
     include_usage: StrictBool = False
 
 
-class Message(_Strict):
+class Message(StrictModel):
     role: Literal["system", "user", "assistant"]
     content: str | list[dict[str, Any]]
     name: str | None = None
 
     @field_validator("content")
     @classmethod
-    def _only_text(cls, content):
-        """Joins OpenAI's content parts, which have to be text."""
+    def _join_text_parts(cls, content: str | list[dict[str, Any]]) -> str:
+        """Joins OpenAI's content parts. All of them must be text."""
         if isinstance(content, str):
             return content
         for part in content:
@@ -41,8 +43,8 @@ class Message(_Strict):
         return "".join(part["text"] for part in content)
 
 
-class _Sampling(_Strict):
-    """What both kinds of request share. top_k, min_p and repetition_penalty are extensions, named as in vLLM."""
+class GenerationRequest(StrictModel):
+    """The fields that both kinds of request share. top_k, min_p and repetition_penalty are extensions, as in vLLM."""
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -50,84 +52,90 @@ class _Sampling(_Strict):
     top_k: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop = None
     seed: Seed | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Tokens | None = None
-    # Taken only at the value that changes nothing.
+    max_tokens: TokenCount | None = None
+    # Accepted only with the value that has no effect.
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     user: str | None = None
 
     @field_validator("stop")
     @classmethod
-    def _not_empty(cls, stop):
+    def _refuse_empty_stop(cls, stop: Stop) -> list[str]:
         stops = [stop] if isinstance(stop, str) else stop or []
         if not all(stops):
             raise ValueError("a stop string must not be empty")
         return stops
 
-    def sampling(self, default_tokens: int) -> dict:
-        """The fields of SamplingOptions; temperature 1 and no min_p, as OpenAI's, where none is given."""
+    def sampling_options(self, default_max_tokens: int) -> dict:
+        """Returns the fields of SamplingOptions. By default, as in OpenAI's API, temperature is 1 and min_p is off."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        plain = {"temperature": 1.0, "min_p": 0.0, "max_new_tokens": self.most_tokens or default_tokens}
-        return plain | {"stop": self.stop or ()} | given
+        defaults = {"temperature": 1.0, "min_p": 0.0}
+        max_new_tokens = self.max_new_tokens or default_max_tokens
+        return defaults | given | {"stop": self.stop or (), "max_new_tokens": max_new_tokens}
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
 
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(_Sampling):
-    """POST /v1/chat/completions"""
+class ChatRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Tokens | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def alternatives(self) -> int | None:
-        """How many of the likeliest tokens to tell, None for no log-probabilities at all."""
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to list for each token. None switches log-probabilities off."""
         if self.top_logprobs and not self.logprobs:
-            raise UserError("top_logprobs: set logprobs to true with it")
+            raise UserError("`top_logprobs`: set logprobs to true with it")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Sampling):
-    """POST /v1/completions"""
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
 
-    prompt: str | list[StrictInt] | Many[str] | Many[list[StrictInt]]
+    prompt: str | list[StrictInt] | PromptList[str] | PromptList[list[StrictInt]]
     logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
     echo: StrictBool | None = None
 
     @property
-    def alternatives(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
     @property
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, also if the body gives only one."""
         prompt = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             return [prompt]
         if not prompt:
-            raise UserError("prompt: the list is empty: give at least one prompt")
+            raise UserError("`prompt`: the list is empty: give at least one prompt")
         return prompt
 
 
-class XrayRequest(_Strict):
-    """POST /xray: a conversation whose last message is the answer to look into."""
+class XrayRequest(StrictModel):
+    """The body of POST /xray: a conversation whose last message is the answer to look into."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=2, max_length=4096)]

@@ -1,4 +1,4 @@
-"""The thread that runs the model for a server: requests come in from the event loop, what they gain goes back to it."""
+"""The thread that runs the model. The event loop submits requests to it, and receives the tokens that it generates."""
 
 import asyncio
 import queue
@@ -9,140 +9,159 @@ from typing import NamedTuple
 from moonwhale.errors import UserError, one_line
 from moonwhale.infer.scheduler import Request, Scheduler
 
-CROWD = 8  # so many jobs more, and the tokens of one step more go together
+JOBS_PER_STEP = 8  # for every 8 jobs, chunks collect the tokens of one more step
 
 
-class Gain(NamedTuple):
-    """What a step added to one request of a job."""
+class TokenChunk(NamedTuple):
+    """What one or more steps added to one request of a job."""
 
-    index: int  # which request
-    text: str
-    tokens: int  # how many it has by now
+    index: int  # of the request in its job
+    text: str  # the new text
+    num_tokens: int  # all tokens of the request so far
     finish_reason: str | None
 
 
-class Failed(Exception):
-    """The model could not go on, for no fault of the request's."""
+class WorkerError(Exception):
+    """The model could not continue, through no fault of the request."""
 
 
-class Job:
-    """Requests on their way for one asyncio task, which iterates over what they gain."""
+class GenerationJob:
+    """Requests that one HTTP request has submitted. `chunks` yields what they generate, in one asyncio task."""
 
-    def __init__(self, worker: "Worker", requests: list[Request]):
-        self.requests, self._worker, self._loop = requests, worker, asyncio.get_running_loop()
-        self._gains: asyncio.Queue[Gain | Exception] = asyncio.Queue()
-        self._told = [0] * len(requests)
+    def __init__(self, requests: list[Request]):
+        self.requests = requests
+        self.loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
+        self._num_sent = [0] * len(requests)  # tokens of each request that are in a chunk
         self._ended = [False] * len(requests)
-
-    async def gains(self, seconds: float) -> AsyncIterator[Gain]:
-        """Ends with the last request's finish_reason. Raises UserError, Failed, and TimeoutError after so long."""
-        going, deadline = len(self.requests), self._loop.time() + seconds
-        while going:
-            async with asyncio.timeout_at(deadline):
-                gain = await self._gains.get()
-            if isinstance(gain, Exception):
-                raise gain
-            going -= gain.finish_reason is not None
-            yield gain
 
     @property
     def ended(self) -> bool:
         return all(self._ended)
 
-    def _news(self, can_wait: bool) -> list[Gain]:
-        """What the requests have gained since the last call, called in the worker's thread between steps. Nothing but
-        first tokens and ends if the rest `can_wait`.
-        """
-        news = []
-        for i, request in enumerate(self.requests):
-            tokens, told, reason = len(request.token_ids), self._told[i], request.finish_reason
-            if not self._ended[i] and (reason or (tokens > told and not (can_wait and told))):
-                self._told[i], self._ended[i] = tokens, reason is not None
-                news.append(Gain(i, request.text.take(), tokens, reason))
-        return news
+    async def chunks(self, timeout: float) -> AsyncIterator[TokenChunk]:
+        """Yields chunks until every request has a finish_reason.
 
-    def _tell(self, gains: list) -> None:
-        for gain in gains:
-            self._gains.put_nowait(gain)
+        Raises:
+            UserError: the scheduler refused a request.
+            WorkerError: the model failed, or the server shuts down.
+            TimeoutError: the requests took longer than `timeout` seconds in all.
+        """
+        num_running, deadline = len(self.requests), self.loop.time() + timeout
+        while num_running:
+            async with asyncio.timeout_at(deadline):
+                item = await self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            num_running -= item.finish_reason is not None
+            yield item
+
+    def collect(self, ends_only: bool) -> list[TokenChunk]:
+        """Returns what the requests have generated since the last call. The worker's thread calls it between steps.
+
+        With `ends_only`, a request gives a chunk only for its first token and for its end.
+        """
+        chunks = []
+        for i, request in enumerate(self.requests):
+            num_tokens, num_sent, reason = len(request.token_ids), self._num_sent[i], request.finish_reason
+            has_news = num_tokens > num_sent and not (ends_only and num_sent)
+            if not self._ended[i] and (reason or has_news):
+                self._num_sent[i], self._ended[i] = num_tokens, reason is not None
+                chunks.append(TokenChunk(i, request.text.take(), num_tokens, reason))
+        return chunks
+
+    def put(self, items: list[TokenChunk] | list[Exception]) -> None:
+        """Hands chunks or an error to `chunks`. Call it in the event loop."""
+        for item in items:
+            self._queue.put_nowait(item)
 
 
 class Worker:
-    """Steps a scheduler in a thread of its own for as long as there are jobs."""
+    """Steps a scheduler in its own thread for as long as there are jobs."""
 
     def __init__(self, scheduler: Scheduler):
-        self.scheduler, self._inbox = scheduler, queue.SimpleQueue()
-        self._jobs: list[Job] = []
-        self._steps = 0
+        self.scheduler = scheduler
+        self._inbox: queue.SimpleQueue[tuple[str, GenerationJob | None]] = queue.SimpleQueue()
+        self._jobs: list[GenerationJob] = []
+        self._num_steps = 0
         self._thread = threading.Thread(target=self._run, name="moonwhale-model", daemon=True)
 
     @property
-    def running(self) -> int:
+    def num_running(self) -> int:
         return len(self.scheduler.running) + (self.scheduler.reading is not None)
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         return len(self.scheduler.waiting) + self._inbox.qsize()
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends what runs, and the thread."""
+        """Ends the running jobs and the thread."""
         self._inbox.put(("stop", None))
         self._thread.join()
 
-    def submit(self, requests: list[Request]) -> Job:
-        job = Job(self, requests)
+    def submit(self, requests: list[Request]) -> GenerationJob:
+        job = GenerationJob(requests)
         self._inbox.put(("submit", job))
         return job
 
-    def cancel(self, job: Job) -> None:
-        """Frees the slots of a job nobody waits for any more."""
+    def cancel(self, job: GenerationJob) -> None:
+        """Frees the slots of a job whose client has gone or has its answer."""
         if not job.ended:
             self._inbox.put(("cancel", job))
 
     def _run(self) -> None:
         while True:
             while not self._jobs or not self._inbox.empty():
-                what, job = self._inbox.get()
-                if what == "stop":
-                    self._give_up(Failed("the server is shutting down"))
+                action, job = self._inbox.get()
+                if action == "stop":
+                    self._fail_all(WorkerError("the server is shutting down"))
                     return
-                self._take(what, job)
+                if action == "submit":
+                    self._schedule(job)
+                else:
+                    self._cancel_requests(job)
             try:
                 self.scheduler.step()
                 self._deliver()
-            except Exception as error:  # whatever it is, the server goes on with the next request
-                self._give_up(Failed(one_line(error)))
+            except Exception as error:  # after any failure the server goes on with the next request
+                self._fail_all(WorkerError(one_line(error)))
 
-    def _take(self, what: str, job: Job) -> None:
-        if what == "cancel":
-            for request in job.requests:
-                self.scheduler.cancel(request)
-            return
+    def _schedule(self, job: GenerationJob) -> None:
         try:
             for request in job.requests:
                 self.scheduler.submit(request)
             self._jobs.append(job)
         except UserError as error:
-            for request in job.requests:
-                self.scheduler.cancel(request)
-            job._loop.call_soon_threadsafe(job._tell, [error])
+            self._cancel_requests(job)
+            job.loop.call_soon_threadsafe(job.put, [error])
+
+    def _cancel_requests(self, job: GenerationJob) -> None:
+        for request in job.requests:
+            self.scheduler.cancel(request)
 
     def _deliver(self) -> None:
-        """Hands every job what it has gained, in one call into the event loop. With many jobs the tokens of a few
-        steps go together: an event costs the loop as much time as a token does the model.
-        """
-        self._steps += 1
-        can_wait = self._steps % (1 + len(self._jobs) // CROWD) > 0
-        news = [(job, gains) for job in self._jobs if (gains := job._news(can_wait))]
-        self._jobs = [job for job in self._jobs if not job.ended]
-        if news:
-            news[0][0]._loop.call_soon_threadsafe(lambda: [job._tell(gains) for job, gains in news])
+        """Hands every job its new chunks, in one call into the event loop.
 
-    def _give_up(self, error: Exception) -> None:
+        An event costs the event loop as much time as a token costs the model. With many jobs, a chunk therefore
+        collects the tokens of several steps.
+        """
+        self._num_steps += 1
+        ends_only = self._num_steps % (1 + len(self._jobs) // JOBS_PER_STEP) > 0
+        deliveries = [(job, chunks) for job in self._jobs if (chunks := job.collect(ends_only))]
+        self._jobs = [job for job in self._jobs if not job.ended]
+
+        def put_all() -> None:
+            for job, chunks in deliveries:
+                job.put(chunks)
+
+        if deliveries:
+            deliveries[0][0].loop.call_soon_threadsafe(put_all)
+
+    def _fail_all(self, error: WorkerError) -> None:
         for job in self._jobs:
-            for request in job.requests:
-                self.scheduler.cancel(request)
-            job._loop.call_soon_threadsafe(job._tell, [error])
+            self._cancel_requests(job)
+            job.loop.call_soon_threadsafe(job.put, [error])
         self._jobs = []

@@ -1,0 +1,36 @@
+"""The chat page: its files in web/, and the headers that keep pages from loading anything else."""
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import FileResponse
+
+WEB = Path(__file__).parent / "web"
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+LOAD_NOTHING = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+PAGE_POLICY = f"{LOAD_NOTHING}script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'"
+
+
+def add_page_routes(app: FastAPI) -> None:
+    # StaticFiles mounted at / would match every other path too, and answer 404 where the API answers 405.
+    for path in FILES:
+        app.get(path, include_in_schema=False)(send_file)
+
+
+async def send_file(http: HTTPRequest) -> FileResponse:
+    name, media_type = FILES[http.url.path]
+    return FileResponse(WEB / name, media_type=media_type, headers=security_headers(PAGE_POLICY))
+
+
+def security_headers(content_policy: str) -> dict[str, str]:
+    """Headers of a page that may load only what its content security policy allows."""
+    return {
+        "content-security-policy": content_policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
