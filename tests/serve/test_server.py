@@ -335,7 +335,7 @@ def test_other_names_of_this_machine_are_refused(engine, small_checkpoint):
         (["--max-queue", "0"], "`max_queue`: 0 is impossible"),
         (["--host", "203.0.113.7"], "cannot listen at 203.0.113.7:8000"),
         (["--precision", "int4"], "`precision`: unknown precision"),
-        (["--draft", "-1"], "--draft"),
+        (["--draft", "-1"], "`draft`: "),
     ],
 )
 def test_bad_options_are_one_line(options, message, small_checkpoint):
