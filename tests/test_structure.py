@@ -98,7 +98,7 @@ def test_imports_keep_to_the_rooms(path):
         ("native/bindings.py", "from moonwhale.infer.cache import LatentCache"),
         ("infer/engine.py", "from moonwhale.serve.app import create_app"),
         ("checkpoint.py", "from moonwhale.train import run_folder"),
-        ("train/mtp_trainer.py", "from moonwhale.inspect.info import gather"),
+        ("train/mtp_trainer.py", "from moonwhale.inspect.info import gather_figures"),
     ],
 )
 def test_a_broken_rule_is_seen(path, source):

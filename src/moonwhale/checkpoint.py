@@ -19,6 +19,7 @@ from moonwhale.data.tokenizer import load_tokenizer
 from moonwhale.errors import UserError, one_line
 from moonwhale.files import checksum
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.model.config_fields import ConfigFields
 from moonwhale.options import convert
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -56,7 +57,7 @@ def read_config(folder: Path) -> MoonwhaleConfig:
     values = read_json(folder / "config.json")
     if values.get("model_type") != MoonwhaleConfig.model_type:
         raise UserError(f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not 'moonwhale'")
-    for name, kind in MoonwhaleConfig.__annotations__.items():
+    for name, kind in ConfigFields.__annotations__.items():
         if name in values:
             convert(values[name], kind, f"{folder}/config.json: {name}")
     if (folder / "generation_config.json").exists():

@@ -22,7 +22,7 @@ VERBS = {
     "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
     "export": ("moonwhale.export.commands:main", "write a checkpoint in another format"),
-    "info": ("moonwhale.inspect.info:main", "count what a preset or a checkpoint costs"),
+    "info": ("moonwhale.inspect.commands:main_info", "count what a preset or a checkpoint costs"),
     "plan": ("moonwhale.planning.plan:main", "lay a run out over many GPUs, and count what it costs"),
     "doctor": ("moonwhale.inspect.commands:main_doctor", "say what this machine can do, and why not more"),
 }

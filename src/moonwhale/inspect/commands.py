@@ -1,11 +1,39 @@
-"""The commands `moonwhale xray` and `moonwhale doctor`. torch is imported only after the options are checked."""
+"""The commands `moonwhale info`, `moonwhale doctor` and `moonwhale xray`.
+
+torch and transformers are imported only after the options are checked, so that `--help` is quick.
+"""
 
 import json
 from pathlib import Path
 
 from moonwhale.errors import UserError
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.options import Parser
+from moonwhale.options import Parser, add_options, positive, read_argv
+from moonwhale.presets import PRESETS
+from moonwhale.train.config import ModelOverrides
+
+
+def main_info(argv: list[str]) -> None:
+    """Prints the parameters, FLOPs, cache and memory of a preset or a checkpoint."""
+    parser = Parser(
+        prog="moonwhale info",
+        description="Parameters, FLOPs, cache and memory of a preset or a checkpoint.\n"
+        "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
+        epilog="presets:\n" + "\n".join(f"  {name:<11}{preset.summary}" for name, preset in PRESETS.items()),
+    )
+    parser.add_argument("target", metavar="PRESET_OR_FOLDER", help="name of a preset, or folder of a checkpoint")
+    parser.add_argument("--context", metavar="N", help="tokens per row (the longest that the model is made for)")
+    parser.add_argument("--batch", metavar="N", default="1", help="rows at once (1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_options(parser, ModelOverrides, show=False)
+    overrides, args = read_argv(parser, ModelOverrides, argv)
+
+    from moonwhale.inspect.info import find_config, gather_figures, table
+
+    config, run = find_config(args.target, overrides)
+    context = positive(args.context, "`context`") if args.context else config.max_position_embeddings
+    figures = gather_figures(config, context, positive(args.batch, "`batch`"), run)
+    print(json.dumps(figures, indent=2) if args.json else table(args.target, figures))
 
 
 def main_xray(argv: list[str]) -> None:
