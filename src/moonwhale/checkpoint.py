@@ -166,7 +166,11 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
     """Seals the complete checkpoint `written` with the sizes and SHA-256 sums of its files and moves it into run `out`,
     in one step; of the older ones, the newest `keep - 1` stay.
     """
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": checksum(p)} for p in sorted(written.iterdir())}
+    files = {
+        path.relative_to(written).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
+        for path in sorted(written.rglob("*"))
+        if path.is_file()
+    }
     (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     final = Path(out) / written.name
     for later in list_checkpoints(out):  # damaged, else this run had gone on from them: kept, but out of the way
@@ -184,7 +188,8 @@ def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:
     the moment that `config.json`, the last file, appears.
     """
     training_only = {MANIFEST, STATE}
-    files = [p for p in checkpoint.iterdir() if p.suffix not in (".pt", ".pth") and p.name not in training_only]
+    model_files = [p for p in checkpoint.iterdir() if p.is_file() and p.suffix not in (".pt", ".pth")]
+    files = [p for p in model_files if p.name not in training_only]
     try:
         for path in sorted(files, key=lambda p: p.name == "config.json"):
             copy = Path(out) / f".{path.name}"

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from moonwhale.model.moe import Experts
 
@@ -149,8 +151,14 @@ def own_experts(model: nn.Module) -> dict[str, slice]:
     }
 
 
-def join(copies: Sequence[dict]) -> dict:
-    """Tensors of the whole model, by name, from what the copies of a pipeline that share its experts hold: the first
-    everything, the others their experts.
+def expert_shards(model: nn.Module, tensors: dict[str, Tensor], exchange: Exchange) -> dict[str, DTensor]:
+    """Wraps a rank's stacks of experts, or the optimizer's state of these, as DTensors over the ranks that share them.
+
+    tensors: by parameter NAME, or NAME.KEY; all others are left out.
     """
-    return copies[0] | {name: torch.cat([copy[name] for copy in copies]) for name in (copies[1:] or [{}])[0]}
+    experts = own_experts(model)
+    own = {e: t for e, t in tensors.items() if t.ndim == 3 and (e in experts or e.rpartition(".")[0] in experts)}
+    if not own:
+        return {}
+    mesh = DeviceMesh.from_group(exchange.sharing, next(iter(own.values())).device.type)
+    return {e: DTensor.from_local(tensor.detach(), mesh, [Shard(0)], run_check=False) for e, tensor in own.items()}

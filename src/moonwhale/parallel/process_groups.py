@@ -6,7 +6,7 @@ Process c · P + r is rank r of copy c of a pipeline of P ranks.
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -150,3 +150,22 @@ def _agree(settings: dict, control: dist.ProcessGroup) -> None:
                     f"`{name}`: rank {rank} was started with {other.get(name)!r}, rank 0 with {first.get(name)!r}: "
                     "start all ranks with the same options"
                 )
+
+
+def run_on_all(work: Callable[[], object] | None, group: dist.ProcessGroup) -> None:
+    """Does this rank's work, if it has any, and waits for the other ranks of a group.
+
+    Raises:
+        Exception: on every rank, the error of the first rank that failed.
+    """
+    error = None
+    try:
+        if work is not None:
+            work()
+    except Exception as caught:
+        error = caught
+    errors = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error, group=group)
+    for failed in errors:
+        if failed is not None:
+            raise failed

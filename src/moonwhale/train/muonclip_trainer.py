@@ -3,11 +3,13 @@
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from moonwhale.checkpoint import explain_full_disk, newest_whole, publish_checkpoint, unfinished_folder
 from moonwhale.costs import flops_per_token
@@ -15,6 +17,7 @@ from moonwhale.errors import UserError
 from moonwhale.model.documents import needs_static_shapes
 from moonwhale.optim.muon_distributed import SharedMuonClip
 from moonwhale.optim.muonclip import StepHooks, attach_hooks, param_groups
+from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
 
 
@@ -144,6 +147,23 @@ class MuonClipTraining:
         finally:
             self._writing_to = None
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Transformers' method, and for a checkpoint whose optimizer state several ranks wrote, its counterpart."""
+        if checkpoint is None or not has_sharded_optimizer(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        load_optimizer(Path(checkpoint), self.optimizer, names, self._optimizer_shards())
+        self._load_scheduler(checkpoint)
+
+    def _optimizer_shards(self) -> dict[str, Tensor]:
+        """What this process holds of each parameter, by name."""
+        return dict(self.model.named_parameters())
+
+    def _load_scheduler(self, checkpoint: str) -> None:
+        saved = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+        self.lr_scheduler.load_state_dict(saved)
 
     def _get_output_dir(self, trial) -> str:
         return self._writing_to or super()._get_output_dir(trial)

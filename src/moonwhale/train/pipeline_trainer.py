@@ -5,27 +5,40 @@ is how a step's gradients come about, and that a rank has some of the model: wha
 checkpoints) is put together first. So a checkpoint is the same folder as on one device.
 """
 
-import os
+import shutil
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.trainer import SCHEDULER_NAME
 
+from moonwhale.checkpoint import explain_full_disk
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
 from moonwhale.optim.muonclip import attach_hooks, param_groups
-from moonwhale.parallel.expert_parallel import Exchange, join, own_experts, share_
+from moonwhale.parallel.expert_parallel import Exchange, expert_shards, own_experts, share_
 from moonwhale.parallel.fsdp import gathered, part_of
 from moonwhale.parallel.options import SCHEDULES
 from moonwhale.parallel.pipeline import Pipeline
-from moonwhale.parallel.process_groups import Ranks
+from moonwhale.parallel.process_groups import Ranks, run_on_all
 from moonwhale.parallel.schedules import own_parts
+from moonwhale.parallel.sharded_checkpoint import (
+    OPTIMIZER,
+    SETTINGS,
+    has_sharded_optimizer,
+    load_state,
+    save_optimizer,
+    save_weights,
+)
 from moonwhale.parallel.stages import Stage, cut, keep_
 from moonwhale.train.mtp_trainer import MTPTrainer
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, WEIGHTS = "model.embed_tokens.weight", "model.safetensors"
 
 
 class PipelineTrainer(MTPTrainer):
@@ -44,6 +57,8 @@ class PipelineTrainer(MTPTrainer):
             group | {"params": [names[p] for p in group["params"]]}
             for group in param_groups(model, targs.learning_rate, targs.weight_decay)
         ]
+        buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+        self._sizes = {name: t.shape for name, t in (dict(model.named_parameters()) | buffers).items()}
         self._attentions = [name for name, module in model.named_modules() if hasattr(module, "clip_qk_")]
         self._moes = [name for name, module in model.named_modules() if hasattr(module, "update_bias_")]
         if targs.activation_checkpointing:
@@ -53,7 +68,7 @@ class PipelineTrainer(MTPTrainer):
         parts = cut(model.config, SCHEDULES[schedule].stages * pp, context)
         own = own_parts(parts, schedule, pp, ranks.stage)
         keep_(model, own)
-        exchange = Exchange(ranks.sharing, ranks.same_experts) if ranks.sharing else None
+        self.exchange = exchange = Exchange(ranks.sharing, ranks.same_experts) if ranks.sharing else None
         if exchange:
             share_(model, exchange)
         super().__init__(*args, model=model, **kwargs)
@@ -214,74 +229,84 @@ class PipelineTrainer(MTPTrainer):
     # Checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Puts the whole model and its optimizer together on rank 0, which saves them as one process does."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        state = {name: gathered(value).cpu() for name, value in self.model.state_dict().items()}
-        states = {
-            (names[p], key): gathered(value).cpu()
-            for p, values in self.optimizer.state.items()
-            if p in names
-            for key, value in values.items()
-        }
-        if self.ranks.copy:  # the first copy has all but the experts that others have
-            experts = own_experts(self.model) if self.ranks.copy < self.ranks.ep else {}
-            state = {name: value for name, value in state.items() if name in experts}
-            states = {name: value for name, value in states.items() if name[0] in experts}
-        everyones = [None] * dist.get_world_size() if self.ranks.rank == 0 else None
-        dist.gather_object((state, states), everyones, group=self.ranks.control)
-        error = [None]
-        if self.ranks.rank == 0:
-            try:
-                self._save_whole(everyones, trial)
-            except Exception as caught:
-                error = [caught]
-        dist.broadcast_object_list(error, group=self.ranks.control)
-        if error[0] is not None:
-            raise error[0]
-
-    def _save_whole(self, everyones: list[tuple[dict, dict]], trial) -> None:
-        with torch.device("meta"):
-            whole = MoonwhaleForCausalLM(self.model.config)
-        pp = dist.get_world_size(self.ranks.pipeline)
-        copies = [everyones[c * pp : (c + 1) * pp] for c in range(self.ranks.ep)]
-        state, states = (
-            join([{name: value for rank in copy for name, value in rank[kind].items()} for copy in copies])
-            for kind in (0, 1)
-        )
-        whole.load_state_dict(state, assign=True)
-        whole.tie_weights()
-        optimizer = self._optimizer_of(self._groups_of(whole))
-        for group, own in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
-            group |= {name: value for name, value in own.items() if name != "params"}
-        parameters = dict(whole.named_parameters())
-        for (name, key), value in states.items():
-            optimizer.state[parameters[name]][key] = value
-        here = self.model, self.optimizer
-        self.model, self.optimizer = whole, optimizer
+        """Every rank writes its shards of the weights and the optimizer state. Then rank 0 adds all other files and
+        publishes the folder.
+        """
+        control, leader = self.ranks.control, self.ranks.rank == 0
         try:
-            super()._save_checkpoint(whole, trial)
-        finally:
-            self.model, self.optimizer = here
+            run_on_all(self._empty_shards_folder if leader else None, control)
+            save_weights(self._shards_folder / WEIGHTS, self._sizes, self._own_weights(), control)
+            save_optimizer(self._shards_folder, self.optimizer, self._own_states(), control)
+            run_on_all(partial(super()._save_checkpoint, model, trial) if leader else None, control)
+        except Exception as error:
+            if leader:
+                shutil.rmtree(self._shards_folder, ignore_errors=True)
+            explained = explain_full_disk(error, self.args.output_dir)
+            raise explained from (None if explained is error else error)
+
+    @property
+    def _shards_folder(self) -> Path:
+        """Where all ranks write, before rank 0 begins the checkpoint's folder."""
+        return Path(self.args.output_dir, ".shards")
+
+    def _empty_shards_folder(self) -> None:
+        shutil.rmtree(self._shards_folder, ignore_errors=True)  # what a killed run left
+        self._shards_folder.mkdir(parents=True)
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The weights that this rank writes: each is written once, by the first replica that holds it."""
+        shards = self._as_shards(self.model.state_dict())
+        if self.fsdp:
+            return shards
+        if self.ranks.copy >= self.ranks.ep:
+            return {}
+        return {n: shard for n, shard in shards.items() if self.ranks.copy == 0 or isinstance(shard, DTensor)}
+
+    def _own_states(self) -> dict[str, Tensor]:
+        """This rank's optimizer state by NAME.KEY."""
+        states = {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        return self._as_shards(states)
+
+    def _as_shards(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, those of shared experts as DTensors over the ranks that share them."""
+        return tensors if self.exchange is None else tensors | expert_shards(self.model, tensors, self.exchange)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict={})  # the configuration and the tokenizer; there are no weights to add
+        (self._shards_folder / WEIGHTS).rename(Path(output_dir, WEIGHTS))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        for name in (OPTIMIZER, SETTINGS):
+            (self._shards_folder / name).rename(Path(output_dir, name))
+        self._shards_folder.rmdir()
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _optimizer_shards(self) -> dict[str, Tensor]:
+        return self._as_shards(dict(self.model.named_parameters()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """From a whole checkpoint, what belongs to this rank."""
-        if checkpoint is None:
-            return
-        saved = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)
+        if checkpoint is None or has_sharded_optimizer(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self._load_whole_optimizer(Path(checkpoint))
+            self._load_scheduler(checkpoint)
+
+    def _load_whole_optimizer(self, checkpoint: Path) -> None:
+        """Takes this rank's part of the state that one process saved."""
+        saved = torch.load(checkpoint / SETTINGS, map_location="cpu", mmap=True, weights_only=True)
         order = [name for group in self._groups for name in group["params"]]
         states = {name: saved["state"][i] for i, name in enumerate(order) if i in saved["state"]}
         for name, own in own_experts(self.model).items():
             states[name] = {key: value[own] for key, value in states.get(name, {}).items()}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        mine = [p for group in self.optimizer.param_groups for p in group["params"]]
-        own = self.optimizer.state_dict()
-        own["state"] = {
-            i: {name: part_of(value, p) for name, value in states[names[p]].items()}
-            for i, p in enumerate(mine)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = {
+            i: {key: part_of(value, p).clone() for key, value in states[names[p]].items()}
+            for i, p in enumerate(parameters)
             if names[p] in states
         }
-        for group, whole in zip(own["param_groups"], saved["param_groups"], strict=True):
-            group |= {name: value for name, value in whole.items() if name != "params"}
-        self.optimizer.load_state_dict(own)
-        scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        load_state(self.optimizer, state, saved["param_groups"])
