@@ -26,7 +26,7 @@ from common import deepseek_config, environment, options, timed_rounds, write
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.costs import model_size
 from moonwhale.data.loading import load_source
-from moonwhale.data.packing import prepare
+from moonwhale.data.packing import pack_split
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.detokenizer import TokenBytes
 from moonwhale.infer.engine import Engine
@@ -159,7 +159,7 @@ def cache_sizes() -> dict:
 
 def held_out(tokenizer, context: int, rows: int) -> list[list[int]]:
     """Rows of ids from the built-in conversations, of those that training leaves out."""
-    _, aside = prepare(load_source("chitchat"), tokenizer, context)
+    _, aside = pack_split(load_source("chitchat"), tokenizer, context)
     return [aside[row]["input_ids"].tolist() for row in range(min(rows, len(aside)))]
 
 

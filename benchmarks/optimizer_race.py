@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common import environment
-from moonwhale.data.packing import DataBundle, PackedDataset, build_data
+from moonwhale.data.packing import PackedDataset, TrainingData, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.precision import tune_allocator
@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 @cache
-def data(text: str) -> DataBundle:
+def data(text: str) -> TrainingData:
     return build_data(text, vocab_size=MODEL["vocab_size"], context=CONTEXT)
 
 

@@ -37,9 +37,9 @@ def test_demonstrations_are_right_and_half_of_them_add_up(grpo, tmp_path):
 def test_a_run_at_toy_size(grpo, small_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(grpo, "LONGEST", 8)
-    talks = dict(islice(json.loads(loading._chitchat_file().read_bytes()).items(), 300))
+    talks = dict(islice(json.loads(loading.chitchat_file().read_bytes()).items(), 300))
     (tmp_path / "talks.json").write_text(json.dumps(talks))
-    monkeypatch.setattr(loading, "_chitchat_file", lambda: tmp_path / "talks.json")
+    monkeypatch.setattr(loading, "chitchat_file", lambda: tmp_path / "talks.json")
     sizes = {
         "seeds": 1, "demonstrations": 60, "sft_steps": 2, "grpo_steps": 2, "control_steps": 1, "chat_steps": 1,
         "questions": 16, "problems": 4, "samples": 2, "batch": 64,

@@ -24,9 +24,10 @@ from moonwhale.data import packing, shards
 from moonwhale.data.chat import encode_document
 from moonwhale.data.commands import main_data, main_tokenizer
 from moonwhale.data.loading import load_source
-from moonwhale.data.packing import PackedDataset, build_data, prepare
-from moonwhale.data.shards import Shards, build_shards, document_hash
+from moonwhale.data.packing import PackedDataset, build_data, pack_split
+from moonwhale.data.shards import TokenShards, build_shards
 from moonwhale.data.source import Source
+from moonwhale.data.split import document_hash
 from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.files import cache_folder, new_folder
@@ -89,7 +90,7 @@ def test_chitchat_merges_turns_and_drops_crowds(tmp_path, monkeypatch):
     alone, short = [turn("a", "x")] * 4, [turn("a", "x"), turn("b", "x"), turn("a", "x")]
     file = tmp_path / "dataset.json"
     file.write_text(json.dumps({i: {"messages": c} for i, c in enumerate([crowd, pair, alone, short])}))
-    monkeypatch.setattr("moonwhale.data.loading._chitchat_file", lambda: file)
+    monkeypatch.setattr("moonwhale.data.loading.chitchat_file", lambda: file)
     assert [[(m["role"], m["content"]) for m in c] for c in load_source("chitchat")] == [
         [("user", "hi\nthere"), ("assistant", "yes\nso"), ("user", "ok")]
     ]
@@ -117,11 +118,11 @@ def test_file_folder_glob_and_compressed(tmp_path):
     assert list(load_source(str(tmp_path / "**" / "*.[pt][yx]*"))) == ["a\r\nä", "d", "b"]
 
 
-def test_folder_leaves_out_binary_files_and_says_so(tmp_path, caplog):
+def test_folder_skips_binary_files_and_says_so(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
     assert list(load_source(str(tmp_path))) == ["a"]
-    assert "left out 1 files" in caplog.text and "picture.png" in caplog.text
+    assert "skipped 1 files" in caplog.text and "picture.png" in caplog.text
 
 
 def test_tables(tmp_path):
@@ -220,7 +221,7 @@ def texts_in(dataset, tokenizer):
 
 def test_split_is_by_document_complete_and_stable(tokenizer, tmp_path):
     documents = [*DOCUMENTS, DOCUMENTS[7]]
-    train, held_out = prepare(source_of(documents), tokenizer, 16, cache_dir=tmp_path, held_out=0.3)
+    train, held_out = pack_split(source_of(documents), tokenizer, 16, cache_dir=tmp_path, held_out_share=0.3)
     inside, aside = texts_in(train, tokenizer), texts_in(held_out, tokenizer)
     assert sorted(inside + aside) == sorted(documents)
     assert not set(inside) & set(aside) and inside and aside
@@ -228,20 +229,22 @@ def test_split_is_by_document_complete_and_stable(tokenizer, tmp_path):
     assert (train.n_documents, held_out.n_documents) == (len(inside), len(aside))
     assert train.n_bytes == sum(len(text.encode()) for text in inside)
     # The same documents in another order and under other neighbours fall on the same sides.
-    _, again = prepare(source_of([*reversed(documents), "new"], "2"), tokenizer, 16, cache_dir=tmp_path, held_out=0.3)
+    _, again = pack_split(
+        source_of([*reversed(documents), "new"], "2"), tokenizer, 16, cache_dir=tmp_path, held_out_share=0.3
+    )
     assert set(texts_in(again, tokenizer)) - {"new"} == set(aside)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_both_sides_get_a_document(tokenizer, tmp_path, fraction):
-    sides = prepare(source_of(["whale", "moon", "sea"]), tokenizer, 16, cache_dir=tmp_path, held_out=fraction)
+    sides = pack_split(source_of(["whale", "moon", "sea"]), tokenizer, 16, cache_dir=tmp_path, held_out_share=fraction)
     assert [side.n_documents for side in sides] == ([2, 1] if fraction < 0.5 else [1, 2])
     assert document_hash(texts_in(sides[1], tokenizer)[0]) < document_hash(texts_in(sides[0], tokenizer)[0])
 
 
 def test_a_single_document_is_split_by_position(tokenizer, tmp_path, caplog):
     text = " ".join(DOCUMENTS)
-    train, held_out = prepare(source_of([text]), tokenizer, 16, cache_dir=tmp_path)
+    train, held_out = pack_split(source_of([text]), tokenizer, 16, cache_dir=tmp_path)
     assert "only one distinct document" in caplog.text
     ids = encode_document(tokenizer, text)
     assert held_out.n_tokens == round(0.05 * len(ids)) and train.n_tokens == len(ids) - held_out.n_tokens
@@ -250,13 +253,13 @@ def test_a_single_document_is_split_by_position(tokenizer, tmp_path, caplog):
     assert train.n_bytes + held_out.n_bytes == len(text.encode()) and held_out.n_bytes > 0
     assert train[1]["position_ids"].tolist() == list(range(16)), "restarts where a row does"
     with pytest.raises(UserError, match="too short: 3 tokens"):
-        prepare(source_of(["x"], "2"), tokenizer, 16, cache_dir=tmp_path)
+        pack_split(source_of(["x"], "2"), tokenizer, 16, cache_dir=tmp_path)
     with pytest.raises(UserError, match="`context` 1"):
-        prepare(source_of([text]), tokenizer, 1, cache_dir=tmp_path)
+        pack_split(source_of([text]), tokenizer, 1, cache_dir=tmp_path)
 
 
 def test_items_depend_on_the_index_alone(tokenizer, tmp_path):
-    both = [prepare(source_of(DOCUMENTS), tokenizer, 16, cache_dir=tmp_path / name)[0] for name in "ab"]
+    both = [pack_split(source_of(DOCUMENTS), tokenizer, 16, cache_dir=tmp_path / name)[0] for name in "ab"]
     assert rows_of(both[0]) == rows_of(both[1])
     order = torch.randperm(len(both[0]), generator=torch.Generator().manual_seed(3)).tolist()
     assert all(both[0][i]["input_ids"].equal(both[1][i]["input_ids"]) for i in order)
@@ -296,10 +299,10 @@ def test_rebuilt_when_source_or_tokenizer_changes(tokenizer, corpus, tmp_path):
 
 
 def test_many_shards_read_as_one_stream(tokenizer, tmp_path, monkeypatch):
-    whole = prepare(source_of(DOCUMENTS), tokenizer, 16, cache_dir=tmp_path / "whole")
+    whole = pack_split(source_of(DOCUMENTS), tokenizer, 16, cache_dir=tmp_path / "whole")
     monkeypatch.setattr(shards, "SHARD_TOKENS", 13)
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 50)
-    cut = prepare(source_of(DOCUMENTS), tokenizer, 16, cache_dir=tmp_path / "cut")
+    cut = pack_split(source_of(DOCUMENTS), tokenizer, 16, cache_dir=tmp_path / "cut")
     sizes = [file["size"] for name, file in cut[0].shards.index["files"].items() if name.startswith("tokens")]
     assert len(sizes) > 20 and set(sizes[:-1]) == {26}
     assert [rows_of(side) for side in cut] == [rows_of(side) for side in whole]
@@ -329,16 +332,16 @@ def test_damage_is_noticed_and_rebuilt(tokenizer, tmp_path, caplog, hurt):
         file.write_bytes(bytes([data[0] ^ 1]) + data[1:] if hurt == "flip" else data[:-4])
     again = build_shards(source, tokenizer, tmp_path)
     assert "is damaged" in caplog.text and "building it again" in caplog.text
-    assert file.read_bytes() == data and again.damage(thorough=True) is None
+    assert file.read_bytes() == data and again.find_damage(thorough=True) is None
 
 
 def test_large_shards_have_their_checksums_read_on_request(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "CHEAP_BYTES", 0)
+    monkeypatch.setattr(shards, "QUICK_CHECKSUM_BYTES", 0)
     built = build_shards(source_of(DOCUMENTS), tokenizer, tmp_path)
     file = built.folder / "tokens-00000.bin"
     file.write_bytes(b"\xff" + file.read_bytes()[1:])
-    assert Shards(built.folder).damage() is None
-    assert "checksum" in Shards(built.folder).damage(thorough=True)
+    assert TokenShards(built.folder).find_damage() is None
+    assert "checksum" in TokenShards(built.folder).find_damage(thorough=True)
 
 
 KILLED = """
@@ -365,7 +368,7 @@ def test_a_killed_build_is_never_seen(tokenizer, tmp_path):
     assert any(path.is_dir() for path in left), "it was killed in the middle"
     assert all(path.name.startswith(".") for path in left)
     built = build_shards(source_of(["whale song"] * 50), tokenizer, tmp_path / "cache")
-    assert len(built.documents) == 50 and built.damage(thorough=True) is None
+    assert len(built.documents) == 50 and built.find_damage(thorough=True) is None
     assert [path for path in built.folder.parent.iterdir() if path.is_dir()] == [built.folder]
 
 
@@ -420,14 +423,14 @@ def test_build_data_trains_and_reuses_a_tokenizer(corpus, tmp_path, monkeypatch)
     for tokenizer in (None, "train", str(folder)):
         again = build_data(str(corpus), tokenizer=tokenizer, vocab_size=280, context=16, cache_dir=tmp_path)
         assert rows_of(again.train) == rows_of(first.train)
-    packing.prepare(load_source(str(corpus)), first.tokenizer, 32, cache_dir=tmp_path)  # one build for any context
+    packing.pack_split(load_source(str(corpus)), first.tokenizer, 32, cache_dir=tmp_path)  # one build for any context
 
 
 def test_data_command(corpus, tmp_path, capsys):
     options = ["--data", str(corpus), "--vocab-size", "280", "--context", "16", "--cache", str(tmp_path)]
     main_data([*options, "--show", "2", "--verify"])
     out = capsys.readouterr().out
-    train, held_out = prepare(
+    train, held_out = pack_split(
         load_source(str(corpus)),
         build_data(str(corpus), vocab_size=280, context=16, cache_dir=tmp_path).tokenizer,
         16,

@@ -15,7 +15,7 @@ import pytest
 
 from moonwhale.data import source
 from moonwhale.data.commands import main_data
-from moonwhale.data.hub_sets import SETS
+from moonwhale.data.hub_sets import HUB_SETS
 from moonwhale.data.loading import load_source
 from moonwhale.data.mixture import mix, parse_mixture
 from moonwhale.data.packing import build_data
@@ -68,7 +68,7 @@ SCHEMAS = {
 
 @pytest.fixture(autouse=True)
 def everything_is_said_again():
-    source.say_once.cache_clear()
+    source.warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -204,9 +204,12 @@ def test_lmsys_chat_keeps_one_language_and_what_is_harmless(hub, caplog):
     assert "lmsys-chat-1m keeps what is in English, not flagged by the moderation, and not redacted: 5 of 7" in (
         caplog.text
     )
-    assert "left out" not in caplog.text, "filtered rows are not bad ones"
+    assert "skipped" not in caplog.text, "filtered rows are not bad ones"
     assert list(load_source("lmsys-chat-1m:portuguese")) == [turns("c", "d")]
-    fails("no text in lmsys-chat-1m:Klingon .what is in Klingon, .*: none of its rows is that", "lmsys-chat-1m:Klingon")
+    fails(
+        "no text in lmsys-chat-1m:Klingon: it keeps only what is in Klingon, .*, and no row is that",
+        "lmsys-chat-1m:Klingon",
+    )
     prints = {load_source(spec).fingerprint for spec in ("lmsys-chat-1m", "lmsys-chat-1m:German")}
     assert len(prints) == 2
 
@@ -251,14 +254,14 @@ BAD = {
 
 @pytest.mark.parametrize("limit", [None, 999])
 @pytest.mark.parametrize("spec", BAD)
-def test_bad_rows_are_left_out_with_reasons(hub, caplog, spec, limit):
+def test_bad_rows_are_skipped_with_reasons(hub, caplog, spec, limit):
     good, bad = BAD[spec]
     name, _, choice = spec.partition(":")
     rows = [good] * (19 * len(bad)) + [row for row, _ in bad]
-    hub(SETS[name].id, rows, choice or (SETS[name].default if not SETS[name].keeps else None) or "default")
+    hub(HUB_SETS[name].id, rows, choice or (HUB_SETS[name].default if not HUB_SETS[name].keeps else None) or "default")
     assert len(list(load_source(spec, limit=limit))) == 19 * len(bad)
-    (line,) = [line for line in caplog.text.splitlines() if "left out" in line]
-    assert f"left out {len(bad)} of {20 * len(bad)} rows of {spec}: " in line
+    (line,) = [line for line in caplog.text.splitlines() if "skipped" in line]
+    assert f"skipped {len(bad)} of {20 * len(bad)} rows of {spec}: " in line
     for reason, n in Counter(reason for _, reason in bad).items():
         first = 19 * len(bad) + [why for _, why in bad].index(reason) + 1
         assert re.search(rf"{n} with [^;]*{reason}[^;]* \(row {first} of {spec}: ", line), (reason, line)
@@ -269,19 +272,19 @@ def test_too_many_bad_rows_are_an_error_that_names_the_commonest(hub):
     hub("BAAI/Infinity-Instruct", [good] * 8 + [bad[1], bad[0], bad[0]], "3M")
     fails(
         "3 of 11 rows of infinity-instruct:3M .27.3%. cannot be read, mostly those with user and assistant not in turn "
-        r".row 10 of infinity-instruct:3M: user, user.: mend .*up to 5% are left out",
+        r".row 10 of infinity-instruct:3M: user, user.: fix .*up to 5% bad rows are skipped",
         "infinity-instruct:3M",
     )
 
 
 def test_a_long_bad_table_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(source, "ROWS_TO_JUDGE", 100)
+    monkeypatch.setattr(source, "EARLY_FAILURE_ROWS", 100)
     read = []
 
     def rows(bad):
         for i in range(1000):
             read.append(i)
-            yield source.LeftOut("no text") if bad(i) else "text"
+            yield source.SkippedRow("no text") if bad(i) else "text"
 
     with pytest.raises(UserError, match="6 of 100 rows"):
         list(Source("s", "s", lambda: rows(lambda i: i >= 94)))
@@ -301,7 +304,7 @@ def test_a_users_own_table_is_treated_alike(tmp_path, caplog):
     path = jsonl(tmp_path / "a.jsonl", rows)
     got = list(load_source(path))
     assert got == [turns("a", "b")] * 120 + ["text in one row only"]
-    assert f"left out 4 of 125 rows of {path}: 2 with no text (row 121" in caplog.text
+    assert f"skipped 4 of 125 rows of {path}: 2 with no text (row 121" in caplog.text
     assert "1 with a message without text (row 123" in caplog.text and "1 with user and assist" in caplog.text
     numbers = jsonl(tmp_path / "b.jsonl", [{"text": "x"}] * 20 + [{"text": 5}])
     assert len(list(load_source(numbers))) == 20
@@ -332,7 +335,7 @@ def test_any_hub_set(hub, tmp_path):
     fails("no column nope; it has text, title", "some/set", columns=["text", "nope"], limit=3)
     fails("`data_split`: some/set: Unknown split .test", "some/set", split="test")
     fails("`data_split`: some/set: Bad split: test", "some/set", split="test", limit=3)
-    fails("a slice is cut from the whole set", "some/set", split="train[:1%]", limit=3)
+    fails("a slice needs the whole set", "some/set", split="train[:1%]", limit=3)
     fails("there is no configuration wrong; give some/set:NAME with one of default", "some/set:wrong")
 
 
@@ -394,7 +397,7 @@ def test_a_connection_that_breaks(hub, monkeypatch):
         raise ConnectionError("the line\nis dead")
 
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
-    fails("reading some/set broke off, try again: the line is dead", "some/set", limit=5)
+    fails("reading some/set was interrupted, try again: the line is dead", "some/set", limit=5)
 
 
 def test_offline(tmp_path):
@@ -413,7 +416,11 @@ def test_names_that_are_near_a_known_one():
     fails("no such file or folder: tinystory .did you mean tinystories..*lmsys-chat-1m", "tinystory")
     fails("did you mean lmsys-chat-1m", "lmsys-chat1m:German")
     fails("did you mean python", "phyton")
-    fails("`data_columns` a: openorca is read by its own .name Open-Orca/OpenOrca", "openorca", columns=["a"])
+    fails(
+        "`data_columns` a: openorca has fixed columns here .use its name on the hub, Open-Orca/OpenOrca",
+        "openorca",
+        columns=["a"],
+    )
 
 
 def counted(name, n):
@@ -435,7 +442,7 @@ def test_mixture_keeps_to_the_weights_all_along():
 def test_mixture_ends_with_its_first_exhausted_part_and_says_so(caplog):
     order = " ".join(mix("m", [counted("a", 2), counted("b", 9)], [1, 3]))
     assert order == "b0 a0 b1 b2 b3 a1 b4 b5 b6"
-    assert "the mixture ends where a does, with these documents: 2 of a, 7 of b" in caplog.text
+    assert "the mixture ends with a, its first source to end, after 2 of a, 7 of b" in caplog.text
     assert list(islice(mix("m", [counted("a", 2), counted("b", 9)], [1, 3], limit=3), 9)) == ["b0", "a0", "b1"]
     prints = {mix("m", [counted("a", 2), counted("b", 9)], [1, 3], limit).fingerprint for limit in (None, 3, 4)}
     assert len(prints) == 3
@@ -469,7 +476,7 @@ def test_mixture_of_files_and_hub_sets(hub, tmp_path, caplog):
 
 def test_bad_rows_of_a_part_count_though_the_mixture_ends_early():
     def rows(bad):
-        yield from [source.LeftOut("no text", "row 1")] * bad
+        yield from [source.SkippedRow("no text", "row 1")] * bad
         yield from "x" * 99
 
     def mixed(bad):
@@ -489,15 +496,15 @@ def test_bad_rows_of_a_part_count_though_the_mixture_ends_early():
         ("tinystories=nan,openorca=1", "the weight of tinystories is 'nan'"),
         ("tinystories=inf,openorca=1", "the weight of tinystories is 'inf'"),
         ("tinystories=1,openorca=", "the weight of openorca is ''"),
-        ("tinystories=1,openorca", "'openorca' in tinystories=1,openorca is no NAME=WEIGHT"),
-        ("tinystories,openorca", "'tinystories' in .* is no NAME=WEIGHT"),
-        ("tinystories=1,", "'nothing' in .* is no NAME=WEIGHT"),
-        ("=1,openorca=1", "'=1' in .* is no NAME=WEIGHT"),
-        ("tinystories=1", "tinystories=1 is a mixture of one: leave out the weight, or add another source"),
-        ("openorca=1,openorca=2", "openorca stands in .* twice"),
+        ("tinystories=1,openorca", "'openorca' in tinystories=1,openorca is not of the form NAME=WEIGHT"),
+        ("tinystories,openorca", "'tinystories' in .* is not of the form NAME=WEIGHT"),
+        ("tinystories=1,", "'nothing' in .* is not of the form NAME=WEIGHT"),
+        ("=1,openorca=1", "'=1' in .* is not of the form NAME=WEIGHT"),
+        ("tinystories=1", "tinystories=1 mixes only one source: leave out the weight, or add another source"),
+        ("openorca=1,openorca=2", "openorca is named twice"),
         ("tinystories=1,nothere=1", "no such file or folder: nothere"),
         ("tinystories=1,infinity-instruct=1", "infinity-instruct needs a configuration"),
-        ("chitchat=1,python=1", "--data-split"),
+        ("chitchat=1,python=1", "`data_split`"),
     ],
 )
 def test_bad_mixtures_are_one_line_each(hub, spec, line):
@@ -532,7 +539,7 @@ def test_a_mixture_is_tokenized_and_kept_like_any_source(hub, tmp_path, capsys, 
     assert "tinystories=0.5,openorca=0.5" in capsys.readouterr().out
     data = build_data("tinystories=1,openorca=1", vocab_size=300, context=32, cache_dir=tmp_path / "built")
     assert data.train.n_documents + data.held_out.n_documents == 119
-    assert caplog.text.count("left out 1 of 60 rows of openorca") == 1, "both passes count it; it is said once"
+    assert caplog.text.count("skipped 1 of 60 rows of openorca") == 1, "both passes count it; it is said once"
 
 
 # ---- what is written about them
@@ -540,7 +547,7 @@ def test_a_mixture_is_tokenized_and_kept_like_any_source(hub, tmp_path, capsys, 
 
 def test_the_documentation_has_every_set_as_it_is():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    for name, known in SETS.items():
+    for name, known in HUB_SETS.items():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
         for word in (known.id, *known.columns, known.licence, known.default or "", *known.choices.split(", ")):
             assert word in line, (name, word)

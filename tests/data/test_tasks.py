@@ -7,7 +7,7 @@ import pytest
 
 from moonwhale.data import tasks
 from moonwhale.data.loading import load_source
-from moonwhale.data.tasks import Problem, answer_of, is_held_out, is_well_formed, load_task
+from moonwhale.data.tasks import Problem, extract_answer, is_held_out, is_well_formed, load_task
 from moonwhale.errors import UserError
 
 SUMS = "chain_sum:max_terms=3:max_digits=2"
@@ -83,8 +83,8 @@ def test_form(text, well_formed):
 
 
 def test_the_answer_is_what_stands_in_the_last_marks():
-    assert answer_of("<answer>1</answer> no <answer>\n2 </answer>") == "2"
-    assert answer_of("2") is None
+    assert extract_answer("<answer>1</answer> no <answer>\n2 </answer>") == "2"
+    assert extract_answer("2") is None
 
 
 def test_an_own_file_is_compared_as_mathematics(own_file):

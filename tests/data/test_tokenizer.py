@@ -9,7 +9,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from moonwhale.data import chat, tokenizer
 from moonwhale.data.chat import encode_document, encode_prompt
 from moonwhale.data.source import Source
-from moonwhale.data.tokenizer import byte_lengths, fingerprint, load_tokenizer, train_tokenizer, trained_tokenizer
+from moonwhale.data.tokenizer import (
+    byte_lengths,
+    load_or_train_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from moonwhale.errors import UserError
 
 TEXT = "The whale sang to the moon, and the moon sang back to the whale. 1234 times! Ünïcode: 你好 🐳\n\n\tdef f():\r\n"
@@ -68,10 +74,10 @@ def test_text_cannot_forge_control_tokens(any_tokenizer):
 
 
 def test_pieces_of_a_long_text_are_the_text(ours, monkeypatch):
-    monkeypatch.setattr(chat, "PIECE", 7)
-    monkeypatch.setattr(chat, "BATCH", 3)
+    monkeypatch.setattr(chat, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(chat, "PIECES_PER_BATCH", 3)
     for text in (TEXT, "x" * 30, "\n" * 30, "exactly"):
-        assert "".join(chat._pieces(text)) == text
+        assert "".join(chat._split_pieces(text)) == text
         assert ours.decode(encode_document(ours, text), skip_special_tokens=True) == text
 
 
@@ -125,39 +131,41 @@ def test_template_refuses_an_unknown_role(ours):
 def test_saved_and_loaded_it_is_the_same(any_tokenizer, tmp_path):
     any_tokenizer.save_pretrained(tmp_path)
     for loaded in (load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)):
-        assert fingerprint(loaded) == fingerprint(any_tokenizer)
+        assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(any_tokenizer)
         assert loaded.pad_token_id == any_tokenizer.pad_token_id
         assert encode_document(loaded, CHAT).tolist() == encode_document(any_tokenizer, CHAT).tolist()
 
 
 def test_training_is_deterministic_and_cached(tmp_path, monkeypatch):
     source = Source("whale", "print", lambda: iter([TEXT, CHAT]))
-    first = trained_tokenizer(source, 300, tmp_path)
-    assert fingerprint(first) == fingerprint(train_tokenizer([TEXT, *(m["content"] for m in CHAT)], 300))
+    first = load_or_train_tokenizer(source, 300, tmp_path)
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(
+        train_tokenizer([TEXT, *(m["content"] for m in CHAT)], 300)
+    )
     monkeypatch.setattr(tokenizer, "train_tokenizer", None)
-    assert fingerprint(trained_tokenizer(source, 300, tmp_path)) == fingerprint(first)
+    assert tokenizer_fingerprint(load_or_train_tokenizer(source, 300, tmp_path)) == tokenizer_fingerprint(first)
     with pytest.raises(TypeError):
-        trained_tokenizer(Source("whale", "another print", source.read), 300, tmp_path)
+        load_or_train_tokenizer(Source("whale", "another print", source.read), 300, tmp_path)
 
 
 def test_a_damaged_trained_tokenizer_is_trained_again(tmp_path, caplog):
     source = Source("whale", "print", lambda: iter([TEXT, CHAT]))
-    first = trained_tokenizer(source, 300, tmp_path)
+    first = load_or_train_tokenizer(source, 300, tmp_path)
     (file,) = tmp_path.glob("tokenizers/*/tokenizer.json")
     file.write_text(file.read_text()[:500])
-    assert fingerprint(trained_tokenizer(source, 300, tmp_path)) == fingerprint(first)
+    assert tokenizer_fingerprint(load_or_train_tokenizer(source, 300, tmp_path)) == tokenizer_fingerprint(first)
     assert "training it again" in caplog.text
 
 
 def test_fingerprint_sees_vocabulary_and_template_but_not_padding(ours):
-    before = fingerprint(ours)
+    before = tokenizer_fingerprint(ours)
     ours(["a", "a b c"], padding=True, truncation=True, max_length=2)
-    assert fingerprint(ours) == before
-    assert fingerprint(train_tokenizer([TEXT] * 3, 300)) != before
+    assert tokenizer_fingerprint(ours) == before
+    assert tokenizer_fingerprint(train_tokenizer([TEXT] * 3, 300)) != before
     other = train_tokenizer([TEXT] * 3, 320)
-    assert fingerprint(other) == before
+    assert tokenizer_fingerprint(other) == before
     other.chat_template += " "
-    assert fingerprint(other) != before
+    assert tokenizer_fingerprint(other) != before
 
 
 def test_vocabulary_too_small():

@@ -14,7 +14,7 @@ import torch
 from moonwhale import cli
 from moonwhale.checkpoint import log_history, newest_whole
 from moonwhale.data.loading import Source, load_source
-from moonwhale.data.packing import prepare, prepare_whole
+from moonwhale.data.packing import pack_all, pack_split
 from moonwhale.data.tasks import Problem, Task
 from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
@@ -84,7 +84,7 @@ def by_hand(model, tokenizer, rows):
 
 @torch.no_grad()
 def test_text_is_scored_as_by_hand(small_model, small_tokenizer, text_folder):
-    rows = prepare_whole(load_source(str(text_folder)), small_tokenizer, 48)
+    rows = pack_all(load_source(str(text_folder)), small_tokenizer, 48)
     score = score_text(small_model, rows, small_tokenizer, batch_size=3)
     bits, n_bytes, hits = by_hand(small_model, small_tokenizer, rows)
     assert (score.rows, score.targets, score.bytes) == (len(rows), hits[0][1], n_bytes)
@@ -115,11 +115,11 @@ def test_trainings_own_last_evaluation_comes_out_again(tiny_run, text_folder, tm
 
 def test_the_whole_is_all_of_the_text(small_tokenizer, text_folder):
     source = load_source(str(text_folder))
-    parts, whole = prepare(source, small_tokenizer, 32), prepare_whole(source, small_tokenizer, 32)
+    parts, whole = pack_split(source, small_tokenizer, 32), pack_all(source, small_tokenizer, 32)
     assert whole.n_bytes == sum(len(path.read_bytes()) for path in text_folder.iterdir())
     assert whole.n_tokens == sum(part.n_tokens for part in parts) and all(part.n_tokens for part in parts)
     with pytest.raises(UserError, match="`context` 1"):
-        prepare_whole(source, small_tokenizer, 1)
+        pack_all(source, small_tokenizer, 1)
 
 
 def test_rows_are_spread():
@@ -215,7 +215,7 @@ def test_counts_of_guesses_are_summed():
 def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, text_folder):
     """Whatever the length of an answer: module 1's guess for token n stands in its state at n - 2, told token n - 1."""
     texts = [path.read_text() for path in sorted(text_folder.iterdir())][:30]
-    rows = prepare_whole(Source("given", "thirty", lambda: iter(texts)), small_tokenizer, 48)
+    rows = pack_all(Source("given", "thirty", lambda: iter(texts)), small_tokenizer, 48)
     completions = continue_text(engine, rows)
     tokens = forwards = tested = held = 0
     for document, completion in enumerate(completions):
@@ -236,7 +236,7 @@ def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, tex
 
 def test_beginnings_of_documents(small_tokenizer):
     texts = ["The whale sang to the moon.", "Moon.", "The whale and the moon sang back to the whale."]
-    rows = prepare_whole(Source("given", "beginnings", lambda: iter(texts)), small_tokenizer, 8)
+    rows = pack_all(Source("given", "beginnings", lambda: iter(texts)), small_tokenizer, 8)
     for document, text in enumerate(texts):
         ids = small_tokenizer(text)["input_ids"]  # bos and the text
         assert [rows.beginning(document, n).tolist() for n in (1, 3, 99)] == [ids[:1], ids[:3], ids]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from moonwhale.checkpoint import log_history, newest_whole, open_checkpoint
 from moonwhale.data.chat import encode_answers, encode_document
 from moonwhale.data.loading import load_source
-from moonwhale.data.packing import prepare
+from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
-from moonwhale.data.shards import document_hash
+from moonwhale.data.split import document_hash
 from moonwhale.errors import UserError
 from moonwhale.posttrain import config as post
 from moonwhale.posttrain.sft import SFTOptions, sft
@@ -81,7 +81,7 @@ def test_held_out_is_what_pretraining_holds_out(small_tokenizer, chats, tmp_path
     source = load_source(str(chats))
     train, held_out = load_conversations(source, small_tokenizer, tmp_path)
     assert len(train) + len(held_out) == 60
-    _, aside = prepare(source, small_tokenizer, 48, cache_dir=tmp_path)
+    _, aside = pack_split(source, small_tokenizer, 48, cache_dir=tmp_path)
     stream = np.concatenate([aside[i]["input_ids"].numpy() for i in range(len(aside))])[: aside.n_tokens]
     assert np.concatenate([row["input_ids"] for row in held_out]).tolist() == stream.tolist()
     assert len({document_hash(c) for c in source}) == 60

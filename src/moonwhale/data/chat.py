@@ -1,4 +1,9 @@
-"""From a document to token ids: the chat template, and where a document begins and ends."""
+"""Encodes documents, prompts and answers as token ids. Owns the chat template and every prompt.
+
+- `encode_documents`: texts and conversations for pretraining.
+- `encode_prompt`: a text to be continued; `encode_conversation`: messages to be answered.
+- `encode_answers`: conversations for fine-tuning, with a mask of what the assistant wrote.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,8 +18,8 @@ from moonwhale.errors import UserError
 
 ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
 
-# Everything the assistant has to produce, its end-of-message token included, stands inside `generation`, so that
-# fine-tuning can put the loss on just that.
+# `generation` encloses everything that the assistant has to produce, the end token of its message included, so that
+# fine-tuning can put the loss on exactly that.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -31,31 +36,75 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-PIECE = 1 << 16  # characters; pieces of a long text are encoded in parallel and in bounded memory
-BATCH = 256  # pieces at a time
-# Rows are cut later, so a text beyond `model_max_length` is no cause for a warning.
-QUIETLY = {"verbose": False, "return_attention_mask": False}
+# A long text is encoded in pieces: in parallel and in bounded memory.
+PIECE_CHARACTERS = 1 << 16
+PIECES_PER_BATCH = 256
+# Not verbose: rows are cut later, so a text longer than `model_max_length` needs no warning.
+TOKENIZER_OPTIONS = {"verbose": False, "return_attention_mask": False}
+
+
+# ---- documents
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> np.ndarray:
-    """Ids (n,) uint32 of one document: bos + text + eos, or the chat template's rendering of messages.
+    """Returns the ids (n,) uint32 of a document: bos + text + eos, or the chat template's rendering of messages.
 
-    A control token's name inside the text or a message ("<|eos|>" in a web page) is encoded as ordinary characters.
-    Raises UserError when the tokenizer's chat template refuses the messages.
+    The name of a control token inside a text or a message ("<|eos|>" in a web page) is encoded as ordinary characters.
+    Raises UserError if the tokenizer's chat template refuses the messages.
     """
     return encode_documents(tokenizer, [document])[0]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[np.ndarray]:
-    """`encode_document` of each, on all cores: the tokenizer's threads, which TOKENIZERS_PARALLELISM=false stops."""
+    """Encodes each document as `encode_document` does, on all cores.
+
+    The tokenizers library starts the threads; TOKENIZERS_PARALLELISM=false in the environment prevents it.
+    """
     encoded: list[np.ndarray] = []
     for is_text, group in groupby(documents, key=lambda document: isinstance(document, str)):
         encoded += (_encode_texts if is_text else _encode_chats)(tokenizer, list(group))
     return encoded
 
 
+def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    pieces = [list(_split_pieces(text)) for text in texts]
+    flat = [piece for of_text in pieces for piece in of_text]
+    ids: list[np.ndarray] = []
+    for start in range(0, len(flat), PIECES_PER_BATCH):
+        batch = tokenizer(
+            flat[start : start + PIECES_PER_BATCH],
+            add_special_tokens=False,
+            split_special_tokens=True,  # so that text cannot forge a control token
+            **TOKENIZER_OPTIONS,
+        )
+        ids += [np.array(piece, np.uint32) for piece in batch["input_ids"]]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    remaining = iter(ids)
+    return [
+        np.concatenate([bos, *(next(remaining) for _ in of_text), [tokenizer.eos_token_id]]).astype(np.uint32)
+        for of_text in pieces
+    ]
+
+
+def _split_pieces(text: str) -> Iterator[str]:
+    """Cuts a long text after the last line end within every PIECE_CHARACTERS, or at their end if there is none."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _encode_chats(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[np.ndarray]:
+    return [np.array(chat, np.uint32) for chat in _render(tokenizer, chats)["input_ids"]]
+
+
+# ---- prompts
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Encode a text to be continued: the ids that `encode_document` gives, without the final eos.
+    """Encodes a text to be continued: its ids as a document, without the final eos.
 
     Raises UserError if the text is not valid UTF-8.
     """
@@ -64,10 +113,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[int]:
-    """Encode a conversation to be answered: the chat template's rendering, up to where the assistant's answer begins.
+    """Encodes a conversation to be answered: the chat template's rendering, up to where the assistant's answer begins.
 
-    Control tokens that a user types are encoded as ordinary characters.
-    Raises UserError if a message has no text, is not valid UTF-8, or if the chat template refuses the conversation.
+    The name of a control token inside a message is encoded as ordinary characters. Raises UserError if a message has no
+    text or is not valid UTF-8, or if the chat template refuses the conversation.
     """
     for message in messages:
         if not isinstance(message.get("content"), str):
@@ -78,44 +127,26 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[dict]
 
 
 def _check_utf8(text: str) -> None:
-    """Refuse halves of surrogate pairs: they stand for bytes that were not valid UTF-8."""
+    """Raises UserError for half of a surrogate pair, which stands for bytes that were not valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid UTF-8 text (at character {error.start})") from error
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    pieces = [list(_pieces(text)) for text in texts]
-    flat = [piece for of_text in pieces for piece in of_text]
-    ids: list[np.ndarray] = []
-    for start in range(0, len(flat), BATCH):
-        batch = tokenizer(flat[start : start + BATCH], add_special_tokens=False, split_special_tokens=True, **QUIETLY)
-        ids += [np.array(piece, np.uint32) for piece in batch["input_ids"]]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    remaining = iter(ids)
-    return [
-        np.concatenate([bos, *(next(remaining) for _ in of_text), [tokenizer.eos_token_id]]).astype(np.uint32)
-        for of_text in pieces
-    ]
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text after the last line end within every PIECE characters (anywhere, if there is none)."""
-    start = 0
-    while len(text) - start > PIECE:
-        stop = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+# ---- answers
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each conversation its ids (n,) int64, and which of them the template's generation marks enclose (n,) bool.
+    """Encodes conversations, and marks the tokens that the chat template's `generation` encloses.
 
-    Raises UserError when the tokenizer's chat template refuses a conversation.
+    Returns:
+        for each conversation, its ids (n,) int64 and the mask (n,) bool.
+
+    Raises:
+        UserError: the tokenizer's chat template refuses a conversation.
     """
-    if _forges(tokenizer, chats):  # transformers cannot sanitize and mask in one go
+    if _mentions_control_token(tokenizer, chats):  # transformers cannot sanitize and mask in one call
         return [_encode_turns(tokenizer, chat) for chat in chats]
     batch = _render(tokenizer, chats, return_assistant_tokens_mask=True)
     both = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
@@ -123,35 +154,38 @@ def encode_answers(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) 
 
 
 def _encode_turns(tokenizer: PreTrainedTokenizerFast, chat: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_answers` of one conversation, by what each of the assistant's turns adds to the prompt before it."""
+    """Encodes one conversation as `encode_answers` does, by comparing its prefixes before and after each answer."""
     (ids,) = _encode_chats(tokenizer, [chat])
     mask = np.zeros(len(ids), bool)
     for i, message in enumerate(chat):
         if message["role"] == "assistant":
-            (prompt,) = _render(tokenizer, [chat[:i]], add_generation_prompt=True)["input_ids"]
-            (turn,) = _encode_chats(tokenizer, [chat[: i + 1]])
-            mask[len(prompt) : len(turn)] = True
+            (before,) = _render(tokenizer, [chat[:i]], add_generation_prompt=True)["input_ids"]
+            (after,) = _encode_chats(tokenizer, [chat[: i + 1]])
+            mask[len(before) : len(after)] = True
     return ids.astype(np.int64), mask
 
 
-def _encode_chats(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[np.ndarray]:
-    return [np.array(chat, np.uint32) for chat in _render(tokenizer, chats)["input_ids"]]
-
-
-def _forges(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> bool:
-    """Whether a message holds a control token's name. Sanitizing takes twice as long, and hardly any batch needs it."""
-    control = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
-    return any(control.search(message["content"]) for chat in chats for message in chat)
+# ---- the chat template
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]], **options) -> dict:
+    """Applies the chat template. Raises UserError if it refuses a conversation."""
     try:
         return tokenizer.apply_chat_template(
             chats,
-            sanitize_control_tokens=_forges(tokenizer, chats),
-            tokenizer_kwargs=QUIETLY,
+            sanitize_control_tokens=_mentions_control_token(tokenizer, chats),
+            tokenizer_kwargs=TOKENIZER_OPTIONS,
             return_dict=True,
             **options,
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+
+
+def _mentions_control_token(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> bool:
+    """Whether a message contains the name of a control token, so that the chats must be sanitized.
+
+    Sanitizing takes twice as long, and few batches need it.
+    """
+    control = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+    return any(control.search(message["content"]) for chat in chats for message in chat)

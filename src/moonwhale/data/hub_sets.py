@@ -1,4 +1,7 @@
-"""The hub's data sets that have a name here: which columns are read, what is let through, under which licence."""
+"""The hub's data sets that have a short name here: the columns read, the filter, the licence.
+
+To add a set, add its entry to HUB_SETS and its line to docs/data.md.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,30 +14,40 @@ from moonwhale.errors import UserError
 
 @dataclass(frozen=True)
 class HubSet:
-    """What `--data NAME` reads, or `NAME:CHOICE`, where one can choose a configuration or (`keeps`) a language."""
+    """What `--data NAME` or `--data NAME:CHOICE` reads.
 
-    id: str  # on the hub
+    The choice is a configuration of the set or, if the set has a filter (`keeps`), a language.
+
+    `to_document` makes a document of a row, or returns None to filter the row out. It may raise BadRow. In a set with a
+    filter, it takes the language as an argument too.
+    """
+
+    id: str  # the set's name on the hub
     columns: tuple[str, ...]
-    document: Callable[..., Document | None]  # of a row; None if a filter holds it back. May raise BadRow
+    to_document: Callable[..., Document | None]
     licence: str
-    default: str | None = None  # where no choice is named; None leaves it to the hub
-    choices: str = ""  # examples, where one has to be named
-    keeps: str = ""  # what the filter lets through; {} is the language, then `document`'s second argument
+    default: str | None = None  # the choice if the user names none; None leaves it to the hub
+    choices: str = ""  # examples, if the user has to name one
+    keeps: str = ""  # what the filter lets through; {} stands for the language
     gated: bool = False
     note: str = ""
 
     def choose(self, spec: str) -> tuple[str | None, Callable[[dict], Document | None], str]:
-        """Configuration, what makes a document of a row, and what the filter keeps, for `NAME` or `NAME:CHOICE`.
+        """Resolves `NAME` or `NAME:CHOICE`.
 
-        Raises UserError where a choice is missing.
+        Returns:
+            the configuration, the function that makes a document of a row, and what the filter keeps.
+
+        Raises:
+            UserError: the set needs a choice and `spec` has none.
         """
         name, _, choice = spec.partition(":")
         choice = choice or self.default
         if self.choices and not choice:
             raise UserError(f"`data`: {name} needs a configuration: {name}:NAME, with one such as {self.choices}")
         if self.keeps:
-            return None, partial(self.document, language=choice), self.keeps.format(choice)
-        return choice, self.document, ""
+            return None, partial(self.to_document, language=choice), self.keeps.format(choice)
+        return choice, self.to_document, ""
 
 
 def _text(row: dict) -> Document:
@@ -49,8 +62,8 @@ def _article(row: dict) -> Document:
 
 
 def _openorca(row: dict) -> Document:
-    roles = {"system": row["system_prompt"] or "", "user": row["question"], "assistant": row["response"]}
-    return chat([{"role": role, "content": content} for role, content in roles.items()])
+    contents = {"system": row["system_prompt"] or "", "user": row["question"], "assistant": row["response"]}
+    return chat([{"role": role, "content": content} for role, content in contents.items()])
 
 
 def _infinity_instruct(row: dict) -> Document:
@@ -58,7 +71,7 @@ def _infinity_instruct(row: dict) -> Document:
 
 
 def _lmsys_chat(row: dict, language: str) -> Document | None:
-    """One language, nothing that the moderation flagged, nothing in which names were blotted out."""
+    """Keeps one language. Drops what the moderation flagged, and conversations in which names were redacted."""
     flags = [verdict and verdict["flagged"] for verdict in row["openai_moderation"] or []]
     if not flags or None in flags:
         raise BadRow("no moderation", row)
@@ -67,11 +80,11 @@ def _lmsys_chat(row: dict, language: str) -> Document | None:
     return chat(row["conversation"])
 
 
-SETS = {
+HUB_SETS = {
     "wikicorpus": HubSet(
         id="wikimedia/wikipedia",
         columns=("title", "text"),
-        document=_article,
+        to_document=_article,
         licence="CC BY-SA 3.0 and GFDL",
         default="20231101.en",
         note="wikicorpus's own loading script no longer works, so this is Wikipedia as of November 2023",
@@ -79,28 +92,28 @@ SETS = {
     "fineweb-edu": HubSet(
         id="HuggingFaceFW/fineweb-edu",
         columns=("text",),
-        document=_text,
+        to_document=_text,
         licence="ODC-By 1.0, and Common Crawl's terms of use",
         default="sample-10BT",
-        note="a download of 28 GB, unless --data-documents says how much of it to read",
+        note="a download of 28 GB, unless `data_documents` limits it",
     ),
     "tinystories": HubSet(
         id="roneneldan/TinyStories",
         columns=("text",),
-        document=_text,
+        to_document=_text,
         licence="CDLA-Sharing 1.0",
     ),
     "openorca": HubSet(
         id="Open-Orca/OpenOrca",
         columns=("system_prompt", "question", "response"),
-        document=_openorca,
+        to_document=_openorca,
         licence="MIT",
-        note="its answers are GPT-3.5's and GPT-4's",
+        note="its answers were written by GPT-3.5 and GPT-4",
     ),
     "infinity-instruct": HubSet(
         id="BAAI/Infinity-Instruct",
         columns=("conversations",),
-        document=_infinity_instruct,
+        to_document=_infinity_instruct,
         licence="CC BY-SA 4.0",
         choices="3M, 7M, 0625, Gen, 7M_core",
         gated=True,
@@ -109,7 +122,7 @@ SETS = {
     "lmsys-chat-1m": HubSet(
         id="lmsys/lmsys-chat-1m",
         columns=("conversation", "language", "openai_moderation", "redacted"),
-        document=_lmsys_chat,
+        to_document=_lmsys_chat,
         licence="LMSYS-Chat-1M Dataset License Agreement",
         default="English",
         keeps="what is in {}, not flagged by the moderation, and not redacted",
@@ -118,8 +131,8 @@ SETS = {
     ),
 }
 
-# What the command lines say of --data.
+# The help text of --data, in every verb that has it.
 DATA_HELP = (
     "file, folder, glob, hub set owner/name[:configuration]; built in: chitchat, python; by name: "
-    f"{', '.join(SETS)}; or several with weights, as A=0.7,B=0.3"
+    f"{', '.join(HUB_SETS)}; or several with weights, as A=0.7,B=0.3"
 )

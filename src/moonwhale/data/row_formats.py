@@ -1,8 +1,8 @@
-"""How a row of a table becomes a document."""
+"""Turns a row of a table into a document: the columns that are read, and the spellings of a conversation."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from moonwhale.data.source import ROLES, Document, LeftOut
+from moonwhale.data.source import ROLES, Document, SkippedRow
 from moonwhale.errors import UserError, one_line
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -11,7 +11,11 @@ ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": 
 
 
 class BadRow(Exception):
-    """A row that cannot be read: the reason, in words that are the same for all of its kind, and the culprit."""
+    """Says that a row cannot be read.
+
+    `reason` has the same words for every row with the same fault, so that they can be counted. `culprit` is the value
+    that cannot be read.
+    """
 
     def __init__(self, reason: str, culprit: object):
         super().__init__(reason)
@@ -22,12 +26,18 @@ def read_rows(
     rows: Iterable[dict],
     where: str,
     columns: Sequence[str] = (),
-    document: Callable[[dict], Document | None] | None = None,
-) -> Iterator[Document | LeftOut]:
-    """A document of each row, or why there is none.
+    to_document: Callable[[dict], Document | None] | None = None,
+) -> Iterator[Document | SkippedRow]:
+    """Yields the document of each row, or a SkippedRow.
 
-    It is what `document` makes of the row (None: filtered out; it may raise BadRow), by default `text_or_chat` of
-    `columns`, by default the first of the usual ones. Raises UserError for a column that does not exist.
+    Args:
+        where: the name of the table, for messages.
+        columns: the columns to read; by default the first of CHAT_COLUMNS and TEXT_COLUMNS that the table has.
+        to_document: makes a document of a row. It returns None for a row that it filters out, and may raise BadRow.
+            By default, `text_or_chat` of `columns`.
+
+    Raises:
+        UserError: a column does not exist.
     """
     for number, row in enumerate(rows, 1):
         columns = columns or [column for column in (*CHAT_COLUMNS, *TEXT_COLUMNS) if column in row][:1]
@@ -36,17 +46,17 @@ def read_rows(
             asked = f"no column {','.join(missing)}" if columns else "no column of messages or text"
             raise UserError(f"`data_columns`: {where} has {asked}; it has {', '.join(row)}")
         try:
-            made = document(row) if document else text_or_chat(row, columns)
+            document = to_document(row) if to_document else text_or_chat(row, columns)
         except BadRow as bad:
-            yield LeftOut(bad.reason, f"row {number} of {where}: {one_line(bad.culprit)[:80]}")
+            yield SkippedRow(bad.reason, f"row {number} of {where}: {one_line(bad.culprit)[:80]}")
         else:
-            yield LeftOut() if made is None else made
+            yield SkippedRow() if document is None else document
 
 
 def text_or_chat(row: dict, columns: Sequence[str]) -> Document:
-    """The texts in a row's `columns`, joined by a blank line, or the messages in its one column.
+    """Joins the texts in a row's `columns` by a blank line, or reads the messages in its only column.
 
-    Raises BadRow when they hold neither.
+    Raises BadRow if the columns hold neither.
     """
     values = [row[column] for column in columns if row[column] is not None]
     if not values:
@@ -59,26 +69,32 @@ def text_or_chat(row: dict, columns: Sequence[str]) -> Document:
 
 
 def chat(messages: object) -> list[dict]:
-    """A list of messages as {"role", "content"}, from either spelling in use, that one or {"from", "value"}.
+    """Reads a list of messages in either common spelling: {"role", "content"} or {"from", "value"}.
 
-    The system may speak first (if it says nothing, it is left out); user and assistant follow in turn.
-    Raises BadRow for anything else, and for a user or assistant who says nothing.
+    The first message may be the system's; a blank one is dropped. Then user and assistant take turns, the user first.
+
+    Returns:
+        the messages as {"role", "content"}.
+
+    Raises:
+        BadRow: `messages` has another form, or a message of the user or the assistant is blank.
     """
     if not isinstance(messages, list) or not messages:
         raise BadRow("no conversation", messages)
-    read = [_message(message) for message in messages]
-    first = 1 if read[0]["role"] == "system" else 0
-    roles = [message["role"] for message in read]
-    if not read[first:] or roles[first:] != [("user", "assistant")[i % 2] for i in range(len(roles) - first)]:
+    found = [_message(message) for message in messages]
+    roles = [message["role"] for message in found]
+    turns = found[1:] if roles[0] == "system" else found
+    alternating = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if not turns or [message["role"] for message in turns] != alternating:
         raise BadRow("user and assistant not in turn", f"{', '.join(roles)}")
-    if silent := [message for message in read[first:] if not message["content"].strip()]:
-        raise BadRow("a blank message", silent[0])
-    return read if read[0]["content"].strip() else read[1:]
+    if blank := [message for message in turns if not message["content"].strip()]:
+        raise BadRow("a blank message", blank[0])
+    return found if found[0]["content"].strip() else turns
 
 
 def _message(message: object) -> dict:
     fields = message if isinstance(message, dict) else {}
-    # A table that mixes the spellings gives every message all four fields, null where it has none.
+    # A table that mixes the two spellings gives every message all four fields, with null for those it lacks.
     role = fields.get("from") if fields.get("role") is None else fields["role"]
     content = fields.get("value") if fields.get("content") is None else fields["content"]
     role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role

@@ -1,4 +1,4 @@
-"""Conversations for fine-tuning: token ids, and labels on what the assistant wrote."""
+"""Encodes conversations for fine-tuning: token ids, with labels on what the assistant wrote."""
 
 import hashlib
 import itertools
@@ -12,37 +12,36 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.chat import encode_answers
-from moonwhale.data.packing import HELD_OUT, held_out_of
-from moonwhale.data.shards import document_hash
+from moonwhale.data.packing import IGNORE_INDEX
 from moonwhale.data.source import Source
-from moonwhale.data.tokenizer import fingerprint
+from moonwhale.data.split import document_hash, held_out_mask
+from moonwhale.data.tokenizer import tokenizer_fingerprint
 from moonwhale.errors import UserError
 from moonwhale.files import cache_folder, locked
 
-FORMAT = 1
-BATCH = 256  # conversations that are encoded together
-IGNORE_INDEX = -100  # as `model.loss.IGNORE_INDEX`; this room does not import `model`
+FORMAT = 1  # raise it whenever the same source and tokenizer would give other rows
+CONVERSATIONS_PER_BATCH = 256
 
 
 def load_conversations(
     source: Source, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and held-out rows {"input_ids", "labels"}, a conversation each, encoded once and kept in the cache.
+    """Returns training and held-out rows {"input_ids", "labels"}, one for each conversation.
 
-    A label is the id itself where the chat template says that the assistant generates, its end token included, and
-    -100 elsewhere; conversations without such a token are left out. A conversation is held out exactly if pretraining
-    would hold it out.
+    Conversations are encoded once and kept in the cache. The label of a token is its id where the chat template marks
+    the assistant's output, end token included, and -100 elsewhere. Conversations without such a token are dropped. The
+    split is that of pretraining (see split.py).
 
     Raises:
-        UserError: the source holds text instead of conversations, or fewer than two; the template has no generation
-            marks or refuses a conversation.
+        UserError: the source holds text instead of conversations, or fewer than two different conversations; the chat
+            template has no generation marks, or refuses a conversation.
     """
     if not re.search(r"\{%-?\s*generation\b", tokenizer.chat_template or ""):
         raise UserError(
-            "the tokenizer's chat template has no {% generation %} marks, so what the assistant wrote cannot be told: "
-            "put {% generation %} and {% endgeneration %} around it in chat_template.jinja"
+            "the tokenizer's chat template has no {% generation %} marks, which tell what the assistant wrote: put "
+            "{% generation %} and {% endgeneration %} around the assistant's output in chat_template.jinja"
         )
-    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {fingerprint(tokenizer)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer_fingerprint(tokenizer)}".encode()).hexdigest()[:16]
     folder = cache_folder(cache_dir) / "conversations"
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -55,22 +54,22 @@ def load_conversations(
     hashes = np.array(rows["hash"], np.uint64)
     if len(np.unique(hashes)) < 2:
         raise UserError(f"`data`: {source.name} holds fewer than two different conversations: give more")
-    aside = held_out_of(hashes, HELD_OUT)
+    held_out = held_out_mask(hashes)
     rows = rows.remove_columns("hash")
-    return rows.select(np.flatnonzero(~aside)), rows.select(np.flatnonzero(aside))
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
 def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict]:
     documents = iter(source)
     with tqdm(total=source.n_documents, desc="encoding", unit=" conversations", leave=False, disable=None) as bar:
-        while batch := list(itertools.islice(documents, BATCH)):
+        while batch := list(itertools.islice(documents, CONVERSATIONS_PER_BATCH)):
             if any(isinstance(document, str) for document in batch):
                 raise UserError(
-                    f"`data`: {source.name} holds text, not conversations: fine-tuning needs a column of messages "
-                    "(name it by `data_columns`), or train on text by `moonwhale train`"
+                    f"`data`: {source.name} holds text, not conversations: choose a column of messages by "
+                    "`data_columns`, or train on text with `moonwhale train`"
                 )
-            for document, (ids, answered) in zip(batch, encode_answers(tokenizer, batch), strict=True):
-                if answered.any():
-                    labels = np.where(answered, ids, IGNORE_INDEX)
+            for document, (ids, is_answer) in zip(batch, encode_answers(tokenizer, batch), strict=True):
+                if is_answer.any():
+                    labels = np.where(is_answer, ids, IGNORE_INDEX)
                     yield {"input_ids": ids, "labels": labels, "hash": np.uint64(document_hash(document))}
             bar.update(len(batch))

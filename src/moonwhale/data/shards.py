@@ -1,7 +1,8 @@
-"""A source's token ids on disk: built once, checked, and memory-mapped.
+"""Stores a source's token ids on disk: built once, verified by checksums, memory-mapped.
 
-A built folder holds `tokens-NNNNN.bin` (raw little-endian uint16, or uint32 for large vocabularies; SHARD_TOKENS ids
-each), `documents.npy` (one record a document) and `index.json` (counts, sizes, checksums). It appears all at once.
+A folder holds `tokens-NNNNN.bin` (raw little-endian uint16, or uint32 for large vocabularies; SHARD_TOKENS ids each),
+`documents.npy` (one DOCUMENT record per document) and `index.json` (sizes and checksums). It appears in one step, when
+it is complete.
 """
 
 import hashlib
@@ -19,30 +20,37 @@ from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.chat import encode_documents
 from moonwhale.data.source import Document, Source, texts_of
-from moonwhale.data.tokenizer import byte_lengths, fingerprint
+from moonwhale.data.split import document_hash
+from moonwhale.data.tokenizer import byte_lengths, tokenizer_fingerprint
 from moonwhale.files import cache_folder, checksum, locked, new_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # changes whenever the same source and tokenizer would give other files
+FORMAT = 2  # raise it whenever the same source and tokenizer would give other files
 SHARD_TOKENS = 1 << 26
 BATCH_CHARACTERS = 1 << 22
-CHEAP_BYTES = 1 << 26  # checksums of up to this much are verified at every opening, in about 0.1 s
+# Up to this many bytes, checksums are verified every time the shards are opened, which takes about 0.1 s.
+QUICK_CHECKSUM_BYTES = 1 << 26
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8")])
 
 
 @dataclass(frozen=True)
-class Shards:
-    """A built folder, opened. `documents` (n,) DOCUMENT; picklable (workers map the files themselves)."""
+class TokenShards:
+    """A built folder, opened. Its files form one stream of token ids.
+
+    Pickling keeps only the folder's path, so that every worker process maps the files itself.
+    """
 
     folder: Path
 
     @cached_property
     def index(self) -> dict:
+        """The content of `index.json`."""
         return json.loads((self.folder / "index.json").read_text())
 
     @cached_property
     def documents(self) -> np.ndarray:
+        """A DOCUMENT record for each document, (n,)."""
         return np.load(self.folder / "documents.npy", mmap_mode="r")
 
     @cached_property
@@ -50,23 +58,23 @@ class Shards:
         names = [name for name in self.index["files"] if name.startswith("tokens")]
         return [np.memmap(self.folder / name, self.index["dtype"], mode="r") for name in names]
 
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        """The ids at ascending places (n,) of the whole stream, as int64."""
-        size, ids = self.index["shard_tokens"], np.empty(len(at), np.int64)
-        if len(at):
-            for shard in range(at[0] // size, at[-1] // size + 1):
-                here = at // size == shard
-                ids[here] = self._maps[shard][at[here] % size]
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the ids (n,) int64 at ascending `positions` (n,) of the stream."""
+        size, ids = self.index["shard_tokens"], np.empty(len(positions), np.int64)
+        if len(positions):
+            for shard in range(positions[0] // size, positions[-1] // size + 1):
+                inside = positions // size == shard
+                ids[inside] = self._maps[shard][positions[inside] % size]
         return ids
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder}
 
-    def damage(self, thorough: bool = False) -> str | None:
-        """What is wrong with the files, if anything is. Checksums are read if `thorough`, or if that is cheap."""
+    def find_damage(self, thorough: bool = False) -> str | None:
+        """Returns what is wrong with the files, or None. Reads the checksums if `thorough`, or if that is quick."""
         try:
             files = self.index["files"]
-            thorough |= sum(file["size"] for file in files.values()) <= CHEAP_BYTES
+            thorough |= sum(file["size"] for file in files.values()) <= QUICK_CHECKSUM_BYTES
             for name, expected in files.items():
                 path = self.folder / name
                 if path.stat().st_size != expected["size"]:
@@ -80,24 +88,27 @@ class Shards:
 
 def build_shards(
     source: Source, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path | None = None, verify: bool = False
-) -> Shards:
-    """`source` in `tokenizer`'s ids: the folder built before if both are unchanged and it is undamaged, else a new one.
+) -> TokenShards:
+    """Tokenizes a source, or reuses the shards built before if source and tokenizer have not changed.
 
-    Raises UserError for what cannot be read (see `load_source`) and when the disk is full.
+    Damaged shards are built again; `verify` reads all checksums, also of large shards.
+
+    Raises:
+        UserError: the source cannot be read (see `load_source`), or the disk is full.
     """
-    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {fingerprint(tokenizer)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer_fingerprint(tokenizer)}".encode()).hexdigest()[:16]
     folder = cache_folder(cache_dir) / "shards" / f"{source.slug}-{key}"
     with locked(folder):
         if folder.is_dir():
-            shards = Shards(folder)
-            damage = shards.damage(thorough=verify)
+            shards = TokenShards(folder)
+            damage = shards.find_damage(thorough=verify)
             if damage is None:
                 return shards
             log.warning("%s is damaged (%s): building it again", folder, damage)
             shutil.rmtree(folder)
         with new_folder(folder) as building:
             _build(source, tokenizer, building)
-        return Shards(folder)
+        return TokenShards(folder)
 
 
 def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -121,7 +132,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     index = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,
-        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dtype": dtype.str,
         "shard_tokens": SHARD_TOKENS,
         "files": {
@@ -131,17 +142,18 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     (folder / "index.json").write_text(json.dumps(index, indent=1))
 
 
-def _append(folder: Path, start: int, stream: np.ndarray) -> None:
-    """Writes ids that take the places from `start` on, opening further shards as they fill up."""
-    while len(stream):
+def _append(folder: Path, start: int, ids: np.ndarray) -> None:
+    """Writes ids to the positions from `start` on, and opens another shard whenever one is full."""
+    while len(ids):
         shard, used = divmod(start, SHARD_TOKENS)
-        part = stream[: SHARD_TOKENS - used]
+        fitting = ids[: SHARD_TOKENS - used]
         with (folder / f"tokens-{shard:05}.bin").open("ab") as file:
-            file.write(part.tobytes())
-        start, stream = start + len(part), stream[len(part) :]
+            file.write(fitting.tobytes())
+        start, ids = start + len(fitting), ids[len(fitting) :]
 
 
 def _batches(source: Source) -> Iterator[list[Document]]:
+    """Groups documents into batches of about BATCH_CHARACTERS."""
     batch: list[Document] = []
     characters = 0
     for document in source:
@@ -152,9 +164,3 @@ def _batches(source: Source) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def document_hash(document: Document) -> int:
-    """64 bits of the document's content."""
-    text = document if isinstance(document, str) else json.dumps(document)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

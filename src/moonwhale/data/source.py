@@ -1,4 +1,4 @@
-"""What a document is, and a source of them that counts what it leaves out."""
+"""Defines a document and a source of documents, and counts the rows that a source skips."""
 
 import functools
 import hashlib
@@ -13,24 +13,29 @@ from moonwhale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Document = str | list[dict]  # text, or chat messages {"role": one of ROLES, "content": str}
+Document = str | list[dict]  # a text, or a chat: messages {"role": one of ROLES, "content": str}
 ROLES = ("system", "user", "assistant")
 
-MAX_BAD_SHARE = 0.05  # of a source's rows; more mean that the data, or how it is read, is wrong as a whole
-ROWS_TO_JUDGE = 10_000  # after so many, a source is not read to its end to learn that
+MAX_BAD_SHARE = 0.05  # a larger share of bad rows means that the data, or the way it is read, is wrong as a whole
+# A long source fails early: as soon as its bad rows exceed MAX_BAD_SHARE of this many rows, or of the rows read if
+# those are more. A shorter one is judged at its end.
+EARLY_FAILURE_ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Stands where a row gave no document: it cannot be read, for this reason, or (None) a filter held it back."""
+class SkippedRow:
+    """Takes the place of the document of a row that gives none.
+
+    `reason` says why the row cannot be read. It is None for a row that a filter rejected.
+    """
 
     reason: str | None = None
-    example: str = ""  # where the row is, and what is wrong with it
+    example: str = ""  # where the row is, and the value that cannot be read
 
 
 @dataclass
-class Tally:
-    """The rows read of one source, and which of them were left out."""
+class RowCounter:
+    """Counts the rows read from one source, and those among them that are filtered out or bad."""
 
     name: str
     keeps: str = ""
@@ -39,95 +44,100 @@ class Tally:
     bad: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def count(self, row: Document | LeftOut) -> None:
-        """Raises UserError once it is clear that too many rows are bad."""
+    def count(self, row: Document | SkippedRow) -> None:
+        """Counts one row. Raises UserError as soon as too many rows of a long source are bad."""
         self.rows += 1
-        if not isinstance(row, LeftOut):
+        if not isinstance(row, SkippedRow):
             return
         if row.reason is None:
             self.filtered += 1
             return
         self.bad[row.reason] += 1
         self.examples.setdefault(row.reason, row.example)
-        self._judge(max(self.rows, ROWS_TO_JUDGE))
+        self._check(max(self.rows, EARLY_FAILURE_ROWS))
 
     def close(self) -> None:
-        """Reports what was left out, in a line for bad rows and one for filtered ones.
+        """Reports the skipped rows: the bad ones in one line, the filtered ones in another.
 
         Raises UserError if too many rows are bad.
         """
-        self._judge(self.rows)
+        self._check(self.rows)
         if self.bad:
             reasons = "; ".join(f"{n:,} with {why} ({self.examples[why]})" for why, n in self.bad.most_common())
-            say_once(f"`data`: left out {self.bad.total():,} of {self.rows:,} rows of {self.name}: {reasons}")
+            warn_once(f"`data`: skipped {self.bad.total():,} of {self.rows:,} rows of {self.name}: {reasons}")
         if self.filtered:
-            say_once(f"`data`: {self.name} keeps {self.keeps}: {self.filtered:,} of {self.rows:,} rows are not")
+            warn_once(
+                f"`data`: {self.name} keeps {self.keeps}: {self.filtered:,} of {self.rows:,} rows were filtered out"
+            )
 
-    def _judge(self, rows: int) -> None:
+    def _check(self, rows: int) -> None:
+        """Raises UserError if the bad rows are more than MAX_BAD_SHARE of `rows`."""
         bad = self.bad.total()
         if bad > MAX_BAD_SHARE * rows:
             ((why, _),) = self.bad.most_common(1)
             raise UserError(
                 f"`data`: {bad:,} of {self.rows:,} rows of {self.name} ({bad / self.rows:.1%}) cannot be read, mostly "
-                f"those with {why} ({self.examples[why]}): mend them, or read other columns or another split with "
-                f"`data_columns`, `data_split` (up to {MAX_BAD_SHARE:.0%} are left out)"
+                f"those with {why} ({self.examples[why]}): fix them, or choose other columns or another split by "
+                f"`data_columns`, `data_split` (up to {MAX_BAD_SHARE:.0%} bad rows are skipped)"
             )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents, in a fixed order, read anew at each iteration.
+    """Documents in a fixed order, which every iteration reads anew.
 
-    `fingerprint` changes when the documents may have changed (files: names, sizes and modification times).
-    Iterating leaves out blank documents and whatever `read` marks as left out, and reports the latter at the end. It
-    raises UserError when something cannot be read, too many rows are bad (see Tally), or nothing is left.
+    Iterating skips blank documents and every SkippedRow, and reports the skipped rows at the end. It raises UserError
+    if something cannot be read, if too many rows are bad (see RowCounter), or if no document is left.
     """
 
     name: str
-    fingerprint: str
-    read: Callable[[], Iterator[Document | LeftOut]]
-    n_documents: int | None = None  # at most, for the progress bar; None where only reading could tell
-    limit: int | None = None  # documents after which it ends
-    keeps: str = ""  # what a filter lets through, in words
+    fingerprint: str  # changes when the documents may have changed (of files: names, sizes and modification times)
+    read: Callable[[], Iterator[Document | SkippedRow]]
+    n_documents: int | None = None  # an upper bound for the progress bar; None if only reading can tell
+    limit: int | None = None  # the source ends after this many documents
+    keeps: str = ""  # describes what a filter lets through
 
     def __iter__(self) -> Iterator[Document]:
-        tally = Tally(self.name, self.keeps)
-        yield from self.documents(tally)
-        tally.close()
+        counter = RowCounter(self.name, self.keeps)
+        yield from self.documents(counter)
+        counter.close()
 
-    def documents(self, tally: Tally) -> Iterator[Document]:
-        """As iterating does, but whoever asked closes the tally, so may stop earlier."""
+    def documents(self, counter: RowCounter) -> Iterator[Document]:
+        """Iterates like the source itself, but leaves closing `counter` to the caller, who may stop early."""
         found = 0
         for row in self.read():
-            tally.count(row)
-            if isinstance(row, LeftOut) or not any(text.strip() for text in texts_of(row)):
+            counter.count(row)
+            if isinstance(row, SkippedRow) or not any(text.strip() for text in texts_of(row)):
                 continue
             found += 1
             yield row
             if found == self.limit:
                 return
         if not found:
-            tally.close()
-            reason = "none of its rows is that" if tally.filtered else "it is empty, or all its documents are"
-            raise UserError(f"`data`: there is no text in {self.name} ({self.keeps and self.keeps + ': '}{reason})")
+            counter.close()
+            if counter.filtered:
+                reason = f"it keeps only {self.keeps}, and no row is that"
+            else:
+                reason = "it is empty, or all its documents are blank"
+            raise UserError(f"`data`: there is no text in {self.name}: {reason}")
 
     @property
     def slug(self) -> str:
-        """The name as part of a folder's name."""
+        """The name in a form that fits into the name of a folder."""
         return re.sub(r"[^\w.-]+", "-", Path(self.name).name)[:40].strip("-.") or "data"
 
 
 def texts_of(document: Document) -> list[str]:
-    """The text or, of a chat, each message's."""
+    """Returns the text of a document, or the content of each message of a chat."""
     return [document] if isinstance(document, str) else [message["content"] for message in document]
 
 
 def digest(*parts: object) -> str:
-    """Hex digest of values whose repr tells all of them."""
+    """Returns the SHA-256 hex digest of values whose `repr` describes them completely."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @functools.cache
-def say_once(line: str) -> None:
-    """Logs a line that a second pass over the same data would only repeat."""
+def warn_once(line: str) -> None:
+    """Logs a warning once, although every pass over the same data repeats it."""
     log.warning("%s", line)

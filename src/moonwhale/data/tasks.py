@@ -1,6 +1,6 @@
-"""Tasks whose answers can be checked by rule: questions, demonstrations of how to answer them, and their scores.
+"""Tasks whose answers a rule can check: questions, right answers, demonstrations of how to answer, and scores.
 
-An answer has DeepSeek-R1's form (arXiv 2501.12948 §2.2): `<think>…</think>`, then `<answer>…</answer>`.
+A completion has DeepSeek-R1's form (arXiv 2501.12948 §2.2): `<think>…</think>`, then `<answer>…</answer>`.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from pathlib import Path
 from moonwhale.data.source import Document, Source, digest
 from moonwhale.errors import UserError, did_you_mean, one_line
 
-HELD_OUT = 0.1  # of a task's questions, by the hash of their text
-DEMONSTRATIONS = 10_000  # of a task used as a source of data, if not told otherwise
-QUESTIONS = 1_000_000  # that reasoning-gym is asked for; it makes each when it is read
-TRIES = 1000  # questions drawn in vain before a task counts as exhausted
-WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-# What the command lines say of --task.
-TASK_HELP = "one of reasoning-gym's, as chain_sum:max_terms=3; gsm8k; or a .jsonl of questions and answers"
+HELD_OUT_QUESTIONS = 0.1  # the share of a task's questions that are held out, by the hash of their text
+DEMONSTRATIONS = 10_000  # the default size of `--data task:SPEC`
+GYM_QUESTIONS = 1_000_000  # the size asked of reasoning-gym, which makes each question only when it is read
+MAX_VAIN_DRAWS = 1000  # a task is exhausted after so many questions in a row from the wrong side of the split
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+# The help text of --task, in every verb that has it.
+TASK_HELP = "a task of reasoning-gym, as chain_sum:max_terms=3; gsm8k; or a .jsonl file of questions and answers"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its answer, and `entry`, what the task's scorer and demonstrator need beside them."""
+    """A question with its right answer. `entry` holds what else the task's `score` and `steps` need."""
 
     question: str
     answer: str
@@ -36,14 +36,16 @@ class Problem:
 
     @property
     def messages(self) -> list[dict]:
-        """What the model answers."""
+        """The prompt: the question as the user's message."""
         return [{"role": "user", "content": self.question}]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`draw(seed, held_out)` yields problems of one side; `score(problem, answer)` is 1 for right and 0 for wrong;
-    `steps(problem)` is the reasoning of a solution, "" where the task knows none.
+    """A source of problems with a rule to score answers.
+
+    `draw(seed, held_out)` yields the problems of one side of the split. `score(problem, answer)` is 1 for a right
+    answer and 0 for a wrong one. `steps(problem)` is the reasoning of a solution, or "" if the task knows none.
     """
 
     name: str
@@ -52,10 +54,10 @@ class Task:
     steps: Callable[[Problem], str]
 
     def problems(self, n: int, seed: int = 0, held_out: bool = False) -> list[Problem]:
-        """`n` problems, always the same for a seed. No question is ever both in training and held out.
+        """Returns the first `n` problems of a seed. No question is ever both in training and held out.
 
         Raises:
-            UserError: the task has not as many questions.
+            UserError: the task has fewer questions.
         """
         found = list(itertools.islice(self.draw(seed, held_out), n))
         if len(found) < n:
@@ -64,52 +66,59 @@ class Task:
         return found
 
     def demonstrate(self, problem: Problem) -> str:
-        """A well-formed right answer, for a cold start. A UserError for a task that has a scorer but no answers."""
+        """Returns a well-formed right completion, for a cold start.
+
+        Raises:
+            UserError: the task can score answers, but knows no right one.
+        """
         if not problem.answer:
-            raise UserError(f"`data`: {self.name} has no right answers to show: take another task")
+            raise UserError(f"`data`: {self.name} has no right answers to show: choose another task")
         return f"<think>{self.steps(problem)}</think>\n<answer>{problem.answer}</answer>"
 
     def accuracy(self, problem: Problem, completion: str) -> float:
-        """The score of what stands between a completion's last answer marks; 0 without them."""
-        answer = answer_of(completion)
+        """Scores the answer in a completion; a completion without an answer scores 0."""
+        answer = extract_answer(completion)
         return 0.0 if answer is None else self.score(problem, answer)
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question belongs to evaluation: a matter of its text alone, whatever the seed."""
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) < HELD_OUT * 2**64
+    """Whether a question belongs to evaluation. Its text alone decides, not the seed."""
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) < HELD_OUT_QUESTIONS * 2**64
 
 
-def answer_of(completion: str) -> str | None:
-    """What stands between the last `<answer>` and `</answer>`; None if nothing does."""
+def extract_answer(completion: str) -> str | None:
+    """Returns the text between the last `<answer>` and `</answer>`, or None without such a pair."""
     found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     return found[-1].strip() if found else None
 
 
 def is_well_formed(completion: str) -> bool:
-    """Whether a completion is one thought and then one answer, and nothing else."""
+    """Whether a completion is one thought followed by one answer, and nothing else."""
     return bool(WELL_FORMED.fullmatch(completion)) and all(completion.count(tag) == 1 for tag in TAGS)
 
 
 def load_task(spec: str) -> Task:
-    """The task that `--task SPEC` names: one of reasoning-gym's with its settings, as `chain_sum:max_terms=3`; `gsm8k`
-    from the hub; or a JSONL file of {"question", "answer"}.
+    """Returns the task that `--task SPEC` names.
 
-    Answers of the last two are compared as mathematics (math-verify). Raises UserError for what cannot be found, read
-    or imported.
+    Args:
+        spec: a task of reasoning-gym with its settings, as `chain_sum:max_terms=3`; `gsm8k`, from the hub; or a JSONL
+            file of {"question", "answer"}. Answers of the last two are compared as mathematics (math-verify).
+
+    Raises:
+        UserError: the task, its file or the package that it needs cannot be found or read.
     """
     name, *settings = spec.split(":")
     if name.endswith(".jsonl") or "/" in name:
-        return _file(Path(spec))
+        return _file_task(Path(spec))
     if name != "gsm8k":
-        return _reasoning_gym(spec, name, settings)
+        return _gym_task(spec, name, settings)
     if settings:
         raise UserError(f"`task`: gsm8k has no settings, such as {settings[0]}")
-    return Task(spec, _gsm8k, _same_mathematics, lambda problem: problem.entry["steps"])
+    return Task(spec, _draw_gsm8k, _same_mathematics, lambda problem: problem.entry["steps"])
 
 
-def demonstrations(spec: str, limit: int | None = None) -> Source:
-    """What `--data task:SPEC` names: conversations of a training question and its well-formed right answer."""
+def demonstration_source(spec: str, limit: int | None = None) -> Source:
+    """Returns the source of `--data task:SPEC`: conversations of a training question and its demonstration."""
     name, n = spec.removeprefix("task:"), limit or DEMONSTRATIONS
     task = load_task(name)
 
@@ -118,32 +127,20 @@ def demonstrations(spec: str, limit: int | None = None) -> Source:
             yield [*problem.messages, {"role": "assistant", "content": task.demonstrate(problem)}]
 
     path = Path(name)
-    stamp = path.stat().st_mtime_ns if path.is_file() else None
-    return Source(spec, digest(spec, n, stamp), read, n)
+    modified = path.stat().st_mtime_ns if path.is_file() else None
+    return Source(spec, digest(spec, n, modified), read, n)
 
 
-def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
+# ---- tasks of reasoning-gym
+
+
+def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
     gym = _require("reasoning_gym", "reasoning-gym")
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        raise UserError(
-            f"`task`: {name!r} is no task of reasoning-gym{did_you_mean(name, [*DATASETS, 'gsm8k'])}, nor gsm8k or a "
-            ".jsonl file"
-        )
-    options = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in DATASETS[name][1].__dataclass_fields__ or key in ("seed", "size"):
-            known = [field for field in DATASETS[name][1].__dataclass_fields__ if field not in ("seed", "size")]
-            raise UserError(f"`task`: {spec}: {setting!r} is no setting of {name}: it has {', '.join(known)}")
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-        options[key] = value
+    options = _gym_options(spec, name, settings)
 
     def build(seed: int):
-        # A question's own seed is the data set's plus its index: seeds side by side would share almost all of them.
-        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=QUESTIONS, **options)
+        # Question i has the seed `seed + i`, so two adjacent seeds would share all questions but one.
+        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=GYM_QUESTIONS, **options)
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
         questions, in_vain = build(seed), 0
@@ -152,8 +149,8 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
             in_vain += 1
             if is_held_out(entry["question"]) == held_out:
                 in_vain = 0
-                yield Problem(entry["question"], entry["answer"] or "", entry)  # some have only a scorer
-            elif in_vain == TRIES:
+                yield Problem(entry["question"], entry["answer"] or "", entry)  # some tasks have only a scorer
+            elif in_vain == MAX_VAIN_DRAWS:
                 return
 
     try:
@@ -162,16 +159,35 @@ def _reasoning_gym(spec: str, name: str, settings: list[str]) -> Task:
         raise UserError(f"`task`: {spec}: {one_line(error) or 'impossible settings'}") from error
 
     def score(problem: Problem, answer: str) -> float:
-        try:  # the gym pays a little for answers that merely contain the right one
+        try:  # only 1 is right: the gym also gives a little for answers that merely contain the right one
             return float(scorer.score_answer(answer, problem.entry) == 1)
-        except Exception:  # some of its scorers cannot read what is not of the expected form
+        except Exception:  # some scorers fail on answers of an unexpected form
             return 0.0
 
-    return Task(spec, draw, score, _running)
+    return Task(spec, draw, score, _running_sums)
 
 
-def _running(problem: Problem) -> str:
-    """The running results of a sum, "4 - 1 = 3; 3 + 7 = 10"; "" for other tasks."""
+def _gym_options(spec: str, name: str, settings: list[str]) -> dict:
+    """Parses settings such as `max_terms=3`, and checks them against the task's fields."""
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = did_you_mean(name, [*DATASETS, "gsm8k"])
+        raise UserError(f"`task`: {name!r} is no task of reasoning-gym{near}, nor gsm8k or a .jsonl file")
+    known = [field for field in DATASETS[name][1].__dataclass_fields__ if field not in ("seed", "size")]
+    options = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise UserError(f"`task`: {spec}: {setting!r} is no setting of {name}: it has {', '.join(known)}")
+        with contextlib.suppress(ValueError):  # a value that is not JSON is text
+            value = json.loads(value)
+        options[key] = value
+    return options
+
+
+def _running_sums(problem: Problem) -> str:
+    """Solves a sum term by term, "4 - 1 = 3; 3 + 7 = 10". Returns "" for other problems."""
     expression = problem.entry["metadata"].get("expression", "")
     if not re.fullmatch(r"\d+( [+-] \d+)+", expression):
         return ""
@@ -184,28 +200,31 @@ def _running(problem: Problem) -> str:
     return "; ".join(steps)
 
 
-def _gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
+# ---- GSM8K, and a user's own questions
+
+
+def _draw_gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
     import datasets
 
-    from moonwhale.data.hub import why_not
+    from moonwhale.data.hub import explain_load_failure
 
     try:
         rows = datasets.load_dataset("openai/gsm8k", "main", split="test" if held_out else "train")
-    except Exception as error:  # offline, moved, no space: each is another class
-        raise UserError(why_not("gsm8k", "openai/gsm8k", None, error, "task")) from error
+    except Exception as error:  # offline, moved, no space: each has its own class
+        raise UserError(explain_load_failure("gsm8k", "openai/gsm8k", None, error, "task")) from error
     for row in rows.shuffle(seed=seed):
         steps, _, answer = row["answer"].rpartition("####")
-        steps = re.sub(r"<<.*?>>", "", steps).strip()  # its calculator's notes
+        steps = re.sub(r"<<.*?>>", "", steps).strip()  # drops the annotations for a calculator
         yield Problem(row["question"], answer.strip().replace(",", ""), {"steps": steps})
 
 
-def _file(path: Path) -> Task:
+def _file_task(path: Path) -> Task:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"`task`: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"`task`: {path} is not JSON, one object a line: {one_line(error)}") from error
+        raise UserError(f"`task`: {path} is not JSON with one object per line: {one_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         texts = [row.get(name) for name in ("question", "answer")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -213,22 +232,24 @@ def _file(path: Path) -> Task:
     problems = [Problem(row["question"], row["answer"], row) for row in rows]
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
-        def place(problem: Problem) -> bytes:
+        def order(problem: Problem) -> bytes:
             return hashlib.sha256(f"{seed} {problem.question}".encode()).digest()
 
-        return iter(sorted((p for p in problems if is_held_out(p.question) == held_out), key=place))
+        return iter(sorted((p for p in problems if is_held_out(p.question) == held_out), key=order))
 
     return Task(str(path), draw, _same_mathematics, lambda problem: str(problem.entry.get("steps", "")))
 
 
 def _same_mathematics(problem: Problem, answer: str) -> float:
+    """Scores 1 if both answers are the same mathematical expression."""
     math_verify = _require("math_verify", "math-verify")
-    # Its time-outs are signals, which work in the main thread only.
-    gold, given = (math_verify.parse(text, parsing_timeout=None) for text in (problem.answer, answer))
-    return float(math_verify.verify(gold, given, timeout_seconds=None))
+    # No time-outs: they use signals, which work in the main thread only.
+    right, given = (math_verify.parse(text, parsing_timeout=None) for text in (problem.answer, answer))
+    return float(math_verify.verify(right, given, timeout_seconds=None))
 
 
 def _require(module: str, package: str):
+    """Imports a module, or names the package that is missing."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f'`task` needs the package {package}: pip install "moonwhale[rl]"')
     return importlib.import_module(module)

