@@ -202,7 +202,13 @@ def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:
 
 def log_history(checkpoint: Path) -> list[dict]:
     """What the run logged up to a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["log_history"]
+    return read_json(checkpoint / STATE)["log_history"]
+
+
+def is_last_checkpoint(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written after its run's last step."""
+    state = read_json(checkpoint / STATE)
+    return state["global_step"] >= state["max_steps"]
 
 
 def find_damage(checkpoint: str | os.PathLike) -> str | None:

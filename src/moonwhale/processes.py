@@ -28,8 +28,8 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def say(line: str) -> None:
-    """Prints a line, once for all processes."""
+def print_once(line: str) -> None:
+    """Prints a line in the main process only. Options in backquotes are spelled as on the command line."""
     if is_main_process():
         print(with_option_names(line), flush=True)
 

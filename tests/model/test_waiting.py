@@ -13,7 +13,7 @@ from moonwhale.checkpoint import list_checkpoints, step_of
 from moonwhale.errors import UserError
 from moonwhale.model import documents, flex, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
-from moonwhale.train import muonclip_trainer, pretrain, run_folder
+from moonwhale.train import muonclip_trainer, pretrain, run
 from moonwhale.train.mtp_trainer import MTPTrainer
 from refuses import Refuses
 
@@ -145,7 +145,7 @@ def test_what_nobody_looked_at_is_found_before_it_is_said_or_saved(asked, finds,
 def test_batches_are_copied_while_the_gpu_computes(tiny_run):
     for device in ("cpu", "cuda"):
         choice = precision.Choice(torch.device(device), torch.float32, False, "")
-        arguments = run_folder.trainer_arguments(tiny_run(), choice, 6)
+        arguments = run.common_trainer_arguments(tiny_run(), choice, 6)
         assert (
             arguments["accelerator_config"]["non_blocking"] == arguments["dataloader_pin_memory"] == (device == "cuda")
         )

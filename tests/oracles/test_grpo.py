@@ -12,7 +12,7 @@ from moonwhale.data.tasks import load_task
 from moonwhale.posttrain.grpo import OBJECTIVES, GRPOOptions
 from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer, mtp_losses
 from moonwhale.precision import choose
-from moonwhale.train import run_folder
+from moonwhale.train import run
 
 GROUP, QUESTIONS = 4, 2
 
@@ -42,7 +42,7 @@ def batch(small_checkpoint, tmp_path, monkeypatch):
             questions_per_step=QUESTIONS, device="cpu", precision="fp32", report_to=["none"],
         )  # fmt: skip
         args = MTPGRPOConfig(
-            **run_folder.trainer_arguments(config, choose("cpu", "fp32"), 1), **(OBJECTIVES[objective] | changes),
+            **run.common_trainer_arguments(config, choose("cpu", "fp32"), 1), **(OBJECTIVES[objective] | changes),
             num_generations=GROUP, max_completion_length=12, eval_on_start=False,
         )  # fmt: skip
         args.eval_strategy = "no"

@@ -20,6 +20,7 @@ from moonwhale.errors import UserError
 from moonwhale.posttrain import config as post
 from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
+from moonwhale.train import run_folder
 
 CHAT = [
     {"role": "user", "content": "moon?"},
@@ -210,7 +211,7 @@ def test_a_template_without_generation_marks_is_refused(small_tokenizer, chats, 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(options, tmp_path):
     config = options()
-    post.write(config)
+    run_folder.create(config)
     with pytest.raises(UserError, match="already holds a run"):
         sft(config)
     with pytest.raises(UserError, match=r"`lr`: 0.5 differs from the 0.003 that the run"):

@@ -8,7 +8,8 @@ import yaml
 
 from moonwhale.errors import UserError
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse, write_config
+from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
+from moonwhale.train.run_folder import write_run_file
 
 
 @pytest.fixture
@@ -170,20 +171,20 @@ def test_a_binary_file_is_no_yaml(tmp_path):
 def test_a_run_is_replayed_from_what_it_wrote(name, tmp_path):
     argv = ["--lr", "1e-5", "--model.q_lora_rank", "null", "--data-columns", "a,b", "--no-compile", "--data", "null"]
     config = parse(["--preset", name, *argv])
-    write_config(config, tmp_path / "run.yaml")
+    write_run_file(config, tmp_path / "run.yaml")
     assert parse(["--config", str(tmp_path / "run.yaml")]) == config
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 def test_a_written_run_does_not_depend_on_the_preset_any_more(tmp_path):
-    write_config(parse([]), tmp_path / "run.yaml")
+    write_run_file(parse([]), tmp_path / "run.yaml")
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert written.keys() == {field.name for field in dataclasses.fields(TrainConfig)} - {"resume"}
     assert written["model"] == PRESETS["demo"].model
 
 
 def test_resuming_belongs_to_one_call(tmp_path):
-    write_config(parse(["--resume"]), tmp_path / "run.yaml")
+    write_run_file(parse(["--resume"]), tmp_path / "run.yaml")
     assert parse(["--config", str(tmp_path / "run.yaml")]).resume is False
 
 

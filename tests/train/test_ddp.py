@@ -20,7 +20,7 @@ from forked import Forked, finish, start
 from moonwhale.checkpoint import log_history, newest_whole
 from moonwhale.optim.muonclip import attach_hooks
 from moonwhale.train import pretrain
-from moonwhale.train.config import write_config
+from moonwhale.train.run_folder import write_run_file
 
 SCRIPT = """
 import sys
@@ -104,7 +104,7 @@ def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     assert all(log["clipped_heads"] > 0 for log in logs if "loss_main" in log)
 
     out = tmp_path / "two"
-    write_config(reference, tmp_path / "run.yaml")
+    write_run_file(reference, tmp_path / "run.yaml")
     said = torchrun("--config", str(tmp_path / "run.yaml"), "--out", str(out))
     assert said.count("step      2  loss") == 1 and "2 processes" in said
     assert_close(out, reference.out)

@@ -26,12 +26,12 @@ def gpu_of(monkeypatch):
 
 
 def test_a_cpu_is_not_judged():
-    assert memory.estimate(CONFIG, run(), torch.device("cpu"), 4) == ""
+    assert memory.check_gpu_memory(CONFIG, run(), torch.device("cpu"), 4) == ""
 
 
 def test_what_fits_is_said(gpu_of):
     gpu_of(80)
-    line = memory.estimate(CONFIG, run(), GPU, 2)
+    line = memory.check_gpu_memory(CONFIG, run(), GPU, 2)
     whole = sum(memory.needed_bytes(CONFIG, run(), 2).values())
     assert line == f"memory     about {in_bytes(whole)} of the 80.0 GB that cuda has left"
 
@@ -39,7 +39,7 @@ def test_what_fits_is_said(gpu_of):
 def test_what_may_not_fit_is_advised(gpu_of):
     weights = sum(memory.needed_bytes(CONFIG, run(), 2).values()) - memory.needed_bytes(CONFIG, run(), 2)["activations"]
     gpu_of(weights / 1e9 + 0.1)
-    line = memory.estimate(CONFIG, run(), GPU, 2)
+    line = memory.check_gpu_memory(CONFIG, run(), GPU, 2)
     assert "may not suffice (give `batch_size` 4, `gradient_checkpointing`, a shorter `context`, or" in line
 
 
@@ -48,7 +48,7 @@ def test_what_cannot_fit_is_refused(gpu_of):
     with pytest.raises(
         UserError, match=r"^`device`: weights, gradients and optimizer take 2\.\d\d GB, and cuda has 1\.00 GB left"
     ):
-        memory.estimate(CONFIG, run(), GPU, 2)
+        memory.check_gpu_memory(CONFIG, run(), GPU, 2)
 
 
 def test_recomputed_activations_are_few():
@@ -87,15 +87,15 @@ def test_other_errors_pass():
 
 
 def test_training_that_runs_out_of_memory_ends_in_a_line(tiny_run, monkeypatch, capsys, tmp_path):
-    from moonwhale.train.config import write_config
     from moonwhale.train.mtp_trainer import MTPTrainer
+    from moonwhale.train.run_folder import write_run_file
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(MTPTrainer, "training_step", fail)
-    write_config(tiny_run(), tmp_path / "options.yaml")
+    write_run_file(tiny_run(), tmp_path / "options.yaml")
     assert main(["train", "--config", str(tmp_path / "options.yaml"), "--out", str(tmp_path / "out")]) != 0
     said = capsys.readouterr().err
-    assert "cpu is out of memory with `batch_size` 2 rows: give `batch_size` 1, `gradient`-" in said
+    assert "cpu is out of memory with --batch-size 2 rows: give --batch-size 1, --gradient-" in said
     assert "Traceback" not in said

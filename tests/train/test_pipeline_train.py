@@ -20,7 +20,8 @@ from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import param_groups
 from moonwhale.train import pretrain
-from moonwhale.train.config import parse, write_config
+from moonwhale.train.config import parse
+from moonwhale.train.run_folder import write_run_file
 
 OPTIONS = {
     "steps": 6,  # an epoch of 39 rows has 4 steps of 5 micro-batches, the last of them of 4
@@ -45,7 +46,7 @@ def one(tiny_run, tmp_path, monkeypatch):
     def one(**options):
         config = tiny_run(**OPTIONS | options, out=str(tmp_path / "one"))
         pretrain.train(config)
-        write_config(config, tmp_path / "run.yaml")
+        write_run_file(config, tmp_path / "run.yaml")
         return config
 
     return one
@@ -112,7 +113,7 @@ def endless(tiny_run, tmp_path, request):
     """Arguments of a run that takes its time, on two ranks of a pipeline, or that share experts."""
     changes = {"steps": 5000, "save_every": 0, "eval_every": 0, "tokens_per_step": 384}
     config = tiny_run(**OPTIONS | changes, parallel={request.param: 2, "timeout": 30})
-    write_config(config, tmp_path / "run.yaml")
+    write_run_file(config, tmp_path / "run.yaml")
     return ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
 
 

@@ -29,8 +29,9 @@ from moonwhale.checkpoint import (
 )
 from moonwhale.errors import UserError
 from moonwhale.train import muonclip_trainer, pretrain
-from moonwhale.train.config import parse, write_config
+from moonwhale.train.config import parse
 from moonwhale.train.mtp_trainer import MTPTrainer
+from moonwhale.train.run_folder import write_run_file
 
 # 39 rows in micro-batches of 2, two of them a step: an epoch is 10 steps, the last of one micro-batch.
 LONG = {"steps": 14, "decay_fraction": 0.3, "mtp_loss_weight_final": 0.1}
@@ -166,7 +167,7 @@ def test_kill_9(tiny_run, tmp_path, where):
     options = {"steps": 8, "save_every": 3}
     reference, config = tiny_run(**options, out=str(tmp_path / "whole")), tiny_run(**options)
     pretrain.train(reference)
-    write_config(config, tmp_path / "run.yaml")
+    write_run_file(config, tmp_path / "run.yaml")
     process = Forked(tmp_path / "said.out", {}, hanging, where, str(tmp_path / "run.yaml"))
     process.until("NOW")
     process.kill()
@@ -179,7 +180,7 @@ def test_kill_9(tiny_run, tmp_path, where):
 
 def test_ctrl_c_at_the_command_line(tiny_run, tmp_path):
     reference, config = tiny_run(steps=60, log_every=5, out=str(tmp_path / "whole")), tiny_run(steps=60, log_every=5)
-    write_config(config, tmp_path / "run.yaml")
+    write_run_file(config, tmp_path / "run.yaml")
     argv = [sys.executable, "-m", "moonwhale", "train", "--config", str(tmp_path / "run.yaml")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith("step      5"))
@@ -187,7 +188,7 @@ def test_ctrl_c_at_the_command_line(tiny_run, tmp_path):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert re.search(
-        r"^stopped    at step \d+, which is saved; go on with: moonwhale train `out` .* `resume`$", out, re.M
+        r"^stopped    at step \d+, which is saved; go on with: moonwhale train --out .* --resume$", out, re.M
     )
     assert err.splitlines() == [
         "stopping after this step (Ctrl-C again: at once, without saving)",
@@ -302,7 +303,7 @@ def test_resuming_a_finished_run(finished, capsys):
 def test_what_is_learned_may_not_change(tiny_run, argv, said):
     config = tiny_run()
     Path(config.out).mkdir()
-    write_config(config, Path(config.out) / "run.yaml")
+    write_run_file(config, Path(config.out) / "run.yaml")
     before = files_of(config.out)
     with pytest.raises(UserError, match=said):
         resume(config.out, *argv)

@@ -322,7 +322,7 @@ def test_too_little_text_for_a_batch(tiny_run):
 def test_another_gpu_than_the_first(tiny_run):
     choice = SimpleNamespace(device=torch.device("cuda:1"), autocast=False)
     with pytest.raises(UserError, match=r"^`device`: .*CUDA_VISIBLE_DEVICES=1"):
-        pretrain._trainer_arguments(tiny_run(), choice, world=1)
+        pretrain.trainer_arguments(tiny_run(), choice, replicas=1)
 
 
 # Compilation

@@ -8,9 +8,10 @@ from typing import TypeVar
 from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
-from moonwhale.processes import init_process_group, is_main_process, restarted, say
+from moonwhale.processes import init_process_group, restarted
 from moonwhale.train import run_folder
 from moonwhale.train.config import PRECISIONS
+from moonwhale.train.run import check_run
 
 AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = (
@@ -79,40 +80,6 @@ class PostTraining:
         for name in NOT_NEGATIVE:
             require(self, name, getattr(self, name) >= 0, "it must not be negative")
 
-    def open(self, choice):
-        """The model of `checkpoint`, ready to train in a precision that precision.choose chose, and its tokenizer."""
-        from moonwhale import fp8, precision
-        from moonwhale.checkpoint import open_checkpoint
-
-        init_process_group(choice.device.type == "cpu", TIMEOUT)
-        choice.apply()
-        precision.tune_allocator()
-        model, tokenizer = open_checkpoint(self.checkpoint)
-        for module in model.modules():
-            if hasattr(module, "bias_speed"):
-                module.bias_speed = self.bias_update_speed
-        if choice.fp8:
-            fp8.convert(model, choice.fp8)
-        return model, tokenizer
-
-    def begin(self) -> Path | None:
-        """Checks the run's folder and quietens the libraries. Returns the checkpoint to go on from, if there is one."""
-        if is_main_process():
-            run_folder.check_folder(self, lambda run_file: parse(type(self), ["--config", run_file], ""))
-        checkpoint = run_folder.newest_checkpoint(self.out) if self.resume else None
-        run_folder.quieten()
-        return checkpoint
-
-    def is_finished(self, checkpoint: Path | None, steps: int) -> bool:
-        """Whether the run has ended already, which is said."""
-        from moonwhale.checkpoint import step_of
-
-        done = checkpoint is not None and step_of(checkpoint) >= steps
-        done = done and (Path(self.out) / "config.json").exists()
-        if done:
-            say(f"finished   already, with all {steps} steps: the model is in {self.out}")
-        return done
-
 
 Config = TypeVar("Config", bound=PostTraining)
 
@@ -133,13 +100,32 @@ def parse(cls: type[Config], argv: list[str], description: str, epilog: str | No
     if restarted():
         given["resume"] = True
     if given.get("resume") and path is None:
-        path = run_folder.own_file(
+        path = run_folder.find_run_file(
             given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)
         )
     return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
 
 
-def write(config: PostTraining) -> None:
-    """Writes the resolved values into the run's folder, which is made if need be."""
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    run_folder.write(config, Path(config.out) / run_folder.RUN_FILE, config.verb)
+def check(config: PostTraining) -> Path | None:
+    """Checks the run's folder and silences the libraries. Returns the checkpoint to resume from, or None."""
+    return check_run(config, lambda run_file: parse(type(config), ["--config", run_file], ""))
+
+
+def open_model(config: PostTraining, choice):
+    """Opens the model of `config.checkpoint`, ready to train in the precision of `choice`, and its tokenizer.
+
+    choice: what `precision.choose` returned. The process group is initialised first, if torchrun started the process.
+    """
+    from moonwhale import fp8, precision
+    from moonwhale.checkpoint import open_checkpoint
+
+    init_process_group(choice.device.type == "cpu", TIMEOUT)
+    choice.apply()
+    precision.tune_allocator()
+    model, tokenizer = open_checkpoint(config.checkpoint)
+    for module in model.modules():
+        if hasattr(module, "bias_speed"):
+            module.bias_speed = config.bias_update_speed
+    if choice.fp8:
+        fp8.convert(model, choice.fp8)
+    return model, tokenizer

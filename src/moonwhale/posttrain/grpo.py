@@ -1,5 +1,6 @@
 """`moonwhale grpo`: reinforcement learning from answers that can be checked."""
 
+import typing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,14 @@ from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
 from moonwhale.posttrain import config as post
-from moonwhale.posttrain.config import PostTraining
-from moonwhale.processes import is_main_process, say, world_size
+from moonwhale.posttrain import progress
+from moonwhale.posttrain.config import PostTraining, check, open_model
+from moonwhale.processes import print_once, world_size
 from moonwhale.train import run_folder
+from moonwhale.train.run import Run, already_finished, carry_out, common_trainer_arguments, finish
+
+if typing.TYPE_CHECKING:
+    from datasets import Dataset
 
 # "r1" is DeepSeek-R1's objective: every answer weighs the same, whatever its length, and k3 keeps the policy near the
 # model it began as. "trl" is what TRL takes by default: DAPO's, where every token weighs the same, without a KL term.
@@ -89,86 +95,101 @@ def main(argv: list[str]) -> None:
 
 
 def grpo(config: GRPOOptions) -> None:
-    """Trains as `config` says; the folder `config.out` then holds the model, its checkpoints, `run.yaml`, `rewards.png`
+    """Trains as `config` says. The folder `config.out` then holds the model, its checkpoints, `run.yaml`, `rewards.png`
     and, of each log line, all answers of the step with their rewards in `completions/`.
 
     Raises:
         UserError: one line, for anything the user can put right.
-        KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
+        KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    checkpoint = config.begin()
+    checkpoint = check(config)
+    if already_finished(config, checkpoint, progress.plot_rewards):
+        return
+    run = build(config)
+    trainer = carry_out(run, checkpoint)
+    finish(run, trainer)
 
+
+def build(config: GRPOOptions) -> Run:
+    """Draws the questions, opens the model, writes `run.yaml`, and prints what will be trained.
+
+    Raises:
+        UserError: an option that does not fit the machine, the model or the task.
+    """
     from moonwhale.data.tasks import load_task
     from moonwhale.posttrain.rewards import load_rewards
 
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
-    unseen = task.problems(config.eval_questions, config.seed, held_out=True)
-    rewards, weights = load_rewards(config.rewards, task, problems + unseen)
-
-    import datasets
-    import torch
+    held_out = task.problems(config.eval_questions, config.seed, held_out=True)
+    rewards, weights = load_rewards(config.rewards, task, problems + held_out)
 
     from moonwhale import precision
-    from moonwhale.checkpoint import publish_model
-    from moonwhale.posttrain import progress
-    from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer
+    from moonwhale.posttrain.grpo_trainer import MTPGRPOTrainer
 
     choice = precision.choose(config.device, config.precision)
-    model, tokenizer = config.open(choice)
-    accumulation = config.accumulation(world_size())
-    out = Path(config.out)
-    objective = {k: v for k, v in OBJECTIVES[config.objective].items() if getattr(config, k, None) is None}
-    objective |= {name: value for name in ("beta", "epsilon") if (value := getattr(config, name)) is not None}
-    say(f"{'model':<11}{config.checkpoint}")
-    say(f"{'task':<11}{task.name}: {len(problems):,} questions, rewards {', '.join(config.rewards)}")
-    shown = ", ".join(f"{name} {objective[name]}" for name in ("loss_type", "beta", "epsilon"))
-    say(f"{'objective':<11}{config.objective}: {shown}")
-    say(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
-    say(f"{'run':<11}{config.steps} steps of {config.questions_per_step} x {config.group_size} answers into {out}")
-    if config.is_finished(checkpoint, config.steps):
-        return
-    if is_main_process():
-        post.write(config)
+    model, tokenizer = open_model(config, choice)
+    args = trainer_arguments(config, choice, weights)
+    describe(config, choice, args, f"{task.name}: {len(problems):,} questions")
+    run_folder.create(config)
 
-    def rows(problems: list, first: int = 0) -> datasets.Dataset:
-        """Columns for TRL and for the rewards, which find a problem by its index."""
-        return datasets.Dataset.from_dict(
-            {
-                "prompt": [problem.messages for problem in problems],
-                "answer": [problem.answer for problem in problems],
-                "problem": list(range(first, first + len(problems))),
-            }
+    def make_trainer(callbacks: list) -> MTPGRPOTrainer:
+        return MTPGRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=rewards,
+            train_dataset=rows_of(problems),
+            eval_dataset=rows_of(held_out, first=len(problems)),
+            processing_class=tokenizer,
+            callbacks=callbacks,
         )
 
-    args = MTPGRPOConfig(
-        **run_folder.trainer_arguments(config, choice, config.steps),
-        **objective,
-        gradient_accumulation_steps=accumulation,
+    summarize = partial(progress.reward_summary, out=Path(config.out))
+    return Run(config, choice, make_trainer, progress.log_line, progress.plot_rewards, summarize)
+
+
+def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):
+    """The run's options as TRL's GRPOConfig."""
+    from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig
+
+    given = {name: getattr(config, name) for name in ("beta", "epsilon") if getattr(config, name) is not None}
+    return MTPGRPOConfig(
+        **common_trainer_arguments(config, choice, config.steps),
+        **OBJECTIVES[config.objective] | given,
+        gradient_accumulation_steps=config.accumulation(world_size()),
         lr_scheduler_type="constant_with_warmup",
         num_generations=config.group_size,
         num_generations_eval=1,
         num_iterations=config.iterations,
         temperature=config.temperature,
         max_completion_length=config.max_new_tokens,
-        reward_weights=weights,
+        reward_weights=reward_weights,
         log_completions=True,
         num_completions_to_print=config.show,
     )
 
-    def build(callbacks: list) -> MTPGRPOTrainer:
-        return MTPGRPOTrainer(
-            model=model,
-            args=args,
-            reward_funcs=rewards,
-            train_dataset=rows(problems),
-            eval_dataset=rows(unseen, len(problems)),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
 
-    plot = partial(progress.plot_rewards, path=out / "rewards.png")
-    trainer = run_folder.carry_out(config, choice, build, checkpoint, "grpo", plot, progress.line_of)
-    if is_main_process():
-        publish_model(out / f"checkpoint-{trainer.state.global_step}", out)
-    say(progress.reward_summary(trainer.state.log_history, out))
+def describe(config: GRPOOptions, choice, args, task: str) -> None:
+    """Prints what will be trained."""
+    import torch
+
+    objective = ", ".join(f"{name} {getattr(args, name)}" for name in ("loss_type", "beta", "epsilon"))
+    answers = f"{config.questions_per_step} x {config.group_size} answers"
+    print_once(f"{'model':<11}{config.checkpoint}")
+    print_once(f"{'task':<11}{task}, rewards {', '.join(config.rewards)}")
+    print_once(f"{'objective':<11}{config.objective}: {objective}")
+    print_once(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
+    print_once(f"{'run':<11}{config.steps} steps of {answers} into {config.out}")
+
+
+def rows_of(problems: list, first: int = 0) -> "Dataset":
+    """The columns that TRL and the rewards read. The rewards find a problem by its index, which starts at `first`."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "prompt": [problem.messages for problem in problems],
+            "answer": [problem.answer for problem in problems],
+            "problem": list(range(first, first + len(problems))),
+        }
+    )

@@ -1,10 +1,11 @@
 """What a GRPO run shows of itself: a line now and then, and a picture at the end."""
 
-import os
 from pathlib import Path
 
+from moonwhale.train.plots import save_plot, step_plot
 
-def line_of(logs: dict) -> str | None:
+
+def log_line(logs: dict) -> str | None:
     """What to say of an entry of the Trainer's log; nothing of its last one, which only sums up."""
     return reward_evaluation_line(logs) if "eval_reward" in logs else reward_line(logs) if "loss" in logs else None
 
@@ -44,37 +45,24 @@ def reward_summary(history: list[dict], out: Path) -> str:
     )
 
 
-def plot_rewards(history: list[dict], path: str | Path) -> None:
-    """Draws each reward over the steps, held-out ones dotted, with the length of answers and the share of groups
-    without a signal, from the Trainer's log history; nothing if there is none yet.
+def plot_rewards(history: list[dict], out: Path) -> None:
+    """Draws each reward, held-out ones dashed, the length of answers and the share of groups without a signal into
+    `rewards.png` in `out`.
+
+    history: the Trainer's log history. Without a training step in it, no file is written.
     """
     train, held_out = ([e for e in history if name in e] for name in ("reward", "eval_reward"))
     if not train:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(8, 7), sharex=True, height_ratios=(4, 1, 1), layout="constrained"
+    figure, (rewards, lengths, no_signal) = step_plot(
+        ["mean reward", "tokens an answer", "no signal"], [4, 1, 1], height=7
     )
     steps = [e["step"] for e in train]
     for i, name in enumerate(rewards_of(train[0])):
-        top.plot(steps, [rewards_of(e).get(name) for e in train], color=f"C{i}", label=name)
+        rewards.plot(steps, [rewards_of(e).get(name) for e in train], color=f"C{i}", label=name)
         values = [rewards_of(e, "eval_").get(name) for e in held_out]
-        top.plot([e["step"] for e in held_out], values, "o--", color=f"C{i}", label=f"{name}, held out")
-    top.set_ylabel("mean reward")
-    top.grid(alpha=0.3)
-    top.legend(frameon=False)
-    middle.plot(steps, [e["completions/mean_length"] for e in train], color="gray")
-    middle.set_ylabel("tokens an answer")
-    bottom.plot(steps, [e["frac_reward_zero_std"] for e in train], color="gray")
-    bottom.set_ylabel("no signal")
-    bottom.set_ylim(0, 1)
-    bottom.set_xlabel("optimizer step")
-    figure.align_ylabels()
-    unfinished = Path(path).with_name(f".{Path(path).name}")
-    figure.savefig(unfinished, format="png", dpi=120)
-    plt.close(figure)
-    os.replace(unfinished, path)
+        rewards.plot([e["step"] for e in held_out], values, "o--", color=f"C{i}", label=f"{name}, held out")
+    lengths.plot(steps, [e["completions/mean_length"] for e in train], color="gray")
+    no_signal.plot(steps, [e["frac_reward_zero_std"] for e in train], color="gray")
+    no_signal.set_ylim(0, 1)
+    save_plot(figure, out / "rewards.png")

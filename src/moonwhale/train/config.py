@@ -41,6 +41,8 @@ class TrainConfig:
         UserError: one line naming the option, its value and the fix.
     """
 
+    verb: typing.ClassVar[str] = "train"
+
     preset: str = option("demo", "where model and options start from: " + ", ".join(PRESETS), group="run")
     out: str | None = option(None, "folder of the run (runs/PRESET)", group="run")
     resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
@@ -171,7 +173,7 @@ def parse(argv: list[str]) -> TrainConfig:
         given["resume"] = True
     if given.get("resume") and path is None:
         given.setdefault("out", default_out(given.get("preset", TrainConfig.preset)))
-        path = run_folder.own_file(given["out"])
+        path = run_folder.find_run_file(given["out"])
     return resolve(given, path)
 
 
@@ -185,11 +187,6 @@ def resolve(given: dict, path: str | None = None) -> TrainConfig:
         )
     preset = get_preset(given.get("preset", filed.get("preset", TrainConfig.preset)))
     return TrainConfig(**options.merge(preset.train, {"model": preset.model}, filed, given))
-
-
-def write_config(config: TrainConfig, path: str | os.PathLike) -> None:
-    """Writes the resolved values, which `moonwhale train --config PATH` replays; --resume belongs to one call."""
-    run_folder.write(config, path, "train")
 
 
 def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":

@@ -31,7 +31,7 @@ def needed_bytes(model_config, run, number_bytes: int) -> dict[str, int]:
     return needed
 
 
-def estimate(model_config, run, device: torch.device, number_bytes: int) -> str:
+def check_gpu_memory(model_config, run, device: torch.device, number_bytes: int) -> str:
     """A line on the memory of `run` (its `batch_size`, `context` and `gradient_checkpointing`) on a GPU; "" on a CPU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`moonwhale train`: from options to a trained checkpoint folder."""
+"""`moonwhale train`: pretrain a model on text. See `train/run.py` for the stages of a run."""
 
 import hashlib
 import os
@@ -7,170 +7,221 @@ from pathlib import Path
 
 from moonwhale import options
 from moonwhale.errors import UserError
-from moonwhale.processes import is_main_process, say, world_size
-from moonwhale.train import run_folder
-from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse, resolve, write_config
+from moonwhale.processes import is_main_process, print_once, world_size
+from moonwhale.train import progress, run_folder
+from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse, resolve
+from moonwhale.train.run import Run, already_finished, carry_out, check_run, common_trainer_arguments, finish
 
 DATA_FILE = "data.txt"
 
 
 def main(argv: list[str]) -> None:
-    launched = "WORLD_SIZE" in os.environ  # by torchrun
+    started_by_torchrun = "WORLD_SIZE" in os.environ
     try:
         train(parse(argv))
     finally:
-        if launched:
+        if started_by_torchrun:
             import torch.distributed as dist
 
-            if dist.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
+            if dist.is_initialized():  # if it is left to the interpreter's exit, gloo's threads may abort the process
                 dist.destroy_process_group()
 
 
 def train(config: TrainConfig) -> None:
-    """Trains as `config` says; the folder `config.out` then holds the model, its checkpoints, `run.yaml` and
+    """Trains as `config` says. The folder `config.out` then holds the model, its checkpoints, `run.yaml` and
     `loss.png`.
 
     Raises:
         UserError: one line, for anything the user can put right.
-        KeyboardInterrupt: after a stop that was asked for, and a checkpoint.
+        KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    main_process, world, split = is_main_process(), world_size(), config.split
-    pipelined = split.cuts
-    micro_batches = config.micro_batches(split.copies(world)) if pipelined else None
-    if main_process:
-        run_folder.check_folder(config, lambda run_file: resolve({}, run_file))
-    checkpoint = run_folder.newest_checkpoint(config.out) if config.resume else None
-    if config.resume:
-        say(f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint")
+    checkpoint = check(config)
+    if already_finished(config, checkpoint, progress.plot_loss):
+        return
+    run = build(config)
+    trainer = carry_out(run, checkpoint)
+    finish(run, trainer)
 
+
+def check(config: TrainConfig) -> Path | None:
+    """Checks how the run is spread over processes, and its folder. Returns the checkpoint to resume from."""
+    if config.split.cuts:
+        config.micro_batches(config.split.copies(world_size()))
+    return check_run(config, lambda run_file: resolve({}, run_file))
+
+
+def build(config: TrainConfig) -> Run:
+    """Prepares the device, the data and the model, writes `run.yaml`, and prints what will be trained.
+
+    Raises:
+        UserError: an option that does not fit the machine, the data or the other processes.
+    """
     import torch
     import transformers
     from torch.utils.data import Subset
 
-    from moonwhale import fp8, precision
-    from moonwhale.checkpoint import log_history, publish_model, step_of
-    from moonwhale.costs import model_size
-    from moonwhale.data.packing import build_data
+    from moonwhale import precision
     from moonwhale.data.tokenizer import byte_lengths
-    from moonwhale.model import MoonwhaleForCausalLM
     from moonwhale.parallel import process_groups
-    from moonwhale.train import memory, progress
     from moonwhale.train.mtp_trainer import MTPTrainer
     from moonwhale.train.pipeline_trainer import PipelineTrainer
 
-    run_folder.quieten()
-    out = Path(config.out)
-    if checkpoint and step_of(checkpoint) >= config.steps:
-        if main_process:
-            publish_model(checkpoint, out)
-            progress.plot_loss(log_history(checkpoint), out / "loss.png")
-        say(f"finished   already, with all {config.steps} steps: the model is in {out}")
-        return
-
-    if pipelined:
+    split = config.split
+    if split.cuts:
         process_groups.take_gpu()
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
-    model_config = build_model_config(config)  # an impossible model must not cost a tokenizer's training first
-    settings = run_folder.learned(config, also=("out", "resume"))
-    place = process_groups.meet(split, model_config, config.context, choice.device.type == "cpu", settings)
-    shares = 1 if place else world  # of the rows, one for each of the Trainer's processes
-    args = _trainer_arguments(config, choice, shares)
-    hub = config.data_split, config.data_columns
-    data = build_data(
-        config.data, *hub, config.tokenizer, model_config.vocab_size, config.context, limit=config.data_documents
+    model_config = build_model_config(config)  # refuses an impossible model before a tokenizer is trained
+    settings = run_folder.options_that_affect_training(config, also=("out", "resume"))
+    ranks = process_groups.meet(split, model_config, config.context, choice.device.type == "cpu", settings)
+    replicas = 1 if ranks else world_size()  # as the Trainer sees it: a pipeline is one device
+    args = trainer_arguments(config, choice, replicas)
+    data = load_data(config, model_config.vocab_size, replicas)
+    model = build_model(config, model_config, data.tokenizer, choice)
+    describe(config, choice, data, model_config)
+    run_folder.create(config)
+    check_data_unchanged(data, config)
+
+    trainer_class, of_pipeline = MTPTrainer, {}
+    if ranks:
+        micro_batches = config.micro_batches(ranks.copies)
+        trainer_class = PipelineTrainer
+        of_pipeline = {"ranks": ranks, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
+    n_eval_rows = min(config.eval_rows, len(data.held_out))
+    eval_rows = torch.linspace(0, len(data.held_out) - 1, n_eval_rows).long().tolist()
+    make_trainer = partial(
+        trainer_class,
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=Subset(data.held_out, eval_rows),
+        processing_class=data.tokenizer,
+        data_collator=transformers.default_data_collator,  # rows are full: a tokenizer's collator is 80 times slower
+        byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
+        **of_pipeline,
     )
-    if len(data.train) < config.batch_size * shares:
+    summarize = partial(progress.summary, tokens_per_step=config.tokens_per_step, out=Path(config.out))
+    return Run(config, choice, make_trainer, progress.log_line, progress.plot_loss, summarize)
+
+
+def load_data(config: TrainConfig, vocab_size: int, replicas: int):
+    """The tokenized data (`data.packing.build_data`). A tokenizer that is trained on them has `vocab_size` tokens.
+
+    Raises:
+        UserError: they fill fewer rows than one micro-batch of all replicas.
+    """
+    from moonwhale.data.packing import build_data
+
+    data = build_data(
+        config.data,
+        config.data_split,
+        config.data_columns,
+        config.tokenizer,
+        vocab_size,
+        config.context,
+        limit=config.data_documents,
+    )
+    if len(data.train) < config.batch_size * replicas:
         raise UserError(
-            f"`batch_size`: {config.batch_size * shares} rows are computed at once, but the text fills only "
+            f"`batch_size`: {config.batch_size * replicas} rows are computed at once, but the text fills only "
             f"{len(data.train)} rows of `context` {config.context}: lower the one or the other, or give more `data`"
         )
-    ids = {name: getattr(data.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    fit_to_tokenizer(model_config, config, len(data.tokenizer), **ids)
+    return data
+
+
+def build_model(config: TrainConfig, model_config, tokenizer, choice):
+    """A new model, initialised from `config.seed`, with the modules of its precision, compiled if asked for.
+
+    `model_config` is completed with what only the tokenizer knows.
+    """
+    import transformers
+
+    from moonwhale import fp8
+    from moonwhale.model import MoonwhaleForCausalLM
+
+    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fit_to_tokenizer(model_config, config, len(tokenizer), **token_ids)
     transformers.set_seed(config.seed)
     model = MoonwhaleForCausalLM(model_config)
     if choice.fp8:
         fp8.convert(model, choice.fp8)
     if config.compile:
         compile_blocks(model, choice.device)
-
-    sizes = model_size(model_config)
-    fits = memory.estimate(model_config, config, choice.device, choice.dtype.itemsize) if not pipelined else ""
-    say(data.describe())
-    say(f"model      {sizes.parameters / 1e6:.2f} M parameters, {sizes.active_parameters / 1e6:.2f} M active")
-    say(f"device     {choice.reason}, {torch.get_num_threads()} threads" + split.describe(world))
-    if fits:
-        say(fits)
-    say(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    if main_process:
-        write_config(config, out / run_folder.RUN_FILE)
-        _check_data(data, out, config)
-
-    rows = torch.linspace(0, len(data.held_out) - 1, min(config.eval_rows, len(data.held_out))).long().tolist()
-    how = {"ranks": place, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
-    build = partial(
-        PipelineTrainer if place else MTPTrainer,
-        **(how if place else {}),
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=Subset(data.held_out, rows),
-        processing_class=data.tokenizer,
-        data_collator=transformers.default_data_collator,  # rows are whole: a tokenizer's takes 80 times as long
-        byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
-    )
-    plot = partial(progress.plot_loss, path=out / "loss.png")
-    trainer = run_folder.carry_out(config, choice, build, checkpoint, "train", plot, progress.line_of)
-    if main_process:
-        publish_model(out / f"checkpoint-{trainer.state.global_step}", out)
-    say(progress.summary(trainer.state.log_history, config.tokens_per_step, out))
+    return model
 
 
-def _check_data(data, out: Path, config: TrainConfig) -> None:
-    """A run that goes on must go on with the same tokens, which it was told by name only."""
-    record = out / DATA_FILE
+def describe(config: TrainConfig, choice, data, model_config) -> None:
+    """Prints what will be trained: data, model, device, memory and steps.
+
+    Raises:
+        UserError: weights, gradients and optimizer do not fit into the device's memory.
+    """
+    import torch
+
+    from moonwhale.costs import model_size
+    from moonwhale.train.memory import check_gpu_memory
+
+    split, size = config.split, model_size(model_config)
+    memory = "" if split.cuts else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
+    print_once(data.describe())
+    print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
+    print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + split.describe(world_size()))
+    if memory:
+        print_once(memory)
+    print_once(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {config.out}")
+
+
+def check_data_unchanged(data, config: TrainConfig) -> None:
+    """Compares the checksum of the tokens with that of `data.txt` in the run's folder, which a new run writes.
+
+    Raises:
+        UserError: a resumed run has other data, or another tokenizer, than at its start.
+    """
+    if not is_main_process():
+        return
+    record = Path(config.out) / DATA_FILE
     checksum = hashlib.sha256(repr(data.train.shards.index["files"]).encode()).hexdigest()
     if not record.exists():
         options.write_whole(record, f"{data.describe()}\nchecksum   {checksum}\n")
     elif checksum not in record.read_text(encoding="utf-8"):
         raise UserError(
-            f"`data`: {config.data}, or its tokenizer, has changed since the run in {out} began (see {record}): "
+            f"`data`: {config.data}, or its tokenizer, has changed since the run in {config.out} began (see {record}): "
             "bring it back, or train into another `out`"
         )
 
 
-def _trainer_arguments(config: TrainConfig, choice, world: int):
-    """The run's options in transformers' words."""
+def trainer_arguments(config: TrainConfig, choice, replicas: int):
+    """The run's options as transformers' TrainingArguments."""
     from moonwhale.train.mtp_trainer import MTPTrainingArguments
 
-    if choice.device.index and world == 1:
+    if choice.device.index and replicas == 1:
         raise UserError(
             f"`device`: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
             f"{choice.device.index} in the environment"
         )
-    decay = round(config.steps * config.decay_fraction)
+    decay_steps = round(config.steps * config.decay_fraction)
     if config.schedule == "wsd":
-        scheduler = "warmup_stable_decay"
-        scheduler_kwargs = {"num_decay_steps": decay, "min_lr_ratio": config.min_lr_ratio, "decay_type": "linear"}
+        schedule = "warmup_stable_decay"
+        settings = {"num_decay_steps": decay_steps, "min_lr_ratio": config.min_lr_ratio, "decay_type": "linear"}
     else:
-        scheduler, scheduler_kwargs = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
+        schedule, settings = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
     return MTPTrainingArguments(
-        **run_folder.trainer_arguments(config, choice, config.steps),
-        gradient_accumulation_steps=config.accumulation(world),
-        lr_scheduler_type=scheduler,
-        lr_scheduler_kwargs=scheduler_kwargs,
+        **common_trainer_arguments(config, choice, config.steps),
+        gradient_accumulation_steps=config.accumulation(replicas),
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=settings,
         mtp_loss_weight_final=config.mtp_loss_weight_final,
-        decay_steps=decay,
+        decay_steps=decay_steps,
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )
 
 
 def compile_blocks(model, device) -> None:
-    """Compiles each block, and on a GPU the loss. On a CPU attention and experts stay out: there the data decide their
-    sizes, which is faster than any graph.
+    """Compiles each block, and on a GPU the loss as well.
+
+    On a CPU attention and experts stay eager: their sizes depend on the data there, which is faster than any graph.
 
     Raises:
         UserError: something that compiling needs is missing.
@@ -183,6 +234,8 @@ def compile_blocks(model, device) -> None:
 
     if why := why_not_compile(device):
         raise UserError(f"`compile`: {why}, or leave it out")
+    # An instance's method is replaced, since torch can neither exclude one module of a compiled block nor compile a
+    # method in place: a wrapped module would change the names of the weights, a decorated class every other model.
     for module in model.modules():
         if device.type == "cpu" and isinstance(module, MultiheadLatentAttention | Experts):
             module.forward = torch.compiler.disable(module.forward)

@@ -1,0 +1,86 @@
+"""Callbacks of every run: a progress bar with log lines, and a clean stop on Ctrl-C."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class ProgressLines(TrainerCallback):
+    """Prints a line for each log entry and evaluation, and shows a bar over the steps in a terminal.
+
+    Use it as a context manager: leaving it clears the bar. (transformers' ProgressCallback prints whole dicts, leaves
+    its bar in place, and starts it at 0 in a resumed run.)
+
+    log_line: returns the line for a log entry, or None for no line.
+    """
+
+    def __init__(self, log_line: Callable[[dict], str | None]):
+        self.log_line = log_line
+        self.bar: tqdm | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                leave=False,
+                disable=None,  # shown only in a terminal
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = self.log_line(logs)
+        if line and state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step:>6}  {line}", file=sys.stdout)
+            sys.stdout.flush()
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Turns Ctrl-C or SIGTERM into a checkpoint and a stop at the end of the step. Use it as a context manager.
+
+    All ranks stop after the same step. A second Ctrl-C stops at once, without a checkpoint.
+    """
+
+    def __init__(self):
+        self.stop_requested = False
+
+    def __enter__(self):
+        self.previous_handlers = {
+            number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _request_stop(self, number, frame):
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        tqdm.write("stopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if dist.is_initialized():
+            requested = torch.tensor(float(self.stop_requested), device=args.device)
+            dist.all_reduce(requested, dist.ReduceOp.MAX)
+            self.stop_requested = bool(requested)
+        if self.stop_requested:
+            control.should_training_stop = control.should_save = True

@@ -1,0 +1,201 @@
+"""The stages of a training run, shared by `moonwhale train`, `sft` and `grpo`: check, build, carry out, finish.
+
+Each verb calls them in this order:
+
+    checkpoint = check(config)               # its own, with `check_run`: reports mistakes before torch is imported
+    if already_finished(config, checkpoint, plot):
+        return
+    run = build(config)                      # its own: data, model, and how to make the trainer
+    trainer = carry_out(run, checkpoint)
+    finish(run, trainer)
+"""
+
+import os
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moonwhale.errors import UserError
+from moonwhale.processes import is_main_process, print_once
+from moonwhale.train import run_folder
+
+if typing.TYPE_CHECKING:
+    from transformers import Trainer
+
+    from moonwhale.precision import Choice
+
+
+def publish_last_checkpoint(trainer: "Trainer", out: Path) -> None:
+    """Copies the model of the trainer's last checkpoint into the run's folder."""
+    from moonwhale.checkpoint import publish_model
+
+    publish_model(out / f"checkpoint-{trainer.state.global_step}", out)
+
+
+@dataclass
+class Run:
+    """A run that a verb has built.
+
+    make_trainer: called with `callbacks`, returns the transformers Trainer.
+    log_line: the line to print for an entry of the Trainer's log, or None for no line.
+    plot: draws the Trainer's log history into the run's folder.
+    summarize: the lines to print at the end, from the log history.
+    publish: writes the trained model into the run's folder.
+    """
+
+    config: typing.Any  # TrainConfig, SFTOptions or GRPOOptions
+    choice: "Choice"  # device and precision
+    make_trainer: Callable[..., "Trainer"]
+    log_line: Callable[[dict], str | None]
+    plot: Callable[[list[dict], Path], None]
+    summarize: Callable[[list[dict]], str]
+    publish: Callable[["Trainer", Path], None] = publish_last_checkpoint
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+
+def check_run(config, read_run_file: Callable[[str], object]) -> Path | None:
+    """Checks the run's folder, silences the libraries, and finds the checkpoint to resume from.
+
+    Returns:
+        the newest undamaged checkpoint if `config.resume` is set and there is one, else None.
+
+    Raises:
+        UserError: see `run_folder.check_folder`; or every checkpoint is damaged.
+    """
+    if is_main_process():
+        run_folder.check_folder(config, read_run_file)
+    if not config.resume:
+        silence_libraries()
+        return None
+
+    from moonwhale.checkpoint import list_checkpoints, newest_whole
+
+    checkpoint = newest_whole(config.out)
+    if checkpoint is None and list_checkpoints(config.out):
+        raise UserError(
+            f"`resume`: every checkpoint in {config.out} is damaged (see above): train anew into another `out`"
+        )
+    print_once(
+        f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint"
+    )
+    silence_libraries()
+    return checkpoint
+
+
+def silence_libraries() -> None:
+    """Turns off the libraries' progress bars and warnings, and TRL's telemetry."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def already_finished(config, checkpoint: Path | None, plot: Callable[[list[dict], Path], None]) -> bool:
+    """Whether `checkpoint` was written after the run's last step.
+
+    If so, its model is copied into the run's folder again, since a run may be killed before or during that.
+    """
+    if checkpoint is None:
+        return False
+
+    from moonwhale.checkpoint import is_last_checkpoint, log_history, publish_model, step_of
+
+    if not is_last_checkpoint(checkpoint):
+        return False
+    out = Path(config.out)
+    holds_model = (checkpoint / "config.json").exists()  # a LoRA checkpoint holds only the adapters
+    if not holds_model and not (out / "config.json").exists():
+        return False
+    if holds_model and is_main_process():
+        publish_model(checkpoint, out)
+        plot(log_history(checkpoint), out)
+    print_once(f"finished   already, with all {step_of(checkpoint)} steps: the model is in {out}")
+    return True
+
+
+def carry_out(run: Run, checkpoint: Path | None) -> "Trainer":
+    """Trains from `checkpoint`, or from the beginning if it is None. Plots the log history even if training fails.
+
+    Returns:
+        the trainer after its last step.
+
+    Raises:
+        KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
+        UserError: the device ran out of memory, or the trainer raised it.
+    """
+    import transformers
+
+    from moonwhale.train import memory
+    from moonwhale.train.callbacks import ProgressLines, StopAtStepEnd
+
+    out_of_memory = memory.explained(run.config, run.choice.device)
+    with out_of_memory, ProgressLines(run.log_line) as lines, StopAtStepEnd() as stop:
+        trainer = run.make_trainer(callbacks=[lines, stop])
+        trainer.remove_callback(transformers.PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if is_main_process():
+                run.plot(trainer.state.log_history, run.out)
+    step = trainer.state.global_step
+    if step < trainer.state.max_steps:
+        print_once(
+            f"stopped    at step {step}, which is saved; go on with: "
+            f"moonwhale {run.config.verb} `out` {run.config.out} `resume`"
+        )
+        raise KeyboardInterrupt
+    return trainer
+
+
+def finish(run: Run, trainer: "Trainer") -> None:
+    """Writes the trained model into the run's folder and prints the summary."""
+    if is_main_process():
+        run.publish(trainer, run.out)
+    print_once(run.summarize(trainer.state.log_history))
+
+
+def common_trainer_arguments(config, choice: "Choice", max_steps: int) -> dict:
+    """TrainingArguments for the options that all verbs share."""
+    on_cuda = choice.device.type == "cuda"
+    return {
+        "output_dir": config.out,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "learning_rate": config.lr,
+        "warmup_steps": min(config.warmup_steps, max_steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta2": 0.95,
+        "max_grad_norm": config.grad_clip,
+        "muon_momentum": config.momentum,
+        "qk_clip_tau": config.qk_clip_tau,
+        "use_cpu": choice.device.type == "cpu",
+        "bf16": choice.autocast,
+        "activation_checkpointing": config.gradient_checkpointing,
+        "eval_strategy": "steps",
+        "eval_steps": config.eval_every or max_steps,
+        "save_strategy": "steps",
+        "save_steps": config.save_every or max_steps,
+        "save_total_limit": config.keep_checkpoints,
+        "logging_strategy": "steps",
+        "logging_steps": config.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "report_to": config.report_to,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_cuda,
+        "accelerator_config": {"non_blocking": on_cuda},  # copies batches to the device while it computes
+        "ddp_find_unused_parameters": False,
+    }
