@@ -66,7 +66,7 @@ def build(config: TrainConfig) -> Run:
     from moonwhale.train.mtp_trainer import MTPTrainer
     from moonwhale.train.pipeline_trainer import PipelineTrainer
 
-    split = config.split
+    split, world = config.split, world_size()  # `meet` hides the world size of a pipeline from the Trainer
     if split.cuts:
         process_groups.take_gpu()
     choice = precision.choose(config.device, config.precision)
@@ -75,11 +75,11 @@ def build(config: TrainConfig) -> Run:
     model_config = build_model_config(config)  # refuses an impossible model before a tokenizer is trained
     settings = run_folder.options_that_affect_training(config, also=("out", "resume"))
     ranks = process_groups.meet(split, model_config, config.context, choice.device.type == "cpu", settings)
-    replicas = 1 if ranks else world_size()  # as the Trainer sees it: a pipeline is one device
+    replicas = 1 if ranks else world  # as the Trainer sees it: pipelines are one device
     args = trainer_arguments(config, choice, replicas)
     data = load_data(config, model_config.vocab_size, replicas)
     model = build_model(config, model_config, data.tokenizer, choice)
-    describe(config, choice, data, model_config)
+    describe(config, choice, data, model_config, world)
     run_folder.create(config)
     check_data_unchanged(data, config)
 
@@ -151,8 +151,8 @@ def build_model(config: TrainConfig, model_config, tokenizer, choice):
     return model
 
 
-def describe(config: TrainConfig, choice, data, model_config) -> None:
-    """Prints what will be trained: data, model, device, memory and steps.
+def describe(config: TrainConfig, choice, data, model_config, world: int) -> None:
+    """Prints what will be trained: data, model, device, memory and steps. `world` is the number of processes.
 
     Raises:
         UserError: weights, gradients and optimizer do not fit into the device's memory.
@@ -166,7 +166,7 @@ def describe(config: TrainConfig, choice, data, model_config) -> None:
     memory = "" if split.cuts else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
     print_once(data.describe())
     print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
-    print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + split.describe(world_size()))
+    print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + split.describe(world))
     if memory:
         print_once(memory)
     print_once(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {config.out}")
