@@ -28,7 +28,7 @@ from moonwhale.data.loading import load_source
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.tasks import Task, load_task
 from moonwhale.evaluate.drafts import DraftScore
-from moonwhale.evaluate.tasks import answer, score_answers
+from moonwhale.evaluate.tasks import generate_answers, score_answers
 from moonwhale.infer.engine import Engine
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
 from moonwhale.posttrain.progress import rewards_of
@@ -180,7 +180,7 @@ def measure(folder: Path, task: Task, sizes: Sizes) -> dict:
     """
     engine = Engine.load(folder, "cpu", "fp32", draft=1, sequences=128)
     problems = task.problems(sizes.problems, seed=1000, held_out=True)
-    greedy, sampled = answer(engine, problems, sizes.samples, 1.0, LONGEST, seed=0)
+    greedy, sampled = generate_answers(engine, problems, sizes.samples, 1.0, LONGEST, seed=0)
     score = score_answers(task, problems, greedy, sampled, [1])
     right: dict[bool, list[float]] = {True: [], False: []}
     for problem, answers in zip(problems, sampled, strict=True):

@@ -19,8 +19,9 @@ from moonwhale.data.tasks import Problem, Task
 from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.evaluate import tasks
-from moonwhale.evaluate.commands import EvalConfig, evaluate
+from moonwhale.evaluate.config import EvalConfig
 from moonwhale.evaluate.drafts import DraftScore, continue_text
+from moonwhale.evaluate.evaluation import evaluate
 from moonwhale.evaluate.text import choose_rows, score_text
 from moonwhale.infer.engine import Completion
 from moonwhale.train import pretrain
@@ -172,7 +173,7 @@ def test_answers_are_scored_as_by_hand():
 
 def test_answers_are_those_that_the_engine_gives_alone(engine):
     problems = [Problem(question, answer, {}) for question, answer in QUESTIONS[:2]]
-    greedy, sampled = tasks.answer(engine, problems, samples=3, temperature=1.5, max_new_tokens=8, seed=7)
+    greedy, sampled = tasks.generate_answers(engine, problems, samples=3, temperature=1.5, max_new_tokens=8, seed=7)
     for i, problem in enumerate(problems):
         (alone,) = engine.generate([problem.messages], temperature=0, max_new_tokens=8)
         assert greedy[i].token_ids == alone.token_ids
@@ -199,7 +200,7 @@ def test_a_file_of_questions(small_checkpoint, questions, tmp_path, capsys):
 
 def test_a_question_beyond_the_context_is_one_line(engine):
     with pytest.raises(UserError, match=r"`task`: the prompt has .* tokens, .* the model's context of 96"):
-        tasks.answer(engine, [Problem("why " * 99, "so", {})], 1, 1.0, 8, 0)
+        tasks.generate_answers(engine, [Problem("why " * 99, "so", {})], 1, 1.0, 8, 0)
 
 
 # ---- drafts
@@ -325,7 +326,7 @@ def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, cap
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskManager, "__init__", quick)
         line = refused(capsys, small_checkpoint, "--lm-eval", "whale", "--include-path", harness_folder)
-    assert line.endswith("`lm_eval`: there is no task 'whale' (did you mean whales?)")
+    assert line.endswith("--lm-eval: there is no task 'whale' (did you mean whales?)")
 
 
 @pytest.mark.slow
@@ -337,7 +338,7 @@ def test_lm_evals_own_tasks_are_known(small_checkpoint, capsys):
 def test_a_task_that_cannot_be_loaded(small_checkpoint, harness_folder, capsys):
     (harness_folder / "whales.jsonl").unlink()
     line = refused(capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder)
-    assert "`lm_eval` whales: FileNotFoundError: " in line
+    assert "--lm-eval whales: FileNotFoundError: " in line
 
 
 def test_lm_eval_is_an_extra(small_checkpoint, capsys, monkeypatch):
@@ -361,25 +362,25 @@ def test_several_at_once(small_checkpoint, text_folder, questions, harness_folde
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "there is nothing to evaluate: give `data`, `task` or `lm_eval`"),
+        ([], "there is nothing to evaluate: give --data, --task or --lm-eval"),
         (["--speculation"], "there is nothing to evaluate"),
-        (["--data", "TEXT", "--rows", "0"], "`rows`: 0 is impossible: it must be at least 1"),
+        (["--data", "TEXT", "--rows", "0"], "--rows: 0 is impossible: it must be at least 1"),
         (["--data", "TEXT", "--rows", "few"], "--rows: 'few' is not a whole number"),
-        (["--data", "TEXT", "--context", "97"], "`context`: 97 is longer than the model's context of 96"),
-        (["--data", "TEXT", "--context", "1"], "`context` 1: a row needs at least 2 tokens"),
-        (["--data", "nothing.txt"], "`data`: no such file or folder: nothing.txt"),
-        (["--data", "TEXT", "--data-split", "test"], "`data_split` test: only hub data sets have splits"),
+        (["--data", "TEXT", "--context", "97"], "--context: 97 is longer than the model's context of 96"),
+        (["--data", "TEXT", "--context", "1"], "--context 1: a row needs at least 2 tokens"),
+        (["--data", "nothing.txt"], "--data: no such file or folder: nothing.txt"),
+        (["--data", "TEXT", "--data-split", "test"], "--data-split test: only hub data sets have splits"),
         (["--task", "chain_sun"], "(did you mean chain_sum?)"),
-        (["--task", "nothing.jsonl"], "`task`: cannot read nothing.jsonl"),
-        (["--task", "QUESTIONS", "--samples", "4", "--k", "1,8"], "--k: 1,8 does not fit `samples` 4"),
-        (["--task", "QUESTIONS", "--k", "0"], "--k: 0 does not fit `samples` 4"),
-        (["--task", "QUESTIONS", "--temperature", "0"], "`temperature`: 0 draws the greedy answer again and again"),
-        (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower `problems`"),
-        (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by `whole`"),
-        (["--lm-eval", "whales", "--speculation"], "`speculation`: drafts are measured on text or on answers"),
-        (["--lm-eval", "whales", "--include-path", "nowhere"], "`include_path`: nowhere is no folder"),
+        (["--task", "nothing.jsonl"], "--task: cannot read nothing.jsonl"),
+        (["--task", "QUESTIONS", "--samples", "4", "--k", "1,8"], "--k: 1,8 does not fit --samples 4"),
+        (["--task", "QUESTIONS", "--k", "0"], "--k: 0 does not fit --samples 4"),
+        (["--task", "QUESTIONS", "--temperature", "0"], "--temperature: 0 draws the greedy answer again and again"),
+        (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower --problems"),
+        (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by --whole"),
+        (["--lm-eval", "whales", "--speculation"], "--speculation: drafts are measured on text or on answers"),
+        (["--lm-eval", "whales", "--include-path", "nowhere"], "--include-path: nowhere is no folder"),
         (["--data", "TEXT", "--precision", "fp8"], "--precision: 'fp8' is none of auto, fp32, bf16"),
-        (["--data", "TEXT", "--json", "nowhere/found.json"], "`json`: nowhere/found.json is no new file"),
+        (["--data", "TEXT", "--json", "nowhere/found.json"], "--json: nowhere/found.json is no new file"),
         (["--data", "TEXT", "--row", "1"], "unknown option --row (did you mean --rows?)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,3 +1,1 @@
-"""What a trained model can do: bits per byte of text, answers to tasks, multiple choice by lm-eval, and what MTP drafts
-gain.
-"""
+"""Measures what a trained model can do: bits per byte of text, answers to tasks, lm-eval's tasks, and MTP's drafts."""

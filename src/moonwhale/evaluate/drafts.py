@@ -1,4 +1,4 @@
-"""What MTP drafts gain: how often each module's guess holds, and tokens for each run of the main model."""
+"""Measures what MTP's drafts gain: how often each module's draft is accepted, and the tokens per forward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,18 @@ from tqdm import tqdm
 from moonwhale.data.packing import PackedDataset
 from moonwhale.infer.engine import Completion, Engine
 
-DOCUMENTS, PROMPT, ANSWER = 32, 64, 64  # how many are gone on from, after how many tokens, for how many
+NUM_DOCUMENTS = 32
+PROMPT_TOKENS = 64
+ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class DraftScore:
-    """Of greedy answers with as many drafts a cycle as there are modules.
+    """Acceptance of drafts in greedy answers. Each cycle drafts one token per MTP module.
 
-    acceptance: for each module, the share of its guesses that held, of those whose predecessors did.
-    tokens_per_forward: 1 is plain decoding, 1 + modules the most there can be.
+    tokens: tokens generated.
+    tokens_per_forward: tokens per forward of the main model. 1 is plain decoding; 1 + modules is the most possible.
+    acceptance: for each module, the share of its drafts that were accepted, among those whose predecessors were.
     """
 
     tokens: int
@@ -28,18 +31,20 @@ class DraftScore:
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> "DraftScore":
         tokens = sum(len(c.token_ids) for c in completions)
-        depths = zip_longest(*(zip(c.accepted, c.drafted, strict=True) for c in completions), fillvalue=(0, 0))
-        sums = [[sum(column) for column in zip(*depth, strict=True)] for depth in depths]
-        return cls(
-            tokens, tokens / sum(c.forwards for c in completions), [held / max(tested, 1) for held, tested in sums]
-        )
+        forwards = sum(c.forwards for c in completions)
+        # Answers differ in how many depths they have tested.
+        tested = map(sum, zip_longest(*(c.drafted for c in completions), fillvalue=0))
+        accepted = map(sum, zip_longest(*(c.accepted for c in completions), fillvalue=0))
+        acceptance = [n / max(of, 1) for n, of in zip(accepted, tested, strict=True)]
+        return cls(tokens, tokens / forwards, acceptance)
 
 
 def continue_text(engine: Engine, text: PackedDataset) -> list[Completion]:
-    """Greedy continuations of the beginnings of 32 documents, or as many as there are, spread over the text."""
-    n = min(DOCUMENTS, text.n_documents)
+    """Continues the beginnings of up to 32 documents greedily. The documents are spread over the text."""
+    n = min(NUM_DOCUMENTS, text.n_documents)
     chosen = np.linspace(0, text.n_documents - 1, n).astype(int)
-    prompts = [text.beginning(document, min(PROMPT, engine.context // 2)).tolist() for document in chosen]
-    answers = engine.as_completed(prompts, temperature=0.0, max_new_tokens=ANSWER)
-    done = dict(tqdm(answers, desc="drafts", total=n, unit=" texts", leave=False, disable=None))
-    return [done[i] for i in range(n)]
+    prompt_tokens = min(PROMPT_TOKENS, engine.context // 2)
+    prompts = [text.beginning(document, prompt_tokens).tolist() for document in chosen]
+    answers = engine.as_completed(prompts, temperature=0.0, max_new_tokens=ANSWER_TOKENS)
+    completions = dict(tqdm(answers, desc="drafts", total=n, unit=" texts", leave=False, disable=None))
+    return [completions[i] for i in range(n)]

@@ -1,41 +1,46 @@
-"""The results of an evaluation, for people."""
+"""Prints the results of an evaluation as text."""
 
-WIDTH = 80  # characters of a text
-
-
-def show_text(source: str, part: str, found: dict) -> None:
-    first, *others = (f"{share:.1%}" for share in found["accuracies"])
-    mtp = ", ".join(f"{loss:.3f}" for loss in found["losses"][1:])
-    size = f"{found['rows']:,} rows of {found['context']:,} tokens, {found['targets']:,} predicted"
-    _show("text", f"{source}, {part}: {size}, {found['bytes']:,} bytes")
-    _show("", f"{found['bits_per_byte']:.4f} bits per byte")
-    _show("", f"loss {found['losses'][0]:.4f} nats, perplexity {found['perplexity']:.2f}, of a token")
-    _show("", f"next token right {first}")
-    if others:
-        _show("", f"MTP modules right {', '.join(others)}; their losses {mtp}")
+LABEL_WIDTH = 12
+EXCERPT_WIDTH = 80
 
 
-def show_drafts(what: str, found: dict) -> None:
+def show_text(source: str, part: str, results: dict) -> None:
+    accuracy, *mtp_accuracies = (f"{share:.1%}" for share in results["accuracies"])
+    mtp_losses = ", ".join(f"{loss:.3f}" for loss in results["losses"][1:])
+    size = f"{results['rows']:,} rows of {results['context']:,} tokens, {results['targets']:,} predicted"
+    _show("text", f"{source}, {part}: {size}, {results['bytes']:,} bytes")
+    _show("", f"{results['bits_per_byte']:.4f} bits per byte")
+    _show("", f"loss {results['losses'][0]:.4f} nats, perplexity {results['perplexity']:.2f}, per token")
+    _show("", f"next token right {accuracy}")
+    if mtp_accuracies:
+        _show("", f"MTP modules right {', '.join(mtp_accuracies)}; their losses {mtp_losses}")
+
+
+def show_drafts(what: str, results: dict) -> None:
+    acceptance = ", ".join(f"{share:.1%}" for share in results["acceptance"]) or "none"
     _show(
-        "drafts", f"on {what}: {found['tokens_per_forward']:.3f} tokens a forward, of {found['tokens']:,} greedy ones"
+        "drafts",
+        f"on {what}: {results['tokens_per_forward']:.3f} tokens per forward, for {results['tokens']:,} greedy tokens",
     )
-    _show("", f"guesses that held, by depth: {', '.join(f'{share:.1%}' for share in found['acceptance']) or 'none'}")
+    _show("", f"drafts accepted, by depth: {acceptance}")
 
 
-def show_answers(name: str, temperature: float, found: dict) -> None:
-    size = f"{found['problems']:,} problems, {found['samples']} samples of each at temperature {temperature:g}"
+def show_task(name: str, temperature: float, results: dict) -> None:
+    size = f"{results['problems']:,} problems, {results['samples']} samples of each at temperature {temperature:g}"
     _show("task", f"{name}: {size}")
-    for label, (mean, error) in [("greedy", found["greedy"]), *((f"pass@{k}", v) for k, v in found["pass_at"].items())]:
+    rates = {"greedy": results["greedy"]} | {f"pass@{k}": rate for k, rate in results["pass_at"].items()}
+    for label, (mean, error) in rates.items():
         _show("", f"{label:<9}{mean:6.1%} ± {error:.1%}")
-    _show("", f"samples: {found['well_formed']:.1%} well-formed, {found['cut_off']:.1%} cut off")
-    _show("", f"mean length of a sample: {found['mean_tokens']:.1f} tokens")
-    for example in found["examples"]:
-        _show("", f"{'right' if example['score'] == 1 else 'wrong':<9}{_short(example['question'])}")
-        _show("", f"{'':<9}{_short(example['answer'])} wanted, greedy answer {_short(example['completion'])}")
+    _show("", f"samples: {results['well_formed']:.1%} well-formed, {results['cut_off']:.1%} cut off")
+    _show("", f"mean length of a sample: {results['mean_tokens']:.1f} tokens")
+    for example in results["examples"]:
+        _show("", f"{'right' if example['score'] == 1 else 'wrong':<9}{_excerpt(example['question'])}")
+        answer, completion = _excerpt(example["answer"]), _excerpt(example["completion"])
+        _show("", f"{'':<9}expected {answer}, greedy answer {completion}")
 
 
-def show_harness(found: dict[str, dict]) -> None:
-    for name, figures in found.items():
+def show_harness(results: dict[str, dict]) -> None:
+    for name, figures in results.items():
         examples = f" ({figures['examples']:,} examples)" if "examples" in figures else ""
         _show("lm-eval", name + examples)
         for metric, value in figures.items():
@@ -45,10 +50,11 @@ def show_harness(found: dict[str, dict]) -> None:
 
 
 def _show(label: str, text: str) -> None:
-    print(f"{label:<12}{text}", flush=True)
+    print(f"{label:<{LABEL_WIDTH}}{text}", flush=True)
 
 
-def _short(text: str) -> str:
-    """On one line, as a Python string, its middle left out where it is long."""
+def _excerpt(text: str) -> str:
+    """Returns the text as a Python string on one line, without its middle if it is long."""
     text = repr(text)
-    return text if len(text) <= WIDTH else f"{text[: WIDTH // 2]} … {text[-WIDTH // 2 :]}"
+    half = EXCERPT_WIDTH // 2
+    return text if len(text) <= EXCERPT_WIDTH else f"{text[:half]} … {text[-half:]}"

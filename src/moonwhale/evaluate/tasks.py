@@ -1,4 +1,4 @@
-"""How many problems of a task a model solves: greedily, and at least once in k tries."""
+"""Measures how many problems of a task a model solves: with its greedy answer, and in at least one of k samples."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,14 @@ from moonwhale.infer.engine import Completion, Engine
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Shares lie in [0, 1]; a pair is a mean over the problems and its standard error.
+    """Scores of the answers to a task. Shares lie in [0, 1]. A pair is a mean over problems and its standard error.
 
-    greedy: problems solved by the likeliest tokens. pass_at: for each k, the chance to solve a problem in k samples.
-    well_formed, cut_off: shares of samples that are one thought and one answer, and that were not finished.
-    mean_tokens: of a sample.
+    problems, samples: number of problems, and of samples for each.
+    greedy: share of problems that the greedy answer solves.
+    pass_at: for each k, the probability that at least one of k samples solves a problem.
+    well_formed: share of samples that are one thought followed by one answer.
+    cut_off: share of samples that reached their longest length.
+    mean_tokens: mean length of a sample.
     """
 
     problems: int
@@ -30,16 +33,18 @@ class AnswerScore:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that of k samples, drawn without replacement from n of which c are right, at least one is: the
-    unbiased estimator of pass@k (Chen et al., arXiv 2107.03374, eq. 1).
+    """Returns the unbiased estimate of pass@k from n samples of which c are right.
+
+    It is the probability that k samples, drawn without replacement from the n, hold at least one right one (Chen et
+    al., arXiv 2107.03374, eq. 1).
     """
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def answer(
+def generate_answers(
     engine: Engine, problems: Sequence[Problem], samples: int, temperature: float, max_new_tokens: int, seed: int
 ) -> tuple[list[Completion], list[list[Completion]]]:
-    """Each problem's greedy answer, and its samples, drawn from the model's whole distribution at that temperature.
+    """Returns each problem's greedy answer, and its samples from the model's whole distribution at `temperature`.
 
     Raises:
         UserError: a question leaves no room for an answer in the model's context.
@@ -54,38 +59,42 @@ def answer(
             greedy[i] = completion
             bar.update()
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        drawn = {"temperature": temperature, "min_p": 0.0, "max_new_tokens": max_new_tokens, "seed": seed}
-        for i, completion in engine.as_completed(repeated, **drawn):
+        options = {"temperature": temperature, "min_p": 0.0, "max_new_tokens": max_new_tokens, "seed": seed}
+        for i, completion in engine.as_completed(repeated, **options):
             sampled[i] = completion
             bar.update()
-    numbers = range(len(prompts))
-    return [greedy[i] for i in numbers], [[sampled[i * samples + j] for j in range(samples)] for i in numbers]
+    indices = range(len(prompts))
+    return [greedy[i] for i in indices], [[sampled[i * samples + j] for j in range(samples)] for i in indices]
 
 
 def score_answers(
-    task: Task, problems: Sequence[Problem], greedy: Sequence[Completion], sampled: Sequence[Sequence[Completion]], ks
+    task: Task,
+    problems: Sequence[Problem],
+    greedy: Sequence[Completion],
+    sampled: Sequence[Sequence[Completion]],
+    ks: Sequence[int],
 ) -> AnswerScore:
-    """What the answers are worth; of each problem one greedy one, and n samples, at least the largest of `ks`."""
+    """Scores one greedy answer and n samples for each problem. n must be at least the largest of `ks`."""
 
-    def right(problem: Problem, completion: Completion) -> bool:
+    def is_right(problem: Problem, completion: Completion) -> bool:
         return task.accuracy(problem, completion.text) == 1
 
     n = len(sampled[0])
-    solved = [sum(right(p, c) for c in own) for p, own in zip(problems, sampled, strict=True)]
-    flat = [completion for own in sampled for completion in own]
+    num_right = [sum(is_right(p, c) for c in own) for p, own in zip(problems, sampled, strict=True)]
+    all_samples = [completion for own in sampled for completion in own]
     return AnswerScore(
         problems=len(problems),
         samples=n,
-        greedy=_mean([right(p, c) for p, c in zip(problems, greedy, strict=True)]),
-        pass_at={k: _mean([pass_at_k(n, c, k) for c in solved]) for k in ks},
-        well_formed=sum(is_well_formed(c.text) for c in flat) / len(flat),
-        cut_off=sum(c.finish_reason == "length" for c in flat) / len(flat),
-        mean_tokens=sum(len(c.token_ids) for c in flat) / len(flat),
+        greedy=_mean_and_error([is_right(p, c) for p, c in zip(problems, greedy, strict=True)]),
+        pass_at={k: _mean_and_error([pass_at_k(n, c, k) for c in num_right]) for k in ks},
+        well_formed=sum(is_well_formed(c.text) for c in all_samples) / len(all_samples),
+        cut_off=sum(c.finish_reason == "length" for c in all_samples) / len(all_samples),
+        mean_tokens=sum(len(c.token_ids) for c in all_samples) / len(all_samples),
     )
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of n values and its standard error, 0 of a single one."""
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean of the values and its standard error, which is 0 for a single value."""
     n, mean = len(values), sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(n - 1, 1)
     return mean, math.sqrt(variance / n)

@@ -1,4 +1,4 @@
-"""How well a model predicts text: bits per byte, which compare across tokenizers, and the loss of each depth."""
+"""Measures how well a model predicts text: bits per byte, which compare across tokenizers, and each depth's loss."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -16,10 +16,15 @@ from moonwhale.model.loss import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class TextScore:
-    """A depth's index is 0 for the next token and k for MTP module k, which predicts the one k tokens behind it.
+    """Scores of a model on text. Index 0 of a list is the next token; index k is MTP module k.
 
-    rows: rows that were read. targets: tokens that the main head had to predict. bytes: those of their text.
-    losses: mean cross-entropy of each depth in nats a token. accuracies: how often its likeliest token was right.
+    MTP module k predicts the token that is k positions after the next one.
+
+    rows: rows that were read.
+    targets: tokens that the main head predicted.
+    bytes: length of the targets' text.
+    losses: mean cross-entropy of each depth, in nats per token.
+    accuracies: share of targets of each depth that were the likeliest token.
     """
 
     rows: int
@@ -34,16 +39,16 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Perplexity per token."""
         return math.exp(self.losses[0])
 
     def results(self) -> dict:
-        """All of it, ready for JSON."""
+        """Returns all scores, ready for JSON."""
         return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity} | asdict(self)
 
 
 def choose_rows(rows: Dataset, n: int | None) -> Dataset:
-    """n rows spread over all, the same as training's own evaluations take; all where n is None or there are fewer."""
+    """Returns n evenly spread rows, the same that training's evaluations take. None returns all rows."""
     if n is None or n >= len(rows):
         return rows
     return Subset(rows, torch.linspace(0, len(rows) - 1, n).long().tolist())
@@ -57,31 +62,35 @@ def score_text(
     batch_size: int = 8,
     autocast: torch.dtype | None = None,
 ) -> TextScore:
-    """Runs the model over packed rows (see `PackedDataset`), `batch_size` at a time, under a bar.
+    """Runs the model over packed rows (see `PackedDataset`), and shows a progress bar.
 
-    autocast: dtype of the matrix products, None for that of the weights. Each document's first token is no target, as
-    nothing before it could predict it. The figures are those of the training's own evaluations.
+    batch_size: rows per forward.
+    autocast: dtype of matrix products; None takes the weights' dtype.
+
+    The first token of a document is not a target, because no token before it could predict it. The scores equal those
+    of training's own evaluations.
 
     Raises:
         UserError: the rows hold no text to predict.
     """
     assert not model.training, "the loss would count in the statistics of training"
-    lengths, n_bytes = torch.from_numpy(byte_lengths(tokenizer)).to(model.device), 0
+    token_bytes = torch.from_numpy(byte_lengths(tokenizer)).to(model.device)  # (V,)
     depths = 1 + model.config.num_nextn_predict_layers
-    nll, right, counts = torch.zeros(3, depths, dtype=torch.float64)
+    nll, right, targets = torch.zeros(3, depths, dtype=torch.float64)  # sums over tokens, by depth
+    n_bytes = 0
     with tqdm(total=len(rows), desc="text", unit=" rows", leave=False, disable=None) as bar:
         for batch in DataLoader(rows, batch_size):
-            batch = {name: ids.to(model.device) for name, ids in batch.items()}
+            batch = {name: ids.to(model.device) for name, ids in batch.items()}  # (B, T)
             with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
                 out = model(**batch, logits_to_keep=1)
             n = out.targets.cpu()
             nll += out.losses.cpu().double() * n
             right += out.accuracies.cpu().double() * n
-            counts += n
-            targets = batch["labels"][:, 1:]
-            n_bytes += int(lengths[targets[targets != IGNORE_INDEX]].sum())
-            bar.update(len(targets))
+            targets += n
+            labels = batch["labels"][:, 1:]
+            n_bytes += int(token_bytes[labels[labels != IGNORE_INDEX]].sum())
+            bar.update(len(labels))
     if not n_bytes:
-        raise UserError("`data`: there is no text to predict in these rows: give more of it, or a larger `context`")
-    means = [(part / counts.clamp(min=1)).tolist() for part in (nll, right)]
-    return TextScore(len(rows), int(counts[0]), n_bytes, *means)
+        raise UserError("`data`: there is no text to predict in these rows: give more text, or a larger `context`")
+    losses, accuracies = ((sums / targets.clamp(min=1)).tolist() for sums in (nll, right))
+    return TextScore(len(rows), int(targets[0]), n_bytes, losses, accuracies)

@@ -1,0 +1,74 @@
+"""The options of `moonwhale eval`. Imports nothing heavy, since the command line needs it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.data.tasks import TASK_HELP
+from moonwhale.errors import UserError
+from moonwhale.infer.sampling_options import SamplingOptions
+from moonwhale.options import option, require
+
+AT_LEAST_ONE = ("rows", "batch_size", "problems", "samples", "limit")
+DEFAULT_PROBLEMS = 100  # or as many as the task has
+DEFAULT_K = (1, 4, 16)
+
+
+@dataclass
+class EvalConfig:
+    """The options of an evaluation.
+
+    Raises:
+        UserError: one line that names the option, its value and the fix.
+    """
+
+    data: str | None = option(None, DATA_HELP, group="text")
+    data_split: str | None = option(None, "split of a hub set (train)", group="text")
+    data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="text")
+    context: int | None = option(None, "tokens per row (the model's context)", group="text")
+    rows: int | None = option(None, "number of rows to read, spread over the text (all)", group="text")
+
+    task: str | None = option(None, TASK_HELP, group="task")
+    problems: int | None = option(
+        None, f"problems to solve ({DEFAULT_PROBLEMS}, or all if there are fewer)", group="task"
+    )
+    samples: int = option(4, "answers sampled for each problem, in addition to the greedy one", group="task")
+    k: list[int] | None = option(None, "values of k for pass@k (1,4,16, up to --samples)", group="task")
+    temperature: float = option(1.0, "temperature of the samples; 1 is the model's own distribution", group="task")
+    max_new_tokens: int = option(256, "longest answer, in tokens", group="task")
+    seed: int = option(0, "seed of the choice of problems and of the samples", group="task")
+
+    lm_eval: list[str] | None = option(None, "tasks or groups of lm-eval, as A,B", group="lm-eval")
+    include_path: str | None = option(None, "folder with your own tasks, as YAML files", group="lm-eval")
+    limit: int | None = option(None, "examples of each task (all)", group="lm-eval")
+
+    whole: bool = option(
+        False, "use all of --data and all questions of --task, also those that training sees", group="general"
+    )
+    speculation: bool = option(
+        False, "also measure how often MTP drafts are accepted, on --data and --task", group="general"
+    )
+    batch_size: int = option(8, "rows computed at once", group="general")
+    device: str = option("auto", "cpu, cuda, mps, or auto for the best there is", group="general")
+    precision: str = option("auto", "precision of matrix products", group="general", choices=("auto", "fp32", "bf16"))
+    json: str | None = option(None, "new file for the results and these settings", group="general")
+
+    def __post_init__(self):
+        if not (self.data or self.task or self.lm_eval):
+            raise UserError("there is nothing to evaluate: give `data`, `task` or `lm_eval`, or several of them")
+        for name in AT_LEAST_ONE:
+            value = getattr(self, name)
+            require(self, name, value is None or value >= 1, "it must be at least 1")
+        SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        if not self.temperature:
+            raise UserError("`temperature`: 0 draws the greedy answer again and again: give a number above 0")
+        self.k = self.k or [k for k in DEFAULT_K if k <= self.samples]
+        if not all(1 <= k <= self.samples for k in self.k):
+            raise UserError(
+                f"`k`: {','.join(map(str, self.k))} does not fit `samples` {self.samples}: give numbers from 1 to "
+                f"{self.samples}, or raise `samples`"
+            )
+        if self.speculation and not (self.data or self.task):
+            raise UserError("`speculation`: drafts are measured on text or on answers: give `data` or `task`")
+        if self.json and (Path(self.json).exists() or not Path(self.json).parent.is_dir()):
+            raise UserError(f"`json`: {self.json} is no new file in a folder that exists: name one")
