@@ -87,13 +87,13 @@ class Ours:
         self.decoder, self.prompt, self.cache = decoder, prompt, decoder.cache()
         self.rows, self.length = prompt.shape
         self.cache.resize(self.rows, self.length + TOKENS)
-        decoder.run(prompt[:, :-1], self.cache, decoder.span(self.cache, 0, [0] * self.rows, self.length - 1))
+        decoder.run(prompt[:, :-1], self.cache, decoder.place(self.cache, 0, [0] * self.rows, self.length - 1))
 
     def __call__(self, _=None) -> Tensor:
         token, decoder = self.prompt[:, -1:], self.decoder
         for at in range(self.length - 1, self.length - 1 + TOKENS):
-            span = decoder.span(self.cache, 0, [at] * self.rows, 1)
-            token = decoder.head(decoder.run(token, self.cache, span)).float().argmax(-1)
+            placement = decoder.place(self.cache, 0, [at] * self.rows, 1)
+            token = decoder.head(decoder.run(token, self.cache, placement)).float().argmax(-1)
         return token
 
 
@@ -206,7 +206,7 @@ def bits_per_byte(folder: Path, rows: int) -> dict:
             ids, cache = torch.tensor([row]), decoder.cache()
             cache.resize(1, len(row))
             pieces = [  # short enough to be computed as steps are
-                decoder.head(decoder.run(piece, cache, decoder.span(cache, 0, [i * STEP], piece.shape[1])))
+                decoder.head(decoder.run(piece, cache, decoder.place(cache, 0, [i * STEP], piece.shape[1])))
                 for i, piece in enumerate(ids.split(STEP, dim=1))
             ]
             logits = torch.cat(pieces, dim=1)[0, :-1]

@@ -27,7 +27,7 @@ from decode import TOKENS, Ours, Theirs, seed_model, transformers_model
 from moonwhale import fp8
 from moonwhale.costs import flops_per_token
 from moonwhale.infer.decoder import Decoder
-from moonwhale.infer.graphs import WORTH
+from moonwhale.infer.graphs import CAPTURE_AFTER
 from moonwhale.model import MoonwhaleConfig, flex
 from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention, moba_mask
@@ -275,8 +275,8 @@ def decode(bench: Bench, _) -> dict:
         decoders = {"graphs": Decoder(ours), "one by one": Decoder(ours)}
         decoders["one by one"].graphs = None
         contenders: dict = {name: Ours(decoder, prompt) for name, decoder in decoders.items()}
-        for _ in range(WORTH // TOKENS):
-            contenders["graphs"]()  # until they are recorded
+        for _ in range(CAPTURE_AFTER // TOKENS):
+            contenders["graphs"]()  # until they are captured
         contenders |= {f"transformers, {experts}": Theirs(model, prompt) for experts, model in peers.items()}
         taken = {name: round(1e3 * bench.seconds(step) / TOKENS, 3) for name, step in contenders.items()}
         best = min(seconds for name, seconds in taken.items() if name.startswith("transformers"))

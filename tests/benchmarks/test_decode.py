@@ -62,8 +62,8 @@ def test_their_cache_and_ours_go_on_from_the_same_prompt(monkeypatch):
         token = decode.Ours(decoder, prompt)
         token()
         logits = float_model(prompt).logits[0, -1]
-        span = decoder.span(token.cache, 0, [19], 1)
-        got = decoder.head(decoder.run(prompt[:, -1:], token.cache, span))[0, 0]
+        placement = decoder.place(token.cache, 0, [19], 1)
+        got = decoder.head(decoder.run(prompt[:, -1:], token.cache, placement))[0, 0]
         torch.testing.assert_close(got, logits, atol=1e-4, rtol=1e-3)
 
 

@@ -5,8 +5,8 @@ import torch
 
 from moonwhale.infer import decoder as decoder_module
 from moonwhale.infer.decoder import Decoder
-from moonwhale.native import bindings
-from moonwhale.native.packed_linear import Linear
+from moonwhale.native import bindings, build
+from moonwhale.native.packed_linear import PackedLinear
 
 MOBA = {"moba_block_size": 4, "moba_topk": 2}
 CONFIGS = {
@@ -40,29 +40,33 @@ def way(request, monkeypatch):
     blocks, as it comes; "long" is the latter throughout.
     """
     if request.param == "native":
-        if why_not := bindings.why_not():
-            pytest.skip(why_not)
+        if reason := build.unavailable_reason():
+            pytest.skip(reason)
     else:
-        monkeypatch.setattr(bindings, "serves", lambda weight: False)
+        monkeypatch.setattr(bindings, "supports", lambda weight: False)
     if request.param == "pytorch, long":
-        monkeypatch.setattr(decoder_module._Attention, "_of_all", _as_if_long)
+        monkeypatch.setattr(decoder_module.DecoderAttention, "_over_all_entries", _as_if_long)
     return request.param
 
 
-_of_all = decoder_module._Attention._of_all
+_over_all_entries = decoder_module.DecoderAttention._over_all_entries
 
 
-def _as_if_long(self, q, cache, span, chooses):
-    return self._of_chosen(q, cache, span) if chooses else _of_all(self, q, cache, span, chooses)
+def _as_if_long(self, q, cache, placement, chooses):
+    return (
+        self._over_chosen_blocks(q, cache, placement)
+        if chooses
+        else _over_all_entries(self, q, cache, placement, chooses)
+    )
 
 
 def run(decoder, ids, cuts, cache=None, slot=0, start=0):
-    """Hidden states (1, T, hidden) of ids (1, T), run in spans of those lengths."""
+    """Hidden states (1, T, hidden) of ids (1, T), run in calls of those lengths."""
     cache, out, at = cache or decoder.cache(), [], 0
     cache.resize(max(cache.slots, slot + 1), max(cache.length, start + ids.shape[1]))
     for length in cuts:
-        span = decoder.span(cache, slot, [start + at], length)
-        out.append(decoder.run(ids[:, at : at + length], cache, span))
+        placement = decoder.place(cache, slot, [start + at], length)
+        out.append(decoder.run(ids[:, at : at + length], cache, placement))
         at += length
     return torch.cat(out, dim=1)
 
@@ -78,7 +82,7 @@ def test_the_decoder_is_the_model(model, cuts, monkeypatch):
     for many in (32, 2):  # the second: pieces of any length are expanded
         if many == 2 and model.config.moba_topk and any(n % 4 for n in cuts[:-1]):
             continue  # pieces that are expanded begin with a block
-        monkeypatch.setattr(decoder_module, "MANY", many)
+        monkeypatch.setattr(decoder_module, "EXPAND_FROM_TOKENS", many)
         torch.testing.assert_close(run(Decoder(model), ids, cuts), hidden_of(model, ids), atol=2e-5, rtol=1e-4)
 
 
@@ -93,9 +97,9 @@ def test_rows_of_different_lengths_do_not_see_each_other(model):
     for slot, n in enumerate(lengths):
         run(decoder, ids[slot : slot + 1, :n], [n], cache, slot + 1)
     for step in range(3):
-        span = decoder.span(cache, 1, [n + 2 * step for n in lengths], 2)
+        placement = decoder.place(cache, 1, [n + 2 * step for n in lengths], 2)
         new = torch.stack([ids[i, n + 2 * step : n + 2 * step + 2] for i, n in enumerate(lengths)])
-        got = decoder.run(new, cache, span)
+        got = decoder.run(new, cache, placement)
         for i, n in enumerate(lengths):
             alone = hidden_of(model, ids[i : i + 1, : n + 2 * step + 2])
             torch.testing.assert_close(got[i], alone[0, -2:], atol=2e-5, rtol=1e-4)
@@ -111,7 +115,7 @@ def test_a_rejected_draft_leaves_no_trace(model):
     while at < 24:
         wrong = tokens(1, 4, seed=at)
         wrong[0, 0] = ids[0, at]  # then three guesses, of which none holds
-        got = decoder.run(wrong, cache, decoder.span(cache, 0, [at], 4))
+        got = decoder.run(wrong, cache, decoder.place(cache, 0, [at], 4))
         torch.testing.assert_close(got[0, 0], hidden_of(model, ids[:, : at + 1])[0, -1], atol=2e-5, rtol=1e-4)
         at += 1
 
@@ -123,7 +127,7 @@ def test_a_sequence_moves_and_the_cache_grows(model):
     run(decoder, ids[:, :18], [18], cache, slot=2)
     cache.resize(5, 64)
     cache.move(2, 0, 18)
-    got = decoder.run(ids[:, 18:], cache, decoder.span(cache, 0, [18], 6))
+    got = decoder.run(ids[:, 18:], cache, decoder.place(cache, 0, [18], 6))
     torch.testing.assert_close(got, hidden_of(model, ids)[:, 18:], atol=2e-5, rtol=1e-4)
 
 
@@ -135,11 +139,11 @@ def test_the_mtp_chain_is_the_models(model):
         cache, at = decoder.cache(), 0
         cache.resize(1, 40)
         for length in cuts:
-            span = decoder.span(cache, 0, [at], length)
-            hidden = decoder.run(ids[:, at : at + length], cache, span)
+            placement = decoder.place(cache, 0, [at], length)
+            hidden = decoder.run(ids[:, at : at + length], cache, placement)
             for depth in (1, 2):
                 ahead = ids.roll(-depth, dims=1)[:, at : at + length]
-                hidden = decoder.guess(depth, hidden, ahead, cache, span)
+                hidden = decoder.guess(depth, hidden, ahead, cache, placement)
                 known = min(at + length, 40 - depth) - at
                 theirs = want.mtp_hidden_states[depth - 1][:, at : at + known]
                 torch.testing.assert_close(hidden[:, :known], theirs, atol=5e-5, rtol=1e-4)
@@ -168,14 +172,14 @@ def test_a_step_in_pytorch_reads_each_block_once_or_those_chosen(tiny_model, mon
     if way == "native":
         pytest.skip("these are PyTorch's two ways")
     decoder, seen = Decoder(tiny_model(**MOBA)), []
-    monkeypatch.setattr(decoder_module, "MANY", 32)
-    scores = decoder_module._Attention._scores
+    monkeypatch.setattr(decoder_module, "EXPAND_FROM_TOKENS", 32)
+    scores = decoder_module.DecoderAttention._scores
 
     def noted(self, q, keys):
         seen.append(keys.shape[0] * keys.shape[1])
         return scores(self, q, keys)
 
-    monkeypatch.setattr(decoder_module._Attention, "_scores", noted)
+    monkeypatch.setattr(decoder_module.DecoderAttention, "_scores", noted)
     run(decoder, tokens(1, 60), [40] + [1] * 20)
     assert set(seen) == {3 * 2 * 4}
 
@@ -204,10 +208,10 @@ def test_int8_weights_are_within_half_a_step(rows):
     weight = torch.randn(48, 64, generator=generator)
     weight[3] = 0
     bias, x = torch.randn(48, generator=generator), torch.randn(2, rows, 64, generator=generator)
-    got = Linear(weight, bias, int8=True)(x)
+    got = PackedLinear(weight, bias, int8=True)(x)
     rounding = weight.abs().amax(1) / 127 / 2
     assert ((got - x @ weight.T - bias).abs() <= x.abs().sum(-1, keepdim=True) * rounding + 1e-4).all()
-    half = Linear(weight.bfloat16(), bias.bfloat16(), int8=True)(x.bfloat16())
+    half = PackedLinear(weight.bfloat16(), bias.bfloat16(), int8=True)(x.bfloat16())
     assert (half.float() - got).norm() < 0.01 * got.norm()
 
 
@@ -230,27 +234,29 @@ def test_mutants_are_caught(tiny_model, monkeypatch, way):
 
     check()
     with monkeypatch.context() as patch:  # no block's mean is ever written
-        patch.setattr(decoder_module._Attention, "_remember", _without_means)
-        patch.setattr(decoder_module._Attention, "_of_all", _as_if_long)
+        patch.setattr(decoder_module.DecoderAttention, "_write_entries", _without_means)
+        patch.setattr(decoder_module.DecoderAttention, "_over_all_entries", _as_if_long)
         caught(check)
     with monkeypatch.context() as patch:  # a token rotated as if it were the first
         right = decoder_module.rotation_table
         patch.setattr(decoder_module, "rotation_table", lambda c, p, d: right(c, p * 0, d))
         caught(check)
     with monkeypatch.context() as patch:  # a step takes the full attention
-        patch.setattr(decoder_module._Attention, "_of_chosen", _everything)
-        patch.setattr(decoder_module._Attention, "_of_all", lambda *args: _of_all(*args[:-1], False))
+        patch.setattr(decoder_module.DecoderAttention, "_over_chosen_blocks", _everything)
+        patch.setattr(
+            decoder_module.DecoderAttention, "_over_all_entries", lambda *args: _over_all_entries(*args[:-1], False)
+        )
         caught(check)
     with monkeypatch.context() as patch:  # the gate takes the worst
-        right_choice = decoder_module._Attention._choose
-        patch.setattr(decoder_module._Attention, "_choose", lambda self, gates, s: right_choice(self, -gates, s))
+        right_choice = decoder_module.DecoderAttention._choose
+        patch.setattr(decoder_module.DecoderAttention, "_choose", lambda self, gates, s: right_choice(self, -gates, s))
         caught(check)
 
 
-def _without_means(self, latent, k_rope, cache, span):
+def _without_means(self, latent, k_rope, cache, placement):
     entry = torch.cat([latent, k_rope], dim=-1)
-    cache.keys[self.layer].flatten(0, 1).index_copy_(0, span.place, entry.flatten(0, 1))
+    cache.keys[self.layer].flatten(0, 1).index_copy_(0, placement.entry_index, entry.flatten(0, 1))
 
 
-def _everything(self, q, cache, span):
-    return _of_all(self, q, cache, span, False)
+def _everything(self, q, cache, placement):
+    return _over_all_entries(self, q, cache, placement, False)

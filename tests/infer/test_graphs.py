@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moonwhale.infer import graphs, scheduler
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
-from moonwhale.infer.feed_forward import Experts
+from moonwhale.infer.feed_forward import ExpertLayer
 from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.scheduler import Scheduler
 from moonwhale.native import bindings
@@ -51,7 +51,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def record(function, pool):
+def capture(function, pool):
     with Refuses(), RefusesNumbers(), Tape() as tape:
         out = function()
     return tape.replay, out, None
@@ -60,10 +60,10 @@ def record(function, pool):
 @pytest.fixture
 def taped(monkeypatch):
     """`taped(model)`: its decoder as on a GPU, with tapes for graphs of which there are many."""
-    monkeypatch.setattr(bindings, "serves", lambda weight: False)
-    monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "BOUND", 8)
-    monkeypatch.setattr(graphs, "WORTH", 0)
+    monkeypatch.setattr(bindings, "supports", lambda weight: False)
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "MIN_CONTEXT_BOUND", 8)
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
 
     def taped(model):
         decoder = Decoder(model)
@@ -73,9 +73,9 @@ def taped(monkeypatch):
             *(b for module in model.model.mtp_modules for b in (module, *module.blocks)),
         ]
         for block, of in zip(ours, theirs, strict=True):
-            if isinstance(block.feed_forward, Experts):
+            if isinstance(block.feed_forward, ExpertLayer):
                 block.feed_forward.stacks = of.mlp.experts
-        decoder.graphs = Graphs(longest=len(decoder.modules) + 1)
+        decoder.graphs = Graphs(max_length=len(decoder.modules) + 1)
         return decoder
 
     return taped
@@ -92,15 +92,15 @@ def test_steps_of_graphs_are_the_models(changes, tiny_model, taped):
     cache = decoder.cache()
     cache.resize(4, 48)
     for slot, length in enumerate(lengths):
-        decoder.run(ids[slot : slot + 1, :length], cache, decoder.span(cache, slot, [0], length))
+        decoder.run(ids[slot : slot + 1, :length], cache, decoder.place(cache, slot, [0], length))
     at = lengths
     for cut in cuts:
         new = torch.stack([row[n : n + cut] for row, n in zip(ids, at, strict=True)])
-        got = decoder.run(new, cache, decoder.span(cache, 0, at, cut))
+        got = decoder.run(new, cache, decoder.place(cache, 0, at, cut))
         for i, n in enumerate(at):
             torch.testing.assert_close(got[i], want[i, n : n + cut], atol=2e-5, rtol=1e-4)
         at = [n + cut for n in at]
-    assert len(decoder.graphs._recorded) < len(cuts), "some have served again"
+    assert len(decoder.graphs._captured) < len(cuts), "some have served again"
 
 
 def both(model, taped, draft, monkeypatch, **options):
@@ -120,16 +120,18 @@ def model(tiny_model):
 @pytest.mark.parametrize("draft", [0, 1, 2])
 def test_batches_that_come_and_go_write_the_same(draft, options, model, taped, monkeypatch):
     calls = []
-    right = graphs._Step.__call__
-    monkeypatch.setattr(graphs._Step, "__call__", lambda self, *args: calls.append(id(self)) or right(self, *args))
+    right = graphs.CapturedStep.__call__
+    monkeypatch.setattr(
+        graphs.CapturedStep, "__call__", lambda self, *args: calls.append(id(self)) or right(self, *args)
+    )
     want, got = both(model, taped, draft, monkeypatch, **options)
     assert got == want
     assert len(calls) > 2 * len(set(calls)), "steps are replayed"
 
 
 def test_few_sizes_serve_all():
-    assert [graphs._rounded(rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)] == [1, 2, 4, 8, 8, 16, 24, 64]
-    assert [graphs._bound(tokens) for tokens in (1, 256, 257, 5000)] == [256, 256, 512, 8192]
+    assert [graphs._round_rows(rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)] == [1, 2, 4, 8, 8, 16, 24, 64]
+    assert [graphs._context_bound(tokens) for tokens in (1, 256, 257, 5000)] == [256, 256, 512, 8192]
 
 
 @torch.inference_mode()
@@ -141,32 +143,32 @@ def test_no_expert_is_asked_for_where_rows_are_rounded_up(model, taped):
     for one in (decoder, plain):
         cache = one.cache()
         cache.resize(88, 8)
-        found.append(one.run(tokens, cache, one.span(cache, 0, [0] * 85, 3)))
+        found.append(one.run(tokens, cache, one.place(cache, 0, [0] * 85, 3)))
     torch.testing.assert_close(*found)
 
 
 @torch.inference_mode()
-def test_what_comes_seldom_is_not_recorded(model, taped, monkeypatch):
-    monkeypatch.setattr(graphs, "WORTH", 3)
+def test_what_comes_seldom_is_not_captured(model, taped, monkeypatch):
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", 3)
     decoder = taped(model)
     cache, ids = decoder.cache(), torch.arange(8)[None]
     cache.resize(1, 16)
-    recorded = []
+    captured = []
     for n in range(8):
-        decoder.run(ids[:, n : n + 1], cache, decoder.span(cache, 0, [n], 1))
-        recorded.append(len(decoder.graphs._recorded))
-    assert recorded == [0, 0, 0, 1, 1, 1, 1, 1]
+        decoder.run(ids[:, n : n + 1], cache, decoder.place(cache, 0, [n], 1))
+        captured.append(len(decoder.graphs._captured))
+    assert captured == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
 @torch.inference_mode()
-def test_a_cache_of_another_size_is_recorded_anew(model, taped):
+def test_a_cache_of_another_size_is_captured_anew(model, taped):
     decoder = taped(model)
     cache, ids = decoder.cache(), torch.arange(30)[None]
     cache.resize(1, 16)
     for n in range(10):
-        decoder.run(ids[:, n : n + 1], cache, decoder.span(cache, 0, [n], 1))
+        decoder.run(ids[:, n : n + 1], cache, decoder.place(cache, 0, [n], 1))
     cache.resize(2, 40)
-    got = decoder.run(ids[:, 10:11], cache, decoder.span(cache, 0, [10], 1))
+    got = decoder.run(ids[:, 10:11], cache, decoder.place(cache, 0, [10], 1))
     torch.testing.assert_close(got, model.model(ids[:, :11], use_cache=False).last_hidden_state[:, -1:])
 
 
@@ -174,14 +176,16 @@ def test_a_cache_of_another_size_is_recorded_anew(model, taped):
 
 
 def test_a_tape_that_knows_its_positions_is_caught(model, taped, monkeypatch):
-    monkeypatch.setattr(graphs, "_AnyPlacement", lambda like, *_: like)
+    monkeypatch.setattr(graphs, "BufferedPlacement", lambda like, *_: like)
     with pytest.raises(AssertionError, match=r"numbers of Python's"):
         both(model, taped, 0, monkeypatch)
 
 
 def test_positions_that_stay_are_caught(model, taped, monkeypatch):
     monkeypatch.setattr(
-        graphs._Step, "__call__", lambda self, tensors, span: self.replay() or self.out[: len(span.start)]
+        graphs.CapturedStep,
+        "__call__",
+        lambda self, tensors, placement: self.replay() or self.out[: len(placement.start)],
     )
     want, got = both(model, taped, 0, monkeypatch)
     assert got != want
@@ -189,19 +193,19 @@ def test_positions_that_stay_are_caught(model, taped, monkeypatch):
 
 def test_rows_that_are_none_and_write_are_caught(model, taped, monkeypatch):
     """At their slots' beginning, where a prompt that is being read has its entries."""
-    right = graphs._Step._fill
+    right = graphs.CapturedStep._fill
 
-    def fill(self, tensors, span):
-        right(self, tensors, span)
-        self.where[1] = self.slot * self.stride + self.where[0]
+    def fill(self, tensors, placement):
+        right(self, tensors, placement)
+        self.indices[1] = self.slot * self.slot_length + self.indices[0]
 
-    monkeypatch.setattr(graphs._Step, "_fill", fill)
+    monkeypatch.setattr(graphs.CapturedStep, "_fill", fill)
     want, got = both(model, taped, 0, monkeypatch)
     assert got != want
 
 
 def test_means_that_stay_are_caught(model, taped, monkeypatch):
-    monkeypatch.setattr(graphs._AnyPlacement, "average", lambda self, keys, means: None)
+    monkeypatch.setattr(graphs.BufferedPlacement, "write_means", lambda self, keys, means: None)
     want, got = both(model, taped, 0, monkeypatch)
     assert got != want
 
@@ -213,7 +217,7 @@ def test_means_that_stay_are_caught(model, taped, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
 def test_cuda_graphs_are_the_steps_one_by_one(dtype, model, monkeypatch):
-    monkeypatch.setattr(graphs, "WORTH", 2)
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", 2)
     model = copy.deepcopy(model).to("cuda", dtype)
     ids, found = torch.randint(61, (1, 60), device="cuda"), []
     for use in (True, False):
@@ -221,7 +225,7 @@ def test_cuda_graphs_are_the_steps_one_by_one(dtype, model, monkeypatch):
         decoder.graphs = decoder.graphs if use else None
         cache = decoder.cache()
         cache.resize(2, 64)
-        decoder.run(ids[:, :40], cache, decoder.span(cache, 0, [0], 40))
-        steps = [decoder.run(ids[:, n : n + 1], cache, decoder.span(cache, 0, [n], 1)).clone() for n in range(40, 60)]
+        decoder.run(ids[:, :40], cache, decoder.place(cache, 0, [0], 40))
+        steps = [decoder.run(ids[:, n : n + 1], cache, decoder.place(cache, 0, [n], 1)).clone() for n in range(40, 60)]
         found.append(torch.cat(steps))
     torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-2)

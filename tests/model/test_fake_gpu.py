@@ -110,29 +110,29 @@ def test_steps_stay_on_their_gpu(device, changes, there):
     cache = decoder.cache()
     cache.resize(4, 64)
     for length in (1, 3):
-        span = decoder.span(cache, 0, [2, 21, 12], length)
+        placement = decoder.place(cache, 0, [2, 21, 12], length)
         tokens = torch.zeros(3, length, dtype=torch.long, device=device)
-        hidden = decoder.run(tokens, cache, span)
-        guess = decoder.guess(1, hidden, tokens, cache, span)
+        hidden = decoder.run(tokens, cache, placement)
+        guess = decoder.guess(1, hidden, tokens, cache, placement)
         assert decoder.head(guess).device.type == device and guess.dtype == torch.bfloat16
 
 
 @pytest.fixture
-def recording(monkeypatch):
-    """Each step is recorded, by being run."""
-    monkeypatch.setattr(graphs, "record", lambda function, pool: (lambda: None, function(), None))
-    monkeypatch.setattr(graphs, "WORTH", 0)
+def capturing(monkeypatch):
+    """Each step is captured, by being run."""
+    monkeypatch.setattr(graphs, "capture", lambda function, pool: (lambda: None, function(), None))
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
-def test_so_do_graphs(changes, there, recording):
+def test_so_do_graphs(changes, there, capturing):
     decoder = Decoder(there("cuda", num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval())
     cache = decoder.cache()
     cache.resize(4, 64)
     tokens = torch.zeros(3, 3, dtype=torch.long, device="cuda")
-    hidden = decoder.run(tokens, cache, decoder.span(cache, 0, [2, 21, 12], 3))
-    assert hidden.shape == (3, 3, 32) and hidden.device.type == "cuda" and decoder.graphs._recorded
+    hidden = decoder.run(tokens, cache, decoder.place(cache, 0, [2, 21, 12], 3))
+    assert hidden.shape == (3, 3, 32) and hidden.device.type == "cuda" and decoder.graphs._captured
 
 
 class Noise:
@@ -154,7 +154,7 @@ class Noise:
 @pytest.mark.parametrize("draft", [0, 2])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 @torch.no_grad()
-def test_so_do_batches_that_come_and_go(device, draft, options, there, recording, monkeypatch):
+def test_so_do_batches_that_come_and_go(device, draft, options, there, capturing, monkeypatch):
     """All the scheduler's work but reading: whatever it reads is a 7."""
     monkeypatch.setattr(scheduler, "PIECE", 16)
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [7] * len(self))
@@ -168,7 +168,7 @@ def test_so_do_batches_that_come_and_go(device, draft, options, there, recording
         scheduler.Scheduler.step.__wrapped__(server)
     assert [len(one.token_ids) for one in waiting] == [12, 4, 6]
     assert (waiting[0].drafted != []) == (draft > 0)
-    assert device != "cuda" or server.decoder.graphs._recorded
+    assert device != "cuda" or server.decoder.graphs._captured
 
 
 def test_a_mixture_of_devices_and_a_look_are_seen(fake):

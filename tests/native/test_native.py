@@ -10,8 +10,9 @@ import torch
 
 from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
-from moonwhale.native import bindings
-from moonwhale.native.packed_linear import Linear
+from moonwhale.native import bindings, build
+from moonwhale.native.packed_linear import PackedLinear
+from moonwhale.native.structures import STRUCTURES
 
 SHAPES = {  # wide enough for whole vectors and for what is left behind them
     "hidden_size": 48,
@@ -31,8 +32,8 @@ PROMPT = 300  # several pieces of full attention, many blocks of MoBA
 
 @pytest.fixture(autouse=True)
 def _compiler():
-    if why_not := bindings.why_not():
-        pytest.skip(why_not)
+    if reason := build.unavailable_reason():
+        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def read(decoder, rows=1):
     cache = decoder.cache()
     cache.resize(rows, PROMPT + 16)
     for i in range(rows):
-        decoder.run(tokens(1, PROMPT, seed=i), cache, decoder.span(cache, i, [0], PROMPT))
+        decoder.run(tokens(1, PROMPT, seed=i), cache, decoder.place(cache, i, [0], PROMPT))
     return cache
 
 
@@ -57,14 +58,14 @@ def steps(decoder, cache, lengths=(1, 2, 3, 1)):
     """Hidden states of spans after the prompt, and all that is in the cache then."""
     at, out = PROMPT, []
     for n in lengths:
-        out.append(decoder.run(tokens(1, n, seed=at), cache, decoder.span(cache, 0, [at], n)))
+        out.append(decoder.run(tokens(1, n, seed=at), cache, decoder.place(cache, 0, [at], n)))
         at += n
     return torch.cat(out, dim=1).float(), *(x.float() for x in (*cache.keys, cache.means[0]))
 
 
 def in_pytorch(model, monkeypatch, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(bindings, "serves", lambda weight: False)
+        patch.setattr(bindings, "supports", lambda weight: False)
         return Decoder(model, **options)
 
 
@@ -104,14 +105,14 @@ def test_a_token_is_the_same_to_the_last_bit_whatever_is_beside_it(model):
     decoder = Decoder(model.to(torch.bfloat16))
     cache, threads = read(decoder, rows=5), torch.get_num_threads()
     new = torch.cat([tokens(1, 3, seed=10 + i) for i in range(5)])
-    together = decoder.run(new, cache, decoder.span(cache, 0, [PROMPT] * 5, 3))
+    together = decoder.run(new, cache, decoder.place(cache, 0, [PROMPT] * 5, 3))
     head = decoder.head(together)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for i in range(5):
                 alone = [
-                    decoder.run(new[i : i + 1, k : k + 1], cache, decoder.span(cache, i, [PROMPT + k], 1))
+                    decoder.run(new[i : i + 1, k : k + 1], cache, decoder.place(cache, i, [PROMPT + k], 1))
                     for k in range(3)
                 ]
                 assert torch.equal(torch.cat(alone, dim=1)[0], together[i])
@@ -126,37 +127,37 @@ def test_products_of_every_shape(size, rows):
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(11, size, generator=generator), torch.randn(11, generator=generator)
     x = torch.randn(rows, size, generator=generator)
-    torch.testing.assert_close(Linear(weight, bias)(x), x @ weight.T + bias)
+    torch.testing.assert_close(PackedLinear(weight, bias)(x), x @ weight.T + bias)
 
 
 def test_structures_are_as_large_as_in_cpp():
-    ours = [bindings.Matrix, bindings.Network, bindings.Norm, bindings.Block, bindings.Cache, bindings.Span]
-    assert bindings.library().sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
+    ours = list(STRUCTURES.values())
+    assert build.library().sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
 
 
 def test_a_machine_without_a_compiler_says_so_and_works(model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda name: None)
         with pytest.raises(UserError, match="install g\\+\\+"):
-            bindings.library.__wrapped__()
-        patch.setattr(bindings, "library", bindings.library.__wrapped__)
-        assert bindings.why_not.__wrapped__() == "no C++ compiler found (install g++)"
+            build.library.__wrapped__()
+        patch.setattr(build, "library", build.library.__wrapped__)
+        assert build.unavailable_reason.__wrapped__() == "no C++ compiler found (install g++)"
     assert in_pytorch(model, monkeypatch).main[0].native is None
 
 
 def test_a_compiler_that_fails_says_why(tmp_path):
     (tmp_path / "step.cpp").write_text("int broken(")
     with pytest.raises(UserError, match=r"can't compile decoding steps: .*step\.cpp:1"):
-        bindings.build("c++", tmp_path, tmp_path)
+        build.compile_steps("c++", tmp_path, tmp_path)
 
 
 def compiled_from(sources, folder, monkeypatch, machine=None):
     """Has decoders use steps built of other sources or for another machine, in little time."""
-    flags = ["-O1" if flag == "-O3" else flag for flag in bindings.FLAGS if not machine or not flag.startswith("-m")]
-    monkeypatch.setattr(bindings, "FLAGS", flags + (machine or []))
-    bindings.build("c++", sources, folder)
-    built = bindings.load(folder)
-    monkeypatch.setattr(bindings, "library", lambda: built)
+    flags = ["-O1" if flag == "-O3" else flag for flag in build.FLAGS if not machine or not flag.startswith("-m")]
+    monkeypatch.setattr(build, "FLAGS", flags + (machine or []))
+    build.compile_steps("c++", sources, folder)
+    built = build.load(folder)
+    monkeypatch.setattr(build, "library", lambda: built)
 
 
 @pytest.mark.slow
@@ -170,17 +171,17 @@ def test_other_machines_vectors(model, monkeypatch, tmp_path, machine):
         prompt = read(here)
         want = steps(here, copy.deepcopy(prompt))
         with monkeypatch.context() as patch:
-            compiled_from(bindings.SOURCES, tmp_path, patch, machine)
+            compiled_from(build.SOURCES, tmp_path, patch, machine)
             assert max(distances(steps(here, prompt), want)) < tolerance
 
 
 MUTANTS = {
     "the gate takes the worst": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
     "no block's mean is ever written": ("attention.h", "if (cache.means) average(keys);", ""),
-    "a step takes the full attention": ("attention.h", "return b.topk && position", "return false && position"),
-    "a token rotated as if it were the first": ("attention.h", "s.cos + position * half", "s.cos + 0 * half"),
+    "a step takes the full attention": ("attention.h", "return w.topk && position", "return false && position"),
+    "a token rotated as if it were the first": ("attention.h", "p.cos + position * half", "p.cos + 0 * half"),
     "pieces added as if their scales were one": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
-    "a gate without its bias": ("experts.h", "scores[i] + b.bias[i] > scores[j] + b.bias[j]", "scores[i] > scores[j]"),
+    "a gate without its bias": ("experts.h", "scores[i] + w.bias[i] > scores[j] + w.bias[j]", "scores[i] > scores[j]"),
     "the last few numbers of a sum are lost": ("products.h", "sum(total[o][r]) + rest", "sum(total[o][r])"),
 }
 
@@ -193,7 +194,7 @@ def test_mutants_are_caught(model, monkeypatch, tmp_path, file, right, wrong):
         layer.mlp.gate.e_score_correction_bias.copy_(torch.linspace(1, 0, model.config.n_routed_experts))
     naive = in_pytorch(model, monkeypatch)
     want = steps(naive, read(naive), [1] * 7)[0]
-    sources = shutil.copytree(bindings.SOURCES, tmp_path / "step")
+    sources = shutil.copytree(build.SOURCES, tmp_path / "step")
     source = (sources / file).read_text()
     assert source.count(right) == 1
     (sources / file).write_text(source.replace(right, wrong))

@@ -1,4 +1,4 @@
-"""What attention remembers, in slots: a latent and a rotary key for each token, a mean of them for each full block."""
+"""`LatentCache`: what the attention keeps of earlier tokens. Each token leaves a latent and a rotary key."""
 
 from functools import cached_property
 
@@ -9,13 +9,14 @@ from moonwhale.model import MoonwhaleConfig
 
 
 class LatentCache:
-    """One slot a sequence, one entry a token and block of the model: `kv_lora_rank + qk_rope_head_dim` numbers.
+    """One slot for each sequence, and in each block one entry (kv_lora_rank + qk_rope_head_dim) for each token.
 
-    keys[i] (slots, length, rank + rope) holds the entries of the model's block i. values[i] is the same tensor, of
-    which values are the first `rank` numbers, unless keys are convolved (`moba_key_conv`). means[i] (slots, blocks,
-    rank + rope) fp32 holds the mean entry of every full block, where block i chooses by them (MoBA), else None.
+    keys[i] (slots, length, rank + rope) holds the entries of block i of the model.
+    values[i] is the same tensor, whose first `rank` numbers are the values. With convolved keys (`moba_key_conv`) it is
+        a tensor (slots, length, rank) of its own.
+    means[i] (slots, blocks, rank + rope) fp32 holds the mean entry of each full MoBA block, or is None without MoBA.
 
-    What a slot holds beyond its sequence's length has no meaning: whoever reads knows the length.
+    Entries beyond a sequence's length are undefined. The reader has to know the length.
     """
 
     def __init__(self, config: MoonwhaleConfig, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -28,7 +29,7 @@ class LatentCache:
 
     @cached_property
     def bytes_per_token(self) -> float:
-        """Of one sequence, over all blocks of the model."""
+        """Bytes for each token of one sequence, over all blocks of the model."""
         config, number = self.config, torch.empty((), dtype=self.dtype).element_size()
         width, total = config.kv_cache_numbers_per_token, 0.0
         for i in range(config.num_blocks):
@@ -38,30 +39,41 @@ class LatentCache:
 
     @property
     def bytes(self) -> int:
-        """What it takes now."""
+        """Bytes that are allocated now."""
         tensors = [*self.keys, *(t for t in (*self.values, *self.means) if t is not None)]
         return sum({id(t): t.nbytes for t in tensors}.values())
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys, values and means of one block of the model."""
+        return self.keys[layer], self.values[layer], self.means[layer]
+
     def resize(self, slots: int, length: int) -> None:
-        """Makes room for so many sequences of so many tokens (whole blocks), keeping of the old ones what fits."""
-        config, old, kept = self.config, (self.keys, self.values, self.means), min(slots, self.slots)
-        self.slots, self.length = slots, -(-length // config.moba_block_size) * config.moba_block_size
-        shape, blocks = (slots, self.length), self.length // config.moba_block_size
-        width, of = config.kv_cache_numbers_per_token, {"dtype": self.dtype, "device": self.device}
-        layers, convolved = range(config.num_blocks), config.moba_key_conv > 0
-        self.keys = [torch.zeros(*shape, width, **of) for _ in layers]
-        self.values = [torch.zeros(*shape, config.kv_lora_rank, **of) if convolved else keys for keys in self.keys]
+        """Allocate `slots` sequences of `length` tokens, rounded up to whole blocks. Keep entries that still fit."""
+        config, kept = self.config, min(slots, self.slots)
+        old = self.keys, self.values, self.means
+        blocks = -(-length // config.moba_block_size)
+        self.slots, self.length = slots, blocks * config.moba_block_size
+        width, layers = config.kv_cache_numbers_per_token, range(config.num_blocks)
+
+        def zeros(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        self.keys = [zeros(slots, self.length, width) for _ in layers]
+        if config.moba_key_conv:
+            self.values = [zeros(slots, self.length, config.kv_lora_rank) for _ in layers]
+        else:
+            self.values = self.keys.copy()
         self.means = [
-            torch.zeros(slots, blocks, width, device=self.device) if config.is_moba_layer(i) else None for i in layers
+            zeros(slots, blocks, width, dtype=torch.float32) if config.is_moba_layer(i) else None for i in layers
         ]
-        for tensors, before in zip((self.keys, self.values, self.means), old, strict=True):
-            for new, was in zip(tensors, before, strict=False):
+        for new_tensors, old_tensors in zip((self.keys, self.values, self.means), old, strict=True):
+            for new, before in zip(new_tensors, old_tensors, strict=False):
                 if new is not None:
-                    n = min(new.shape[1], was.shape[1])
-                    new[:kept, :n] = was[:kept, :n]
+                    n = min(new.shape[1], before.shape[1])
+                    new[:kept, :n] = before[:kept, :n]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of a slot over another one's."""
+        """Copy the first `length` tokens of slot `source` to slot `target`."""
         for i, keys in enumerate(self.keys):
             keys[target, :length] = keys[source, :length]
             if self.values[i] is not keys:
@@ -71,9 +83,7 @@ class LatentCache:
                 self.means[i][target, :blocks] = self.means[i][source, :blocks]
 
     def clear(self, slot: int) -> None:
-        """Zeros where MTP modules write into a slot: they skip positions, whose entries must not be an earlier
-        sequence's.
-        """
+        """Zero a slot's entries of the MTP modules. Modules skip positions, which must not show an earlier sequence."""
         first = self.config.num_hidden_layers
         for tensor in (*self.keys[first:], *self.values[first:], *self.means[first:]):
             if tensor is not None:

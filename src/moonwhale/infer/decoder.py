@@ -1,10 +1,10 @@
-"""The model as inference runs it: the same function on weights laid out once, over a `LatentCache`.
+"""`Decoder`: the model as inference runs it. It computes the same function over a `LatentCache`, on prepared weights.
 
-Block by block it is `model/`'s twin: many new tokens (a prompt) *expand* latents into keys and values, few (a step,
-drafts to verify) *absorb* the expansion into queries and work on latents. Where MoBA chooses blocks, a step reads those
-and no others, by a gate on mean latents.
+Its blocks mirror those of `model/`. Many new tokens (a prompt) *expand* the latents into keys and values. A few new
+tokens (a step, or drafts to verify) *absorb* the expansion into the queries and work on latents. Where MoBA chooses
+blocks, a step reads only the chosen ones, by a gate on mean latents.
 
-On a CPU few tokens go through `native` instead, the same once more in C++: what is here is then its naive twin.
+On a CPU a few tokens run through `native`, the same blocks in C++. The code here is then their plain twin.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.feed_forward import Experts, Network
+from moonwhale.infer.feed_forward import ExpertLayer, GatedNetwork, Pack
 from moonwhale.infer.graphs import Graphs
-from moonwhale.infer.native_block import NativeBlock
 from moonwhale.infer.placement import Placement
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
@@ -28,61 +27,62 @@ from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.model.rope import rotate, rotation_table
 from moonwhale.native import bindings
-from moonwhale.native.packed_linear import Linear
+from moonwhale.native.block import NativeBlock
+from moonwhale.native.packed_linear import PackedLinear
 
-MANY = 64  # new tokens of a row from which expanding latents is cheaper than absorbing
-FEW = 256  # tokens up to which the compiled blocks are the faster
-SHORTLIST = 8192  # tokens a draft is chosen from: the first ids of a BPE vocabulary are its most frequent ones
+EXPAND_FROM_TOKENS = 64  # with this many new tokens in a row, expanding latents is cheaper than absorbing
+MAX_TOKENS_FOR_NATIVE_BLOCK = 256  # with more tokens PyTorch's blocks are faster
+DRAFT_VOCABULARY = 8192  # drafts are chosen from the first ids: a BPE vocabulary's most frequent tokens
 
 
 class Decoder:
-    """A model's main blocks, head and MTP modules, in the dtype of its weights, or with weights of 8 bits.
+    """A model's main blocks, head and MTP modules, with weights in the model's dtype or in 8 bits.
 
-    What it returns is `MoonwhaleModel`'s up to rounding, whatever the cache held before and however tokens are cut into
-    spans. It keeps no reference to the model.
+    Its outputs equal `MoonwhaleModel`'s up to rounding. They do not depend on what the cache held before, nor on how
+    tokens are divided into calls. The decoder keeps no reference to the model.
     """
 
     def __init__(self, model: MoonwhaleForCausalLM, int8: bool = False):
-        prepare = partial(Linear, int8=int8)
+        pack = partial(PackedLinear, int8=int8)
         body, head = model.model, model.lm_head.weight
         self.config = model.config
-        self.size = model.config.moba_block_size
+        self.block_size = model.config.moba_block_size
         self.embedding = body.embed_tokens.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        reach = (
-            self.config.max_position_embeddings + 2 * len(body.mtp_modules) + 1
-        )  # drafts may look beyond the context
-        positions = torch.arange(reach, device=self.device)[None]
-        self.rotation = tuple(table[0, 0] for table in rotation_table(self.config, positions, torch.float32))
-        self.main = [_Block(block, prepare) for block in body.main_blocks]
-        self.modules = [_Module(module, prepare) for module in body.mtp_modules]
-        self.norm = _Norm(body.norm)
-        self.head = prepare(head)
-        self.draft_head = prepare(head[:SHORTLIST]) if len(head) > 2 * SHORTLIST else self.head
-        self.graphs = Graphs(longest=len(self.modules) + 1) if self.device.type == "cuda" else None
+        n_positions = self.config.max_position_embeddings + 2 * len(body.mtp_modules) + 1  # drafts exceed the context
+        positions = torch.arange(n_positions, device=self.device)[None]
+        self.rotations = tuple(table[0, 0] for table in rotation_table(self.config, positions, torch.float32))
+        self.main = [DecoderBlock(block, pack) for block in body.main_blocks]
+        self.modules = [DecoderMTPModule(module, pack) for module in body.mtp_modules]
+        self.norm = DecoderNorm(body.norm)
+        self.head = pack(head)
+        self.draft_head = pack(head[:DRAFT_VOCABULARY]) if len(head) > 2 * DRAFT_VOCABULARY else self.head
+        self.graphs = Graphs(max_length=len(self.modules) + 1) if self.device.type == "cuda" else None
 
     def cache(self) -> LatentCache:
+        """Return an empty cache for this model."""
         return LatentCache(self.config, self.dtype, self.device)
 
-    def span(self, cache: LatentCache, first: int, start: list[int], length: int) -> Placement:
-        return Placement(self.size, self.rotation, cache, first, start, length)
+    def place(self, cache: LatentCache, first_slot: int, start: list[int], length: int) -> Placement:
+        """Place `length` new tokens behind the `start[i]` tokens of each slot `first_slot + i`."""
+        return Placement(self.block_size, self.rotations, cache, first_slot, start, length)
 
     def run(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        """The normed hidden states (B, Q, hidden) of new tokens (B, Q), whose entries go into the cache."""
+        """Return normed hidden states (B, Q, hidden) of new tokens (B, Q), and write their entries into the cache."""
         return self._step(self._main_blocks, (F.embedding(tokens, self.embedding),), cache, placement)
 
     def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        """MTP module `depth` (from 1) of the chain: its normed hidden states (B, Q, hidden), for `draft_head`.
+        """Run MTP module `depth` (from 1) of the chain. Return normed hidden states (B, Q, hidden) for `draft_head`.
 
-        hidden (B, Q, hidden) is `run`'s, or the module's before; ahead (B, Q) are the tokens `depth` after each
-        position.
+        hidden (B, Q, hidden) comes from `run`, or from the previous module. ahead (B, Q) holds the token that is
+        `depth` positions after each position.
         """
         return self._step(self.modules[depth - 1], (hidden, F.embedding(ahead, self.embedding)), cache, placement)
 
     def _step(
         self, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, placement: Placement
     ) -> Tensor:
-        if self.graphs and self.graphs.serve(placement):
+        if self.graphs and self.graphs.serves(placement):
             return self.graphs(function, tensors, cache, placement)
         return function(*tensors, cache, placement)
 
@@ -92,178 +92,219 @@ class Decoder:
         return self.norm(x)
 
 
-class _Block:
-    def __init__(self, block, prepare):
-        self.before, self.after = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self.attention = _Attention(block.self_attn, prepare)
-        self.feed_forward = (Network.of if isinstance(block.mlp, MLP) else Experts)(block.mlp, prepare)
-        self.native = NativeBlock(self) if bindings.serves(self.before.weight) else None
+class DecoderBlock:
+    """One block: the attention and the feed-forward half, each behind its norm and with a residual connection."""
+
+    def __init__(self, block, pack: Pack):
+        self.before, self.after = DecoderNorm(block.input_layernorm), DecoderNorm(block.post_attention_layernorm)
+        self.attention = DecoderAttention(block.self_attn, pack)
+        if isinstance(block.mlp, MLP):
+            self.feed_forward = GatedNetwork.of(block.mlp, pack)
+        else:
+            self.feed_forward = ExpertLayer(block.mlp, pack)
+        self.native = None
+        if bindings.supports(self.before.weight):
+            fields = self.feed_forward.native_fields()
+            self.native = NativeBlock(self.before, vars(self.attention), self.after, fields)
 
     def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        if self.native and placement.length < MANY and placement.tokens <= FEW:
-            return self.native(x, cache, placement)
+        if self.native and placement.length < EXPAND_FROM_TOKENS and placement.tokens <= MAX_TOKENS_FOR_NATIVE_BLOCK:
+            keys, values, means = cache.of_layer(self.attention.layer)
+            return self.native(x, keys, values, means, placement.for_native)
         x = x + self.attention(self.before(x), cache, placement)
         return x + self.feed_forward(self.after(x))
 
 
-class _Module:
-    def __init__(self, module, prepare):
-        self.norms = _Norm(module.enorm), _Norm(module.hnorm)
-        self.join = prepare(module.eh_proj.weight)
-        self.blocks = [_Block(block, prepare) for block in (module, *module.blocks)]
-        self.norm = _Norm(module.shared_head["norm"])
+class DecoderMTPModule:
+    """One MTP module: it joins the hidden states with the embeddings of later tokens and runs its blocks."""
+
+    def __init__(self, module, pack: Pack):
+        self.embedding_norm, self.hidden_norm = DecoderNorm(module.enorm), DecoderNorm(module.hnorm)
+        self.join = pack(module.eh_proj.weight)
+        self.blocks = [DecoderBlock(block, pack) for block in (module, *module.blocks)]
+        self.norm = DecoderNorm(module.shared_head["norm"])
 
     def __call__(self, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        x = self.join(torch.cat([self.norms[0](ahead), self.norms[1](hidden)], dim=-1))
+        x = self.join(torch.cat([self.embedding_norm(ahead), self.hidden_norm(hidden)], dim=-1))
         for block in self.blocks:
             x = block(x, cache, placement)
         return self.norm(x)
 
 
-class _Norm:
+class DecoderNorm:
+    """RMSNorm, computed in the dtype of its input and returned in the model's."""
+
     def __init__(self, norm: RMSNorm):
         self.weight, self.eps = norm.weight, norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        """In the dtype of x, back in the model's."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
-class _Attention:
-    """`MultiheadLatentAttention`, after whose names its parts are called."""
+class DecoderAttention:
+    """`MultiheadLatentAttention` over the latent cache.
 
-    def __init__(self, m: MultiheadLatentAttention, prepare):
+    native/step/structures.h lists some of the attributes by name, and says how to add one.
+    """
+
+    def __init__(self, m: MultiheadLatentAttention, pack: Pack):
         self.layer, self.heads, self.scale = m.layer_idx, m.heads, m.scale
-        self.nope, self.rope, self.rank, self.interleaved = m.nope, m.rope, m.rank, m.interleaved
-        self.size, self.topk = m.block_size, m.topk
+        self.nope, self.rope, self.rank, self.v = m.nope, m.rope, m.rank, m.v_dim
+        self.interleaved, self.block_size, self.topk = m.interleaved, m.block_size, m.topk
+
         compressed = hasattr(m, "q_a_proj")
         first = m.q_a_proj if compressed else m.q_proj
-        down = (first, m.kv_a_proj_with_mqa)
-        bias = None
-        if any(part.bias is not None for part in down):
-            bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in down])
-        self.down = prepare(torch.cat([part.weight for part in down]), bias)
-        self.widths = [len(first.weight), self.rank, self.rope]
-        self.q_norm, self.q_up = (_Norm(m.q_a_layernorm), prepare(m.q_b_proj.weight)) if compressed else (None, None)
-        self.kv_norm, self.key_conv = _Norm(m.kv_a_layernorm), m.key_conv
-        self.up = m.kv_b_proj.weight
-        self.w_k, w_v = m._split_up()  # (heads, nope | v, rank)
+        self.down = self._joined(first, m.kv_a_proj_with_mqa, pack)
+        self.widths = [len(first.weight), self.rank, self.rope]  # of the outputs of `down`
+        self.q_norm = DecoderNorm(m.q_a_layernorm) if compressed else None
+        self.q_up = pack(m.q_b_proj.weight) if compressed else None
+
+        self.kv_norm = DecoderNorm(m.kv_a_layernorm)
+        self.conv = None if m.key_conv is None else m.key_conv[:, 0].T  # (taps, rank), the newest tap last
+        self.taps = 0 if self.conv is None else len(self.conv)
+        self.up = m.kv_b_proj.weight  # (heads * (nope + v), rank)
+        self.w_k, w_v = m._split_up()  # (heads, nope, rank), (heads, v, rank)
         self.w_v = w_v.transpose(1, 2)  # (heads, rank, v)
-        self.out = prepare(m.o_proj.weight, m.o_proj.bias)
+        self.out = pack(m.o_proj.weight, m.o_proj.bias)
+
+    @staticmethod
+    def _joined(first: torch.nn.Linear, second: torch.nn.Linear, pack: Pack) -> PackedLinear:
+        """Make one product of two layers with the same input. A missing bias becomes zeros if the other has one."""
+        layers, bias = (first, second), None
+        if any(layer.bias is not None for layer in layers):
+            bias = torch.cat(
+                [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+            )
+        return pack(torch.cat([layer.weight for layer in layers]), bias)
 
     def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         q, latent, k_rope = self.down(x).split_with_sizes(self.widths, dim=-1)
         if self.q_up:
             q = self.q_up(self.q_norm(q))
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
+        q = q.unflatten(-1, (self.heads, -1))  # (B, Q, heads, nope + rope)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         rotated = rotate(torch.cat([q_rope, k_rope.unsqueeze(2)], dim=2), placement.rotation, self.interleaved)
-        q_rope, k_rope = rotated[:, :, :-1], rotated[:, :, -1]
-        self._remember(self.kv_norm(latent), k_rope, cache, placement)
-        if placement.length >= MANY:
+        q_rope, k_rope = rotated[:, :, :-1], rotated[:, :, -1]  # (B, Q, heads, rope), (B, Q, rope)
+        self._write_entries(self.kv_norm(latent), k_rope, cache, placement)
+        if placement.length >= EXPAND_FROM_TOKENS:
             out = self._expanded(torch.cat([q_nope, q_rope], dim=-1), cache, placement)
         else:
             out = self._absorbed(q_nope, q_rope, cache, placement)
-        return self.out(out)
+        return self.out(out)  # (B, Q, hidden)
 
-    def _remember(self, latent: Tensor, k_rope: Tensor, cache: LatentCache, placement: Placement) -> None:
-        keys, values, means = cache.keys[self.layer], cache.values[self.layer], cache.means[self.layer]
-        if self.key_conv is not None:
-            values.flatten(0, 1).index_copy_(0, placement.place, latent.flatten(0, 1))
+    def _write_entries(self, latent: Tensor, k_rope: Tensor, cache: LatentCache, placement: Placement) -> None:
+        """Write latents (B, Q, rank) and rotary keys (B, Q, rope) into the cache, and the means of full blocks."""
+        keys, values, means = cache.of_layer(self.layer)
+        if self.conv is not None:
+            values.flatten(0, 1).index_copy_(0, placement.entry_index, latent.flatten(0, 1))
             latent = self._convolved(latent, values, placement)
-        keys.flatten(0, 1).index_copy_(0, placement.place, torch.cat([latent, k_rope], dim=-1).flatten(0, 1))
+        entries = torch.cat([latent, k_rope], dim=-1)  # (B, Q, rank + rope)
+        keys.flatten(0, 1).index_copy_(0, placement.entry_index, entries.flatten(0, 1))
         if means is not None:
-            placement.average(keys, means)
+            placement.write_means(keys, means)
 
     def _convolved(self, latent: Tensor, values: Tensor, placement: Placement) -> Tensor:
-        """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents remembered."""
+        """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents c in the cache."""
         mixed = 0.0
-        for back in range(self.key_conv.shape[-1]):
-            tap = values.flatten(0, 1)[(placement.place - back).clamp(min=0)].view_as(latent)
+        for back in range(self.taps):
+            tap = values.flatten(0, 1)[(placement.entry_index - back).clamp(min=0)].view_as(latent)  # (B, Q, rank)
             inside = (placement.positions >= back).unsqueeze(-1)
-            mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(latent.dtype)
+            mixed = mixed + torch.where(inside, tap, 0.0) * self.conv[-1 - back].to(latent.dtype)
         return latent + F.silu(mixed)
 
     def _expanded(self, q: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        """q (B, Q, heads, D) over the keys and values of every head; (B, Q, heads * v)."""
-        keys, values = (x[self.layer][placement.slots, : placement.end] for x in (cache.keys, cache.values))
-        nope = len(self.w_k[0])
-        v = F.linear(values[..., : self.rank], self.up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_nope, v = v.split([nope, v.shape[-1] - nope], dim=-1)
-        if self.key_conv is not None:
-            up = self.w_k.flatten(0, 1)
-            k_nope = F.linear(keys[..., : self.rank], up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """Expand latents into every head's keys and values, and attend with q (B, Q, heads, D): (B, Q, heads * v)."""
+        keys, values, _ = cache.of_layer(self.layer)
+        keys, values = keys[placement.slots, : placement.end], values[placement.slots, : placement.end]
+        kv = F.linear(values[..., : self.rank], self.up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([self.nope, self.v], dim=-1)  # (B, heads, T, nope | v)
+        if self.conv is not None:
+            k_nope = F.linear(keys[..., : self.rank], self.w_k.flatten(0, 1))
+            k_nope = k_nope.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_rope = keys[..., self.rank :].unsqueeze(1).expand(-1, self.heads, -1, -1)
         q, k = q.transpose(1, 2), torch.cat([k_nope, k_rope], dim=-1)
         if self.topk:
             documents = Documents.from_inputs(len(keys), placement.end, keys.device, None, None)
-            out, _ = moba_attention(q, k, v, self.scale, documents, self.size, self.topk)
+            out, _ = moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
         else:
             out, _ = attend(q, k, v, self.scale, causal=True)
         return out.transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        """Scores and sums of latents; (B, Q, heads * v)."""
+        """Attend to the latents themselves, with W_UK in the queries and W_UV after the softmax: (B, Q, heads * v)."""
         batch, length = q_nope.shape[:2]
         q = q_nope.permute(2, 0, 1, 3).flatten(1, 2) @ self.w_k  # (heads, B * Q, rank)
-        q = torch.cat([q.transpose(0, 1).view(batch, length, self.heads, self.rank), q_rope], dim=-1)
-        chooses = self.topk and placement.end > self.topk * self.size
-        if chooses and placement.end > self.heads * self.topk * self.size:
-            latent = self._of_chosen(q, cache, placement)
+        q = q.transpose(0, 1).view(batch, length, self.heads, self.rank)
+        q = torch.cat([q, q_rope], dim=-1)  # (B, Q, heads, rank + rope)
+        chooses = self.topk and placement.end > self.topk * self.block_size
+        if chooses and placement.end > self.heads * self.topk * self.block_size:
+            latent = self._over_chosen_blocks(q, cache, placement)
         else:
-            latent = self._of_all(q, cache, placement, chooses)
+            latent = self._over_all_entries(q, cache, placement, chooses)
         latent = latent.view(batch * length, self.heads, self.rank).transpose(0, 1)
         return (latent @ self.w_v).transpose(0, 1).reshape(batch, length, -1)
 
-    def _of_all(self, q: Tensor, cache: LatentCache, placement: Placement, chooses: bool) -> Tensor:
-        """Reads every entry, once for all heads; where MoBA `chooses`, a block's gate is the sum of its scores, and
-        only those of the chosen ones count.
+    def _over_all_entries(self, q: Tensor, cache: LatentCache, placement: Placement, chooses: bool) -> Tensor:
+        """Read every entry once for all heads, for q (B, Q, heads, rank + rope).
+
+        Where MoBA `chooses`, a block's gate is the sum of its scores, and the scores of other blocks are masked.
         """
-        end = (placement.full + 1) * self.size if chooses else placement.end
-        keys, values = (x[self.layer][placement.slots, :end] for x in (cache.keys, cache.values))
-        scores = self._scores(q.flatten(1, 2), keys).view(*q.shape[:3], -1)
+        end = (placement.full_blocks + 1) * self.block_size if chooses else placement.end
+        keys, values, _ = cache.of_layer(self.layer)
+        keys, values = keys[placement.slots, :end], values[placement.slots, :end]
+        scores = self._scores(q.flatten(1, 2), keys).view(*q.shape[:3], -1)  # (B, Q, heads, end)
         if chooses:
-            blocks = scores.view(*q.shape[:3], -1, self.size)
-            best = self._choose(blocks.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)), placement)
+            blocks = scores.view(*q.shape[:3], -1, self.block_size)  # a view, which masks `scores`
+            gates = blocks.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+            best = self._choose(gates, placement)
             blocks += scores.new_full(blocks.shape[:-1], -torch.inf).scatter_(3, best.indices, 0.0).unsqueeze(4)
             scores[..., placement.end :] = -torch.inf
         if placement.future is not None:
             scores[..., : placement.end].masked_fill_(placement.future, -torch.inf)
-        return self._sum(scores.flatten(1, 2), values)
+        return self._weighted_sum(scores.flatten(1, 2), values)
 
-    def _of_chosen(self, q: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        """Reads the chosen blocks and no others, for each head its own. A block's gate is the query's product with its
-        mean entry.
+    def _over_chosen_blocks(self, q: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+        """Read only the blocks that each head chooses, for q (B, Q, heads, rank + rope).
+
+        A block's gate is the product of the query and the block's mean entry.
         """
-        keys, values, means = (x[self.layer] for x in (cache.keys, cache.values, cache.means))
-        gates = q.float().flatten(1, 2) @ means[placement.slots, : placement.full + 1].transpose(1, 2)
-        best = self._choose(gates.view(*q.shape[:3], -1), placement)
-        index = (placement.slot * means.shape[1] + best.indices.flatten(1)).flatten()
-        queries = q.shape[0] * q.shape[1] * self.heads
-        taken = [
-            x.view(-1, self.size * x.shape[-1]).index_select(0, index).view(queries, -1, x.shape[-1])
-            for x in ([keys] if values is keys else [keys, values])
-        ]
-        missing, own = best.values == -torch.inf, best.indices == placement.own
-        hidden = missing.unsqueeze(4) | (own.unsqueeze(4) & placement.behind)
-        scores = self._scores(q.view(queries, 1, -1), taken[0]).masked_fill_(hidden.view(queries, 1, -1), -torch.inf)
-        return self._sum(scores, taken[-1])
+        keys, values, means = cache.of_layer(self.layer)
+        gates = q.float().flatten(1, 2) @ means[placement.slots, : placement.full_blocks + 1].transpose(1, 2)
+        best = self._choose(gates.view(*q.shape[:3], -1), placement)  # (B, Q, heads, topk)
+        index = (placement.slot_index * means.shape[1] + best.indices.flatten(1)).flatten()
+        n_queries = q.shape[0] * q.shape[1] * self.heads
+
+        def gather(entries: Tensor) -> Tensor:
+            blocks = entries.view(-1, self.block_size * entries.shape[-1])
+            return blocks.index_select(0, index).view(n_queries, -1, entries.shape[-1])
+
+        chosen_keys = gather(keys)  # (B * Q * heads, topk * block_size, rank + rope)
+        chosen_values = chosen_keys if values is keys else gather(values)
+        missing, own = best.values == -torch.inf, best.indices == placement.own_block
+        hidden = missing.unsqueeze(4) | (own.unsqueeze(4) & placement.future_in_own_block)
+        scores = self._scores(q.view(n_queries, 1, -1), chosen_keys)
+        return self._weighted_sum(scores.masked_fill_(hidden.view(n_queries, 1, -1), -torch.inf), chosen_values)
 
     def _choose(self, gates: Tensor, placement: Placement) -> torch.return_types.topk:
-        """The own block and the `topk - 1` earlier ones of the best gates (B, Q, heads, blocks): values and indices,
-        (B, Q, heads, topk) each. The value is -inf where there are fewer. `gates` is written over.
+        """Choose a token's own block and the `topk - 1` earlier blocks of the best gates (B, Q, heads, blocks).
+
+        Returns values and indices (B, Q, heads, topk). A value is -inf where there are too few blocks. `gates` is
+        overwritten.
         """
         if placement.future is not None:
-            gates.masked_fill_(placement.not_earlier, -torch.inf)
-        gates.scatter_(3, placement.own.expand(-1, -1, self.heads, -1), torch.inf)
+            gates.masked_fill_(placement.not_earlier_blocks, -torch.inf)
+        gates.scatter_(3, placement.own_block.expand(-1, -1, self.heads, -1), torch.inf)
         return gates.topk(min(self.topk, gates.shape[3]), dim=-1)
 
     def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
-        if len(q) == 1:  # a batch of one: the product for batches would copy the keys first
+        """Scaled products of q (B, N, D) and keys (B, T, D): (B, N, T)."""
+        if len(q) == 1:  # the batched product would copy the keys first
             return torch.addmm(q.new_empty(()), q[0], keys[0].T, beta=0, alpha=self.scale).unsqueeze(0)
         return torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
 
-    def _sum(self, scores: Tensor, values: Tensor) -> Tensor:
+    def _weighted_sum(self, scores: Tensor, values: Tensor) -> Tensor:
+        """The softmax of scores (B, N, T) applied to the latents of values (B, T, D): (B, N, rank)."""
         probs = scores.softmax(-1)
-        # Over the whole width: a slice of it would be copied first.
+        # The product takes the whole width, because a slice of it would be copied first.
         summed = (probs[0] @ values[0]).unsqueeze(0) if len(probs) == 1 else probs @ values
         return summed[..., : self.rank]

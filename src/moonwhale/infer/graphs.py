@@ -1,9 +1,10 @@
-"""Steps on a CUDA GPU as graphs: a step's hundreds of kernels started at once, where Python takes longer to start them
-one by one than the GPU to run them.
+"""Decoding steps as CUDA graphs, which start a step's hundreds of kernels at once.
 
-A graph is recorded for a number of rows, of new tokens in each, and a bound on the tokens that they look back on.
-Which tokens these are, their positions, and where their entries go, it reads from buffers that are filled before it
-runs: of all that, nothing may be known to Python while it is recorded, and nothing read back.
+Without them Python takes longer to launch the kernels one by one than the GPU takes to run them.
+
+A graph is captured for a number of rows, a number of new tokens in each, and a bound on the context. Tokens, positions
+and cache indices are read from buffers that are filled before each replay. So during capture no Python number may
+depend on them, and nothing may be read back from the GPU.
 """
 
 from collections import Counter
@@ -14,69 +15,68 @@ import torch
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.feed_forward import FEW
+from moonwhale.infer.feed_forward import MAX_TOKENS_FOR_ALL_EXPERTS
 from moonwhale.infer.placement import Placement
 
-BOUND = 256  # tokens of the smallest bound; the others are its doubles
-WORTH = 32  # steps of the same size before one is recorded, which takes about as long as they
+MIN_CONTEXT_BOUND = 256  # tokens; the other bounds are this number doubled
+CAPTURE_AFTER = 32  # steps of one size before it is captured, which takes about as long as these steps
 
 
 class Graphs:
-    """What has been recorded for one cache as it is: steps of sequences from the first slot on, of at most `longest`
-    new tokens each.
+    """The graphs captured for one cache at its current size. They serve sequences from the first slot on.
 
-    The number of rows is rounded up. Rows that are none write their entries at the end of a slot, which the scheduler
-    leaves free. Only as many tokens as go through all experts: where these are chosen, somebody has to wait.
+    The number of rows is rounded up. Padding rows write to the unused end of a slot, which the scheduler leaves free.
+    Only batches small enough to run all experts are captured, because choosing experts would need a device sync.
     """
 
-    def __init__(self, longest: int):
-        self.longest = longest
+    def __init__(self, max_length: int):
+        """`max_length` is the largest number of new tokens in a row."""
+        self.max_length = max_length
         self._forget([])
 
-    def serve(self, placement: Placement) -> bool:
-        tokens = _rounded(len(placement.start)) * placement.length
-        return placement.first == 0 and placement.length <= min(self.longest, placement.size) and tokens <= FEW
+    def serves(self, placement: Placement) -> bool:
+        """Return whether a step at this placement can run as a graph."""
+        tokens = _round_rows(len(placement.start)) * placement.length
+        short = placement.length <= min(self.max_length, placement.block_size)
+        return placement.first_slot == 0 and short and tokens <= MAX_TOKENS_FOR_ALL_EXPERTS
 
     def __call__(
         self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cache: LatentCache, placement: Placement
-    ):
-        """Returns `function(*tensors, cache, placement)`; the result stays valid until the next call.
-
-        `tensors` are (B, Q, …).
-        """
-        if self._keys is not cache.keys:  # another cache, or one that has been resized
+    ) -> Tensor:
+        """Return `function(*tensors, cache, placement)` for `tensors` (B, Q, ...). It is valid until the next call."""
+        if self._keys is not cache.keys:  # the cache is another one, or has been resized
             self._forget(cache.keys)
-        rows = min(_rounded(len(placement.start)), cache.slots)
-        end = min(-(-_bound(placement.end) // placement.size) * placement.size, cache.length)
-        size = function, rows, placement.length, end
-        self._asked[size] += 1
-        if self._asked[size] <= WORTH:
+        rows = min(_round_rows(len(placement.start)), cache.slots)
+        size = placement.block_size
+        end = min(-(-_context_bound(placement.end) // size) * size, cache.length)
+        key = function, rows, placement.length, end
+        self._uses[key] += 1
+        if self._uses[key] <= CAPTURE_AFTER:
             return function(*tensors, cache, placement)
-        if size not in self._recorded:
-            self._recorded[size] = _Step(function, tensors, cache, placement, rows, end, self._pool)
-            self._pool = self._recorded[size].pool
-        return self._recorded[size](tensors, placement)
+        if key not in self._captured:
+            self._captured[key] = CapturedStep(function, tensors, cache, placement, rows, end, self._pool)
+            self._pool = self._captured[key].pool
+        return self._captured[key](tensors, placement)
 
     def _forget(self, keys: list[Tensor]) -> None:
-        self._keys, self._asked, self._pool = keys, Counter(), None
-        self._recorded: dict[tuple, _Step] = {}
+        self._keys, self._uses, self._pool = keys, Counter(), None
+        self._captured: dict[tuple, CapturedStep] = {}
 
 
-class _Step:
-    """One function recorded for spans of certain sizes."""
+class CapturedStep:
+    """One function, captured for placements of one size."""
 
     def __init__(
         self, function, tensors: tuple[Tensor, ...], cache: LatentCache, placement: Placement, rows: int, end: int, pool
     ):
         self.inputs = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
         self.slot = torch.arange(rows)[:, None]
-        self.ahead, self.stride = torch.arange(placement.length), cache.length
-        self.where = torch.zeros(
-            2, rows, placement.length, dtype=torch.long, device=cache.device
-        )  # positions and places
+        self.ahead, self.slot_length = torch.arange(placement.length), cache.length
+        # positions and entry indices of the new tokens, (2, rows, Q)
+        self.indices = torch.zeros(2, rows, placement.length, dtype=torch.long, device=cache.device)
         self._fill(tensors, placement)
-        self.replay, self.out, self.pool = record(
-            lambda: function(*self.inputs, cache, _AnyPlacement(placement, cache, end, *self.where)), pool
+        self.replay, self.out, self.pool = capture(
+            lambda: function(*self.inputs, cache, BufferedPlacement(placement, cache, end, *self.indices)), pool
         )
 
     def __call__(self, tensors: tuple[Tensor, ...], placement: Placement) -> Tensor:
@@ -85,6 +85,7 @@ class _Step:
         return self.out[: len(placement.start)]
 
     def _fill(self, tensors: tuple[Tensor, ...], placement: Placement) -> None:
+        """Copy a step's tensors and indices into the buffers that the graph reads."""
         rows = len(placement.start)
         for buffer, tensor in zip(self.inputs, tensors, strict=True):
             buffer[:rows] = tensor
@@ -92,52 +93,55 @@ class _Step:
         start[:rows, 0] = torch.tensor(placement.start)
         positions = start + self.ahead
         written = positions.clone()
-        written[rows:] = self.stride - placement.length + self.ahead
-        self.where.copy_(torch.stack([positions, self.slot * self.stride + written]))
+        written[rows:] = self.slot_length - placement.length + self.ahead  # padding rows: the end of their slots
+        self.indices.copy_(torch.stack([positions, self.slot * self.slot_length + written]))
 
 
-class _AnyPlacement(Placement):
-    """All spans of the same sizes: where the tokens are is in buffers, positions and places (B, Q) each."""
+class BufferedPlacement(Placement):
+    """A placement of fixed sizes whose positions and entry indices (B, Q) are read from buffers."""
 
-    def __init__(self, like: Placement, cache: LatentCache, end: int, positions: Tensor, places: Tensor):
+    def __init__(self, like: Placement, cache: LatentCache, end: int, positions: Tensor, entry_index: Tensor):
         rows, length = positions.shape
-        super().__init__(like.size, like.rotations, cache, 0, [end - length] * rows, length)
-        self.positions, self.place, self.ends = positions, places.flatten(), False
+        super().__init__(like.block_size, like.rotations, cache, 0, [end - length] * rows, length)
+        self.positions, self.entry_index, self.needs_mask = positions, entry_index.flatten(), True
 
     @cached_property
     def last_full(self) -> Tensor:
-        """(B) the last block, among all slots', that a sequence has filled: its first one as long as there is none.
+        """The last block (B) that each sequence has filled, among all slots' blocks, or its first block before that.
 
-        These tokens have filled no other, as they are no more than a block holds.
+        The new tokens are no more than a block holds, so they have filled no other block.
         """
-        slot = self.slot[:, 0]
-        tokens = self.place.view(len(slot), -1)[:, -1] - slot * self.stride + 1
-        return slot * (self.stride // self.size) + (tokens // self.size - 1).clamp(min=0)
+        slot = self.slot_index[:, 0]
+        tokens = self.entry_index.view(len(slot), -1)[:, -1] - slot * self.slot_length + 1
+        return slot * (self.slot_length // self.block_size) + (tokens // self.block_size - 1).clamp(min=0)
 
-    def average(self, keys: Tensor, means: Tensor) -> None:
-        entries = keys.view(-1, self.size, keys.shape[-1]).index_select(0, self.last_full)
+    def write_means(self, keys: Tensor, means: Tensor) -> None:
+        entries = keys.view(-1, self.block_size, keys.shape[-1]).index_select(0, self.last_full)
         means.flatten(0, 1).index_copy_(0, self.last_full, entries.mean(1, dtype=torch.float32))
 
 
-def record(function: Callable[[], Tensor], pool=None) -> tuple[Callable[[], None], Tensor, object]:
-    """What runs the function again, the tensor into which its result then comes, and the memory for what lies between,
-    which others share that don't run at the same time.
+def capture(function: Callable[[], Tensor], pool=None) -> tuple[Callable[[], None], Tensor, object]:
+    """Capture a function as a CUDA graph.
+
+    Returns:
+        a function that replays the graph, the tensor that then holds the result, and the memory pool. Graphs that never
+        run at the same time can share a pool.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries set themselves up at their first call, which can't be recorded
+    warmup = torch.cuda.Stream()
+    warmup.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warmup):  # libraries initialise at their first call, which cannot be captured
         function()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warmup)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         out = function()
     return graph.replay, out, graph.pool()
 
 
-def _rounded(rows: int) -> int:
-    """Powers of two, from 8 on multiples of 8."""
+def _round_rows(rows: int) -> int:
+    """Round up to a power of two, above 8 to a multiple of 8."""
     return -(-rows // 8) * 8 if rows > 8 else 1 << (rows - 1).bit_length()
 
 
-def _bound(tokens: int) -> int:
-    return max(BOUND, 1 << (tokens - 1).bit_length())
+def _context_bound(tokens: int) -> int:
+    return max(MIN_CONTEXT_BOUND, 1 << (tokens - 1).bit_length())

@@ -1,4 +1,4 @@
-"""Where in the cache new tokens go, and what they may look back on."""
+"""`Placement`: where new tokens go in the cache, and which entries they attend to."""
 
 from functools import cached_property
 
@@ -7,75 +7,88 @@ from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
 from moonwhale.native import bindings
+from moonwhale.native.structures import PlacementStruct
 
 
 class Placement:
-    """Where Q new tokens of each of B sequences go: sequence i sits in slot `first + i` and has `start[i]` tokens."""
+    """Q new tokens for each of B sequences. Sequence i is in slot `first_slot + i` and has `start[i]` tokens already.
+
+    Masks and indices are computed at their first use, then shared by all blocks of the model.
+    """
 
     def __init__(
-        self, size: int, rotations: tuple[Tensor, Tensor], cache: LatentCache, first: int, start: list[int], length: int
+        self,
+        block_size: int,
+        rotations: tuple[Tensor, Tensor],
+        cache: LatentCache,
+        first_slot: int,
+        start: list[int],
+        length: int,
     ):
-        """`size` is a MoBA block's, `rotations` the cosines and sines (T, rope / 2) fp32 of all positions."""
-        self.size, self.start, self.length, self.end = size, start, length, max(start) + length
-        self.first, self.tokens, self.stride, self.device = first, len(start) * length, cache.length, cache.device
-        self.full = (self.end - 1) // size  # blocks that are an earlier one for some token
-        self.ends = self.tokens == 1  # whether nothing lies behind a token
-        self.slots = slice(first, first + len(start))
-        self.rotations, self._dtype = rotations, cache.dtype
+        """`block_size` is MoBA's. `rotations` are the cosines and sines (T, rope / 2) fp32 of all positions."""
+        self.block_size, self.rotations = block_size, rotations
+        self.first_slot, self.start, self.length = first_slot, start, length
+        self.end = max(start) + length
+        self.tokens = len(start) * length
+        self.slots = slice(first_slot, first_slot + len(start))
+        self.slot_length, self.device, self._dtype = cache.length, cache.device, cache.dtype
+        self.full_blocks = (self.end - 1) // block_size  # blocks that are an earlier block of some token
+        self.needs_mask = self.tokens > 1  # a single token is the last entry of its sequence
 
     @cached_property
-    def for_native(self) -> bindings.Span:
-        self._start = torch.tensor(self.start)
-        tensors = (self._start, *self.rotations)
-        return bindings.Span(
-            len(self.start), self.length, self.first, torch.get_num_threads(), *map(bindings.address, tensors)
-        )
+    def for_native(self) -> PlacementStruct:
+        self._start = torch.tensor(self.start)  # kept alive for the structure
+        return bindings.placement(self.first_slot, self._start, self.length, self.rotations)
 
     @cached_property
     def positions(self) -> Tensor:
-        """(B, Q) of the new tokens."""
+        """The new tokens' positions (B, Q)."""
         return torch.tensor([list(range(n, n + self.length)) for n in self.start], device=self.device)
 
     @cached_property
-    def place(self) -> Tensor:
-        """(B * Q) of each token among all slots' entries."""
-        return (self.slot * self.stride + self.positions).flatten()
+    def slot_index(self) -> Tensor:
+        """Each sequence's slot (B, 1)."""
+        return torch.arange(self.first_slot, self.slots.stop, device=self.device)[:, None]
+
+    @cached_property
+    def entry_index(self) -> Tensor:
+        """The index (B * Q) of each new token's entry, among the entries of all slots."""
+        return (self.slot_index * self.slot_length + self.positions).flatten()
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, Q, 1, rope / 2)."""
+        """Cosines and sines (B, Q, 1, rope / 2) of the new tokens."""
         return tuple(table[self.positions].unsqueeze(2).to(self._dtype) for table in self.rotations)
 
     @cached_property
     def future(self) -> Tensor | None:
-        """(B, Q, 1, end) what lies behind a token; None where nothing does."""
-        if self.ends:
+        """Mask (B, Q, 1, end) of the entries after a token, or None if there are none."""
+        if not self.needs_mask:
             return None
         return (torch.arange(self.end, device=self.device) > self.positions[..., None])[:, :, None]
 
     @cached_property
-    def slot(self) -> Tensor:
-        """(B, 1) of each sequence."""
-        return torch.arange(self.first, self.slots.stop, device=self.device)[:, None]
+    def own_block(self) -> Tensor:
+        """The MoBA block (B, Q, 1, 1) that holds a token."""
+        return (self.positions // self.block_size)[:, :, None, None]
 
     @cached_property
-    def own(self) -> Tensor:
-        """(B, Q, 1, 1) a token's own MoBA block."""
-        return (self.positions // self.size)[:, :, None, None]
+    def not_earlier_blocks(self) -> Tensor:
+        """Mask (B, Q, 1, full_blocks + 1) of the blocks that do not precede a token's own."""
+        return torch.arange(self.full_blocks + 1, device=self.device) >= self.own_block
 
     @cached_property
-    def not_earlier(self) -> Tensor:
-        """(B, Q, 1, full + 1) blocks that are no earlier ones of a token."""
-        return torch.arange(self.full + 1, device=self.device) >= self.own
+    def future_in_own_block(self) -> Tensor:
+        """Mask (B, Q, 1, 1, block_size) of the entries of its own block that come after a token."""
+        return (
+            torch.arange(self.block_size, device=self.device)
+            > (self.positions % self.block_size)[:, :, None, None, None]
+        )
 
-    @cached_property
-    def behind(self) -> Tensor:
-        """(B, Q, 1, 1, size) what of its own block lies behind a token."""
-        return torch.arange(self.size, device=self.device) > (self.positions % self.size)[:, :, None, None, None]
-
-    def average(self, keys: Tensor, means: Tensor) -> None:
-        """Writes the mean entry of each block whose last token is among these, of a layer's keys and means."""
-        for slot, start in enumerate(self.start, self.first):
-            for block in range(start // self.size, (start + self.length) // self.size):
-                entries = keys[slot, block * self.size : (block + 1) * self.size]
+    def write_means(self, keys: Tensor, means: Tensor) -> None:
+        """Write the mean entry of each block whose last token is among the new ones, for one layer's keys and means."""
+        size = self.block_size
+        for slot, start in enumerate(self.start, self.first_slot):
+            for block in range(start // size, (start + self.length) // size):
+                entries = keys[slot, block * size : (block + 1) * size]
                 means[slot, block] = entries.mean(0, dtype=torch.float32)

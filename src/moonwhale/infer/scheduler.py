@@ -89,7 +89,7 @@ class Scheduler:
         self.reading: Request | None = None  # in the slot after them
         self.waiting: deque[Request] = deque()
         self._drafting_took = 0.0
-        self._piece = max(PIECE // decoder.size, 1) * decoder.size
+        self._piece = max(PIECE // decoder.block_size, 1) * decoder.block_size
 
     @property
     def idle(self) -> bool:
@@ -131,7 +131,7 @@ class Scheduler:
         """
         rows, decoder = self.running, self.decoder
         tokens = torch.tensor([[row.token_ids[-1], *row.drafts] for row in rows], device=decoder.device)
-        placement = decoder.span(self.cache, 0, [row.cached for row in rows], depth + 1)
+        placement = decoder.place(self.cache, 0, [row.cached for row in rows], depth + 1)
         hidden = decoder.run(tokens, self.cache, placement)
         logits = decoder.head(hidden)
         for row, states in zip(rows, hidden, strict=True):
@@ -187,7 +187,7 @@ class Scheduler:
         def filled(tokens: list[list[int]]) -> Tensor:
             return torch.tensor([(some + [0] * length)[:length] for some in tokens], device=decoder.device)
 
-        placement = decoder.span(self.cache, len(self.running), [row.cached for row in rows], length)
+        placement = decoder.place(self.cache, len(self.running), [row.cached for row in rows], length)
         hidden = states = decoder.run(filled(pieces), self.cache, placement)
         for k in range(1, depth + 1):
             ahead = filled([row.prompt[row.cached + k : row.cached + k + length] for row in rows])
@@ -207,7 +207,7 @@ class Scheduler:
             return
         length = max(len(row.tail) for row in rows)
         hidden = torch.stack([torch.nn.functional.pad(row.tail, (0, 0, 0, length - len(row.tail))) for row in rows])
-        placement = decoder.span(self.cache, 0, [row.cached - row.held - 1 for row in rows], length)
+        placement = decoder.place(self.cache, 0, [row.cached - row.held - 1 for row in rows], length)
         newest = torch.arange(len(rows), device=decoder.device), torch.tensor([row.held for row in rows])
         for k in range(1, depth + 1):
             after = [row.token_ids[-row.held - 1 :] + row.drafts for row in rows]
@@ -261,7 +261,7 @@ class Scheduler:
     def _needed(self, row: Request) -> int:
         """Cache entries a request can come to take, drafts that may not hold included."""
         longest = len(row.prompt) + row.limit + 2 * len(self.decoder.modules) + 1
-        return -(-longest // self.decoder.size) * self.decoder.size
+        return -(-longest // self.decoder.block_size) * self.decoder.block_size
 
     def _bytes(self, slots: int, length: int) -> float:
         return slots * length * self.cache.bytes_per_token

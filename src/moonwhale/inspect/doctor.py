@@ -120,7 +120,7 @@ def _kernels(device) -> dict[str, Finding]:
     import torch
     from torch.nn import functional as F
 
-    from moonwhale.native import bindings
+    from moonwhale.native import build
     from moonwhale.precision import why_not_compile
 
     def grouped_mm(dtype):
@@ -136,7 +136,9 @@ def _kernels(device) -> dict[str, Finding]:
         findings[f"F.grouped_mm {name}"] = {"ok": not failure, "note": failure or "works, forward and backward"}
     reason = why_not_compile(device)
     findings["torch.compile"] = {"ok": not reason, "note": reason or "its compiler is installed (not run)"}
-    reason = bindings.why_not() if device.type == "cpu" else f"for CPUs; {device.type} uses PyTorch's operations"
+    reason = (
+        build.unavailable_reason() if device.type == "cpu" else f"for CPUs; {device.type} uses PyTorch's operations"
+    )
     findings["decoding steps in C++"] = {"ok": not reason, "note": reason or "compiled for this machine"}
     return findings
 

@@ -1,4 +1,4 @@
-"""Matrix products with weights that never change again, in the model's own bits or in 8."""
+"""`PackedLinear`: matrix products with weights that do not change, in the model's dtype or in 8 bits."""
 
 import torch
 import torch.nn.functional as F
@@ -6,33 +6,36 @@ from torch import Tensor
 
 from moonwhale.native import bindings
 
-FEW = 64  # rows up to which the compiled product is the faster
+MAX_ROWS_FOR_NATIVE_PRODUCT = 64  # with more rows PyTorch's product is faster
 
 
-class Linear:
-    """`x -> x @ weight.T + bias` for x (…, in) and weight (out, in), in the weight's dtype.
+class PackedLinear:
+    """Computes `x @ weight.T + bias` for x (..., in) and weight (out, in), in the weight's dtype.
 
-    With `int8`, a row of the weight is whole numbers from -127 to 127 and a scale. Where steps are compiled, the weight
-    is kept in panels only: for few rows the product is native, which reads memory as fast as it goes.
+    With `int8`, each row of the weight is stored as integers from -127 to 127 and a scale. Where compiled steps are
+    available, the weight is stored in panels only. Products with few rows are then native, and as fast as memory.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False):
         self.dtype, self.out, self.scale = weight.dtype, len(weight), None
         self.bias = None if bias is None else bias.float()
-        compiled = bindings.serves(weight)
+        native = bindings.supports(weight)
         if int8:
             self.scale = weight.float().abs().amax(1).clamp_(min=1e-12) / 127
             weight = (weight.float() / self.scale[:, None]).round_().to(torch.int8)
-        self.weight = bindings.panels(weight) if compiled else weight.contiguous()
-        self.matrix = bindings.Matrix.of(self.weight, self.out, self.scale, self.bias) if compiled else None
+        self.weight = bindings.panels(weight) if native else weight.contiguous()
+        self.matrix = bindings.panel_matrix(self.weight, self.out, self.scale, self.bias) if native else None
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if self.matrix and len(rows) <= FEW:
+        if self.matrix and len(rows) <= MAX_ROWS_FOR_NATIVE_PRODUCT:
             return bindings.product(self.matrix, rows).to(self.dtype).unflatten(0, x.shape[:-1])
         weight = self.weight.to(self.dtype)
-        by_panel = rows @ weight if self.matrix else None  # (panels, N, 64)
-        out = F.linear(rows, weight) if by_panel is None else by_panel.transpose(0, 1).flatten(1)[:, : self.out]
+        if self.matrix:
+            by_panel = rows @ weight  # (panels, N, 64)
+            out = by_panel.transpose(0, 1).flatten(1)[:, : self.out]
+        else:
+            out = F.linear(rows, weight)
         if self.scale is not None:
             out = (out * self.scale).to(self.dtype)
         if self.bias is not None:

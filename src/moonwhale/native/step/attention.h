@@ -1,21 +1,23 @@
-// Latent attention of a few new tokens over a LatentCache, absorbed: what decoder.py's _Attention does.
+// Absorbed latent attention of a few new tokens over a LatentCache: the same computation as DecoderAttention
+// (infer/decoder.py).
 #pragma once
 #include <vector>
 
 #include "products.h"
 
-constexpr long CHUNK = 128;  // keys of a piece of full attention
-constexpr int TOGETHER = 4; // heads that look at it side by side
+constexpr long CHUNK = 128;   // keys of a piece of full attention
+constexpr int HEAD_GROUP = 4; // heads that read a piece together
 
-// What ROWS heads' queries q (width) make of n keys: each head's largest score, the sum of exponentials beside it, and
-// the values' sum weighted by them. Heads are `step` apart there, and latents that many ranks.
+// Attention of ROWS heads' queries q (ROWS, width) over n keys. For each head it writes the largest score to `top`, the
+// sum of exponentials relative to that score to `total`, and the sum of values weighted by them to `latent` (rank).
+// Successive heads are `step` numbers apart in `top` and `total`, and `step * rank` in `latent`.
 template <int ROWS, class T>
-static void attend(const Block &b, const float *q, const T *keys, const T *values, long values_step, long n, float *top,
-                   float *total, float *latent, long step) {
-  const long width = b.rank + b.rope, room = (n + LANES - 1) / LANES * LANES;
-  std::vector<float> scores(ROWS * room, -1e30f); // what fills up the last vector weighs nothing
+static void attend(const AttentionFields &w, const float *q, const T *keys, const T *values, long values_step, long n,
+                   float *top, float *total, float *latent, long step) {
+  const long width = w.rank + w.rope, room = (n + LANES - 1) / LANES * LANES;
+  std::vector<float> scores(ROWS * room, -1e30f); // padding of the last vector has weight 0
   dots<ROWS>(q, width, keys, width, n, width,
-             [&](long k, long r, float score) { scores[r * room + k] = score * b.scale; });
+             [&](long k, long r, float score) { scores[r * room + k] = score * w.scale; });
   for (int r = 0; r < ROWS; r++) {
     float *row = &scores[r * room], largest = *std::max_element(row, row + n);
     Vector all = {};
@@ -27,13 +29,13 @@ static void attend(const Block &b, const float *q, const T *keys, const T *value
     top[r * step] = largest;
     total[r * step] = sum(all);
   }
-  mix<ROWS>(latent, step * b.rank, scores.data(), room, values, values_step, n, b.rank);
+  mix<ROWS>(latent, step * w.rank, scores.data(), room, values, values_step, n, w.rank);
 }
 
-// Writes pairs rotated as halves, as rope.py does
-static void rotate(const Block &b, const Span &s, const float *x, long position, float *y) {
-  const long half = b.rope / 2, step = b.interleaved ? 2 : 1, apart = b.interleaved ? 1 : half;
-  const float *cos = s.cos + position * half, *sin = s.sin + position * half;
+// Rotates pairs of x (rope) and writes them as two halves, as model/rope.py does
+static void rotate(const AttentionFields &w, const Placement &p, const float *x, long position, float *y) {
+  const long half = w.rope / 2, step = w.interleaved ? 2 : 1, apart = w.interleaved ? 1 : half;
+  const float *cos = p.cos + position * half, *sin = p.sin + position * half;
   for (long i = 0; i < half; i++) {
     float a = x[step * i], c = x[step * i + apart];
     y[i] = a * cos[i] - c * sin[i];
@@ -42,173 +44,177 @@ static void rotate(const Block &b, const Span &s, const float *x, long position,
 }
 
 struct Attention {
-  const Block &b;
+  const AttentionFields &w;
   const Cache &cache;
-  const Span &s;
-  const long tokens = s.rows * s.length, width = b.rank + b.rope, compressed = b.q_up.in;
-  const long last = *std::max_element(s.start, s.start + s.rows) + s.length - 1; // position
-  const long pieces = std::max(b.topk, last / CHUNK + 1);                        // of a token's keys, at most
-  std::vector<float> first, compressed_q, q, queries, top, total, latents, out;
+  const Placement &p;
+  const long tokens = p.rows * p.length, width = w.rank + w.rope;
+  const long compressed = w.q_up.in; // 0 if queries are not compressed
+  const long last = *std::max_element(p.start, p.start + p.rows) + p.length - 1; // the last position
+  const long pieces = std::max(w.topk, last / CHUNK + 1);                        // of a token's keys, at most
+  std::vector<float> projected, compressed_q, q, queries, top, total, latents, out;
   std::vector<long> chosen; // (tokens, heads, topk) blocks
 
-  Attention(const Block &b, const Cache &cache, const Span &s)
-      : b(b), cache(cache), s(s), first(tokens * b.down.out), compressed_q(tokens * compressed),
-        q(tokens * b.heads * (b.nope + b.rope)), queries(tokens * b.heads * width), top(tokens * b.heads * pieces),
-        total(top.size()), latents(top.size() * b.rank), out(tokens * b.heads * b.v),
-        chosen(tokens * b.heads * b.topk) {}
+  Attention(const AttentionFields &w, const Cache &cache, const Placement &p)
+      : w(w), cache(cache), p(p), projected(tokens * w.down.out), compressed_q(tokens * compressed),
+        q(tokens * w.heads * (w.nope + w.rope)), queries(tokens * w.heads * width), top(tokens * w.heads * pieces),
+        total(top.size()), latents(top.size() * w.rank), out(tokens * w.heads * w.v),
+        chosen(tokens * w.heads * w.topk) {}
 
-  long position(long token) const { return s.start[token / s.length] + token % s.length; }
-  long slot(long token) const { return s.first + token / s.length; }
+  long position(long token) const { return p.start[token / p.length] + token % p.length; }
+  long slot(long token) const { return p.first_slot + token / p.length; }
   long entry(long token) const { return slot(token) * cache.length + position(token); }
-  float *latent(long token) { return &first[(token + 1) * b.down.out - width]; } // and its rotary key
-  bool chooses(long token) const { return b.topk && position(token) / b.size >= b.topk; }
+  float *latent(long token) { return &projected[(token + 1) * w.down.out - width]; } // followed by its rotary key
+  bool chooses(long token) const { return w.topk && position(token) / w.block_size >= w.topk; }
 
-  // Adds to x (tokens, hidden) what attention makes of h, x normed
+  // Adds the attention's output for h, the normed x, to x (tokens, hidden)
   void run(float *x, const float *h) {
-    product(first.data(), h, b.hidden, tokens, b.down);
+    product(projected.data(), h, w.down.in, tokens, w.down);
     if (compressed) {
-      rms_norm(compressed_q.data(), compressed, first.data(), b.down.out, tokens, compressed, b.q_norm);
-      product(q.data(), compressed_q.data(), compressed, tokens, b.q_up);
+      rms_norm(compressed_q.data(), compressed, projected.data(), w.down.out, tokens, compressed, w.q_norm);
+      product(q.data(), compressed_q.data(), compressed, tokens, w.q_up);
     } else {
 #pragma omp for
       for (long t = 0; t < tokens; t++)
-        std::copy_n(&first[t * b.down.out], b.heads * (b.nope + b.rope), &q[t * b.heads * (b.nope + b.rope)]);
+        std::copy_n(&projected[t * w.down.out], w.heads * (w.nope + w.rope), &q[t * w.heads * (w.nope + w.rope)]);
     }
-    typed(cache.kind, cache.keys, [&](auto *keys) {
+    typed(cache.dtype, cache.keys, [&](auto *keys) {
       auto *values = (decltype(keys))cache.values;
-      remember(keys, values);
+      write_entries(keys, values);
       absorb();
-      if (b.topk) choose();
-      look(keys, values);
+      if (w.topk) choose();
+      attend_pieces(keys, values);
     });
     expand();
-    product(x, out.data(), b.out.in, tokens, b.out, true);
+    product(x, out.data(), w.out.in, tokens, w.out, true);
   }
 
-  template <class T> void remember(T *keys, T *values) {
+  // Norms the latents, rotates the rotary keys, and writes both into the cache
+  template <class T> void write_entries(T *keys, T *values) {
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
-      float *c = latent(t), inverse = inverse_rms(c, b.rank, b.kv_norm.eps);
-      std::vector<float> rotated(b.rope);
-      rotate(b, s, c + b.rank, position(t), rotated.data());
-      for (long i = 0; i < b.rank; i++) {
-        c[i] *= inverse * b.kv_norm.weight[i];
-        store(b.taps ? &values[entry(t) * b.rank + i] : &keys[entry(t) * width + i], c[i]);
+      float *c = latent(t), inverse = inverse_rms(c, w.rank, w.kv_norm.eps);
+      std::vector<float> rotated(w.rope);
+      rotate(w, p, c + w.rank, position(t), rotated.data());
+      for (long i = 0; i < w.rank; i++) {
+        c[i] *= inverse * w.kv_norm.weight[i];
+        store(w.taps ? &values[entry(t) * w.rank + i] : &keys[entry(t) * width + i], c[i]);
       }
-      for (long i = 0; i < b.rope; i++) store(&keys[entry(t) * width + b.rank + i], rotated[i]);
+      for (long i = 0; i < w.rope; i++) store(&keys[entry(t) * width + w.rank + i], rotated[i]);
     }
-    if (b.taps) convolve(keys, values);
+    if (w.taps) convolve(keys, values);
     if (cache.means) average(keys);
   }
 
-  // Keys of `c + silu(causal depthwise convolution of c)` (arXiv 2511.11571) for latents c, the values
+  // Writes the keys `c + silu(causal depthwise convolution of c)` (arXiv 2511.11571). The latents c are the values.
   template <class T> void convolve(T *keys, const T *values) {
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
-      const long taps = std::min<long>(b.taps, position(t) + 1);
-      for (long i = 0; i < b.rank; i++) {
+      const long taps = std::min<long>(w.taps, position(t) + 1);
+      for (long i = 0; i < w.rank; i++) {
         float mixed = 0;
         for (long back = 0; back < taps; back++)
-          mixed += number(values[(entry(t) - back) * b.rank + i]) * b.conv[(b.taps - 1 - back) * b.rank + i];
+          mixed += number(values[(entry(t) - back) * w.rank + i]) * w.conv[(w.taps - 1 - back) * w.rank + i];
         store(&keys[entry(t) * width + i], latent(t)[i] + mixed * sigmoid(mixed));
       }
     }
   }
 
-  // The mean entry of each block whose last token is among these
+  // Writes the mean entry of each block whose last token is among the new ones
   template <class T> void average(const T *keys) {
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
-      if ((position(t) + 1) % b.size) continue;
-      long block = position(t) / b.size;
-      const T *entries = keys + (slot(t) * cache.length + block * b.size) * width;
-      float *mean = cache.means + (slot(t) * (cache.length / b.size) + block) * width;
+      if ((position(t) + 1) % w.block_size) continue;
+      long block = position(t) / w.block_size;
+      const T *entries = keys + (slot(t) * cache.length + block * w.block_size) * width;
+      float *mean = cache.means + (slot(t) * (cache.length / w.block_size) + block) * width;
       std::fill_n(mean, width, 0);
-      for (long k = 0; k < b.size; k++)
-        for (long i = 0; i < width; i++) mean[i] += number(entries[k * width + i]) / b.size;
+      for (long k = 0; k < w.block_size; k++)
+        for (long i = 0; i < width; i++) mean[i] += number(entries[k * width + i]) / w.block_size;
     }
   }
 
-  // Queries (tokens, heads, width) of latents: W_UK applied to the content part
+  // Writes queries (tokens, heads, width) for latents: W_UK is applied to the content part
   void absorb() {
 #pragma omp for collapse(2)
     for (long t = 0; t < tokens; t++)
-      for (long h = 0; h < b.heads; h++) {
-        const float *from = &q[(t * b.heads + h) * (b.nope + b.rope)];
-        float *to = &queries[(t * b.heads + h) * width];
-        typed(b.up.kind, b.up.data, [&](auto *w) {
-          mix<1>(to, 0, from, 0, w + h * (b.nope + b.v) * b.rank, b.rank, b.nope, b.rank);
+      for (long h = 0; h < w.heads; h++) {
+        const float *from = &q[(t * w.heads + h) * (w.nope + w.rope)];
+        float *to = &queries[(t * w.heads + h) * width];
+        typed(w.up.dtype, w.up.data, [&](auto *up) {
+          mix<1>(to, 0, from, 0, up + h * (w.nope + w.v) * w.rank, w.rank, w.nope, w.rank);
         });
-        rotate(b, s, from + b.nope, position(t), to + b.rank);
+        rotate(w, p, from + w.nope, position(t), to + w.rank);
       }
   }
 
-  // MoBA: a token's own block, and of the earlier ones those with the best gates
+  // MoBA: chooses a token's own block and the topk - 1 earlier blocks with the best gates
   void choose() {
 #pragma omp for collapse(2)
     for (long t = 0; t < tokens; t++)
-      for (long h = 0; h < b.heads; h++) {
+      for (long h = 0; h < w.heads; h++) {
         if (!chooses(t)) continue;
-        const long own = position(t) / b.size;
+        const long own = position(t) / w.block_size;
         std::vector<float> gates(own);
         std::vector<long> blocks(own);
         for (long i = 0; i < own; i++) blocks[i] = i;
-        dots<1>(&queries[(t * b.heads + h) * width], 0, cache.means + slot(t) * (cache.length / b.size) * width, width,
-                own, width, [&](long block, long, float gate) { gates[block] = gate; });
-        std::partial_sort(blocks.begin(), blocks.begin() + b.topk - 1, blocks.end(), [&](long i, long j) {
+        const float *means = cache.means + slot(t) * (cache.length / w.block_size) * width;
+        dots<1>(&queries[(t * w.heads + h) * width], 0, means, width, own, width,
+                [&](long block, long, float gate) { gates[block] = gate; });
+        std::partial_sort(blocks.begin(), blocks.begin() + w.topk - 1, blocks.end(), [&](long i, long j) {
           return gates[i] > gates[j] || (gates[i] == gates[j] && i < j);
         });
-        long *best = &chosen[(t * b.heads + h) * b.topk];
-        std::copy_n(blocks.begin(), b.topk - 1, best);
-        best[b.topk - 1] = own;
+        long *best = &chosen[(t * w.heads + h) * w.topk];
+        std::copy_n(blocks.begin(), w.topk - 1, best);
+        best[w.topk - 1] = own;
       }
   }
 
-  // Attention over each piece of keys by itself
-  template <class T> void look(const T *keys, const T *values) {
-    const long values_step = b.taps ? b.rank : width, groups = (b.heads + TOGETHER - 1) / TOGETHER;
-    const long together = b.topk ? 1 : groups; // who has read a piece finds it in the cache for the next heads
-#pragma omp for collapse(3) schedule(dynamic, together)
+  // Attends to each piece of keys separately: a chosen block, or CHUNK keys in full attention
+  template <class T> void attend_pieces(const T *keys, const T *values) {
+    const long values_step = w.taps ? w.rank : width, groups = (w.heads + HEAD_GROUP - 1) / HEAD_GROUP;
+    const long share = w.topk ? 1 : groups; // a thread that has read a piece has it in cache for the next heads
+#pragma omp for collapse(3) schedule(dynamic, share)
     for (long t = 0; t < tokens; t++)
       for (long k = 0; k < pieces; k++)
         for (long group = 0; group < groups; group++) {
-          const long slot_start = slot(t) * cache.length, head = group * TOGETHER;
-          const long heads = std::min<long>(TOGETHER, b.heads - head);
-          auto some = [&](auto rows, long h, long from, long n) {
-            long entry = slot_start + from, place = (t * b.heads + h) * pieces + k;
-            attend<decltype(rows)::value>(b, &queries[(t * b.heads + h) * width], keys + entry * width,
+          const long slot_start = slot(t) * cache.length, head = group * HEAD_GROUP;
+          const long heads = std::min<long>(HEAD_GROUP, w.heads - head);
+          auto attend_heads = [&](auto rows, long h, long from, long n) {
+            long entry = slot_start + from, place = (t * w.heads + h) * pieces + k;
+            attend<decltype(rows)::value>(w, &queries[(t * w.heads + h) * width], keys + entry * width,
                                           values + entry * values_step, values_step, n, &top[place], &total[place],
-                                          &latents[place * b.rank], pieces);
+                                          &latents[place * w.rank], pieces);
           };
           if (chooses(t)) {
-            for (long h = head; h < head + heads && k < b.topk; h++) {
-              long from = chosen[(t * b.heads + h) * b.topk + k] * b.size;
-              some(std::integral_constant<int, 1>(), h, from, std::min<long>(b.size, position(t) + 1 - from));
+            for (long h = head; h < head + heads && k < w.topk; h++) {
+              long from = chosen[(t * w.heads + h) * w.topk + k] * w.block_size;
+              long n = std::min<long>(w.block_size, position(t) + 1 - from);
+              attend_heads(std::integral_constant<int, 1>(), h, from, n);
             }
           } else if (long from = k * CHUNK; from <= position(t)) {
             long n = std::min(CHUNK, position(t) + 1 - from);
-            if (heads == TOGETHER) some(std::integral_constant<int, TOGETHER>(), head, from, n);
+            if (heads == HEAD_GROUP) attend_heads(std::integral_constant<int, HEAD_GROUP>(), head, from, n);
             else
-              for (long h = head; h < head + heads; h++) some(std::integral_constant<int, 1>(), h, from, n);
+              for (long h = head; h < head + heads; h++) attend_heads(std::integral_constant<int, 1>(), h, from, n);
           }
         }
   }
 
-  // Pieces put together, and W_UV applied
+  // Merges the pieces of each head and applies W_UV
   void expand() {
 #pragma omp for collapse(2)
     for (long t = 0; t < tokens; t++)
-      for (long h = 0; h < b.heads; h++) {
-        const long place = (t * b.heads + h) * pieces, n = chooses(t) ? b.topk : position(t) / CHUNK + 1;
+      for (long h = 0; h < w.heads; h++) {
+        const long place = (t * w.heads + h) * pieces, n = chooses(t) ? w.topk : position(t) / CHUNK + 1;
         const float largest = *std::max_element(&top[place], &top[place] + n);
         float sum = 0;
-        std::vector<float> weights(n), latent(b.rank);
+        std::vector<float> weights(n), latent(w.rank);
         for (long k = 0; k < n; k++) sum += (weights[k] = std::exp(top[place + k] - largest)) * total[place + k];
         for (long k = 0; k < n; k++) weights[k] /= sum;
-        mix<1>(latent.data(), 0, weights.data(), 0, &latents[place * b.rank], b.rank, n, b.rank);
-        typed(b.up.kind, b.up.data, [&](auto *w) {
-          dots<1>(latent.data(), 0, w + (h * (b.nope + b.v) + b.nope) * b.rank, b.rank, b.v, b.rank,
-                  [&](long o, long, float y) { out[(t * b.heads + h) * b.v + o] = y; });
+        mix<1>(latent.data(), 0, weights.data(), 0, &latents[place * w.rank], w.rank, n, w.rank);
+        typed(w.up.dtype, w.up.data, [&](auto *up) {
+          dots<1>(latent.data(), 0, up + (h * (w.nope + w.v) + w.nope) * w.rank, w.rank, w.v, w.rank,
+                  [&](long o, long, float y) { out[(t * w.heads + h) * w.v + o] = y; });
         });
       }
   }

@@ -1,4 +1,5 @@
-// The feed-forward half of a block: router, the experts chosen and the shared ones, or a dense network. See experts.py.
+// The feed-forward half of a block: the router, its chosen experts and the shared one, or a dense network. The same
+// computation as ExpertLayer and GatedNetwork (infer/feed_forward.py).
 #pragma once
 #include <functional>
 #include <utility>
@@ -7,42 +8,45 @@
 #include "products.h"
 
 struct FeedForward {
-  const Block &b;
-  const long tokens, assigned = tokens * b.chosen, inner = b.networks->down.in;
-  const long shared = b.experts ? (b.shared ? b.networks[b.experts].down.in : 0) : inner;
-  std::vector<float> logits, gates, taken, hidden, given, hidden_shared;
-  std::vector<long> order, ends, busy; // (assigned) rows of a token's choices; (experts + 1); experts that have rows
+  const FeedForwardFields &w;
+  const long tokens, assigned = tokens * w.chosen;
+  const long width = w.networks->up.in, inner = w.networks->down.in;
+  const long shared = w.experts ? (w.shared ? w.networks[w.experts].down.in : 0) : inner;
+  std::vector<float> logits, gates, inputs, hidden, outputs, hidden_shared;
+  std::vector<long> order; // (assigned) the row of each of a token's choices, where rows are sorted by expert
+  std::vector<long> ends;  // (experts + 1) expert e has rows ends[e] to ends[e + 1]
+  std::vector<long> busy;  // experts that have rows
 
-  FeedForward(const Block &b, long tokens)
-      : b(b), tokens(tokens), logits(tokens * b.experts), gates(assigned), taken(assigned * b.hidden),
-        hidden(assigned * 2 * inner), given(assigned * b.hidden), hidden_shared(tokens * 2 * shared), order(assigned),
-        ends(b.experts + 1) {}
+  FeedForward(const FeedForwardFields &w, long tokens)
+      : w(w), tokens(tokens), logits(tokens * w.experts), gates(assigned), inputs(assigned * width),
+        hidden(assigned * 2 * inner), outputs(assigned * width), hidden_shared(tokens * 2 * shared), order(assigned),
+        ends(w.experts + 1) {}
 
-  // Adds to x (tokens, hidden) what the networks make of h, x normed
+  // Adds the networks' output for h, the normed x, to x (tokens, hidden)
   void run(float *x, const float *h) {
     if (shared) {
-      const Network &network = b.networks[b.experts];
-      product(hidden_shared.data(), h, b.hidden, tokens, network.up);
+      const Network &network = w.networks[w.experts];
+      product(hidden_shared.data(), h, width, tokens, network.up);
       activate(hidden_shared.data(), tokens, shared);
       product(x, hidden_shared.data(), 2 * shared, tokens, network.down, true);
     }
-    if (!b.experts) return;
-    product(logits.data(), h, b.hidden, tokens, b.router);
+    if (!w.experts) return;
+    product(logits.data(), h, width, tokens, w.router);
 #pragma omp single
     route();
 #pragma omp for
-    for (long a = 0; a < assigned; a++) std::copy_n(h + a / b.chosen * b.hidden, b.hidden, &taken[order[a] * b.hidden]);
+    for (long a = 0; a < assigned; a++) std::copy_n(h + a / w.chosen * width, width, &inputs[order[a] * width]);
     each([&](const Network &n, long first, long rows, long panel) {
-      part_of_product(&hidden[first * 2 * inner], &taken[first * b.hidden], b.hidden, rows, n.up, panel, false);
-    }, panels(b.networks->up));
+      panel_product(&hidden[first * 2 * inner], &inputs[first * width], width, rows, n.up, panel, false);
+    }, panels(w.networks->up));
     activate(hidden.data(), assigned, inner);
     each([&](const Network &n, long first, long rows, long panel) {
-      part_of_product(&given[first * b.hidden], &hidden[first * 2 * inner], 2 * inner, rows, n.down, panel, false);
-    }, panels(b.networks->down));
+      panel_product(&outputs[first * width], &hidden[first * 2 * inner], 2 * inner, rows, n.down, panel, false);
+    }, panels(w.networks->down));
 #pragma omp for
     for (long t = 0; t < tokens; t++)
-      for (long k = t * b.chosen; k < (t + 1) * b.chosen; k++)
-        for (long i = 0; i < b.hidden; i++) x[t * b.hidden + i] += gates[k] * given[order[k] * b.hidden + i];
+      for (long k = t * w.chosen; k < (t + 1) * w.chosen; k++)
+        for (long i = 0; i < width; i++) x[t * width + i] += gates[k] * outputs[order[k] * width + i];
   }
 
   // Runs every panel of every expert that has rows
@@ -51,10 +55,10 @@ struct FeedForward {
 #pragma omp for collapse(2)
     for (long i = 0; i < n; i++)
       for (long panel = 0; panel < panels; panel++)
-        run(b.networks[busy[i]], ends[busy[i]], ends[busy[i] + 1] - ends[busy[i]], panel);
+        run(w.networks[busy[i]], ends[busy[i]], ends[busy[i] + 1] - ends[busy[i]], panel);
   }
 
-  // silu(gate) * value over the gate
+  // Replaces the gate (rows, inner) by silu(gate) * value
   void activate(float *h, long rows, long inner) {
 #pragma omp for collapse(2)
     for (long r = 0; r < rows; r++)
@@ -64,51 +68,51 @@ struct FeedForward {
       }
   }
 
-  // From logits, as Router does: gates, and rows sorted by expert
+  // Chooses experts by the logits, as Router in model/moe.py does, and sorts the rows by expert
   void route() {
     std::vector<long> experts(assigned), best;
     for (long t = 0; t < tokens; t++) {
-      float *scores = &logits[t * b.experts], all = 0;
-      const float largest = *std::max_element(scores, scores + b.experts);
-      for (long e = 0; e < b.experts; e++) {
-        scores[e] = b.sigmoid ? sigmoid(scores[e]) : std::exp(scores[e] - largest);
+      float *scores = &logits[t * w.experts], all = 0;
+      const float largest = *std::max_element(scores, scores + w.experts);
+      for (long e = 0; e < w.experts; e++) {
+        scores[e] = w.sigmoid ? sigmoid(scores[e]) : std::exp(scores[e] - largest);
         all += scores[e];
       }
-      if (!b.sigmoid)
-        for (long e = 0; e < b.experts; e++) scores[e] /= all;
+      if (!w.sigmoid)
+        for (long e = 0; e < w.experts; e++) scores[e] /= all;
       best = open_groups(scores);
-      std::partial_sort(best.begin(), best.begin() + b.chosen, best.end(),
-                        [&](long i, long j) { return scores[i] + b.bias[i] > scores[j] + b.bias[j]; });
+      std::partial_sort(best.begin(), best.begin() + w.chosen, best.end(),
+                        [&](long i, long j) { return scores[i] + w.bias[i] > scores[j] + w.bias[j]; });
       float total = 1e-20f;
-      for (long k = 0; k < b.chosen; k++) total += scores[best[k]];
-      for (long k = 0; k < b.chosen; k++) {
-        experts[t * b.chosen + k] = best[k];
-        gates[t * b.chosen + k] = scores[best[k]] * b.factor / (b.normalise ? total : 1);
+      for (long k = 0; k < w.chosen; k++) total += scores[best[k]];
+      for (long k = 0; k < w.chosen; k++) {
+        experts[t * w.chosen + k] = best[k];
+        gates[t * w.chosen + k] = scores[best[k]] * w.factor / (w.normalise ? total : 1);
       }
     }
     long next = 0;
-    for (long e = 0; e < b.experts; e++) {
+    for (long e = 0; e < w.experts; e++) {
       ends[e] = next;
       for (long a = 0; a < assigned; a++)
         if (experts[a] == e) order[a] = next++;
       if (next > ends[e]) busy.push_back(e);
     }
-    ends[b.experts] = next;
+    ends[w.experts] = next;
   }
 
-  // The experts of the groups whose two best score highest
+  // Returns the experts of the `chosen_groups` groups whose two best experts score highest
   std::vector<long> open_groups(const float *scores) const {
-    const long size = b.experts / b.groups;
+    const long size = w.experts / w.groups;
     std::vector<std::pair<float, long>> groups;
-    for (long g = 0; g < b.groups; g++) {
+    for (long g = 0; g < w.groups; g++) {
       std::vector<float> biased(size);
-      for (long i = 0; i < size; i++) biased[i] = scores[g * size + i] + b.bias[g * size + i];
+      for (long i = 0; i < size; i++) biased[i] = scores[g * size + i] + w.bias[g * size + i];
       std::sort(biased.begin(), biased.end(), std::greater<float>());
       groups.push_back({-(size > 1 ? biased[0] + biased[1] : biased[0]), g});
     }
     std::sort(groups.begin(), groups.end());
     std::vector<long> open;
-    for (long g = 0; g < b.chosen_groups; g++)
+    for (long g = 0; g < w.chosen_groups; g++)
       for (long i = 0; i < size; i++) open.push_back(groups[g].second * size + i);
     return open;
   }

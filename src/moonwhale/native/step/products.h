@@ -1,6 +1,6 @@
-// Numbers of 32, 16 and 8 bits in vectors, and products of matrices with few rows, which read a weight at memory's speed.
+// Vectors of 32-, 16- and 8-bit numbers, and matrix products with few rows, which read a weight at memory bandwidth.
 //
-// The order of a sum depends on its length alone, not on the number of rows or threads.
+// The order of a sum depends only on its length, not on the number of rows or threads.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,8 +19,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr long PANEL = 64;                  // outputs whose weights lie side by side, see native.py
-constexpr int MOST = LANES == 16 ? 4 : 2;   // rows that go through a panel side by side: as many as there are registers
+constexpr long PANEL_WIDTH = 64;              // outputs of a panel, as in bindings.py
+constexpr int MAX_ROWS = LANES == 16 ? 4 : 2; // rows multiplied with a panel at once: as many as fit the registers
 #define INLINE [[gnu::always_inline]] inline
 
 struct bf16 {
@@ -45,7 +45,7 @@ template <class To> INLINE To read(const void *from) {
 }
 
 INLINE Vector load(const float *x) { return read<Vector>(x); }
-#ifdef __AVX512F__ // for which compilers do not find the instructions themselves
+#ifdef __AVX512F__ // compilers do not find these instructions by themselves
 INLINE Vector load(const bf16 *x) {
   return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
 }
@@ -71,7 +71,7 @@ INLINE float number(bf16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
 INLINE float number(int8_t x) { return x; }
 
 INLINE void store(float *to, float x) { *to = x; }
-INLINE void store(bf16 *to, float x) { // to the nearest, halves to even
+INLINE void store(bf16 *to, float x) { // rounds to nearest, ties to even
   uint32_t bits = bits_as<uint32_t>(x);
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
@@ -85,7 +85,7 @@ INLINE float sum(Vector x) {
   return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
-// exp(x) of x <= 0, as 2^whole * 2^rest with |rest| <= 1/2, the latter by its Taylor series
+// exp(x) for x <= 0, as 2^whole * 2^rest with |rest| <= 1/2. The second factor is a Taylor series.
 INLINE Vector exponential(Vector x) {
   x *= 1.44269504f;
   x = x < -126.0f ? Vector{} - 126.0f : x;
@@ -101,20 +101,20 @@ INLINE Vector exponential(Vector x) {
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// Calls `run` with a pointer of the right type
-template <class Run> INLINE void typed(Kind kind, const void *data, Run run) {
-  if (kind == FP32) run((const float *)data);
-  else if (kind == BF16) run((const bf16 *)data);
+// Calls `run` with a pointer of the type that `dtype` says
+template <class Run> INLINE void typed(Dtype dtype, const void *data, Run run) {
+  if (dtype == FP32) run((const float *)data);
+  else if (dtype == BF16) run((const bf16 *)data);
   else run((const int8_t *)data);
 }
-template <class Run> INLINE void typed(Kind kind, void *data, Run run) {
-  if (kind == FP32) run((float *)data);
+template <class Run> INLINE void typed(Dtype dtype, void *data, Run run) {
+  if (dtype == FP32) run((float *)data);
   else run((bf16 *)data);
 }
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// Emits (o, r, w[o] . x[r]) for OUTS rows of w and ROWS of x
+// Calls emit(o, r, w[o] . x[r]) for OUTS rows of w and ROWS rows of x
 template <int OUTS, int ROWS, class W, class Emit>
 INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, Emit emit) {
   Vector total[OUTS][ROWS] = {};
@@ -140,7 +140,7 @@ INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, E
     }
 }
 
-// The same for any number of rows of w
+// `tile` for any number of rows of w
 template <int ROWS, class W, class Emit>
 INLINE void dots(const float *x, long x_step, const W *w, long w_step, long outs, long n, Emit emit) {
   long o = 0;
@@ -149,7 +149,7 @@ INLINE void dots(const float *x, long x_step, const W *w, long w_step, long outs
   for (; o < outs; o++) tile<1, ROWS>(x, x_step, w + o * w_step, w_step, n, at);
 }
 
-// y[r] = sum over k of p[r][k] * v[k], for ROWS rows of p and columns VECTORS * LANES of v. Each sum runs in order.
+// y[r] = sum over k of p[r][k] * v[k], for ROWS rows of p and VECTORS * LANES columns of v. Sums run in order of k.
 template <int ROWS, int VECTORS, class V>
 INLINE void mix_columns(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n) {
   Vector total[ROWS][VECTORS] = {};
@@ -166,7 +166,7 @@ INLINE void mix_columns(float *y, long y_step, const float *p, long p_step, cons
     for (int r = 0; r < ROWS; r++) std::memcpy(y + r * y_step + c * LANES, &total[r][c], sizeof(Vector));
 }
 
-// The same for any number of columns
+// `mix_columns` for any number of columns
 template <int ROWS, class V>
 INLINE void mix(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n, long width) {
   long c = 0;
@@ -180,36 +180,36 @@ INLINE void mix(float *y, long y_step, const float *p, long p_step, const V *v, 
     }
 }
 
-// y (rows, out) = x (rows, in) times a panel of m, or added to it
-static void part_of_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long panel, bool add) {
-  typed(m.kind, m.data, [&](auto *w) {
-    const long first = panel * PANEL, outs = std::min<long>(m.out - first, PANEL);
+// Writes the outputs of one panel of m to y (rows, out), for x (rows, in), or adds them if `add`
+static void panel_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long panel, bool add) {
+  typed(m.dtype, m.data, [&](auto *w) {
+    const long first = panel * PANEL_WIDTH, outs = std::min<long>(m.out - first, PANEL_WIDTH);
     long r = 0;
     auto next = [&](auto some) {
       constexpr int ROWS = decltype(some)::value;
-      float sums[ROWS * PANEL];
-      mix<ROWS>(sums, PANEL, x + r * x_step, x_step, w + first * m.in, PANEL, m.in, PANEL);
+      float sums[ROWS * PANEL_WIDTH];
+      mix<ROWS>(sums, PANEL_WIDTH, x + r * x_step, x_step, w + first * m.in, PANEL_WIDTH, m.in, PANEL_WIDTH);
       for (int i = 0; i < ROWS; i++, r++)
         for (long o = 0; o < outs; o++) {
-          float total = sums[i * PANEL + o];
+          float total = sums[i * PANEL_WIDTH + o];
           if (m.scale) total *= m.scale[first + o];
           if (m.bias) total += m.bias[first + o];
           float &out = y[r * m.out + first + o];
           out = add ? out + total : total;
         }
     };
-    while (r + MOST <= rows) next(std::integral_constant<int, MOST>());
+    while (r + MAX_ROWS <= rows) next(std::integral_constant<int, MAX_ROWS>());
     if (rows - r == 3) next(std::integral_constant<int, 3>());
     if (rows - r == 2) next(std::integral_constant<int, 2>());
     if (rows - r == 1) next(std::integral_constant<int, 1>());
   });
 }
 
-static long panels(const Matrix &m) { return (m.out + PANEL - 1) / PANEL; }
+static long panels(const Matrix &m) { return (m.out + PANEL_WIDTH - 1) / PANEL_WIDTH; }
 
 static void product(float *y, const float *x, long x_step, long rows, const Matrix &m, bool add = false) {
 #pragma omp for
-  for (long panel = 0; panel < panels(m); panel++) part_of_product(y, x, x_step, rows, m, panel, add);
+  for (long panel = 0; panel < panels(m); panel++) panel_product(y, x, x_step, rows, m, panel, add);
 }
 
 static float inverse_rms(const float *x, long width, float eps) {

@@ -1,23 +1,24 @@
-// A block of the model for a few new tokens: decoder.py's blocks once more, in one call and at the speed of memory.
+// One block of the model for a few new tokens: the computation of a DecoderBlock (infer/decoder.py) in one call.
 //
-// A step through PyTorch is hundreds of operations that take longer to call than to compute; here it is loops over plain
-// arrays, compiled by native.py. Numbers are floats in between, whatever weights and cache hold. A token's result is the
-// same to the last bit whatever the number of threads, and whatever else is in the batch.
+// A step through PyTorch is hundreds of operations, and each takes longer to call than to compute. Here a block is a
+// few loops over plain arrays, which native/build.py compiles for this machine. Intermediate values are floats,
+// whatever the dtype of weights and cache. A token's result is the same to the last bit for any number of threads and
+// for any other tokens in the batch.
 //
-// What is called inside of a parallel region is run by its whole team, among which `omp for` shares out the rounds.
+// Functions called in a parallel region run on all threads of the team, and `omp for` divides a loop among them.
 #include <vector>
 
 #include "attention.h"
 #include "experts.h"
 
 extern "C" {
-// Runs a block on x (tokens, hidden) in place; the tokens' entries go into the cache
-void run_block(const Block *b, const Cache *cache, const Span *s, float *x) {
-  const long tokens = s->rows * s->length;
+// Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache.
+void run_block(const Block *b, const Cache *cache, const Placement *p, float *x) {
+  const long tokens = p->rows * p->length;
   std::vector<float> h(tokens * b->hidden);
-  Attention attention(*b, *cache, *s);
-  FeedForward feed_forward(*b, tokens);
-#pragma omp parallel num_threads(s->threads)
+  Attention attention(b->attention, *cache, *p);
+  FeedForward feed_forward(b->feed_forward, tokens);
+#pragma omp parallel num_threads(p->threads)
   {
     rms_norm(h.data(), b->hidden, x, b->hidden, tokens, b->hidden, b->before);
     attention.run(x, h.data());
@@ -32,10 +33,16 @@ void run_product(const Matrix *m, float *y, const float *x, int64_t rows, int64_
   product(y, x, m->in, rows, *m);
 }
 
-// Bytes of each structure, which native.py's have to be as large as
+// Bytes of each structure in the order of structures.h. A test compares them with the ctypes structures.
 const int64_t *sizes() {
-  static const int64_t bytes[] = {sizeof(Matrix), sizeof(Network), sizeof(Norm),
-                                  sizeof(Block),  sizeof(Cache),   sizeof(Span)};
+  static const int64_t bytes[] = {sizeof(Matrix),
+                                  sizeof(Network),
+                                  sizeof(Norm),
+                                  sizeof(AttentionFields),
+                                  sizeof(FeedForwardFields),
+                                  sizeof(Block),
+                                  sizeof(Cache),
+                                  sizeof(Placement)};
   return bytes;
 }
 }

@@ -1,18 +1,30 @@
-// What native.py fills in, field by field the same there: addresses, sizes and settings. Sizes are as in mla.py and moe.py.
+// The structures that Python fills and the compiled steps read.
+//
+// This file is the only declaration of their fields: native/structures.py reads it and makes a ctypes structure of each
+// struct. Keep to declarations like `type a, b;` and `const type *a, *b;`.
+//
+// To add a field to the attention:
+//   1. model/mla.py: let the model compute with it.
+//   2. infer/decoder.py, DecoderAttention.__init__: keep it as an attribute, and use it in the PyTorch path.
+//   3. Here: declare it in AttentionFields under the name of that attribute. native/block.py fills fields by name.
+//   4. attention.h: use it as `w.name`.
+// A field of the feed-forward half goes the same way: ExpertLayer.native_fields, FeedForwardFields, experts.h.
 #pragma once
 #include <cstdint>
 
-enum Kind : int64_t { FP32, BF16, INT8 };
+enum Dtype : int64_t { FP32, BF16, INT8 }; // in the order of DTYPE_CODES in bindings.py
 
-struct Matrix { // panels (ceil(out / 64), in, 64) of outputs, which are multiplied by `scale` where there is one
+// A weight in panels (ceil(out / 64), in, 64), or as it is (out, in) where its user says so.
+struct Matrix {
   const void *data;
-  const float *scale, *bias; // (out) or null
+  const float *scale, *bias; // (out) each, or null
   int64_t out, in;
-  Kind kind;
+  Dtype dtype;
 };
 
-struct Network {
-  Matrix up, down; // gate and value (2 * inner, hidden), and back (hidden, inner)
+struct Network { // a gated feed-forward network
+  Matrix up;     // gate and value (2 * inner, hidden)
+  Matrix down;   // (hidden, inner)
 };
 
 struct Norm {
@@ -20,26 +32,44 @@ struct Norm {
   float eps;
 };
 
-struct Block {
-  int64_t hidden, heads, nope, rope, rank, v, interleaved, taps; // taps of the convolution on keys, or 0
-  int64_t size, topk;                                            // of MoBA's blocks; topk 0 is full attention
-  int64_t experts, chosen, groups, chosen_groups, sigmoid, normalise, shared; // experts 0 is a dense network
-  float scale, factor;                                                        // of scores, of experts' gates
-  Norm before, q_norm, kv_norm, after;
-  Matrix down, q_up, up, out, router; // up is (heads * (nope + v), rank), no panels; q_up is empty without compression
-  const float *conv, *bias;           // (taps, rank), the newest last; (experts) the balancer's
-  const Network *networks;            // the experts, then the shared one; or the dense one
+struct AttentionFields {
+  int64_t heads, nope, rope, rank, v, interleaved; // sizes as in model/mla.py
+  int64_t taps;                                    // width of the convolution on keys, or 0
+  int64_t block_size, topk;                        // of MoBA; topk 0 is full attention
+  float scale;                                     // of the scores
+  Norm q_norm, kv_norm;
+  Matrix down;       // to compressed (or whole) queries, latent and rotary key
+  Matrix q_up;       // empty if queries are not compressed
+  Matrix up;         // (heads * (nope + v), rank), not in panels
+  Matrix out;        // (hidden, heads * v)
+  const float *conv; // (taps, rank), the newest tap last
 };
 
-struct Cache { // a block's, as LatentCache has it
+struct FeedForwardFields {
+  int64_t experts; // 0 for a dense network
+  int64_t chosen, groups, chosen_groups, sigmoid, normalise, shared;
+  float factor;            // of the gates
+  Matrix router;           // (experts, hidden)
+  const float *bias;       // (experts), which balances the router's load
+  const Network *networks; // the experts, then the shared one; or the dense one
+};
+
+struct Block {
+  int64_t hidden;
+  Norm before, after; // of the attention's input and of the feed-forward's
+  AttentionFields attention;
+  FeedForwardFields feed_forward;
+};
+
+struct Cache { // one block's tensors of a LatentCache
   void *keys, *values;
   float *means; // null without MoBA
   int64_t length;
-  Kind kind;
+  Dtype dtype;
 };
 
-struct Span { // where new tokens go, as decoder.Span has it
-  int64_t rows, length, first, threads;
-  const int64_t *start;
+struct Placement { // where new tokens go in the cache, see infer/placement.py
+  int64_t rows, length, first_slot, threads;
+  const int64_t *start;   // (rows)
   const float *cos, *sin; // (positions, rope / 2)
 };
