@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moonwhale.model import MoonwhaleForCausalLM
+from moonwhale.model import MoonwhaleForCausalLM, MoonwhaleModel
 from moonwhale.model.block import Block
 from moonwhale.model.moe import DeepseekMoE, Experts, Router
 
@@ -335,18 +335,25 @@ def test_load_by_hand(tiny_model):
     seen = []
     moe = model.model.layers[0].mlp
     moe.gate.register_forward_hook(lambda _, args, out: seen.append(out.index))
-    model(IDS, attention_mask=MASK)
+    model(IDS, attention_mask=MASK, collect_statistics=True)
     chosen = seen[0].view(3, 12, 2)[MASK.bool()]
     assert torch.equal(moe.load, torch.bincount(chosen.flatten(), minlength=6).float())
 
 
-def test_evaluation_collects_nothing(tiny_model):
-    model = tiny_model(**CHAIN)
-    model(IDS, attention_mask=MASK, labels=IDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_evaluation_collects_nothing(training, tiny_model):
+    """In training mode too: gradients decide, unless the caller does."""
+    model = tiny_model(**CHAIN).train(training)
+    with torch.no_grad():
+        model(IDS, attention_mask=MASK, labels=IDS)
+    model(IDS, attention_mask=MASK)
+    model(IDS, attention_mask=MASK, labels=IDS, collect_statistics=False)
     model.generate(IDS[:1], max_new_tokens=3)
     for block in model.modules():
         if isinstance(block, Block):
             assert (block.mlp.load == 0).all() and (block.self_attn.max_logit == -torch.inf).all()
+    model(IDS, attention_mask=MASK, labels=IDS)
+    assert all(block.mlp.load.any() for block in model.modules() if isinstance(block, Block))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -485,3 +492,14 @@ def test_mutant_counted_on_the_way(tiny_model, monkeypatch):
 
     monkeypatch.setattr(DeepseekMoE, "forward", forward)
     caught(assert_counted_once, tiny_model(**CHAIN))
+
+
+def test_mutant_statistics_by_the_mode(tiny_model, monkeypatch):
+    """A model that collects whenever it is in training mode, as it once did."""
+    right = MoonwhaleModel.forward
+
+    def forward(self, *args, **kwargs):
+        return right(self, *args, **kwargs | {"collect_statistics": self.training})
+
+    monkeypatch.setattr(MoonwhaleModel, "forward", forward)
+    caught(test_evaluation_collects_nothing, True, tiny_model)

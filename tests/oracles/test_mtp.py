@@ -10,11 +10,11 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from moonwhale.model import loss as loss_module
-from moonwhale.model import modeling_moonwhale, mtp
+from moonwhale.model import mtp
 from moonwhale.model.documents import Documents
 from moonwhale.model.loss import linear_cross_entropy
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
-from moonwhale.model.mtp import MTPModule, shifted_labels
+from moonwhale.model.mtp import MTPModule, prediction_targets, shifted_labels
 
 V = 61
 NO = -100
@@ -283,6 +283,16 @@ def test_one_number_weighs_every_depth_alike(chain):
     assert torch.allclose(part.loss, whole.loss / 4)
 
 
+def test_targets_computed_before_are_the_same(chain):
+    model, batch = chain().train(), ragged()
+    documents = Documents.from_inputs(4, 20, MASK.device, batch["attention_mask"], batch["position_ids"])
+    targets = prediction_targets(batch["labels"], documents, 2)
+    found, expected = model(**batch, documents=documents, targets=targets), model(**batch)
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found.targets, expected.targets)
+    targets[2] = NO
+    assert model(**batch, documents=documents, targets=targets).targets.tolist() == [*expected.targets[:2], 0]
+
+
 def test_no_targets_no_loss(chain):
     model, ids = chain().train(), tokens(2, 7)
     out = model(ids, labels=torch.full_like(ids, NO))
@@ -437,7 +447,6 @@ def test_mutant_embedding_of_the_same_token(tiny_model, monkeypatch):
 
 def mutate_targets(monkeypatch, shifted):
     monkeypatch.setattr(mtp, "shifted_labels", shifted)
-    monkeypatch.setattr(modeling_moonwhale, "shifted_labels", shifted)
 
 
 def test_mutant_labels_shifted_by_one_too_few(chain, monkeypatch):
@@ -467,9 +476,9 @@ def test_mutant_attention_across_documents(chain, monkeypatch):
 def test_mutant_normalised_by_the_main_heads_count(chain, monkeypatch):
     right = MoonwhaleForCausalLM.add_loss
 
-    def add_loss(self, out, body, labels, documents, num_items):
-        main = (shifted_labels(labels, documents, 0) != NO).sum() if num_items is None else num_items[0]
-        right(self, out, body, labels, documents, main.expand(3))
+    def add_loss(self, out, body, targets, num_items):
+        main = (targets[0] != NO).sum() if num_items is None else num_items[0]
+        right(self, out, body, targets, main.expand(3))
 
     monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)
     caught(assert_loss_by_hand, chain())
@@ -478,8 +487,8 @@ def test_mutant_normalised_by_the_main_heads_count(chain, monkeypatch):
 def test_mutant_every_micro_batch_by_its_own_count(chain, monkeypatch):
     right = MoonwhaleForCausalLM.add_loss
 
-    def add_loss(self, out, body, labels, documents, num_items):
-        right(self, out, body, labels, documents, None)
+    def add_loss(self, out, body, targets, num_items):
+        right(self, out, body, targets, None)
         out.loss = out.loss if num_items is None else out.loss / 3
 
     monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)

@@ -95,7 +95,7 @@ def assert_measured_by_hand(model):
     hooks = [attention.register_forward_pre_hook(look) for attention in attentions(model)]
     reset(model)
     with torch.no_grad():
-        model(**BATCH)
+        model(**BATCH, collect_statistics=True)
     for hook in hooks:
         hook.remove()
     assert len(seen) == 5
@@ -291,7 +291,7 @@ def test_mutant_other_documents_measured(trained, monkeypatch):
     monkeypatch.setattr(Documents, "from_inputs", lambda *args: right(*args[:-1], None))
     with torch.no_grad():
         reset(model)
-        model(**BATCH)
+        model(**BATCH, collect_statistics=True)
     wrong = attentions(model)[0].max_logit.clone()
     monkeypatch.undo()
     reset(model)

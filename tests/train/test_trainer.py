@@ -16,7 +16,8 @@ from moonwhale.checkpoint import log_history, newest_whole
 from moonwhale.costs import flops_per_token
 from moonwhale.data.packing import build_data
 from moonwhale.errors import UserError
-from moonwhale.model import MoonwhaleForCausalLM
+from moonwhale.model import MoonwhaleForCausalLM, modeling_moonwhale
+from moonwhale.model.documents import Documents
 from moonwhale.optim import muonclip
 from moonwhale.precision import peak_flops, why_not_compile
 from moonwhale.train import muonclip_trainer, pretrain
@@ -148,6 +149,15 @@ def test_bf16_is_close(make_trainer):
     for a, b in zip(*(logged(run) for run in runs.values()), strict=True):
         assert a["loss"] != b["loss"]
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+def test_documents_and_targets_are_computed_once_a_micro_batch(make_trainer, monkeypatch):
+    calls, right = [], Documents.from_inputs
+    monkeypatch.setattr(Documents, "from_inputs", lambda *args: calls.append("documents") or right(*args))
+    monkeypatch.setattr(modeling_moonwhale, "prediction_targets", lambda *args: calls.append("again"))
+    trainer = make_trainer(Rows(8), max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.train()
+    assert calls == ["documents"] * 4
 
 
 # What is logged

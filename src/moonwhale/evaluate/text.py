@@ -73,7 +73,6 @@ def score_text(
     Raises:
         UserError: the rows hold no text to predict.
     """
-    assert not model.training, "the loss would count in the statistics of training"
     token_bytes = torch.from_numpy(byte_lengths(tokenizer)).to(model.device)  # (V,)
     depths = 1 + model.config.num_nextn_predict_layers
     nll, right, targets = torch.zeros(3, depths, dtype=torch.float64)  # sums over tokens, by depth

@@ -103,7 +103,6 @@ class Engine:
             memory: bytes that the cache may use. None allows half of the free memory.
             sequences: the largest number of requests in a batch.
         """
-        assert not model.training, "sampling would count in the statistics of training"
         self.config, self.tokenizer = model.config, tokenizer
         self.context = model.config.max_position_embeddings
         known = model.generation_config.eos_token_id

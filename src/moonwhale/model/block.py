@@ -1,4 +1,4 @@
-"""One transformer block: latent attention, then experts (or a dense network), each behind a norm and a residual."""
+"""One transformer block: latent attention, then experts or a dense network, each after a norm and with a residual."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,19 @@ from .moe import MLP, DeepseekMoE
 from .norm import RMSNorm
 
 
-class Stats(NamedTuple):
-    """What a block measured on the way. Returned, not stored, so that recomputing under activation checkpointing counts
-    nothing twice.
+class BlockStatistics(NamedTuple):
+    """What a block measured in one forward pass, over the valid tokens.
+
+    A block returns it and stores nothing, because activation checkpointing runs a forward pass twice.
     """
 
-    max_logit: Tensor | None  # (heads,) largest scaled attention logit; None when decoding
+    max_logit: Tensor | None  # (heads,) largest scaled attention logit; None when decoding from a cache
     balance: Tensor | None  # 0-d weighted balance loss; None for a dense block
     load: Tensor | None  # (E,) tokens that chose each expert; None for a dense block
 
 
 class Block(GradientCheckpointingLayer):
-    """Block `layer_idx`; the first `first_k_dense_replace` have a dense network instead of experts."""
+    """Block `layer_idx` of the model. The first `first_k_dense_replace` blocks have a dense network, not experts."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -34,19 +35,23 @@ class Block(GradientCheckpointingLayer):
 
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
-    ) -> tuple[Tensor, Stats]:
-        """(B, T, hidden) to the same, and its statistics. See `MultiheadLatentAttention.forward` for the arguments."""
+    ) -> tuple[Tensor, BlockStatistics]:
+        """Apply the block to x (B, T, hidden). See `MultiheadLatentAttention.forward` for the arguments.
+
+        Returns:
+            the new x (B, T, hidden), and what was measured.
+        """
         attended, max_logit = self.self_attn(self.input_layernorm(x), table, documents, cache)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(normed), Stats(max_logit, None, None)
+            return x + self.mlp(normed), BlockStatistics(max_logit, None, None)
         out, balance, load = self.mlp(normed, documents.valid[:, -x.shape[1] :])
-        return x + out, Stats(max_logit, balance, load)
+        return x + out, BlockStatistics(max_logit, balance, load)
 
-    def collect(self, stats: Stats) -> None:
-        """Adds a training batch's statistics to what QK-clip and the bias update read at the next optimizer step."""
-        if stats.max_logit is not None:
-            self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(stats.max_logit))
-        if stats.load is not None:
-            self.mlp.load += stats.load
+    def collect(self, statistics: BlockStatistics) -> None:
+        """Add a training batch's statistics to the buffers that QK-Clip and the bias update read after the step."""
+        if statistics.max_logit is not None:
+            self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(statistics.max_logit))
+        if statistics.load is not None:
+            self.mlp.load += statistics.load

@@ -1,5 +1,6 @@
-"""The model: embedding, blocks, head, and the chain of MTP modules behind them; its initialisation and its loss."""
+"""The whole model: embedding, blocks, head and the chain of MTP modules, with its initialisation and its loss."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,21 +12,27 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .block import Block
+from .block import Block, BlockStatistics
 from .configuration_moonwhale import MoonwhaleConfig
 from .documents import Documents
 from .loss import IGNORE_INDEX, linear_cross_entropy
 from .mla import MultiheadLatentAttention
 from .moe import DeepseekMoE, Experts, Router
-from .mtp import MTPModule, shifted_labels
+from .mtp import MTPModule, prediction_targets
 from .norm import RMSNorm
 from .rope import rotation_table
 
 
 @dataclass
 class MoonwhaleModelOutput(ModelOutput):
-    """What the body gives: normed hidden states (B, T, hidden), those of each MTP module, and the summed balance
-    losses.
+    """Output of `MoonwhaleModel`.
+
+    Attributes:
+        last_hidden_state: (B, T, hidden) the main model's normed output.
+        past_key_values: the cache, if one was used.
+        hidden_states: the input of every block and the normed output, if they were asked for.
+        mtp_hidden_states: (B, T, hidden) the normed output of each MTP module, if they were run.
+        balance_loss: 0-d sum over all blocks, weighted by α.
     """
 
     last_hidden_state: Tensor | None = None
@@ -37,15 +44,19 @@ class MoonwhaleModelOutput(ModelOutput):
 
 @dataclass
 class MoonwhaleOutput(ModelOutput):
-    """What the model gives. With labels, the parts of the loss; a depth's index is 0 for the main head and k for MTP
-    module k.
+    """Output of `MoonwhaleForCausalLM`. Everything about the loss needs labels.
 
-    loss: 0-d, what to differentiate: main + λ/D Σ MTP + balance.
-    losses: (1 + D,) mean cross-entropy in nats of each depth over this batch.
-    accuracies: (1 + D,) how often the most likely token was the target.
-    targets: (1 + D,) number of targets.
-    balance_loss: 0-d, weighted by α.
-    logits: (B, T or logits_to_keep, V) of the main head; none while training with labels.
+    Depth 0 is the main head, depth k is MTP module k.
+
+    Attributes:
+        loss: 0-d, to be differentiated: main + λ/D Σ MTP + balance.
+        logits: (B, T or logits_to_keep, V) of the main head. None in training mode with labels.
+        past_key_values: the cache, if one was used.
+        hidden_states: the input of every block and the normed output, if they were asked for.
+        losses: (1 + D,) mean cross-entropy of each depth over this batch, in nats.
+        accuracies: (1 + D,) share of targets that were the most likely token.
+        targets: (1 + D,) number of targets.
+        balance_loss: 0-d sum over all blocks, weighted by α.
     """
 
     loss: Tensor | None = None
@@ -59,6 +70,8 @@ class MoonwhaleOutput(ModelOutput):
 
 
 class MoonwhalePreTrainedModel(PreTrainedModel):
+    """Initialisation, saving and loading, shared by the body and the language model."""
+
     config: MoonwhaleConfig
     config_class = MoonwhaleConfig
     base_model_prefix = "model"
@@ -70,13 +83,13 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal of `initializer_range`, but zero where a block writes into the residual stream.
+        """Draw weights from a normal of `initializer_range`; those that write into the residual stream start at zero.
 
-        So a new model passes its embeddings on unchanged, and each block's part grows from nothing: 1 % fewer bits per
-        byte after equal time than with normal weights there.
+        So a new model passes its embeddings on unchanged, and the contribution of each block grows from nothing. After
+        equal time this gave 1 % fewer bits per byte than normal weights there.
         """
         super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False):
+        if getattr(module, "starts_at_zero", False):  # set on output projections, see mla.py and moe.py
             init.zeros_(module.weight)
         std = self.config.initializer_range
         if isinstance(module, RMSNorm):
@@ -95,12 +108,15 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
                 init.zeros_(module.key_conv)
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
-        """Saves experts as stacks, all that a resuming Trainer can read; in the original format, DeepSeek's, singly."""
+        """Save as transformers does, but by default with experts as stacks: a resuming Trainer reads only these.
+
+        `save_original_format=True` saves every expert by itself, which is DeepSeek's format.
+        """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
 
 class MoonwhaleModel(MoonwhalePreTrainedModel):
-    """Embedding and blocks. `layers` holds the main model's blocks and, after them, the MTP modules."""
+    """The model without its head. `layers` holds the main model's blocks and, after them, the MTP modules."""
 
     def __init__(self, config: MoonwhaleConfig):
         super().__init__(config)
@@ -132,13 +148,20 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         output_hidden_states: bool = False,
         documents: Documents | None = None,
         with_mtp: bool = False,
+        collect_statistics: bool | None = None,
         **_,
     ) -> MoonwhaleModelOutput:
-        """Runs T tokens a row, after those already in the cache.
+        """Run T tokens per row, after those that are already in the cache.
 
-        attention_mask (B, cached + T): 0 for padding. position_ids (B, T): where they restart, a new document begins,
-        which sees nothing of the one before; a cache goes on with one sequence a row. `with_mtp` runs the MTP modules
-        too, which have no cache.
+        Args:
+            input_ids: (B, T), or else `inputs_embeds` (B, T, hidden).
+            attention_mask: (B, cached + T), 0 for padding.
+            position_ids: (B, T). Where they restart, a new document begins, which sees nothing of the one before. With
+                a cache, each row continues its one document.
+            documents: what `Documents.from_inputs` makes of the two, if it is known already.
+            with_mtp: whether to run the MTP modules too. They use no cache.
+            collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
+                next optimizer step. None: if gradients are enabled.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, or a mask of another shape.
@@ -146,6 +169,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else _as_computed(inputs_embeds)
+        if collect_statistics is None:
+            collect_statistics = torch.is_grad_enabled()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -160,65 +185,90 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             position_ids = documents.positions[:, past:]
         table = rotation_table(self.config, position_ids, x.dtype)
 
-        embeds, balance, seen = x, x.new_zeros((), dtype=torch.float32), []
+        embeds, balance, block_inputs = x, x.new_zeros((), dtype=torch.float32), []
         for block in self.main_blocks:
-            seen.append(x)
-            x, balance = self.run([block], x, balance, table, documents, past_key_values)
-        x = self.norm(x)
-        mtp, balance = self.run_mtp(x, embeds, balance, table, documents) if with_mtp else ((), balance)
+            block_inputs.append(x)
+            x, balance = self.run([block], x, balance, table, documents, past_key_values, collect_statistics)
+        x, mtp = self.norm(x), ()
+        if with_mtp:
+            mtp, balance = self.run_mtp(x, embeds, balance, table, documents, collect_statistics)
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            hidden_states=(*seen, x) if output_hidden_states else None,
+            hidden_states=(*block_inputs, x) if output_hidden_states else None,
             mtp_hidden_states=mtp,
             balance_loss=balance,
         )
 
-    # What a forward pass is made of, for those who cut it into stages
+    # The steps of a forward pass, for callers that cut it into stages
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) to (B, T, hidden), in the precision of the blocks."""
+        """Embed tokens (B, T) as (B, T, hidden), in the precision of the blocks."""
         return _as_computed(self.embed_tokens(input_ids))
 
-    def run(self, blocks, x: Tensor, balance: Tensor, table, documents: Documents, cache=None) -> tuple[Tensor, Tensor]:
-        """x (B, T, hidden) through some main blocks, whose balance losses are added to `balance` (0-d)."""
+    def run(
+        self,
+        blocks: Iterable[Block],
+        x: Tensor,
+        balance: Tensor,
+        table: tuple[Tensor, Tensor],
+        documents: Documents,
+        cache: Cache | None = None,
+        collect_statistics: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run x (B, T, hidden) through some main blocks.
+
+        Returns:
+            the new x, and `balance` (0-d) plus the blocks' balance losses.
+        """
         for block in blocks:
-            x, stats = block(x, table, documents, cache)
-            balance = self._collect([block], [stats], balance)
+            x, statistics = block(x, table, documents, cache)
+            balance = _add_up([block], [statistics], balance, collect_statistics)
         return x, balance
 
     def run_mtp(
-        self, hidden: Tensor, embeds: Tensor, balance: Tensor, table, documents: Documents
+        self,
+        hidden: Tensor,
+        embeds: Tensor,
+        balance: Tensor,
+        table: tuple[Tensor, Tensor],
+        documents: Documents,
+        collect_statistics: bool = False,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The chain of MTP modules from the main model's normed output and the embeddings, both (B, T, hidden).
+        """Run the MTP modules on the main model's normed output and the embeddings, both (B, T, hidden).
 
         Returns:
-            each module's normed output; `balance` with their balance losses added.
+            each module's normed output (B, T, hidden), and `balance` (0-d) plus the modules' balance losses.
         """
         outputs = []
         for k, module in enumerate(self.mtp_modules, start=1):
-            hidden, stats = module(hidden, embeds.roll(-k, dims=1), table, documents.with_successor(k))
-            balance = self._collect([module, *module.blocks], stats, balance)
+            ahead = embeds.roll(-k, dims=1)  # position i has the embedding of token i + k
+            hidden, statistics = module(hidden, ahead, table, documents.with_successor(k))
+            balance = _add_up([module, *module.blocks], statistics, balance, collect_statistics)
             outputs.append(hidden)
         return tuple(outputs), balance
 
-    def _collect(self, blocks, stats, balance: Tensor) -> Tensor:
-        for block, measured in zip(blocks, stats, strict=True):
-            if self.training:
-                block.collect(measured)
-            if measured.balance is not None:
-                balance = balance + measured.balance
-        return balance
+
+def _add_up(
+    blocks: Iterable[Block], statistics: Iterable[BlockStatistics], balance: Tensor, collect_statistics: bool
+) -> Tensor:
+    """Return `balance` plus the blocks' balance losses; with `collect_statistics`, let them keep the other figures."""
+    for block, measured in zip(blocks, statistics, strict=True):
+        if collect_statistics:
+            block.collect(measured)
+        if measured.balance is not None:
+            balance = balance + measured.balance
+    return balance
 
 
 def _as_computed(embeds: Tensor) -> Tensor:
-    """Under autocast the residual stream has the precision of the products, too."""
-    kind = embeds.device.type
-    return embeds.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embeds
+    """Return the embeddings in the precision of the products, which under autocast the residual stream has too."""
+    device = embeds.device.type
+    return embeds.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embeds
 
 
 class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
-    """The language model. With MoBA and MTP off, its weights are those of a `DeepseekV3ForCausalLM`, name by name."""
+    """The language model. With MoBA and MTP off, its weights load into a `DeepseekV3ForCausalLM` name by name."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class wants a plain dict)
 
@@ -226,8 +276,8 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoonwhaleModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp_loss_weight = config.mtp_loss_weight  # λ, which a schedule may lower (V3 §4.2: 0.3, then 0.1)
-        # DDP would overwrite every rank's own statistics with rank 0's.
+        self.mtp_loss_weight = config.mtp_loss_weight  # λ; a schedule may lower it (V3 §4.2: 0.3, then 0.1)
+        # Each rank collects its own statistics. DDP would overwrite them with those of rank 0.
         self._ddp_params_and_buffers_to_ignore = [
             n for n, _ in self.named_buffers() if n.endswith(("max_logit", "load"))
         ]
@@ -244,61 +294,70 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        documents: Documents | None = None,
+        targets: Tensor | None = None,
+        collect_statistics: bool | None = None,
         **kwargs,
     ) -> MoonwhaleOutput:
-        """Logits of (B, T) tokens; with `labels` (B, T), shifted here and -100 where there is none, the loss and its
-        parts too.
+        """Compute the logits of (B, T) tokens and, with `labels`, the loss. In training mode it is one or the other.
 
-        num_items_in_batch: targets of the whole optimizer step when this is one of its micro-batches, (1 + D,) for each
-        depth; the sum over micro-batches is then the loss of the large batch. One number counts the main head's alone,
-        and gives the micro-batch the same share of every depth.
-
-        While training with labels no logits are returned: they are made and dropped a chunk at a time.
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: see `MoonwhaleModel.forward`.
+            labels: (B, T), -100 where there is none. They are shifted here.
+            logits_to_keep: compute the logits of so many last positions, 0 for all, or of these positions.
+            num_items_in_batch: number of targets of the whole optimizer step if this is one of its micro-batches,
+                (1 + D,) for each depth. The sum over micro-batches is then the loss of the large batch. A single number
+                counts the main head's targets, and weights every depth by this micro-batch's share of them.
+            documents: what `Documents.from_inputs` makes of mask and position ids, if it is known already.
+            targets: (1 + D, B, T), what `prediction_targets` makes of labels and documents, if it is known already.
+            collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
+                next optimizer step. None: if there are labels and gradients are enabled.
         """
-        documents = None
-        if labels is not None:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                raise ValueError("labels need the whole sequence: leave out past_key_values")
-            given = input_ids if inputs_embeds is None else inputs_embeds
-            if given is not None and labels.shape != given.shape[:2]:
-                raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(given.shape[:2])} as the tokens")
-            documents = Documents.from_inputs(*labels.shape, labels.device, attention_mask, position_ids)
+        has_loss = labels is not None
+        if has_loss:
+            _check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+            if documents is None:
+                documents = Documents.from_inputs(*labels.shape, labels.device, attention_mask, position_ids)
+            if targets is None:
+                targets = prediction_targets(labels, documents, self.config.num_nextn_predict_layers)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache if labels is None else False,
+            use_cache=False if has_loss else use_cache,
             documents=documents,
-            with_mtp=labels is not None,
+            with_mtp=has_loss,
+            collect_statistics=has_loss and torch.is_grad_enabled()
+            if collect_statistics is None
+            else collect_statistics,
             **kwargs,
         )
         out = MoonwhaleOutput(past_key_values=body.past_key_values, hidden_states=body.hidden_states)
-        if labels is not None:
-            self.add_loss(out, body, labels, documents, num_items_in_batch)
-        if labels is None or not self.training:
+        if has_loss:
+            self.add_loss(out, body, targets, num_items_in_batch)
+        if not (has_loss and self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             out.logits = self.lm_head(body.last_hidden_state[:, keep])
         return out
 
     def add_loss(
-        self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, labels: Tensor, documents: Documents, num_items
+        self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, targets: Tensor, num_items: Tensor | int | None
     ) -> None:
-        """Fills in main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy.
+        """Fill in `out` with main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy.
 
-        `body` needs its hidden states and balance loss; for the rest see `forward`.
+        `body` needs its hidden states and balance loss. `targets` (1 + D, B, T) and `num_items` are as in `forward`.
         """
-        hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])
-        targets = torch.stack([shifted_labels(labels, documents, depth) for depth in range(len(hidden))])
+        hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])  # (1 + D, B, T, hidden)
         counts = (targets != IGNORE_INDEX).sum((1, 2))
-        own = counts.clamp(min=1).float()
+        own = counts.clamp(min=1).float()  # (1 + D,)
         total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().clamp(min=1)
         if total.dim() == 0:
             total = total * own / own[0]
         weights = torch.ones_like(own)
         weights[1:] = self.mtp_loss_weight / max(len(hidden) - 1, 1)
-        row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)
+        row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)  # (1 + D, B, T)
         loss, nll, correct = linear_cross_entropy(
             hidden.flatten(0, 2), self.lm_head.weight, targets.flatten(), row_weight.flatten()
         )
@@ -309,10 +368,17 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         out.balance_loss = body.balance_loss.detach()
 
 
+def _check_labels(labels: Tensor, tokens: Tensor | None, past_key_values: Cache | None) -> None:
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        raise ValueError("labels need the whole sequence: leave out past_key_values")
+    if tokens is not None and labels.shape != tokens.shape[:2]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(tokens.shape[:2])} as the tokens")
+
+
 AutoConfig.register("moonwhale", MoonwhaleConfig)
 AutoModel.register(MoonwhaleConfig, MoonwhaleModel)
 AutoModelForCausalLM.register(MoonwhaleConfig, MoonwhaleForCausalLM)
-for name in ("MoonwhaleModel", "MoonwhaleForCausalLM"):  # DeepSeek's checkpoints hold every expert by itself
+for name in ("MoonwhaleModel", "MoonwhaleForCausalLM"):  # DeepSeek's checkpoints store every expert by itself
     register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True)
 
 __all__ = ["MoonwhaleForCausalLM", "MoonwhaleModel"]

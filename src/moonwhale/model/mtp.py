@@ -1,20 +1,19 @@
-"""Multi-token prediction (V3 §2.2): a causal chain of modules, the k-th of which predicts the (k+1)-th next token."""
+"""Multi-token prediction (V3 §2.2): a causal chain of modules. Module k predicts the token k + 1 positions ahead."""
 
 import torch
 from torch import Tensor, nn
 
-from .block import Block, Stats
+from .block import Block, BlockStatistics
 from .documents import Documents
 from .loss import IGNORE_INDEX
 from .norm import RMSNorm
 
 
 class MTPModule(Block):
-    """Module k of the chain. It is itself its first block, as in DeepSeek's checkpoints, where it sits at
-    `model.layers.{N + k - 1}`.
+    """Module k of the chain. It is a block itself, plus a projection in front of it and a norm after it.
 
-    Embedding and head are the main model's. `blocks` are those beyond the first, which the released format does not
-    know.
+    That makes its first block's weights sit at `model.layers.{N + k - 1}`, as in DeepSeek's checkpoints. `blocks` are
+    the further ones, which the released format does not have. Embedding and head are the main model's.
     """
 
     def __init__(self, config, first_layer_idx: int, n_blocks: int):
@@ -27,29 +26,35 @@ class MTPModule(Block):
 
     def forward(
         self, hidden: Tensor, ahead: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
-    ) -> tuple[Tensor, tuple[Stats, ...]]:
-        """One link of the chain (V3 eq. 21-23).
+    ) -> tuple[Tensor, tuple[BlockStatistics, ...]]:
+        """Apply one link of the chain (V3 eq. 21-23). Positions stay those of i.
 
-        hidden (B, T, hidden): the previous link's normed output at each position i. ahead (B, T, hidden): the embedding
-        of token i + k. Positions stay those of i.
+        Args:
+            hidden: (B, T, hidden), at each position i the normed output of the previous link.
+            ahead: (B, T, hidden), at each position i the embedding of token i + k.
 
         Returns:
-            the normed output (B, T, hidden), ready for the head and for the next link; the statistics of each block.
+            the normed output (B, T, hidden) for the head and the next link, and the statistics of each block.
         """
-        x = self.eh_proj(torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1))
-        x, stats = super().forward(x, table, documents, cache)
-        measured = [stats]
+        x = torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1)  # (B, T, 2 * hidden)
+        x, statistics = super().forward(self.eh_proj(x), table, documents, cache)  # (B, T, hidden)
+        measured = [statistics]
         for block in self.blocks:
-            x, stats = block(x, table, documents, cache)
-            measured.append(stats)
+            x, statistics = block(x, table, documents, cache)
+            measured.append(statistics)
         return self.shared_head["norm"](x), tuple(measured)
 
 
 def shifted_labels(labels: Tensor, documents: Documents, depth: int) -> Tensor:
-    """Targets of depth d, (B, T): position i predicts label i + 1 + d. Depth 0 is the main model.
+    """Return the targets of one depth, (B, T): position i predicts label i + 1 + depth. Depth 0 is the main model.
 
-    The last positions have no target, padding has none, and none lies in another document.
+    Padding and the last 1 + depth positions of a document have no target.
     """
     targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, : -1 - depth] = labels[:, 1 + depth :]
     return targets.masked_fill(~documents.with_successor(1 + depth).valid, IGNORE_INDEX)
+
+
+def prediction_targets(labels: Tensor, documents: Documents, n_modules: int) -> Tensor:
+    """Return the targets of the main model and of `n_modules` MTP modules, (1 + D, B, T), from `labels` (B, T)."""
+    return torch.stack([shifted_labels(labels, documents, depth) for depth in range(1 + n_modules)])

@@ -14,6 +14,7 @@ from moonwhale.costs import forward_flops
 from moonwhale.errors import UserError
 from moonwhale.model.documents import Documents
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleModelOutput, MoonwhaleOutput
+from moonwhale.model.mtp import prediction_targets
 from moonwhale.model.rope import rotation_table
 
 
@@ -123,6 +124,7 @@ class Stage(nn.Module):
         of them. See `MoonwhaleForCausalLM.forward`.
         """
         kind, body, part = input_ids.device.type, self.model.model, self.part
+        collect_statistics = torch.is_grad_enabled()  # an evaluation counts in no statistics
         documents = Documents.from_inputs(*input_ids.shape, input_ids.device, attention_mask, position_ids)
         positions = documents.positions if position_ids is None else position_ids
         with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
@@ -132,15 +134,17 @@ class Stage(nn.Module):
             else:
                 x, balance = carried
             table = rotation_table(self.model.config, positions, x.dtype)
-            x, balance = body.run(body.layers[part.start : part.stop], x, balance, table, documents)
+            blocks = body.layers[part.start : part.stop]
+            x, balance = body.run(blocks, x, balance, table, documents, collect_statistics=collect_statistics)
             if not part.is_last:
                 return x, balance + 0.0  # a tensor of its own, even if no block added to it
             x = body.norm(x)
             embeds = body.embed(input_ids) if len(body.mtp_modules) else x
-            mtp, balance = body.run_mtp(x, embeds, balance, table, documents)
+            mtp, balance = body.run_mtp(x, embeds, balance, table, documents, collect_statistics)
             out = MoonwhaleOutput()
             whole = MoonwhaleModelOutput(last_hidden_state=x, mtp_hidden_states=mtp, balance_loss=balance)
-            self.model.add_loss(out, whole, labels, documents, self.targets)
+            targets = prediction_targets(labels, documents, len(body.mtp_modules))
+            self.model.add_loss(out, whole, targets, self.targets)
         loss, out.loss = out.loss, out.loss.detach()
         self.outputs.append(out)
         return loss

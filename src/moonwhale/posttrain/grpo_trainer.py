@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,33 +48,26 @@ class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
         """A completion for each prompt, drawn from the policy as it is now; the same again when a run is repeated."""
         self._stop_unless_finite()  # nothing can be drawn from what is not
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.eval()
-        try:
-            engine = Engine(model, self.processing_class, sequences=len(prompts))
-            ids = [engine.encode(prompt) for prompt in prompts]
-            drawn = self.state.global_step * args.world_size + args.process_index
-            completions = engine.generate(
-                ids,
-                max_new_tokens=args.max_completion_length,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-                min_p=args.min_p or 0.0,
-                seed=(args.seed << 40) + drawn * len(prompts),
-            )
-        finally:
-            model.train(training)
+        engine = Engine(model, self.processing_class, sequences=len(prompts))
+        ids = [engine.encode(prompt) for prompt in prompts]
+        drawn = self.state.global_step * args.world_size + args.process_index
+        completions = engine.generate(
+            ids,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p or 0.0,
+            seed=(args.seed << 40) + drawn * len(prompts),
+        )
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """TRL's. What has no gradient is no training: it must not count in the routers' loads a second time."""
-        training = model.training
-        model.train(training and torch.is_grad_enabled())
-        try:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        finally:
-            model.train(training)
+        """Call TRL's method. Only passes with gradients count in the statistics of QK-clip and balancing; the old
+        policy's log-probabilities would count the same tokens twice.
+        """
+        forward = partial(model, collect_statistics=torch.is_grad_enabled())
+        return super()._get_per_token_logps_and_entropies(forward, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -114,7 +108,9 @@ def mtp_losses(
     embeds = model.model.embed(input_ids).detach()
     table = rotation_table(model.config, documents.positions, hidden.dtype)
     nothing = hidden.new_zeros((), dtype=torch.float32)
-    seen, balance = model.model.run_mtp(hidden.detach(), embeds, nothing, table, documents)
+    seen, balance = model.model.run_mtp(
+        hidden.detach(), embeds, nothing, table, documents, collect_statistics=torch.is_grad_enabled()
+    )
     losses = []
     for depth, out in enumerate(seen, start=1):
         targets = shifted_labels(labels, documents, depth)

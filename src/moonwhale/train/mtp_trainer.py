@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE_INDEX
-from moonwhale.model.mtp import shifted_labels
+from moonwhale.model.mtp import prediction_targets
 from moonwhale.train.muonclip_trainer import MuonClipArguments, MuonClipTraining
 
 
@@ -26,6 +26,8 @@ class MTPTraining(MuonClipTraining):
     byte_lengths: (V,) bytes each token stands for, for evaluation in bits per byte.
     """
 
+    passes_targets = True  # to the model's forward, which is a `MoonwhaleForCausalLM`'s
+
     def __init__(self, *args, byte_lengths: Tensor | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the model divides by num_items_in_batch itself
@@ -35,17 +37,22 @@ class MTPTraining(MuonClipTraining):
     # One optimizer step
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Targets of the whole step for each depth, (1 + D,): an MTP module has fewer than the main head."""
-        depths = range(1 + self.model.config.num_nextn_predict_layers)
-        total = torch.zeros(len(depths), dtype=torch.long, device=device)
+        """Count the targets of the whole step for each depth, (1 + D,): an MTP module has fewer than the main head.
+
+        The micro-batches get what was computed for it, so that the model's forward does not compute it again.
+        """
+        n_modules = self.model.config.num_nextn_predict_layers
+        total = torch.zeros(1 + n_modules, dtype=torch.long, device=device)
         for batch in batch_samples:
-            labels = batch["labels"]
-            documents = Documents.from_inputs(
-                *labels.shape, labels.device, batch.get("attention_mask"), batch.get("position_ids")
+            labels, *masks = (
+                None if batch.get(name) is None else batch[name].to(device)
+                for name in ("labels", "attention_mask", "position_ids")
             )
-            total += torch.stack([(shifted_labels(labels, documents, d) != IGNORE_INDEX).sum() for d in depths]).to(
-                device
-            )
+            documents = Documents.from_inputs(*labels.shape, device, *masks)
+            targets = prediction_targets(labels, documents, n_modules)
+            total += (targets != IGNORE_INDEX).sum((1, 2))
+            if self.passes_targets:
+                batch.update(documents=documents, targets=targets)
         return self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -15,7 +15,7 @@ from moonwhale.checkpoint import explain_full_disk, newest_whole, publish_checkp
 from moonwhale.costs import flops_per_token
 from moonwhale.errors import UserError
 from moonwhale.model.documents import needs_static_shapes
-from moonwhale.optim.muon_distributed import SharedMuonClip
+from moonwhale.optim.muon_distributed import DistributedMuonClip
 from moonwhale.optim.muonclip import StepHooks, attach_hooks, param_groups
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
@@ -69,11 +69,11 @@ class MuonClipTraining:
                 self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._alike)
         return self.optimizer
 
-    def _optimizer_of(self, groups: list[dict]) -> SharedMuonClip:
+    def _optimizer_of(self, groups: list[dict]) -> DistributedMuonClip:
         args = self.args
         betas = (args.adam_beta1, args.adam_beta2)
         settings = {"momentum": args.muon_momentum, "betas": betas, "eps": args.adam_epsilon}
-        return SharedMuonClip(groups, **self._alike, **settings)
+        return DistributedMuonClip(groups, **self._alike, **settings)
 
     @property
     def _alike(self) -> dict[str, dist.ProcessGroup | None]:

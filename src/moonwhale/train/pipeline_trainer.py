@@ -47,6 +47,8 @@ class PipelineTrainer(MTPTrainer):
     micro_batches: of a step, on each copy of the pipeline. fsdp: ranks that hold the same stages keep parts of them.
     """
 
+    passes_targets = False  # each stage finds the documents of its own micro-batch
+
     def __init__(
         self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, fsdp=False, **kwargs
     ):
