@@ -16,7 +16,7 @@ from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
-from moonwhale.optim.muon_distributed import SharedMuonClip
+from moonwhale.optim.muon_distributed import DistributedMuonClip
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.parallel import expert_parallel
 from moonwhale.parallel import pipeline as running
@@ -61,7 +61,7 @@ def optimizer_of(model, place=None):
         optimizer, same = MuonClip(groups, newton_schulz_dtype=dtype), None
     else:
         same, experts = place.same, place.same_experts
-        optimizer = SharedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
+        optimizer = DistributedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
     return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=same)
 
 
@@ -167,7 +167,7 @@ def layer(case: dict) -> dict:
     e, k, hidden = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
     whole = Experts(config)
     if case["precision"] == "fp8":
-        whole.product, whole.row_multiple = fp8.emulated_product, fp8.TILE
+        whole.product, whole.row_multiple = fp8.emulated_product, fp8.TILE_SIZE
     for p in whole.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
     first, n = 7, 50  # tokens of rank 0, and of both

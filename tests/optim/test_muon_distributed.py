@@ -15,7 +15,7 @@ from conftest import TINY
 from forked import Forked, finish
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
-from moonwhale.optim.muon_distributed import SharedMuonClip, cost, equal_shares
+from moonwhale.optim.muon_distributed import DistributedMuonClip, equal_shares, newton_schulz_cost
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.parallel.fsdp import gathered
 
@@ -34,7 +34,9 @@ def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> 
     params = [p for group in groups for p in group["params"]]
     optimizer = make_optimizer(groups, newton_schulz_dtype=dtype)
     iterate, done = muonclip.newton_schulz, []
-    muonclip.newton_schulz = lambda stack, *args: done.extend(cost(m.shape) for m in stack) or iterate(stack, *args)
+    muonclip.newton_schulz = lambda stack, *args: (
+        done.extend(newton_schulz_cost(m.shape) for m in stack) or iterate(stack, *args)
+    )
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         for p in params:
@@ -46,7 +48,7 @@ def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> 
 
 
 def of_rows(optimizer, updates, split, dtype) -> list[DTensor]:
-    """A mutant of `_of_shards`: each rank orthogonalises what it has."""
+    """A mutant of `_orthogonalise_shards`: each rank orthogonalises what it has."""
     directions = MuonClip._orthogonalise(optimizer, [update.to_local() for update in updates], split, dtype)
     return [
         DTensor.from_local(direction, u.device_mesh, u.placements, shape=u.shape, stride=u.stride())
@@ -62,10 +64,10 @@ def main(rank: int, folder: Path) -> None:
         def place(tensor):
             return distribute_tensor(tensor, mesh, [Shard(0)]) if parts else tensor
 
-        return descend(lambda *args, **how: SharedMuonClip(*args, group=dist.group.WORLD, **how), dtype, place)
+        return descend(lambda *args, **how: DistributedMuonClip(*args, group=dist.group.WORLD, **how), dtype, place)
 
     seen = {name: shared(dtype, "parts" in name) for name, dtype in CASES.items()}
-    SharedMuonClip._of_shards = of_rows
+    DistributedMuonClip._orthogonalise_shards = of_rows
     seen["rows"] = shared(torch.float32, True)
     broadcast = dist.broadcast
     dist.broadcast = lambda part, group, group_src, **how: broadcast(  # what comes from others is thrown away

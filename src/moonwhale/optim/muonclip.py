@@ -1,7 +1,10 @@
 """MuonClip (Kimi K2, arXiv 2507.20534 §2.1): Muon for matrices, AdamW for the rest, and QK-Clip after every step.
 
-optimizer = MuonClip(param_groups(model, lr=3e-4, weight_decay=0.1))
-hooks = attach_hooks(optimizer, model, qk_clip_tau=100.0)
+    optimizer = MuonClip(param_groups(model, lr=3e-4, weight_decay=0.1))
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=100.0)
+
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by its nearest
+semi-orthogonal matrix before the step. All directions of the update then count alike, the rare ones too.
 """
 
 import math
@@ -14,25 +17,34 @@ from torch.optim.adamw import adamw
 
 from moonwhale.errors import UserError
 
+# (a, b, c) of the iteration x → a x + b x³ + c x⁵, which acts on each singular value x by itself. Muon's author chose
+# them to maximise the slope a at zero, so that small singular values grow fast (3.4445⁵ = 485 times in five steps), as
+# long as all values end in about [0.7, 1.2]. Exact convergence to 1 would need a smaller slope, thus more steps, and
+# does not improve training.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+# An orthogonalised matrix (A, B) has singular values of about 1 and so an RMS of 1 / sqrt(max(A, B)), which would make
+# the update smaller the larger the matrix is. AdamW's updates have an RMS of about 0.2 to 0.4. Muon's update times
+# 0.2 * sqrt(max(A, B)) matches it, so both share one learning rate and weight decay (Moonlight §2.2).
+UPDATE_RMS = 0.2
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int = 5) -> Tensor:
-    """Bring every matrix of a stack (n, A, B) close to its nearest semi-orthogonal one, U Vᵀ of its SVD.
+    """Bring every matrix of a stack (n, A, B) close to its nearest semi-orthogonal matrix, U Vᵀ of its SVD.
 
-    The quintic iteration of Muon, all matrices at once, computed and returned in `dtype` (by default bf16 where the
-    device multiplies it faster, else fp32). Singular values end between about 0.7 and 1.2; a zero matrix stays zero.
+    This is Muon's quintic iteration for all matrices at once. It computes and returns `dtype`, by default bf16 if the
+    device multiplies it faster, else fp32. Singular values end between about 0.7 and 1.2. A zero matrix stays zero.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
     x = x.to(dtype or _fast_dtype(matrices.device))
     tall = x.size(-2) > x.size(-1)
-    if tall:  # the Gram matrix of the shorter side is the smaller one
+    if tall:  # so that the Gram matrix is the smaller one of the two
         x = x.mT
     for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        gram = x @ x.mT  # (n, min(A, B), min(A, B))
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G²
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b G + c G²) x
     return x.mT if tall else x
 
 
@@ -47,15 +59,21 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 class MuonClip(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer, with AdamW-sized learning rates for both (Moonlight, arXiv 2502.16982 §2.2).
 
-    A group with `muon=True` holds 2-D weights and 3-D stacks of them (E, A, B), each matrix orthogonalised by itself:
-    M ← μM + G,  O = NewtonSchulz(G + μM),  W ← W − η(0.2·√max(A, B)·O + λW).
-    Its `split` says how many matrices are fused along A (2 for a `gate_up_proj`): they count as matrices of their own.
+    A group with `muon=True` holds 2-D weights and 3-D stacks of matrices (E, A, B). Each matrix is orthogonalised by
+    itself:
+
+        M ← μM + G
+        O = NewtonSchulz(G + μM)
+        W ← W − η(0.2·√max(A, B)·O + λW)
+
+    Its `split` is the number of matrices fused along A, 2 for a `gate_up_proj`; they count as separate matrices.
     A group with `muon=False` follows `torch.optim.AdamW`. `param_groups` makes these groups from a model.
 
     `lr` and `momentum` are read from the group at each step, so schedules set them there. Parameters without a gradient
-    are left alone. The state is kept in the parameters' dtype, at least fp32, hence `state_dict` resumes bit for bit.
+    are skipped. The state has the parameters' dtype, at least fp32, so that `state_dict` resumes bit for bit.
 
-    Raises UserError for a setting out of range or a parameter that does not fit its group.
+    Raises:
+        UserError: a setting is out of range, or a parameter does not fit its group.
     """
 
     def __init__(
@@ -79,7 +97,7 @@ class MuonClip(torch.optim.Optimizer):
                 "betas": betas,
                 "eps": eps,
                 "newton_schulz_dtype": newton_schulz_dtype,
-                "fused": True,  # makes load_state_dict bring the step counters to the parameters' device
+                "fused": True,  # so that load_state_dict moves the step counters to the parameters' device
             },
         )
 
@@ -101,26 +119,31 @@ class MuonClip(torch.optim.Optimizer):
             if any(p.grad.is_sparse for p in params):
                 raise UserError("MuonClip: a gradient is sparse (build the embedding with sparse=False)")
             if params:
-                (self._muon if group["muon"] else self._adamw)(group, params, [p.grad for p in params])
+                step = self._step_muon if group["muon"] else self._step_adamw
+                step(group, params, [p.grad for p in params])
         return loss
 
-    def _muon(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+    def _step_muon(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, grads)
-        updates = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov's look ahead
+        updates = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov momentum
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
         dtype = group["newton_schulz_dtype"] or _fast_dtype(params[0].device)
         for p, direction in zip(params, self._orthogonalise(updates, group["split"], dtype), strict=True):
             longest = max(p.size(-2) // group["split"], p.size(-1))
-            p.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+            p.add_(direction, alpha=-group["lr"] * UPDATE_RMS * math.sqrt(longest))
 
     def _orthogonalise(self, updates: list[Tensor], split: int, dtype: torch.dtype) -> list[Tensor]:
-        """`newton_schulz` of every matrix in some weights' updates, of the same shapes; equal matrices in one stack."""
+        """Apply `newton_schulz` to every matrix in `updates`, matrices of equal shape in one stack.
+
+        Returns:
+            a direction for each update, of the same shape.
+        """
         batches, directions = defaultdict(list), {}
         for i, update in enumerate(updates):
             matrices = update.reshape(-1, update.size(-2) // split, update.size(-1))
@@ -131,7 +154,7 @@ class MuonClip(torch.optim.Optimizer):
             directions |= {i: part.reshape(updates[i].shape) for (i, _), part in zip(batch, done, strict=True)}
         return [directions[i] for i in range(len(updates))]
 
-    def _adamw(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+    def _step_adamw(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         for p in params:
             if not self.state[p]:
                 step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -177,10 +200,11 @@ def _check_parameter(p: Tensor, group: dict) -> None:
 
 
 def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1) -> list[dict]:
-    """Sort a model's trainable parameters into MuonClip's groups, each parameter into exactly one.
+    """Sort a model's trainable parameters into MuonClip's groups, each parameter into exactly one group.
 
-    Muon: every 2-D weight but embeddings and the head (the router is one, as in Moonlight), and 3-D stacks in a module
-    named `experts`, a fused `gate_up_proj` as two matrices. AdamW: all else. Embeddings and 1-D have no weight decay.
+    Muon gets every 2-D weight except embeddings and the head (the router too, as in Moonlight), and the 3-D stacks of a
+    module named `experts`, where a fused `gate_up_proj` counts as two matrices. AdamW gets all others. Embeddings and
+    1-D parameters have no weight decay.
     """
     muon, muon_fused, adamw_decay, adamw_plain, seen = [], [], [], [], set()
     for module_name, module in model.named_modules():
@@ -204,11 +228,11 @@ def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1) 
 
 
 class StepHooks:
-    """QK-Clip and the router-bias update after every optimizer step, in any training loop (see `attach_hooks`).
+    """Applies QK-Clip and the router-bias update after each optimizer step, in any training loop (see `attach_hooks`).
 
-    `last` holds what the latest step saw, as tensors on the model's device so that nothing waits for them:
-    `max_logits` (layers, heads), −inf where nothing was seen; `clipped_heads` (), their number; `loads` (layers,
-    experts), tokens over all micro-batches and ranks. A model without such modules lacks the entries.
+    `last` holds the statistics of the latest step, as tensors on the model's device so that no host sync is needed:
+    `max_logits` (layers, heads), −inf without a batch; `clipped_heads` (), the number of clipped heads; and `loads`
+    (layers, experts), tokens over all micro-batches and ranks. An entry is missing if the model has no such modules.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None, group=None):
@@ -246,22 +270,29 @@ class StepHooks:
 def attach_hooks(
     optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0, group=None
 ) -> StepHooks:
-    """Let every step of `optimizer` (any optimizer) end with QK-Clip and the router-bias update of `model`.
+    """Let every step of `optimizer`, which may be any one, end with QK-Clip and the router-bias update of `model`.
 
-    Acts on modules by what they offer. An attention: the buffer `max_logit` (heads,), fp32, the largest causal
-    pre-softmax logit, scale included, since the last step, −inf for none; `clip_qk_(tau)`, which rescales the heads
-    above tau and returns their number as a tensor. An MoE: the buffer `load` (experts,), fp32, the tokens each expert
-    got since the last step; `update_bias_()`. Both buffers are reduced first, over the ranks of `group`, which hold
-    copies of `model` (None: all ranks do), and reset in the end.
-    Under DDP, accumulate in `no_sync` or with `broadcast_buffers=False`, else rank 0's buffers overwrite the others'.
+    The hooks find modules by their methods:
 
-    `qk_clip_tau=None` only watches the logits. Raises UserError for a tau that is not positive.
+    - An attention has `clip_qk_(tau)`, which rescales the heads above tau and returns their number as a tensor. Its
+      fp32 buffer `max_logit` (heads,) is the largest causal pre-softmax logit since the last step, scale included, or
+      −inf.
+    - An MoE has `update_bias_()`. Its fp32 buffer `load` (experts,) counts each expert's tokens since the last step.
+
+    The model's forward fills these buffers (see its `collect_statistics`). After a step they are reduced over the ranks
+    of `group`, which hold replicas of `model` (None: all ranks do), then used, then reset. Under DDP, accumulate in
+    `no_sync` or with `broadcast_buffers=False`; otherwise rank 0's buffers overwrite the others'.
+
+    With `qk_clip_tau=None` logits are only recorded.
+
+    Raises:
+        UserError: tau is not positive.
     """
     return StepHooks(optimizer, model, qk_clip_tau, group)
 
 
 def _all_reduce(tensors: list[Tensor], op: str, group) -> None:
-    """In place over a group's ranks, in one collective."""
+    """Reduce tensors in place over the ranks of `group`, in one collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     flat = torch.cat(tensors)
