@@ -66,7 +66,7 @@ def test_tiles_are_rounded_as_e4m3_is_defined(rows, columns):
 
 def test_the_table_of_e4m3_is_torchs():
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert codes.float().tolist() == E4M3 and fp8.LARGEST == 448
+    assert codes.float().tolist() == E4M3 and fp8.E4M3_MAX == 448
 
 
 def test_the_largest_of_a_tile_is_kept_and_nothing_overflows():
@@ -168,8 +168,9 @@ def test_an_outlier_spoils_its_own_tile_only():
 def test_autocast_decides_the_dtype_and_never_the_products():
     torch.manual_seed(0)
     plain = torch.nn.Linear(130, 50)
-    linear = copy.deepcopy(plain)
-    fp8.convert(torch.nn.ModuleDict({"a": linear}), "blockwise", emulate=True)
+    model = torch.nn.ModuleDict({"a": copy.deepcopy(plain)})
+    fp8.convert(model, "blockwise", emulate=True)
+    linear = model["a"]
     x = torch.randn(3, 7, 130)
     with torch.autocast("cpu", torch.bfloat16):
         out, expected = linear(x), plain(x)

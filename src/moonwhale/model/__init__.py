@@ -1,4 +1,4 @@
-"""The model room. Importing it teaches `AutoConfig` and `AutoModelForCausalLM` what a moonwhale is."""
+"""The model. Importing this package registers it with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`."""
 
 from .configuration_moonwhale import MoonwhaleConfig
 from .modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleModel

@@ -1,9 +1,11 @@
 """Multi-head Latent Attention with decoupled RoPE (DeepSeek-V2 §2.1), full or over MoBA's blocks.
 
-One compressed latent a token, `c`, makes every head's content key and value; one small rotary key is shared by all
-heads. Only these two are cached. Training and prefill *expand* the latent into keys and values; decoding *absorbs* the
-expansion into the queries and works on latents. Both give the same numbers.
+Each token has one compressed latent c, from which every head's content key and value are computed, and one small rotary
+key, which all heads share. Only these two are cached. Training and prefill *expand* the latent into keys and values.
+Decoding *absorbs* the expansion into the queries and works on latents. Both give the same numbers.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,18 @@ from .norm import RMSNorm
 from .rope import rotate
 
 
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
+) -> tuple[Tensor, Tensor]:
+    """Call `attend` on all keys of each document. It has the signature of `moba_attention` and `flex_attention`."""
+    return attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
+
+
 class MultiheadLatentAttention(nn.Module):
     """The attention of one block. Parameters are named as in DeepSeek-V3's checkpoints.
 
-    `max_logit` (heads,) collects each head's largest scaled logit since the last optimizer step; `clip_qk_` acts on it.
+    The buffer `max_logit` (heads,) holds each head's largest scaled logit since the last optimizer step. `clip_qk_`
+    reads it.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -47,17 +57,22 @@ class MultiheadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.rank)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
-        self.o_proj.starts_at_zero = True
-        # (rank, 1, width) taps, the newest last; zero-initialised, so that it starts as no convolution at all
+        self.o_proj.starts_at_zero = True  # read by `MoonwhalePreTrainedModel._init_weights`
+        # (rank, 1, width), the newest tap last. It is initialised to zero, so it starts as no convolution at all.
         self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of the newest tokens x (B, Tq, hidden) over all Tk tokens that `documents` describes.
+        """Attend from the newest Tq tokens to all Tk tokens.
 
-        `cache`, a transformers cache, holds (latents (B, 1, Tk, rank), rotary keys (B, 1, Tk, rope)) of this layer.
+        Args:
+            x: (B, Tq, hidden) the newest tokens.
+            table: cosines and sines of their positions, from `rotation_table`.
+            documents: describes all Tk tokens.
+            cache: a transformers cache. Of this layer it holds latents (B, 1, Tk, rank) and rotary keys
+                (B, 1, Tk, rope).
 
         Returns:
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache.
@@ -66,20 +81,26 @@ class MultiheadLatentAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
-        if latent.shape[2] == x.shape[1]:
-            out, top = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
-            top = top.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))
+        every_token_is_a_query = latent.shape[2] == x.shape[1]
+        if every_token_is_a_query:
+            out, max_logit = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
+            max_logit = max_logit.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))  # (heads,)
         else:
-            out, top = self._absorbed(q_nope, q_rope, latent, k_rope, documents), None
-        return self.o_proj(out.transpose(1, 2).flatten(2)), top
+            out, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents), None
+        return self.o_proj(out.transpose(1, 2).flatten(2)), max_logit
 
     def logits(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents) -> tuple[Tensor, Tensor]:
-        """To look inside: every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them softmax sees."""
+        """Return every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them the softmax sees.
+
+        This is for inspection. The forward pass never has all of them.
+        """
         products, mask = self._products(*self._project(x, table), documents)
         return products.float() * self.scale, mask.expand_as(products)
 
     def _project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries (B, heads, T, nope) and (…, rope), latents (B, 1, T, rank) and rotary keys (B, 1, T, rope)."""
+        """Return the queries' two parts (B, heads, T, nope) and (B, heads, T, rope), the latents (B, 1, T, rank), and
+        the rotary keys (B, 1, T, rope).
+        """
         q_nope, q_rope = self._queries(x).split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), rotate(k_rope.unsqueeze(1), table, self.interleaved)
@@ -90,31 +111,40 @@ class MultiheadLatentAttention(nn.Module):
         return self._by_head(q)
 
     def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        """Keys and values of every head from the latents: the cheaper form when every token is a query."""
+        """Expand the latents into every head's keys and values. This is cheaper when every token is a query.
+
+        Returns:
+            out (B, heads, T, v), and the largest scaled logit of each query (B, heads, T).
+        """
         k_nope, v = self._by_head(self.kv_b_proj(latent.squeeze(1))).split([self.nope, self.v_dim], dim=-1)
         if self.key_conv is not None:
             w_k = self._split_up()[0].flatten(0, 1)
             k_nope = self._by_head(F.linear(self._convolved(latent, documents).squeeze(1), w_k))
-        k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
-        if flex_serves(q, documents):
-            return flex_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
-        if self.topk:
-            return moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
-        return attend(q, k, v, self.scale, causal=True, document_ids=documents.ids_to_mask_by)
+        k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, heads, T, nope + rope)
+        attention = self._attention_path(q, documents)
+        return attention(q, k, v, self.scale, documents, self.block_size, self.topk)
+
+    def _attention_path(self, q: Tensor, documents: Documents) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Choose the function that computes the expanded attention. All three have the same signature and results."""
+        if flex_serves(q, documents):  # data-independent shapes: torch.compile, and training on CUDA
+            return flex_attention
+        if self.topk:  # only the chosen blocks
+            return moba_attention
+        return full_attention  # tile by tile
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> Tensor:
-        """Scores and sums latents themselves, W_UK moved to the query and W_UV behind the softmax: nothing a key is
-        expanded.
+        """Score and sum the latents themselves. W_UK moves to the query and W_UV behind the softmax, so that no key or
+        value is expanded. Returns (B, heads, Tq, v).
         """
         products, mask = self._products(q_nope, q_rope, latent, k_rope, documents)
         w_v = self._split_up()[1].to(latent.dtype)  # (heads, v, rank)
         probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
-        return probs @ latent @ w_v.transpose(-1, -2)
+        return probs @ latent @ w_v.transpose(-1, -2)  # (B, heads, Tq, v)
 
     def _products(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
     ) -> tuple[Tensor, Tensor]:
-        """q·k of every pair (B, heads, Tq, Tk), before scaling, and which of them count (B, heads or 1, Tq, Tk)."""
+        """Return q·k before scaling (B, heads, Tq, Tk), and which products count (B, heads or 1, Tq, Tk)."""
         w_k = self._split_up()[0].to(q_nope.dtype)  # (heads, nope, rank)
         key_latent = latent if self.key_conv is None else self._convolved(latent, documents)
         products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
@@ -123,20 +153,21 @@ class MultiheadLatentAttention(nn.Module):
         return products, documents.visible(products.shape[-2])[:, None]
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """(B, T, heads * width) as (B, heads, T, width)."""
+        """Reshape (B, T, heads * width) to (B, heads, T, width)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _split_up(self) -> tuple[Tensor, Tensor]:
-        """W_UK (heads, nope, rank) and W_UV (heads, v, rank), views of `kv_b_proj.weight`."""
+        """Return W_UK (heads, nope, rank) and W_UV (heads, v, rank), views of `kv_b_proj.weight`."""
         return self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
 
     def _convolved(self, latent: Tensor, documents: Documents) -> Tensor:
-        """The latents keys are made of: `c + silu(causal depthwise convolution of c)` inside each sequence (arXiv
-        2511.11571).
+        """Return the latents that keys are computed from: c + silu(conv(c)), with a causal depthwise convolution within
+        each document (arXiv 2511.11571).
 
-        Values keep the plain latent. What is cached is the plain latent too, and this is recomputed on reading.
+        Values are computed from the plain latent. The cache holds the plain latent too, so this is recomputed when the
+        cache is read.
         """
-        c, mixed = latent.squeeze(1), 0.0
+        c, mixed = latent.squeeze(1), 0.0  # (B, T, rank)
         for back in range(self.key_conv.shape[-1]):
             tap = F.pad(c, (0, 0, back, 0))[:, : c.shape[1]]
             inside = (documents.positions >= back).unsqueeze(-1)
@@ -145,14 +176,14 @@ class MultiheadLatentAttention(nn.Module):
 
     @torch.no_grad()
     def clip_qk_(self, tau: float) -> Tensor:
-        """QK-Clip (Kimi K2, §2.1): shrinks the heads whose `max_logit` exceeds tau, so that the same batch would just
-        reach it.
+        """Apply QK-Clip (Kimi K2, §2.1): shrink the heads whose `max_logit` exceeds tau.
 
-        With γ = min(1, tau / max_logit): a head's rows of W_UQ and of W_UK by √γ, its rows of W_QR by γ. The shared
-        rotary key and the values are not a head's own and stay.
+        With γ = min(1, tau / max_logit), a head's rows of W_UQ and of W_UK are multiplied by √γ and its rows of W_QR by
+        γ. Both parts of its logits shrink by γ, and the same batch would just reach tau. The shared rotary key and the
+        values stay as they are: the former belongs to no single head, and the latter are in no logit.
 
         Returns:
-            the number of heads clipped, a 0-d tensor.
+            the number of clipped heads, a 0-d tensor.
         """
         above = self.max_logit > tau
         gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)[:, None]
@@ -164,6 +195,6 @@ class MultiheadLatentAttention(nn.Module):
 
 
 def _scale_rows_(weight: Tensor, factors: Tensor) -> None:
-    """Each row by one of the `factors` (heads, rows of a head); the weight may be in parts, spread over ranks."""
+    """Multiply each row by its factor, `factors` (heads, rows per head). The weight may be sharded over ranks."""
     factors = factors.reshape(-1, 1)
     weight.mul_(DTensor.from_local(factors, weight.device_mesh) if isinstance(weight, DTensor) else factors)

@@ -1,4 +1,4 @@
-"""RMSNorm, computed in fp32 and given back in the input's dtype."""
+"""RMSNorm, computed in fp32 and returned in the input's dtype."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dimension (arXiv 1910.07467)."""
+    """Computes x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float = 1e-6):
         super().__init__()
@@ -14,15 +14,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, size) to the same shape and dtype."""
-        if torch.compiler.is_compiling():  # fused there anyway, and torch 2.11 loses the gradient of the other way
+        """Normalise x (…, size). Shape and dtype stay the same."""
+        if torch.compiler.is_compiling():  # the compiler fuses this, and torch 2.11 loses _RMSNorm's gradient
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Written out: autograd's own backward takes twice the passes, and on a CPU bf16 beside fp32 twice the time."""
+    """Has a backward pass written out: autograd's own takes twice as many passes over memory, and on a CPU operations
+    that mix bf16 and fp32 take twice the time.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -1,4 +1,4 @@
-"""Rotary position embedding on the decoupled part of MLA's queries and keys. Stateless: nothing to save or restore."""
+"""Rotary position embedding of the decoupled part of MLA's queries and keys. It has no state to save or restore."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (B, 1, T, qk_rope_head_dim / 2), at (B, T) positions; YaRN's frequencies where
-    configured.
+    """Return cosines and sines, each (B, 1, T, qk_rope_head_dim / 2), at `position_ids` (B, T).
+
+    Frequencies other than the default ones, such as YaRN's, come from transformers.
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
@@ -15,15 +16,15 @@ def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Te
         frequencies, factor = 1.0 / rope["rope_theta"] ** exponents, 1.0
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, position_ids.device)
-    angles = position_ids[:, None, :, None].float() * frequencies
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, qk_rope_head_dim / 2)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotates the pairs of (B, heads, T, D): neighbours when `interleaved`, halves otherwise.
+    """Rotate the pairs in x (B, heads, T, D): neighbouring numbers if `interleaved`, else the two halves.
 
-    The rotated pairs come out as halves either way. Queries and keys share the order, so their products do not see it.
+    The result has halves in both cases. Queries and keys share this order, so their products do not change.
     """
     cos, sin = table
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)  # (B, heads, T, D / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
