@@ -23,7 +23,7 @@ from statistics import mean
 import torch
 
 import common
-from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.data.loading import load_source
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.tasks import Task, load_task
@@ -144,7 +144,7 @@ def one_seed(task: Task, work: Path, seed: int, sizes: Sizes, before: dict) -> d
     minutes = (time.perf_counter() - begin) / 60
     after = measure(out, task, sizes)
     say(f"seed {seed}: {shown(after)}, after {minutes:.1f} minutes of GRPO")
-    log = [entry for entry in log_history(newest_whole(out)) if "reward" in entry]
+    log = [entry for entry in log_history(newest_checkpoint(out)) if "reward" in entry]
     return {
         "after": after,
         "acceptance_kept": after["acceptance"] / max(before["acceptance"], 1e-9),
@@ -212,7 +212,7 @@ def chat_drafts(checkpoint: str, work: Path, sizes: Sizes) -> dict:
         checkpoint=checkpoint, out=str(out), steps=sizes.chat_steps, eval_every=0, save_every=0, report_to=["none"]
     )
     quietly(sft, config)
-    log = [e["loss_main"] for e in log_history(newest_whole(out)) if "loss_main" in e]
+    log = [e["loss_main"] for e in log_history(newest_checkpoint(out)) if "loss_main" in e]
     return {
         "before": chat_acceptance(checkpoint),
         "after": chat_acceptance(out),

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import parallel_rank
 from common import environment
 from moonwhale import options
-from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.costs import saved_moba_probabilities
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.planning.cost_model import Estimate, ParallelLayout
@@ -134,7 +134,7 @@ class Run:
 
     def history(self) -> list[dict]:
         """What was logged, without the times."""
-        logs = log_history(newest_whole(self.out))
+        logs = log_history(newest_checkpoint(self.out))
         return [{k: v for k, v in log.items() if not re.search("second|runtime|mfu", k)} for log in logs]
 
 

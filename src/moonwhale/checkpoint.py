@@ -1,4 +1,8 @@
-"""Opening a checkpoint folder. transformers fills missing tensors with noise and a warning; here that is an error."""
+"""Checkpoint folders: opens, verifies, finds and publishes them. This is the only module that does.
+
+A checkpoint folder holds config.json, model.safetensors and the tokenizer. Those that a run writes, `checkpoint-STEP` in
+its folder, also hold the optimizer's state and a manifest with the checksums of all files.
+"""
 
 import errno
 import json
@@ -23,79 +27,100 @@ from moonwhale.model.config_fields import ConfigFields
 from moonwhale.options import convert
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-AGAIN = "save or copy the checkpoint again"
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+UNFINISHED = ".unfinished"  # folder in a run's folder in which a checkpoint is written
+COPY_AGAIN = "save or copy the checkpoint again"
 
 log = logging.getLogger(__name__)
+
+
+# Open
 
 
 def open_checkpoint(
     folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[MoonwhaleForCausalLM, PreTrainedTokenizerFast]:
-    """The model, on the CPU in evaluation mode with weights of `dtype`, and its tokenizer.
+    """Loads the model, on the CPU in evaluation mode with weights of `dtype`, and its tokenizer.
 
     Raises:
-        UserError: one line for a folder that is missing, is no moonwhale checkpoint, is damaged or incomplete, or whose
-            weights, configuration and tokenizer do not belong together.
+        UserError: the folder is missing, is not a moonwhale checkpoint, is damaged or incomplete, or its weights,
+            configuration and tokenizer do not belong together.
     """
     folder = Path(folder)
     config = read_config(folder)
     if not any((folder / name).is_file() for name in WEIGHTS):
-        raise UserError(f"{folder} holds no weights ({WEIGHTS[0]}){_newest(folder)}")
+        raise UserError(f"{folder} holds no weights ({WEIGHTS[0]}){_newest_checkpoint_hint(folder)}")
     model = load_model(folder, config, dtype)
     return model, load_tokenizer_of(folder, model)
 
 
-def read_config(folder: Path) -> MoonwhaleConfig:
-    """The configuration in a checkpoint folder; a UserError unless it is one of a moonwhale that can be."""
+def read_config(folder: Path, overrides: dict | None = None) -> MoonwhaleConfig:
+    """Reads config.json. `overrides` holds values that replace the file's.
+
+    Raises:
+        UserError: there is no readable config.json, it belongs to another kind of model, or its values are impossible.
+    """
     if not folder.is_dir():
         kind = "is a file, not a checkpoint folder" if folder.exists() else "is no folder"
         raise UserError(f"{folder} {kind} (give the folder that a training run wrote with `out`)")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint: it holds no config.json{_newest(folder)}")
-    values = read_json(folder / "config.json")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a checkpoint: it holds no config.json{_newest_checkpoint_hint(folder)}")
+    values = read_json(path)
     if values.get("model_type") != MoonwhaleConfig.model_type:
-        raise UserError(f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not 'moonwhale'")
+        raise UserError(f"{path} is of a model of type {values.get('model_type')!r}, not 'moonwhale'")
     for name, kind in ConfigFields.__annotations__.items():
         if name in values:
-            convert(values[name], kind, f"{folder}/config.json: {name}")
+            convert(values[name], kind, f"{path}: {name}")
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")
     try:
-        return MoonwhaleConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:  # an impossible value, half of a RoPE setting
-        raise UserError(f"{folder}/config.json: {one_line(error)}") from error
+        return MoonwhaleConfig.from_dict(values | (overrides or {}))
+    except (ValueError, KeyError) as error:  # a KeyError for an incomplete RoPE setting
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
-    """The weights of a folder in a model of that configuration; a UserError unless they fit it exactly."""
+    """Loads the weights of a folder into a model with the given configuration.
+
+    transformers would fill missing tensors with noise and print a warning. Here they are an error.
+
+    Raises:
+        UserError: the weights are damaged, or a tensor is missing, unknown or of another shape.
+    """
     try:
-        with quiet():
+        with quiet_loading():
             model, info = MoonwhaleForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with everything else
+                ignore_mismatched_sizes=True,  # reported below, with all other faults
                 output_loading_info=True,
             )
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: the weights are damaged or cut short ({one_line(error)}); {AGAIN}") from error
-    faults = [
-        *(f"{name} is missing" for name in sorted(info["missing_keys"])),
-        *(f"{name} is unknown" for name in sorted(info["unexpected_keys"])),
-        *(f"{name} is {_size(there)}, not {_size(wanted)}" for name, there, wanted in sorted(info["mismatched_keys"])),
-        *info["error_msgs"],
-    ]
+        raise UserError(f"{folder}: the weights are damaged or cut short ({one_line(error)}); {COPY_AGAIN}") from error
+
+    def size(shape) -> str:
+        return "×".join(map(str, shape))
+
+    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
+    faults += [f"{name} is {size(got)}, not {size(wanted)}" for name, got, wanted in sorted(info["mismatched_keys"])]
+    faults += info["error_msgs"]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{folder}: the weights do not fit config.json: {faults[0]}{more}; {AGAIN}")
+        raise UserError(f"{folder}: the weights do not fit config.json: {faults[0]}{more}; {COPY_AGAIN}")
     return model
 
 
 def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder; a UserError unless there is one and it belongs to the model."""
+    """Loads the tokenizer of a folder.
+
+    Raises:
+        UserError: there is none, or its vocabulary or end token is not the model's.
+    """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} holds no tokenizer.json: copy the one that the model was trained with there")
     try:
@@ -117,29 +142,24 @@ def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTo
     return tokenizer
 
 
-def _newest(folder: Path) -> str:
-    """A hint at the newest checkpoint of a run that has not ended, or nothing."""
-    found = [path.parent for path in folder.glob("checkpoint-*/config.json") if path.parent.name[11:].isdigit()]
-    if not found:
-        return ""
-    newest = max(found, key=lambda path: int(path.name[11:]))
-    return f"; the run has not ended, its newest checkpoint is {newest} (give that)"
-
-
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; a UserError if there is none."""
+    """Reads a JSON object from a file.
+
+    Raises:
+        UserError: the file cannot be read, or holds no JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}; {AGAIN}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}; {COPY_AGAIN}") from error
     if not isinstance(values, dict):
-        raise UserError(f"cannot read {path}: it holds no JSON object; {AGAIN}")
+        raise UserError(f"cannot read {path}: it holds no JSON object; {COPY_AGAIN}")
     return values
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silences transformers' bars and its table of missing tensors, which our one line replaces."""
+def quiet_loading() -> Iterator[None]:
+    """Turns off transformers' progress bars and its table of missing tensors, which our one-line errors replace."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -151,68 +171,15 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _size(shape) -> str:
-    return "×".join(map(str, shape))
-
-
-def unfinished_folder(out: str | os.PathLike) -> Path:
-    """The folder in which the next checkpoint of run `out` grows, emptied of what a killed run left there."""
-    folder = Path(out) / ".unfinished"
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
-
-
-def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None) -> None:
-    """Seals the complete checkpoint `written` with the sizes and SHA-256 sums of its files and moves it into run `out`,
-    in one step; of the older ones, the newest `keep - 1` stay.
-    """
-    files = {
-        path.relative_to(written).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
-        for path in sorted(written.rglob("*"))
-        if path.is_file()
-    }
-    (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-    final = Path(out) / written.name
-    for later in list_checkpoints(out):  # damaged, else this run had gone on from them: kept, but out of the way
-        if step_of(later) >= step_of(final):
-            shutil.rmtree(aside := later.with_name(f"damaged-{later.name}"), ignore_errors=True)
-            later.rename(aside)
-    written.rename(final)
-    written.parent.rmdir()
-    for old in list_checkpoints(out)[keep:] if keep else ():
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:
-    """Copies a checkpoint's model and tokenizer into its run's folder, which is a plain Hugging Face checkpoint from
-    the moment that `config.json`, the last file, appears.
-    """
-    training_only = {MANIFEST, STATE}
-    model_files = [p for p in checkpoint.iterdir() if p.is_file() and p.suffix not in (".pt", ".pth")]
-    files = [p for p in model_files if p.name not in training_only]
-    try:
-        for path in sorted(files, key=lambda p: p.name == "config.json"):
-            copy = Path(out) / f".{path.name}"
-            shutil.copyfile(path, copy)
-            os.replace(copy, Path(out) / path.name)
-    except OSError as error:
-        copy.unlink(missing_ok=True)
-        raise explain_full_disk(error, out) from error
-
-
-def log_history(checkpoint: Path) -> list[dict]:
-    """What the run logged up to a checkpoint."""
-    return read_json(checkpoint / STATE)["log_history"]
-
-
-def is_last_checkpoint(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written after its run's last step."""
-    state = read_json(checkpoint / STATE)
-    return state["global_step"] >= state["max_steps"]
+# Verify
 
 
 def find_damage(checkpoint: str | os.PathLike) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if all its files are as they were written."""
+    """Compares the files of a run's checkpoint with its manifest.
+
+    Returns:
+        what is wrong, in a few words, or None if all files are as they were written.
+    """
     folder = Path(checkpoint)
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -231,33 +198,117 @@ def find_damage(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
+# Find
+
+
 def list_checkpoints(out: str | os.PathLike) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [p for p in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    """The checkpoint folders of a run, newest first, damaged ones included."""
+    found = [path for path in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def newest_whole(out: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint of a run; a damaged newer one is skipped with a warning."""
+def newest_checkpoint(out: str | os.PathLike) -> Path | None:
+    """The newest undamaged checkpoint of a run, or None. Warns of each damaged one that is newer."""
     for checkpoint in list_checkpoints(out):
-        if (wrong := find_damage(checkpoint)) is None:
+        damage = find_damage(checkpoint)
+        if damage is None:
             return checkpoint
-        log.warning("skipping %s: %s", checkpoint, wrong)
+        log.warning("skipping %s: %s", checkpoint, damage)
     return None
 
 
+def _newest_checkpoint_hint(folder: Path) -> str:
+    """The end of an error message: the newest checkpoint of a run in `folder` that can be opened, if there is one.
+
+    The files are not verified here, since opening the checkpoint will do so.
+    """
+    newest = next((path for path in list_checkpoints(folder) if (path / "config.json").is_file()), None)
+    return f"; the run has not ended, its newest checkpoint is {newest} (give that)" if newest else ""
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a run's checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_last_checkpoint(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written after its run's last step."""
+    state = read_json(checkpoint / STATE)
+    return state["global_step"] >= state["max_steps"]
+
+
+def log_history(checkpoint: Path) -> list[dict]:
+    """The Trainer's log entries up to a checkpoint."""
+    return read_json(checkpoint / STATE)["log_history"]
+
+
+# Publish
+
+
+def unfinished_folder(out: str | os.PathLike) -> Path:
+    """The folder in which the next checkpoint of the run in `out` is written. What a killed run left is removed."""
+    folder = Path(out) / UNFINISHED
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None) -> None:
+    """Moves the complete checkpoint `written` into the run's folder `out`, in one step.
+
+    Before that, the sizes and SHA-256 sums of its files are recorded in its manifest. Afterwards the oldest checkpoints
+    are deleted until `keep` are left.
+    """
+    files = {
+        path.relative_to(written).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
+        for path in sorted(written.rglob("*"))
+        if path.is_file()
+    }
+    (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    final = Path(out) / written.name
+    # A checkpoint of this or a later step is damaged, or the run would have resumed from it. Keep it under another name.
+    for damaged in list_checkpoints(out):
+        if step_of(damaged) >= step_of(final):
+            new_name = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(new_name, ignore_errors=True)
+            damaged.rename(new_name)
+    written.rename(final)
+    written.parent.rmdir()
+    for old in list_checkpoints(out)[keep:] if keep else ():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:
+    """Copies the model and the tokenizer of a checkpoint into the run's folder `out`.
+
+    `config.json` is copied last: the folder is a plain Hugging Face checkpoint from the moment that it appears.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    training_only = {MANIFEST, STATE}
+    model_files = [p for p in checkpoint.iterdir() if p.is_file() and p.suffix not in (".pt", ".pth")]
+    files = [p for p in model_files if p.name not in training_only]
+    try:
+        for path in sorted(files, key=lambda p: p.name == "config.json"):
+            copy = Path(out) / f".{path.name}"
+            shutil.copyfile(path, copy)
+            os.replace(copy, Path(out) / path.name)
+    except OSError as error:
+        copy.unlink(missing_ok=True)
+        raise explain_full_disk(error, out) from error
+
+
 def explain_full_disk(error: Exception, out: str | os.PathLike) -> Exception:
-    """A full disk as one line for people; any other error as it is."""
-    # safetensors and torch have exceptions of their own for it, of which torch's do not say what it is.
+    """Returns a UserError if `error` means that the disk of `out` is full, else `error` itself.
+
+    The unfinished checkpoint is removed, which frees its space.
+    """
+    # safetensors and torch raise exceptions of their own for a full disk. Those of torch do not name the cause.
     signs = ("No space left on device", "inline_container.cc", "iostream error")
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if not full and not any(sign in str(error) for sign in signs):
         return error
-    shutil.rmtree(Path(out) / ".unfinished", ignore_errors=True)
-    whole = newest_whole(out)
-    kept = f"; {whole} is whole, go on from it with `resume`" if whole else ""
+    shutil.rmtree(Path(out) / UNFINISHED, ignore_errors=True)
+    newest = newest_checkpoint(out)
+    kept = f"; {newest} is whole, go on from it with `resume`" if newest else ""
     return UserError(f"`out`: no space left on the disk of {out}: free some, or lower `keep_checkpoints`{kept}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moonwhale import cli
-from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.data.loading import Source, load_source
 from moonwhale.data.packing import pack_all, pack_split
 from moonwhale.data.tasks import Problem, Task
@@ -102,7 +102,7 @@ def test_text_is_scored_as_by_hand(small_model, small_tokenizer, text_folder):
 def test_trainings_own_last_evaluation_comes_out_again(tiny_run, text_folder, tmp_path, capsys):
     config = tiny_run()
     pretrain.train(config)
-    logged = log_history(newest_whole(config.out))
+    logged = log_history(newest_checkpoint(config.out))
     last = next(entry for entry in reversed(logged) if "eval_loss_main" in entry)
     run(capsys, config.out, "--data", text_folder, "--rows", config.eval_rows, "--device", "cpu", "--precision", "fp32",
         "--json", tmp_path / "found.json")  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moonwhale.checkpoint import log_history, newest_whole, open_checkpoint
+from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.posttrain import config as post
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
@@ -35,7 +35,7 @@ def options(small_checkpoint, tmp_path, monkeypatch):
 
 
 def history(out):
-    return [entry for entry in log_history(newest_whole(out)) if "reward" in entry]
+    return [entry for entry in log_history(newest_checkpoint(out)) if "reward" in entry]
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_a_step_of_several_micro_batches_and_iterations(options):
     config = options(batch_size=4, iterations=2, objective="trl")
     grpo(config)
     assert [entry["step"] for entry in history(config.out)] == [1, 3]  # the other steps learn from the same answers
-    log = [entry for entry in log_history(newest_whole(config.out)) if "entropy" in entry]
+    log = [entry for entry in log_history(newest_checkpoint(config.out)) if "entropy" in entry]
     assert len(log) == 4 and "kl" not in log[0]
     assert log[0]["clip_ratio/region_mean"] == 0 < log[3]["clip_ratio/region_mean"]
 

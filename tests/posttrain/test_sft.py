@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moonwhale.checkpoint import log_history, newest_whole, open_checkpoint
+from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint
 from moonwhale.data.chat import encode_answers, encode_document
 from moonwhale.data.loading import load_source
 from moonwhale.data.packing import pack_split
@@ -56,7 +56,7 @@ def options(small_checkpoint, chats, tmp_path, tmp_path_factory, monkeypatch):
 
 
 def losses(out):
-    history = log_history(newest_whole(out))
+    history = log_history(newest_checkpoint(out))
     return [entry["loss_main"] for entry in history if "loss_main" in entry]
 
 
@@ -131,7 +131,7 @@ def test_a_run_learns_and_mtp_learns_along(options, small_checkpoint, capsys):
     assert re.search(r"data +.*chats.jsonl: \d+ conversations in \d+ rows, \d+ held out", said)
     curve = losses(config.out)
     assert curve[-1] < 0.5 * curve[0]
-    history = log_history(newest_whole(config.out))
+    history = log_history(newest_checkpoint(config.out))
     mtp = [entry["loss_mtp_1"] for entry in history if "loss_mtp_1" in entry]
     assert mtp[-1] < 0.7 * mtp[0]
     model, _ = open_checkpoint(config.out)  # a plain checkpoint, whole

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from forked import Forked, finish, start
-from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.optim.muonclip import attach_hooks
 from moonwhale.train import pretrain
 from moonwhale.train.run_folder import write_run_file
@@ -88,7 +88,7 @@ def assert_close(out, reference) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    for ours, theirs in zip(*(log_history(newest_whole(f)) for f in (out, reference)), strict=True):
+    for ours, theirs in zip(*(log_history(newest_checkpoint(f)) for f in (out, reference)), strict=True):
         names = [name for name in ours if not re.search("second|runtime|mfu|epoch", name)]
         assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3, abs=1e-5)
 
@@ -100,7 +100,7 @@ def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
     reference = tiny_run(**OPTIONS, out=str(tmp_path / "one"))
     pretrain.train(reference)
-    logs = log_history(newest_whole(reference.out))
+    logs = log_history(newest_checkpoint(reference.out))
     assert all(log["clipped_heads"] > 0 for log in logs if "loss_main" in log)
 
     out = tmp_path / "two"

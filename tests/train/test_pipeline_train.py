@@ -15,7 +15,7 @@ from test_ddp import assert_close, together, torchrun
 
 from forked import start
 from moonwhale import processes
-from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import param_groups
@@ -87,7 +87,7 @@ def test_a_pipeline_is_one_process(one, tmp_path):
     assert said.count("step      2  loss") == 1 and "dualpipev over 2 processes" in said
     assert_close(out, config.out)
     assert_same_files(out, config.out)
-    log = log_history(newest_whole(out))
+    log = log_history(newest_checkpoint(out))
     assert any(entry.get("clipped_heads", 0) > 0 for entry in log)
 
     # back on one process from the middle, and from there on two again

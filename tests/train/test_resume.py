@@ -22,7 +22,7 @@ from moonwhale.checkpoint import (
     find_damage,
     list_checkpoints,
     log_history,
-    newest_whole,
+    newest_checkpoint,
     publish_checkpoint,
     step_of,
     unfinished_folder,
@@ -83,7 +83,7 @@ def crash(monkeypatch, config, step: int) -> None:
 def losses(out) -> list[dict]:
     """The log history without what a clock decides."""
     keys = re.compile(r"(eval_)?(step$|loss|accuracy|grad_norm|learning_rate|max_attention|clipped|expert)")
-    entries = log_history(newest_whole(out))
+    entries = log_history(newest_checkpoint(out))
     return [{key: value for key, value in entry.items() if keys.match(key)} for entry in entries]
 
 
@@ -93,7 +93,8 @@ def assert_same_end(out, reference, logs: bool = True) -> None:
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
     a, b = (
-        torch.load(newest_whole(folder) / "optimizer.pt", weights_only=True)["state"] for folder in (out, reference)
+        torch.load(newest_checkpoint(folder) / "optimizer.pt", weights_only=True)["state"]
+        for folder in (out, reference)
     )
     assert a.keys() == b.keys()
     for i, state in a.items():
@@ -172,7 +173,7 @@ def test_kill_9(tiny_run, tmp_path, where):
     process.until("NOW")
     process.kill()
     assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-3"]
-    assert find_damage(newest_whole(config.out)) is None
+    assert find_damage(newest_checkpoint(config.out)) is None
     resume(config.out)
     assert not (Path(config.out) / ".unfinished").exists()
     assert_same_end(config.out, reference.out)
@@ -194,7 +195,7 @@ def test_ctrl_c_at_the_command_line(tiny_run, tmp_path):
         "stopping after this step (Ctrl-C again: at once, without saving)",
         "moonwhale: interrupted",
     ]
-    assert 5 <= step_of(newest_whole(config.out)) < 60
+    assert 5 <= step_of(newest_checkpoint(config.out)) < 60
     resume(config.out)
     pretrain.train(reference)
     assert_same_end(config.out, reference.out, logs=False)  # the interruption added a line to the log
@@ -268,11 +269,11 @@ def test_a_damaged_one_never_pushes_out_a_whole_one(tmp_path):
     write(30)
     truncate(tmp_path / "checkpoint-30" / "weights")
     write(20)  # the run went on from an earlier one
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-20"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "damaged-checkpoint-30"]
     write(20)
     write(20)
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-20"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
 
 
 # Going on, or not

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from moonwhale.checkpoint import log_history, newest_whole
+from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.costs import flops_per_token
 from moonwhale.data.packing import build_data
 from moonwhale.errors import UserError
@@ -78,7 +78,7 @@ def logged(done: MTPTrainer) -> list[dict]:
 
 def history(config, evaluations: bool = False) -> list[dict]:
     """The log lines of a finished run."""
-    entries = log_history(newest_whole(config.out))
+    entries = log_history(newest_checkpoint(config.out))
     return [entry for entry in entries if ("eval_loss_main" if evaluations else "loss_main") in entry]
 
 

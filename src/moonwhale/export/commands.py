@@ -39,13 +39,13 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from moonwhale.checkpoint import quiet
+    from moonwhale.checkpoint import quiet_loading
 
     writer, summary = FORMATS[args.to]
     module, function = writer.split(":")
     write = getattr(import_module(module), function)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    with _new_folder(out) as unfinished, quiet():
+    with _new_folder(out) as unfinished, quiet_loading():
         notes = write(Path(args.folder), unfinished, dtype)
     for note in notes:
         print(note, file=sys.stderr)

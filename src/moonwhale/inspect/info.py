@@ -1,12 +1,12 @@
 """Computes what a preset or a checkpoint costs before it is trained or served."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from moonwhale.costs import flops_per_token, inference_bytes, model_size, one_device_training_bytes
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import MODEL_FIELDS, TrainConfig, build_model_config, resolve
+from moonwhale.train.config import TrainConfig, build_model_config, resolve
 from moonwhale.units import in_bytes, si
 
 
@@ -25,22 +25,10 @@ def find_config(target: str, overrides: dict) -> tuple:
         raise UserError(
             f"{target!r} is neither a preset ({', '.join(PRESETS)}) nor a folder{did_you_mean(target, PRESETS)}"
         )
-    return _checkpoint_config(Path(target), overrides.get("model")), None
 
+    from moonwhale.checkpoint import read_config
 
-def _checkpoint_config(folder: Path, overrides: dict | None):
-    from moonwhale.checkpoint import read_config, read_json
-    from moonwhale.model import MoonwhaleConfig
-
-    config = read_config(folder)
-    if not overrides:
-        return config
-    known = {field.name for field in fields(MODEL_FIELDS)}
-    values = {name: value for name, value in read_json(folder / "config.json").items() if name in known}
-    try:
-        return MoonwhaleConfig(**values | overrides)
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json: {error}") from error
+    return read_config(Path(target), overrides.get("model")), None
 
 
 def gather_figures(config, context: int, batch: int, run: TrainConfig | None = None) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
-from moonwhale.checkpoint import explain_full_disk, newest_whole, publish_checkpoint, unfinished_folder
+from moonwhale.checkpoint import explain_full_disk, newest_checkpoint, publish_checkpoint, unfinished_folder
 from moonwhale.costs import flops_per_token
 from moonwhale.errors import UserError
 from moonwhale.model.documents import needs_static_shapes
@@ -97,7 +97,7 @@ class MuonClipTraining:
         for step, values in steps.items():
             for what, value in zip(("loss", "gradient norm"), values.tolist(), strict=True):
                 if not math.isfinite(value):
-                    good = newest_whole(self.args.output_dir)
+                    good = newest_checkpoint(self.args.output_dir)
                     raise UserError(
                         f"step {step}: the {what} is {value}; "
                         + (f"the last good checkpoint is {good}" if good else "no checkpoint was written yet")

@@ -73,9 +73,9 @@ def check_run(config, read_run_file: Callable[[str], object]) -> Path | None:
         silence_libraries()
         return None
 
-    from moonwhale.checkpoint import list_checkpoints, newest_whole
+    from moonwhale.checkpoint import list_checkpoints, newest_checkpoint
 
-    checkpoint = newest_whole(config.out)
+    checkpoint = newest_checkpoint(config.out)
     if checkpoint is None and list_checkpoints(config.out):
         raise UserError(
             f"`resume`: every checkpoint in {config.out} is damaged (see above): train anew into another `out`"
