@@ -1,7 +1,7 @@
 """Checkpoint folders: opens, verifies, finds and publishes them. This is the only module that does.
 
-A checkpoint folder holds config.json, model.safetensors and the tokenizer. Those that a run writes, `checkpoint-STEP` in
-its folder, also hold the optimizer's state and a manifest with the checksums of all files.
+A checkpoint folder holds config.json, model.safetensors and the tokenizer. A run's own, `checkpoint-STEP` in its
+folder, also hold the optimizer's state and a manifest with the checksums of all files.
 """
 
 import errno
@@ -265,7 +265,7 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
     }
     (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     final = Path(out) / written.name
-    # A checkpoint of this or a later step is damaged, or the run would have resumed from it. Keep it under another name.
+    # A checkpoint of this or a later step is damaged: else the run would have resumed from it. Keep it, renamed.
     for damaged in list_checkpoints(out):
         if step_of(damaged) >= step_of(final):
             new_name = damaged.with_name(f"damaged-{damaged.name}")
