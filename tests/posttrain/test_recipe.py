@@ -62,12 +62,12 @@ def test_right_answers_are_kept_once(folder, clever, capsys):
         a, _ = map(int, question["content"].split("+"))
         assert is_well_formed(answer["content"]) and f"<answer>{2 * a}</answer>" in answer["content"]
     assert "kept 20 of 40 answers, to 10 of 10 questions" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already: name a new file"):
+    with pytest.raises(UserError, match="already exists: name a new file"):
         sample(config)
 
 
 def test_a_model_that_knows_nothing_is_one_line(folder):
-    with pytest.raises(UserError, match="base answered none of 3 questions rightly"):
+    with pytest.raises(UserError, match="base answered none of 3 questions correctly"):
         sample(
             SampleOptions(
                 checkpoint="base", task="task.jsonl", questions=3, out="a.jsonl", max_new_tokens=4, device="cpu"
@@ -80,8 +80,8 @@ def test_a_model_that_knows_nothing_is_one_line(folder):
     ("changes", "complaint"),
     [
         ({"checkpoint": None}, "CHECKPOINT: name the folder"),
-        ({"out": None}, "`out`: None is no .jsonl file"),
-        ({"out": "x.txt"}, "`out`: 'x.txt' is no .jsonl file"),
+        ({"out": None}, "`out`: None is not a .jsonl file"),
+        ({"out": "x.txt"}, "`out`: 'x.txt' is not a .jsonl file"),
         ({"samples": 0}, "`samples`: 0 is impossible"),
         ({"temperature": -1.0}, "`temperature`: -1.0 is impossible"),
     ],
@@ -122,7 +122,7 @@ def test_r1s_pipeline_runs_and_goes_on(folder, clever, capsys, monkeypatch):
     Path("r1/final/config.json").unlink()  # interrupted before its end
     recipe(path)
     said = capsys.readouterr().out
-    assert said.count("done already") == 4 and Path("r1/final/config.json").exists()
+    assert said.count("already finished") == 4 and Path("r1/final/config.json").exists()
 
 
 def test_the_recipe_in_docs_is_a_recipe():
@@ -140,7 +140,7 @@ def test_the_recipe_in_docs_is_a_recipe():
         ("- sft: {out: a, checkpoint: base, steps: many}", "stage 1: steps: 'many' is not a whole number"),
         ("- sft: {out: a, checkpoint: base, lr: 0}", "`lr`: 0.0 is impossible"),
         ("- {sft: {}, grpo: {}}", "stage 1: it must be one verb with its options"),
-        ("sft: {}", "is no list of stages"),
+        ("sft: {}", "is not a list of stages"),
         ("- [", "is not YAML"),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from moonwhale.data.tasks import load_task
 from moonwhale.errors import UserError
-from moonwhale.posttrain.rewards import form, language, length_rewards, load_rewards, script_of
+from moonwhale.posttrain.rewards import language, length_rewards, load_rewards, script_of, well_formed
 
 TASK = load_task("chain_sum:max_terms=2")
 PROBLEMS = TASK.problems(2)
@@ -49,7 +49,7 @@ def test_accuracy_is_the_tasks():
 
 
 def test_format_ignores_what_is_answered():
-    assert form(said("<think>a</think><answer>junk</answer>", "4")) == [1, 0]
+    assert well_formed(said("<think>a</think><answer>junk</answer>", "4")) == [1, 0]
 
 
 def test_language_is_the_prompts_script():
@@ -95,9 +95,9 @@ def test_a_failing_function_names_itself_prompt_and_completion(mine, spec, compl
         (["acuracy"], "'acuracy' is none of accuracy, format, language, length (did you mean accuracy?)"),
         (["accuracy=much"], "the weight of accuracy is 'much'"),
         (["accuracy=inf"], "give a finite number"),
-        (["format", "format=2"], "format stands there twice"),
+        (["format", "format=2"], "format is given twice"),
         (["mine:missing"], "cannot import mine:missing"),
-        (["mine:constant"], "mine:constant is no plain function"),
+        (["mine:constant"], "mine:constant is not a plain function"),
         (["no_such_module:f"], "cannot import no_such_module:f"),
         ([], "give at least one of"),
     ],

@@ -144,7 +144,7 @@ def build(config: GRPOOptions) -> Run:
             callbacks=callbacks,
         )
 
-    summarize = partial(progress.reward_summary, out=Path(config.out))
+    summarize = partial(progress.summary, out=Path(config.out))
     return Run(config, choice, make_trainer, progress.log_line, progress.plot_rewards, summarize)
 
 

@@ -1,4 +1,4 @@
-"""What a GRPO run shows of itself: a line now and then, and a picture at the end."""
+"""What a GRPO run shows of its progress: log lines, a summary, and a plot of the rewards at the end."""
 
 from pathlib import Path
 
@@ -6,20 +6,25 @@ from moonwhale.train.plots import save_plot, step_plot
 
 
 def log_line(logs: dict) -> str | None:
-    """What to say of an entry of the Trainer's log; nothing of its last one, which only sums up."""
-    return reward_evaluation_line(logs) if "eval_reward" in logs else reward_line(logs) if "loss" in logs else None
+    """Returns the line for an entry of the Trainer's log, or None for the last entry, which only sums up."""
+    if "eval_reward" in logs:
+        return evaluation_line(logs)
+    return step_line(logs) if "loss" in logs else None
 
 
 def rewards_of(logs: dict, prefix: str = "") -> dict[str, float]:
-    """The mean of each reward that was given, by its name."""
+    """Returns the mean of each reward in a log entry, by the reward's name."""
     names = {key: key.removeprefix(prefix).split("/")[1] for key in logs if key.startswith(f"{prefix}rewards/")}
     return {name: logs[key] for key, name in names.items() if key.endswith("/mean") and logs[key] is not None}
 
 
-def reward_line(logs: dict) -> str:
-    """One line of a GRPO step. "no signal" is the share of groups whose answers all got the same reward."""
+def step_line(logs: dict) -> str:
+    """Returns the line of an optimizer step.
+
+    "no signal" is the share of groups in which all answers got the same reward, so that they teach nothing.
+    """
     parts = []
-    if "reward" in logs:  # not where a step learns from the last one's answers again
+    if "reward" in logs:  # missing in a step that reuses the answers of the step before (`iterations` > 1)
         parts += [f"reward {logs['reward']:.3f}"]
         parts += [f"{name} {value:.3f}" for name, value in rewards_of(logs).items()]
         parts += [f"no signal {logs['frac_reward_zero_std']:.0%}", f"length {logs['completions/mean_length']:.0f}"]
@@ -30,32 +35,32 @@ def reward_line(logs: dict) -> str:
     return "  ".join(parts)
 
 
-def reward_evaluation_line(logs: dict) -> str:
-    """One line of the rewards on held-out questions."""
+def evaluation_line(logs: dict) -> str:
+    """Returns the line of the rewards on held-out questions."""
     return "held out: " + "  ".join(f"{name} {value:.3f}" for name, value in rewards_of(logs, "eval_").items())
 
 
-def reward_summary(history: list[dict], out: Path) -> str:
-    """What a finished GRPO run came to, and what to do with it."""
-    held_out = next(reward_evaluation_line(entry) for entry in reversed(history) if "eval_reward" in entry)
+def summary(history: list[dict], out: Path) -> str:
+    """Returns the last lines of a finished run: the result, and what to do with it."""
+    held_out = next(evaluation_line(entry) for entry in reversed(history) if "eval_reward" in entry)
     return (
         f"done       {history[-1]['step']:,} steps; {held_out}\n"
-        f"curves     {out / 'rewards.png'}; answers: {out / 'completions'}; all of it: tensorboard --logdir {out}\n"
-        f"model      {out}; more of its answers: moonwhale eval {out} --task TASK"
+        f"curves     {out / 'rewards.png'}; answers: {out / 'completions'}; everything: tensorboard --logdir {out}\n"
+        f"model      {out}; measure its answers: moonwhale eval {out} --task TASK"
     )
 
 
 def plot_rewards(history: list[dict], out: Path) -> None:
-    """Draws each reward, held-out ones dashed, the length of answers and the share of groups without a signal into
-    `rewards.png` in `out`.
+    """Plots the Trainer's log history into `rewards.png` in `out`. Writes nothing if it has no training step.
 
-    history: the Trainer's log history. Without a training step in it, no file is written.
+    From top to bottom: each reward, with the held-out ones dashed; the length of the answers; the share of groups
+    without a signal.
     """
     train, held_out = ([e for e in history if name in e] for name in ("reward", "eval_reward"))
     if not train:
         return
     figure, (rewards, lengths, no_signal) = step_plot(
-        ["mean reward", "tokens an answer", "no signal"], [4, 1, 1], height=7
+        ["mean reward", "tokens per answer", "no signal"], [4, 1, 1], height=7
     )
     steps = [e["step"] for e in train]
     for i, name in enumerate(rewards_of(train[0])):
