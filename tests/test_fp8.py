@@ -1,4 +1,4 @@
-"""FP8 against its definition, by loops in fp64; what is converted and what is not; torchao's own FP8 beside ours."""
+"""FP8 against its definition, by loops in fp64 and against torchao; and which modules are converted."""
 
 import ast
 import bisect
@@ -145,7 +145,7 @@ def test_groups_of_rows_have_weights_of_their_own():
     ends = torch.tensor([128, 128, 384], dtype=torch.int32)
     x, weight, d_out = drawn(384, 132, seed=1, spread=2), drawn(3, 40, 132, seed=2, spread=2), drawn(384, 40, spread=2)
     out, d_x, d_weight = differentiated(fp8.emulated_product, x, weight, d_out, ends)
-    assert not d_weight[1].any(), "an expert that nobody chose"
+    assert not d_weight[1].any(), "an expert without tokens"
     for expert, rows in ((0, slice(0, 128)), (2, slice(128, 384))):
         theirs = reference(x[rows], weight[expert], d_out[rows])
         for ours, other in zip((out[rows], d_x[rows], d_weight[expert]), theirs, strict=True):
@@ -362,7 +362,7 @@ def test_experts_by_another_product_are_the_same_experts():
     for p in experts.parameters():
         torch.nn.init.normal_(p)
     x, gates = torch.randn(70, 24), torch.rand(70, 2)
-    index = torch.randint(4, (70, 2))  # nobody chooses the last one
+    index = torch.randint(4, (70, 2))  # no token chooses the last one
 
     def run():
         inputs = [t.clone().requires_grad_() for t in (x, gates)]

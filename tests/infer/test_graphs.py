@@ -11,6 +11,7 @@ from test_scheduler import mixed, run
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_sync import NoHostSync
 from moonwhale.infer import graphs, scheduler
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
@@ -18,7 +19,6 @@ from moonwhale.infer.feed_forward import ExpertLayer
 from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.scheduler import Scheduler
 from moonwhale.native import bindings
-from refuses import Refuses
 
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -52,7 +52,7 @@ class Tape(TorchDispatchMode):
 
 
 def capture(function, pool):
-    with Refuses(), RefusesNumbers(), Tape() as tape:
+    with NoHostSync(), RefusesNumbers(), Tape() as tape:
         out = function()
     return tape.replay, out, None
 

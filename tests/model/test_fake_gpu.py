@@ -1,6 +1,6 @@
-"""Tensors on a GPU that is not there: torch's fake ones have a device, a dtype and a shape, and no numbers.
+"""Fake tensors stand for tensors on a GPU: they have a device, a dtype and a shape, but no values.
 
-Whatever mixes devices, or has to know a number, fails as it would (or would wait) on a GPU.
+Code that mixes devices fails as it would on a GPU. Code that reads a value fails where a GPU would sync.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_decoder import CONFIGS
+from test_host_sync import dense
 from test_scheduler import request
-from test_waiting import dense
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from moonwhale import fp8
@@ -27,7 +27,7 @@ SPARSE = {"moba_topk": 2, "moba_block_size": 8, "moba_full_attention_layers": [1
 
 @pytest.fixture
 def devices():
-    """A CPU's torch can't switch to a GPU, not even to none: it gets the switch of the device that holds nothing."""
+    """Let a CPU build of torch switch to a GPU device: it gets the device guard of the meta device."""
     library = Path(torch.__file__).parent / "lib" / ("libc10.dylib" if sys.platform == "darwin" else "libc10.so")
     name = "_ZN3c104impl26device_guard_impl_registryE"
     switches = (ctypes.c_void_p * (META + 1)).in_dll(ctypes.CDLL(str(library)), name)
@@ -40,7 +40,7 @@ def devices():
 
 @pytest.fixture
 def fake(devices, monkeypatch):
-    """Under a mode in which tensors are fake, with flex_attention's own compilation left out."""
+    """Run a test with fake tensors, and without flex_attention's own compilation."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(flex, "_flex", dense_there)
     monkeypatch.setattr(flex, "FLEX_TILE", 8)
@@ -55,7 +55,7 @@ def dense_there(q, k, v, scale, mask):
 
 @pytest.fixture
 def there(tiny_config, fake):
-    """`there(device, dtype, **overrides)`: a tiny model on a device."""
+    """`there(device, dtype, **overrides)` builds a tiny model on a device."""
 
     def there(device, dtype=torch.float32, **overrides):
         torch.set_default_dtype(dtype)
@@ -75,7 +75,7 @@ def there(tiny_config, fake):
 @pytest.mark.parametrize("recipe", [None, "blockwise"])
 def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, recipe, there, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
-    if not autocast or recipe:  # of whose grouped products torch doesn't know the shapes
+    if not autocast or recipe:  # torch has no fake kernel for their grouped products
         monkeypatch.setattr(moe, "grouped_product", moe._grouped_product)
         monkeypatch.setattr(fp8, "grouped_product", moe._grouped_product)
     model = there("cuda", num_hidden_layers=3, first_k_dense_replace=1, **SPARSE).train()
@@ -91,7 +91,7 @@ def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, reci
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             assert torch.is_autocast_enabled("cuda") == autocast
             out = model(tokens, position_ids=tokens, labels=tokens, num_items_in_batch=number)
-        for parameter in model.parameters():  # torch has no backward pass without a device
+        for parameter in model.parameters():  # torch runs no backward pass without the device
             parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -136,7 +136,7 @@ def test_so_do_graphs(changes, there, capturing):
 
 
 class Noise:
-    """Drawn by nobody, since a generator needs its GPU."""
+    """Noise without a generator, since a generator needs its GPU."""
 
     def __init__(self, device):
         self.device = device

@@ -139,7 +139,7 @@ def test_a_saved_model_is_the_same(tied, tiny_model, tmp_path):
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in loaded.state_dict().items())
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
-    for name, b in statistics(loaded).items():  # made on the meta device, hence filled anew
+    for name, b in statistics(loaded).items():  # made on the meta device, so initialised again
         assert (b == (0.0 if name.endswith("load") else -torch.inf)).all()
     body = AutoModel.from_pretrained(tmp_path)
     assert isinstance(body, MoonwhaleModel)
@@ -239,7 +239,7 @@ def test_padding_between_packed_documents_is_fine(tiny_model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", [(2, 15), (1, 1), (1, 2), (3, 1)], ids=str)
 def test_every_parameter_gets_a_gradient(shape, checkpointing, tiny_model):
-    """Also where there is nothing to predict: DDP waits for every one of them."""
+    """Every parameter gets a gradient even without a target, since DDP waits for all of them."""
     model = tiny_model(**EVERYTHING).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

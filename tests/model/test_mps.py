@@ -1,4 +1,4 @@
-"""What Apple's MPS lacks, emulated on a CPU: a mode refuses what it has no kernel for, and every fp64 number."""
+"""Apple's MPS emulated on a CPU: a mode raises on operations without an MPS kernel, and on every fp64 tensor."""
 
 import re
 from pathlib import Path

@@ -170,7 +170,7 @@ def test_their_loader_leaves_our_mtp_modules_aside(tiny_model, tmp_path):
     assert_same_logits(ours, theirs)
 
 
-# --- mutants: every one is a mistake somebody has made ---------------------------------------------------------------
+# --- mutants: each is a bug found in some implementation --------------------------------------------------------------
 
 
 def caught(check, *args):

@@ -34,14 +34,14 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config, config.intermediate_size) if dense else DeepseekMoE(config)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, cache=None
     ) -> tuple[Tensor, BlockStatistics]:
         """Apply the block to x (B, T, hidden). See `MultiheadLatentAttention.forward` for the arguments.
 
         Returns:
             the new x (B, T, hidden), and what was measured.
         """
-        attended, max_logit = self.self_attn(self.input_layernorm(x), table, documents, cache)
+        attended, max_logit = self.self_attn(self.input_layernorm(x), rotation, documents, cache)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):

@@ -63,13 +63,13 @@ class MultiheadLatentAttention(nn.Module):
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, cache=None
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from the newest Tq tokens to all Tk tokens.
 
         Args:
             x: (B, Tq, hidden) the newest tokens.
-            table: cosines and sines of their positions, from `rotation_table`.
+            rotation: cosines and sines of their positions, from `rotation_table`.
             documents: describes all Tk tokens.
             cache: a transformers cache. Of this layer it holds latents (B, 1, Tk, rank) and rotary keys
                 (B, 1, Tk, rope).
@@ -77,7 +77,7 @@ class MultiheadLatentAttention(nn.Module):
         Returns:
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache.
         """
-        q_nope, q_rope, latent, k_rope = self._project(x, table)
+        q_nope, q_rope, latent, k_rope = self._project(x, rotation)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
@@ -89,22 +89,25 @@ class MultiheadLatentAttention(nn.Module):
             out, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents), None
         return self.o_proj(out.transpose(1, 2).flatten(2)), max_logit
 
-    def logits(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Documents) -> tuple[Tensor, Tensor]:
+    def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> tuple[Tensor, Tensor]:
         """Return every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them the softmax sees.
 
         This is for inspection. The forward pass never has all of them.
         """
-        products, mask = self._products(*self._project(x, table), documents)
+        products, mask = self._products(*self._project(x, rotation), documents)
         return products.float() * self.scale, mask.expand_as(products)
 
-    def _project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the queries' two parts (B, heads, T, nope) and (B, heads, T, rope), the latents (B, 1, T, rank), and
         the rotary keys (B, 1, T, rope).
         """
         q_nope, q_rope = self._queries(x).split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
-        latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), rotate(k_rope.unsqueeze(1), table, self.interleaved)
-        return q_nope, rotate(q_rope, table, self.interleaved), latent, k_rope
+        latent, k_rope = (
+            self.kv_a_layernorm(latent).unsqueeze(1),
+            rotate(k_rope.unsqueeze(1), rotation, self.interleaved),
+        )
+        return q_nope, rotate(q_rope, rotation, self.interleaved), latent, k_rope
 
     def _queries(self, x: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)

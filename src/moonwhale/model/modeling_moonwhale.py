@@ -183,15 +183,15 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             )
         if position_ids is None:
             position_ids = documents.positions[:, past:]
-        table = rotation_table(self.config, position_ids, x.dtype)
+        rotation = rotation_table(self.config, position_ids, x.dtype)
 
         embeds, balance, block_inputs = x, x.new_zeros((), dtype=torch.float32), []
         for block in self.main_blocks:
             block_inputs.append(x)
-            x, balance = self.run([block], x, balance, table, documents, past_key_values, collect_statistics)
+            x, balance = self.run([block], x, balance, rotation, documents, past_key_values, collect_statistics)
         x, mtp = self.norm(x), ()
         if with_mtp:
-            mtp, balance = self.run_mtp(x, embeds, balance, table, documents, collect_statistics)
+            mtp, balance = self.run_mtp(x, embeds, balance, rotation, documents, collect_statistics)
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -211,7 +211,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         blocks: Iterable[Block],
         x: Tensor,
         balance: Tensor,
-        table: tuple[Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor],
         documents: Documents,
         cache: Cache | None = None,
         collect_statistics: bool = False,
@@ -222,7 +222,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             the new x, and `balance` (0-d) plus the blocks' balance losses.
         """
         for block in blocks:
-            x, statistics = block(x, table, documents, cache)
+            x, statistics = block(x, rotation, documents, cache)
             balance = _add_up([block], [statistics], balance, collect_statistics)
         return x, balance
 
@@ -231,7 +231,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         hidden: Tensor,
         embeds: Tensor,
         balance: Tensor,
-        table: tuple[Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor],
         documents: Documents,
         collect_statistics: bool = False,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -243,7 +243,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         outputs = []
         for k, module in enumerate(self.mtp_modules, start=1):
             ahead = embeds.roll(-k, dims=1)  # position i has the embedding of token i + k
-            hidden, statistics = module(hidden, ahead, table, documents.with_successor(k))
+            hidden, statistics = module(hidden, ahead, rotation, documents.with_successor(k))
             balance = _add_up([module, *module.blocks], statistics, balance, collect_statistics)
             outputs.append(hidden)
         return tuple(outputs), balance

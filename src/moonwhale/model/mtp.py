@@ -25,7 +25,7 @@ class MTPModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(
-        self, hidden: Tensor, ahead: Tensor, table: tuple[Tensor, Tensor], documents: Documents, cache=None
+        self, hidden: Tensor, ahead: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, cache=None
     ) -> tuple[Tensor, tuple[BlockStatistics, ...]]:
         """Apply one link of the chain (V3 eq. 21-23). Positions stay those of i.
 
@@ -37,10 +37,10 @@ class MTPModule(Block):
             the normed output (B, T, hidden) for the head and the next link, and the statistics of each block.
         """
         x = torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1)  # (B, T, 2 * hidden)
-        x, statistics = super().forward(self.eh_proj(x), table, documents, cache)  # (B, T, hidden)
+        x, statistics = super().forward(self.eh_proj(x), rotation, documents, cache)  # (B, T, hidden)
         measured = [statistics]
         for block in self.blocks:
-            x, statistics = block(x, table, documents, cache)
+            x, statistics = block(x, rotation, documents, cache)
             measured.append(statistics)
         return self.shared_head["norm"](x), tuple(measured)
 

@@ -20,11 +20,11 @@ def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Te
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Rotate the pairs in x (B, heads, T, D): neighbouring numbers if `interleaved`, else the two halves.
 
     The result has halves in both cases. Queries and keys share this order, so their products do not change.
     """
-    cos, sin = table
+    cos, sin = rotation
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)  # (B, heads, T, D / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,13 +1,13 @@
-"""A mode, on a CPU, that refuses each operation for whose result a GPU would have to be waited for."""
+"""A mode for CPU tests that raises on every operation that would force a host sync on a GPU."""
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ATEN = torch.ops.aten
-WAITS = {
+SYNCS = {
     ATEN._local_scalar_dense,
-    ATEN.item,  # which stays whole under inference_mode
+    ATEN.item,  # inference_mode does not decompose it
     ATEN.is_nonzero,
     ATEN.equal,
     ATEN.nonzero,
@@ -17,18 +17,18 @@ WAITS = {
     ATEN.unique_consecutive,
     ATEN.histc,
 }
-READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # operations on a GPU only
+READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # on a CPU these dispatch no operation
 
 
-class RefusesToRead(TorchFunctionMode):
+class _NoReads(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         assert function not in READS, f"{function.__name__} waits"
         return function(*args, **(kwargs or {}))
 
 
-class Refuses(TorchDispatchMode):
+class NoHostSync(TorchDispatchMode):
     def __enter__(self):
-        self.reading = RefusesToRead()
+        self.reading = _NoReads()
         self.reading.__enter__()
         return super().__enter__()
 
@@ -37,10 +37,10 @@ class Refuses(TorchDispatchMode):
         self.reading.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kind = function.overloadpacket
-        masks = kind in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_) and any(
+        operation = function.overloadpacket
+        masks = operation in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_) and any(
             index is not None and index.dtype is torch.bool for index in args[1]
         )
-        repeats = kind is ATEN.repeat_interleave and (kwargs or {}).get("output_size") is None
-        assert not (kind in WAITS or masks or (repeats and isinstance(args[0], torch.Tensor))), f"{function} waits"
+        repeats = operation is ATEN.repeat_interleave and (kwargs or {}).get("output_size") is None
+        assert not (operation in SYNCS or masks or (repeats and isinstance(args[0], torch.Tensor))), f"{function} waits"
         return function(*args, **(kwargs or {}))

@@ -1,6 +1,6 @@
-"""A training step looks at no tensor on the way: on a GPU every look waits for all that was asked of it before.
+"""A training step forces no host sync. On a GPU every sync would wait for all the work queued before it.
 
-Run on a CPU that takes the GPU's paths, under a mode that refuses each operation whose result the host has to know.
+The tests run on a CPU that takes the GPU's paths, under a mode that raises on every operation that would sync.
 """
 
 from contextlib import ExitStack
@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from host_sync import NoHostSync
 from moonwhale import fp8, precision
 from moonwhale.checkpoint import list_checkpoints, step_of
 from moonwhale.errors import UserError
@@ -15,14 +16,13 @@ from moonwhale.model import documents, flex, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
 from moonwhale.train import muonclip_trainer, pretrain, run
 from moonwhale.train.mtp_trainer import MTPTrainer
-from refuses import Refuses
 
 TOKENS = torch.arange(128).view(2, 64) * 7 % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(47)], [*range(64)]])
 
 
 def dense(q, k, v, scale, mask):
-    """What flex_attention gives; as there, a query that sees nothing is no NaN."""
+    """Return what flex_attention does. As there, a query that sees no key gives no NaN."""
     index = (torch.arange(n)[(..., *[None] * (3 - i))] for i, n in enumerate((*q.shape[:3], k.shape[2])))
     logits = (q @ k.mT * scale).masked_fill(~mask.mask_mod(*index), -1e9)
     return logits.softmax(-1) @ v, logits.logsumexp(-1), logits.amax(-1)
@@ -40,7 +40,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def make_step(model):
-    """Forward, backward and an optimizer's step with its hooks, to be called."""
+    """Return a function that runs forward, backward and an optimizer step with its hooks."""
     optimizer = MuonClip(param_groups(model, lr=1e-3))
     hooks = attach_hooks(optimizer, model, qk_clip_tau=1.0)
 
@@ -62,18 +62,18 @@ def model(tiny_model):
 
 
 @pytest.mark.parametrize(("context", "recipe"), [("short", None), ("long", None), ("long", "blockwise")])
-def test_a_step_never_waits(context, recipe, model, as_on_a_gpu, monkeypatch):
+def test_a_step_never_syncs(context, recipe, model, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
     model = model()
     if recipe:
         fp8.convert(model, recipe, emulate=True)
     step = make_step(model)
     step()  # makes the optimizer's state
-    with Refuses():
+    with NoHostSync():
         step()
 
 
-def test_the_gpus_paths_learn_the_same(model, as_on_a_gpu, monkeypatch):
+def test_the_gpu_paths_learn_the_same(model, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     step = make_step(model())
     found = [step(), step()]
@@ -82,14 +82,14 @@ def test_the_gpus_paths_learn_the_same(model, as_on_a_gpu, monkeypatch):
     torch.testing.assert_close(found, [step(), step()], rtol=1e-3, atol=1e-4)
 
 
-def test_a_cpus_own_paths_look(model):
-    with Refuses(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+def test_the_cpu_paths_do_sync(model):
+    with NoHostSync(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         make_step(model())()
 
 
 @pytest.fixture
 def from_third_to_fifth(monkeypatch):
-    """`from_third_to_fifth(context)`: a Trainer's steps from the third's beginning to the fifth's are in it."""
+    """`from_third_to_fifth(context)` runs a Trainer's third and fourth step in that context."""
     with ExitStack() as stack:
 
         def on_step_begin(self, args, state, control, **kwargs):
@@ -109,16 +109,16 @@ def from_third_to_fifth(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nor_does_the_trainer_between_log_lines(precision, tiny_run, as_on_a_gpu, from_third_to_fifth):
-    """Data, two micro-batches, clipping, the step with its hooks, and what the Trainer does after it."""
-    refuses = Refuses()
+def test_the_trainer_does_not_sync_between_log_lines(precision, tiny_run, as_on_a_gpu, from_third_to_fifth):
+    """This covers data, two micro-batches, clipping, the step with its hooks, and the Trainer's work after it."""
+    refuses = NoHostSync()
     from_third_to_fifth(refuses)
     pretrain.train(tiny_run(precision=precision, log_every=10))
 
 
-def test_a_trainer_that_looks_is_refused(tiny_run, as_on_a_gpu, from_third_to_fifth, monkeypatch):
+def test_a_trainer_that_syncs_is_refused(tiny_run, as_on_a_gpu, from_third_to_fifth, monkeypatch):
     monkeypatch.setattr(muonclip_trainer, "needs_static_shapes", lambda device: False)
-    from_third_to_fifth(Refuses())
+    from_third_to_fifth(NoHostSync())
     with pytest.raises(AssertionError, match="tolist waits"):
         pretrain.train(tiny_run(log_every=10))
 
@@ -126,8 +126,8 @@ def test_a_trainer_that_looks_is_refused(tiny_run, as_on_a_gpu, from_third_to_fi
 @pytest.mark.parametrize(
     ("asked", "finds"), [({"log_every": 4}, None), ({"save_every": 2}, 2), ({"eval_every": 4}, None)], ids=str
 )
-def test_what_nobody_looked_at_is_found_before_it_is_said_or_saved(asked, finds, tiny_run, as_on_a_gpu, monkeypatch):
-    """The third step's loss is NaN, and from there on all weights are; the first step has a log line."""
+def test_a_nan_is_found_before_it_is_logged_or_saved(asked, finds, tiny_run, as_on_a_gpu, monkeypatch):
+    """The third step's loss is NaN, so all weights are NaN from there on. The first step has a log line."""
     compute, steps = MTPTrainer.compute_loss, []
 
     def compute_loss(self, *args, **kwargs):
@@ -152,9 +152,9 @@ def test_batches_are_copied_while_the_gpu_computes(tiny_run):
 
 
 @pytest.mark.parametrize(
-    "look",
+    "sync",
     [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), torch.nonzero, lambda x: x.tolist()],
 )
-def test_a_look_is_refused(look):
-    with Refuses(), pytest.raises(AssertionError, match="waits"):
-        look(torch.arange(4.0))
+def test_a_sync_is_refused(sync):
+    with NoHostSync(), pytest.raises(AssertionError, match="waits"):
+        sync(torch.arange(4.0))
