@@ -8,7 +8,7 @@ from torch import Tensor
 
 PADDING_BETWEEN_TOKENS = (
     "attention_mask has padding between tokens: pad at one end (the left, to generate), "
-    "or let position_ids restart at 0 behind it"
+    "or let position_ids restart at 0 after it"
 )
 
 
