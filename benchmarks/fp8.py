@@ -26,7 +26,8 @@ from common import ROOT, environment, options, write
 from moonwhale import fp8
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import tune_allocator
 from quality import CONTEXT, VOCABULARY, Data, linear_decay, load
 

@@ -16,7 +16,8 @@ import torch
 from common import ROOT, environment, options, write
 from moonwhale.data.packing import PackedDataset, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 
 MODEL = {
     "vocab_size": 1024,

@@ -23,7 +23,8 @@ from torch import Tensor
 from common import ROOT, environment, options, timed_rounds, write
 from moonwhale.costs import model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, attention
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, tune_allocator
 from moonwhale.presets import PRESETS
 from optimizer_race import race

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from common import environment
 from moonwhale.data.packing import PackedDataset, TrainingData, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import tune_allocator
 
 MODEL = {

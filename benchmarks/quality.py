@@ -36,7 +36,8 @@ from moonwhale.data.source import texts_of
 from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, tune_allocator, why_not_compile
 
 VOCABULARY, CONTEXT = 4096, 256

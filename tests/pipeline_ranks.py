@@ -17,7 +17,8 @@ from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muon_distributed import DistributedMuonClip
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel import expert_parallel
 from moonwhale.parallel import pipeline as running
 from moonwhale.parallel.expert_parallel import Exchange, Trip, own_experts, share_

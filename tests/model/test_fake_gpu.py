@@ -19,7 +19,8 @@ from moonwhale.infer import graphs, scheduler
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
 from moonwhale.model import MoonwhaleForCausalLM, flex, moe
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 
 CUDA, MPS, META = 1, 13, 14  # c10::DeviceType
 SPARSE = {"moba_topk": 2, "moba_block_size": 8, "moba_full_attention_layers": [1], "num_nextn_predict_layers": 2}

@@ -13,7 +13,8 @@ from moonwhale import fp8, precision
 from moonwhale.checkpoint import list_checkpoints, step_of
 from moonwhale.errors import UserError
 from moonwhale.model import documents, flex, loss, mla, moba, moe
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import muonclip_trainer, pretrain, run
 from moonwhale.train.mtp_trainer import MTPTrainer
 

@@ -9,7 +9,8 @@ import torchgen
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, param_groups
+from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 
 TOKENS = torch.arange(80).view(2, 40) * 7 % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(23)], [*range(40)]])

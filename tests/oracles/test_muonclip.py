@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from moonwhale.errors import UserError
-from moonwhale.optim.muonclip import MuonClip, attach_hooks, newton_schulz, param_groups
+from moonwhale.optim.muonclip import MuonClip, newton_schulz, param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 
 LR, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.95, 4
 FP32 = torch.float32

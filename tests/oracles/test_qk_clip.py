@@ -10,7 +10,7 @@ from moonwhale.model.documents import Documents
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moba import moba_mask
 from moonwhale.model.rope import rotate, rotation_table
-from moonwhale.optim.muonclip import attach_hooks
+from moonwhale.optim.step_hooks import attach_hooks
 
 CHAIN = {"num_nextn_predict_layers": 2, "mtp_num_blocks": [2, 1]}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 1.0}

@@ -18,7 +18,7 @@ from torch import nn
 
 from forked import Forked, finish, start
 from moonwhale.checkpoint import log_history, newest_checkpoint
-from moonwhale.optim.muonclip import attach_hooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import pretrain
 from moonwhale.train.run_folder import write_run_file
 

@@ -16,7 +16,8 @@ from moonwhale.costs import flops_per_token
 from moonwhale.errors import UserError
 from moonwhale.model.documents import needs_static_shapes
 from moonwhale.optim.muon_distributed import DistributedMuonClip
-from moonwhale.optim.muonclip import StepHooks, attach_hooks, param_groups
+from moonwhale.optim.muonclip import param_groups
+from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
 

@@ -20,7 +20,8 @@ from moonwhale.checkpoint import explain_full_disk
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
-from moonwhale.optim.muonclip import attach_hooks, param_groups
+from moonwhale.optim.muonclip import param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel.expert_parallel import Exchange, expert_shards, own_experts, share_
 from moonwhale.parallel.fsdp import gathered, part_of
 from moonwhale.parallel.options import SCHEDULES
