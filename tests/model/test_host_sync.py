@@ -104,8 +104,8 @@ def from_third_to_fifth(monkeypatch):
             nonlocal context
             context = given
 
-        context, original = None, muonclip_trainer._StepCallback.on_step_begin
-        monkeypatch.setattr(muonclip_trainer._StepCallback, "on_step_begin", on_step_begin)
+        context, original = None, muonclip_trainer._MuonClipCallback.on_step_begin
+        monkeypatch.setattr(muonclip_trainer._MuonClipCallback, "on_step_begin", on_step_begin)
         yield from_third_to_fifth
 
 

@@ -214,7 +214,7 @@ def test_speed_leaves_out_start_up_logging_and_evaluation(make_trainer, monkeypa
 def test_sums_of_loss_parts_do_not_grow(make_trainer):
     run = make_trainer(Rows(8), max_steps=8, per_device_train_batch_size=2, logging_steps=100)
     run.train()
-    assert [part.numel() for part in run._parts.sums] == [9, 2]
+    assert [sums.numel() for sums in (run._loss_sums.per_depth, run._loss_sums.balance)] == [9, 2]
 
 
 def test_tensorboard_has_every_part(tiny_run):

@@ -14,15 +14,15 @@ from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE_INDEX, linear_cross_entropy
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.model.rope import rotation_table
-from moonwhale.train.muonclip_trainer import MuonClipArguments, MuonClipTraining
+from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin, MuonClipTrainerMixin
 
 
 @dataclass
-class MTPGRPOConfig(MuonClipArguments, GRPOConfig):
+class MTPGRPOConfig(MuonClipArgumentsMixin, GRPOConfig):
     """GRPOConfig and what MuonClip and MTP add to it."""
 
 
-class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
+class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
     """GRPO (arXiv 2402.03300 §4.1; DeepSeek-R1 §2.2) as TRL computes it. What is ours around it:
 
     Completions come from the engine, whose weights are laid out anew for each batch; MuonClip with QK-clip and router
@@ -91,7 +91,7 @@ class MTPGRPOTrainer(MuonClipTraining, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.log_completions = self.args.log_completions and "loss" in logs  # not those of an evaluation
         if "loss" in logs:
-            logs |= self._watch.drain()
+            logs |= self._hook_statistics.pop_logs()
         super().log(logs, start_time)
 
 

@@ -11,16 +11,16 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE_INDEX
-from moonwhale.train.mtp_trainer import MTPTraining
-from moonwhale.train.muonclip_trainer import MuonClipArguments
+from moonwhale.train.mtp_trainer import MTPTrainerMixin
+from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin
 
 
 @dataclass
-class MTPSFTConfig(MuonClipArguments, SFTConfig):
+class MTPSFTConfig(MuonClipArgumentsMixin, SFTConfig):
     """SFTConfig and what MuonClip and MTP add to it."""
 
 
-class MTPSFTTrainer(MTPTraining, SFTTrainer):
+class MTPSFTTrainer(MTPTrainerMixin, SFTTrainer):
     """Fine-tunes on rows of `pack`. The loss is the model's own, with MTP and balance, on the labels that are not -100:
     what the assistant wrote.
     """

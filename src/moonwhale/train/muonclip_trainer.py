@@ -1,4 +1,4 @@
-"""What every trainer of ours adds to transformers': MuonClip, a stop at the first NaN, checkpoints that are whole."""
+"""What all of moonwhale's trainers add to a transformers Trainer: MuonClip, a stop at a NaN, verified checkpoints."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
-from moonwhale.checkpoint import explain_full_disk, newest_checkpoint, publish_checkpoint, unfinished_folder
+from moonwhale.checkpoint import UNFINISHED, explain_full_disk, newest_checkpoint, publish_checkpoint, unfinished_folder
 from moonwhale.costs import flops_per_token
 from moonwhale.errors import UserError
 from moonwhale.model.documents import needs_static_shapes
@@ -23,104 +23,145 @@ from moonwhale.precision import peak_flops
 
 
 @dataclass
-class MuonClipArguments:
-    """What MuonClip and MTP add to any TrainingArguments, to be inherited before them."""
+class MuonClipArgumentsMixin:
+    """The arguments that MuonClip and MTP add to a TrainingArguments class, which comes after it among the bases.
+
+    Example:
+
+        @dataclass
+        class MuonClipConfig(MuonClipArgumentsMixin, TrainingArguments):
+            pass
+    """
 
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
     qk_clip_tau: float = field(
-        default=100.0, metadata={"help": "Largest attention logit QK-clip allows a head; 0 = off."}
+        default=100.0,
+        metadata={"help": "Largest attention logit: QK-clip scales a head down that exceeds it. 0 turns it off."},
     )
     mtp_loss_weight_final: float | None = field(
-        default=None, metadata={"help": "λ of the MTP loss once the learning rate decays; None keeps the model's."}
+        default=None,
+        metadata={"help": "Weight λ of the MTP loss during the last decay_steps. None keeps the model's weight."},
     )
-    decay_steps: int = field(default=0, metadata={"help": "Last steps, in which mtp_loss_weight_final holds."})
+    decay_steps: int = field(default=0, metadata={"help": "Number of last steps that use mtp_loss_weight_final."})
 
     def __post_init__(self):
         super().__post_init__()
-        self._n_gpu = min(self.n_gpu, 1)  # several GPUs are DDP's; Trainer would split batches over threads
+        # Several GPUs need DDP. With more than one GPU in a process, Trainer would split batches over threads.
+        self._n_gpu = min(self.n_gpu, 1)
 
 
-class MuonClipTraining:
-    """To be inherited before a Trainer whose arguments have `MuonClipArguments`.
+class MuonClipTrainerMixin:
+    """Makes a Trainer class train a `MoonwhaleForCausalLM` with MuonClip. The Trainer comes after it among the bases.
+
+    - The optimizer is MuonClip, with QK-clip and the router-bias update as step hooks.
+    - Training stops when the loss or the gradient norm is no longer finite: at once on a CPU; on a GPU at the next log
+      line, evaluation or checkpoint, since each look at a value is a host sync.
+    - A checkpoint appears under its name when it is complete, with checksums of its files.
+
+    `args` must be of a class with `MuonClipArgumentsMixin`.
+
+    Example:
+
+        class MuonClipTrainer(MuonClipTrainerMixin, Trainer):
+            pass
+
+        args = MuonClipConfig("runs/demo", max_steps=100, qk_clip_tau=50.0)
+        MuonClipTrainer(model=model, args=args, train_dataset=rows).train()
 
     Raises:
-        UserError: when the loss or the gradient is no longer finite, naming the step and the last good checkpoint: on a
-            GPU where the next log line, evaluation or checkpoint would be; when a checkpoint finds no space.
+        UserError: the loss or the gradient norm is not finite (names the step and the newest checkpoint), or the disk
+            is full.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._hooks: StepHooks | None = None
-        self._watch = _Watch(self.model.config.first_k_dense_replace)
-        self._unchecked: dict[int, Tensor] = {}  # loss and gradient norm of each step that nobody has looked at yet
-        self._clock: float | None = None  # when the current step began; None in the first one, which warms up
-        self._tokens = self._seconds = 0.0
-        self._writing_to: str | None = None
-        self.add_callback(_StepCallback(self))
+        self._hook_statistics = _HookStatistics(self.model.config.first_k_dense_replace)
+        self._unchecked_steps: dict[int, Tensor] = {}  # step -> (loss, gradient norm), not yet checked to be finite
+        # Speed since the last log line. The first step is left out, since it warms up.
+        self._step_start: float | None = None
+        self._window_tokens = self._window_seconds = 0.0
+        self._save_folder: str | None = None  # where a checkpoint is being written
+        self.add_callback(_MuonClipCallback(self))
+
+    # Optimizer
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """MuonClip over all trained parameters, with QK-clip and the router-bias update as its step hooks.
+        """Creates MuonClip over all trained parameters, with QK-clip and the router-bias update as its step hooks.
 
-        Without them under LoRA, whose adapters would not fit a base that has moved.
+        Under LoRA there are no hooks: they would change the base model, which the adapters belong to.
         """
         if self.optimizer is None:
             args = self.args
-            self.optimizer = self._optimizer_of(param_groups(self.model, args.learning_rate, args.weight_decay))
+            self.optimizer = self._make_optimizer(param_groups(self.model, args.learning_rate, args.weight_decay))
             if all(p.requires_grad for p in self.model.parameters()):
-                self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._alike)
+                self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
         return self.optimizer
 
-    def _optimizer_of(self, groups: list[dict]) -> DistributedMuonClip:
+    def _make_optimizer(self, groups: list[dict]) -> DistributedMuonClip:
         args = self.args
         betas = (args.adam_beta1, args.adam_beta2)
         settings = {"momentum": args.muon_momentum, "betas": betas, "eps": args.adam_epsilon}
-        return DistributedMuonClip(groups, **self._alike, **settings)
+        return DistributedMuonClip(groups, **self._replica_groups, **settings)
 
     @property
-    def _alike(self) -> dict[str, dist.ProcessGroup | None]:
-        """The processes that hold the weights that this one does."""
+    def _replica_groups(self) -> dict[str, dist.ProcessGroup | None]:
+        """The process groups of the ranks that hold replicas of this rank's weights, as DistributedMuonClip's
+        arguments.
+        """
         return {"group": dist.group.WORLD if dist.is_initialized() else None}
 
-    def _seen_by_hooks(self) -> dict[str, Tensor]:
+    def _last_hook_values(self) -> dict[str, Tensor]:
+        """What the step hooks recorded in the latest step (`StepHooks.last`), for the whole model."""
         return self._hooks.last
 
+    # Finite losses
+
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm; the last moment before the weights change, hence where a NaN is caught, if that is no waiting."""
+        """Returns the gradient norm, and records it with the loss. On a CPU both are checked here, before the update;
+        on a GPU that would be a host sync.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        self._unchecked[self.state.global_step + 1] = torch.stack([self._tr_loss, norm.to(self._tr_loss)])
+        self._unchecked_steps[self.state.global_step + 1] = torch.stack([self._tr_loss, norm.to(self._tr_loss)])
         if not needs_static_shapes(self.args.device):
             self._stop_unless_finite()
         return norm
 
     def _stop_unless_finite(self) -> None:
-        """Looks at the loss and the gradient of all steps since it last did."""
-        steps, self._unchecked = self._unchecked, {}
+        """Checks the loss and the gradient norm of all steps since the last check.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        steps, self._unchecked_steps = self._unchecked_steps, {}
         for step, values in steps.items():
-            for what, value in zip(("loss", "gradient norm"), values.tolist(), strict=True):
+            for name, value in zip(("loss", "gradient norm"), values.tolist(), strict=True):
                 if not math.isfinite(value):
                     good = newest_checkpoint(self.args.output_dir)
                     raise UserError(
-                        f"step {step}: the {what} is {value}; "
+                        f"step {step}: the {name} is {value}; "
                         + (f"the last good checkpoint is {good}" if good else "no checkpoint was written yet")
                         + ": train into another `out` with a lower `lr` or `grad_clip`"
                     )
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        # A checkpoint ends a log line's window, so that a resumed run has the same windows.
-        self.control.should_log |= self.control.should_save
-        if self.control.should_log or self.control.should_evaluate:  # and so look at what a GPU has done
-            self._stop_unless_finite()
-        if self._clock is not None:
-            self._seconds += time.perf_counter() - self._clock
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._clock = time.perf_counter()  # evaluations and saves do not count
+    # Log lines
 
-    def _speed(self) -> dict[str, float]:
-        """Tokens per second since the last call and their share of the devices' peak."""
-        if not self._seconds:
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # Log at each checkpoint, so that a resumed run averages over the same steps as an uninterrupted one.
+        self.control.should_log |= self.control.should_save
+        if self.control.should_log or self.control.should_evaluate:  # these sync with the GPU anyway
+            self._stop_unless_finite()
+        if self._step_start is not None:
+            self._window_seconds += time.perf_counter() - self._step_start
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._step_start = time.perf_counter()  # evaluations and checkpoints do not count
+
+    def _speed_logs(self) -> dict[str, float]:
+        """Tokens per second since the last call, and model FLOPs utilization over all devices."""
+        if not self._window_seconds:
             return {}
-        speed = self._tokens / self._seconds
-        self._tokens = self._seconds = 0.0
+        speed = self._window_tokens / self._window_seconds
+        self._window_tokens = self._window_seconds = 0.0
         fp32 = not self.args.bf16 and torch.get_float32_matmul_precision() == "highest"
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
@@ -130,27 +171,30 @@ class MuonClipTraining:
     # Checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Writes the checkpoint where nobody looks for one, and gives it its name when it is complete."""
+        """Writes the checkpoint into an unfinished folder, then publishes it under its name."""
         out = self.args.output_dir
         if self.args.should_save:
-            aside = unfinished_folder(out)
+            folder = unfinished_folder(out)
         self.accelerator.wait_for_everyone()
-        self._writing_to = f"{out}/.unfinished"
+        self._save_folder = f"{out}/{UNFINISHED}"
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                written = aside / f"checkpoint-{self.state.global_step}"
+                written = folder / f"checkpoint-{self.state.global_step}"
                 (written / "training_args.bin").unlink()  # a pickle, which nothing reads
                 publish_checkpoint(written, out, self.args.save_total_limit)
         except Exception as error:
             raise explain_full_disk(error, out) from error
         finally:
-            self._writing_to = None
+            self._save_folder = None
         self.accelerator.wait_for_everyone()
 
+    def _get_output_dir(self, trial) -> str:
+        return self._save_folder or super()._get_output_dir(trial)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Transformers' method, and for a checkpoint whose optimizer state several ranks wrote, its counterpart."""
+        """Loads optimizer states that one process wrote as transformers does, and also those that several wrote."""
         if checkpoint is None or not has_sharded_optimizer(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -159,26 +203,23 @@ class MuonClipTraining:
         self._load_scheduler(checkpoint)
 
     def _optimizer_shards(self) -> dict[str, Tensor]:
-        """What this process holds of each parameter, by name."""
+        """This rank's shard of each parameter, by name."""
         return dict(self.model.named_parameters())
 
     def _load_scheduler(self, checkpoint: str) -> None:
         saved = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
         self.lr_scheduler.load_state_dict(saved)
 
-    def _get_output_dir(self, trial) -> str:
-        return self._writing_to or super()._get_output_dir(trial)
 
+class _MuonClipCallback(TrainerCallback):
+    """The mixin's work at those moments of a step for which Trainer has a callback event but no method."""
 
-class _StepCallback(TrainerCallback):
-    """What happens around a step that the Trainer has no method for."""
-
-    def __init__(self, trainer: MuonClipTraining):
+    def __init__(self, trainer: MuonClipTrainerMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._clock = None
-        state.compute_steps(args, state.max_steps)  # a resumed run keeps to its own intervals, not the checkpoint's
+        self.trainer._step_start = None
+        state.compute_steps(args, state.max_steps)  # a resumed run takes its own intervals, not the checkpoint's
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.mtp_loss_weight_final is not None:
@@ -188,32 +229,37 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer._hooks is not None:
-            self.trainer._watch.add(self.trainer._seen_by_hooks())
+            self.trainer._hook_statistics.add(self.trainer._last_hook_values())
 
 
-class _Watch:
-    """The largest attention logit and the clipped heads since the last log line, and the latest step's expert loads."""
+class _HookStatistics:
+    """What the step hooks recorded since the last log line, kept on the device.
+
+    max_logit: the largest attention logit. n_clipped: how many heads QK-clip scaled down, summed over the steps.
+    loads: (MoE layers, experts) tokens of each expert in the latest step.
+    """
 
     def __init__(self, first_moe_layer: int):
         self.first_moe_layer = first_moe_layer
-        self.largest = self.clipped = self.loads = None
+        self.max_logit = self.n_clipped = self.loads = None
 
     def add(self, last: dict[str, Tensor]) -> None:
-        """Takes what the step hooks saw, still on the device (`StepHooks.last`)."""
+        """Adds the values of one step (see `StepHooks.last`)."""
         if "max_logits" in last:
-            top = last["max_logits"].max()
-            self.largest = top if self.largest is None else torch.maximum(self.largest, top)
-            clipped = last.get("clipped_heads", torch.zeros_like(top))
-            self.clipped = clipped if self.clipped is None else self.clipped + clipped
+            max_logit = last["max_logits"].max()
+            n_clipped = last.get("clipped_heads", torch.zeros_like(max_logit))
+            self.max_logit = max_logit if self.max_logit is None else torch.maximum(self.max_logit, max_logit)
+            self.n_clipped = n_clipped if self.n_clipped is None else self.n_clipped + n_clipped
         self.loads = last.get("loads")
 
-    def drain(self) -> dict[str, float]:
+    def pop_logs(self) -> dict[str, float]:
+        """Returns the values to log, and starts anew. The imbalance of a layer is its largest load over the mean."""
         logs = {}
-        if self.largest is not None:
-            logs = {"max_attention_logit": self.largest.item(), "clipped_heads": self.clipped.item()}
+        if self.max_logit is not None:
+            logs = {"max_attention_logit": self.max_logit.item(), "clipped_heads": self.n_clipped.item()}
         if self.loads is not None:
             imbalance = (self.loads.amax(1) / self.loads.mean(1)).tolist()
             logs["expert_imbalance"] = max(imbalance)
             logs |= {f"expert_imbalance_{i}": value for i, value in enumerate(imbalance, self.first_moe_layer)}
-        self.largest = self.clipped = self.loads = None
+        self.max_logit = self.n_clipped = self.loads = None
         return logs

@@ -95,12 +95,12 @@ class PipelineTrainer(MTPTrainer):
         if self.optimizer is None:
             if self.fsdp:  # not before a checkpoint's weights are loaded
                 self.pipeline.shard_()
-            self.optimizer = self._optimizer_of(self._groups_of(self.model))
+            self.optimizer = self._make_optimizer(self._groups_of(self.model))
             self._hooks = attach_hooks(self.optimizer, self.model, self.args.qk_clip_tau or None, self.ranks.same)
         return self.optimizer
 
     @property
-    def _alike(self) -> dict[str, dist.ProcessGroup]:
+    def _replica_groups(self) -> dict[str, dist.ProcessGroup]:
         return {"group": self.ranks.same, "experts": self.ranks.same_experts}
 
     def _groups_of(self, model) -> list[dict]:
@@ -130,8 +130,8 @@ class PipelineTrainer(MTPTrainer):
         if len(self._held) < self._expected:
             return torch.zeros((), device=self.args.device)
         held, self._held = self._held, []
-        if self._clock is not None:
-            self._tokens += sum(inputs["labels"].numel() for inputs in held)
+        if self._step_start is not None:
+            self._window_tokens += sum(inputs["labels"].numel() for inputs in held)
         for stage in self.pipeline.stages:
             stage.targets = num_items_in_batch
         mine, real = self._share_of(held)
@@ -139,7 +139,7 @@ class PipelineTrainer(MTPTrainer):
         taken = [(i, out) for i, out in self.pipeline.take_outputs() if i < real]
         outputs = self._everyones(taken, len(held))
         for out in outputs:
-            self._parts.add(out)
+            self._loss_sums.add(out)
         return torch.stack([out.loss for out in outputs]).sum()
 
     def _share_of(self, held: list[dict]) -> tuple[dict[str, Tensor], int]:
@@ -201,7 +201,7 @@ class PipelineTrainer(MTPTrainer):
         dist.all_reduce(square, group=self.ranks.pipeline)
         return square.sqrt()
 
-    def _seen_by_hooks(self) -> dict[str, Tensor]:
+    def _last_hook_values(self) -> dict[str, Tensor]:
         """What all ranks' hooks saw, in the order of the whole model."""
         config, last, device = self.model.config, self._hooks.last, self.args.device
         here = [name for name, _ in self.model.named_modules()]
@@ -217,8 +217,8 @@ class PipelineTrainer(MTPTrainer):
         seen = {"max_logits": logits, "clipped_heads": clipped}
         return seen | ({"loads": loads} if self._moes else {})
 
-    def _speed(self) -> dict[str, float]:
-        speed = super()._speed()
+    def _speed_logs(self) -> dict[str, float]:
+        speed = super()._speed_logs()
         return speed | {"mfu": speed["mfu"] / dist.get_world_size()} if speed else {}
 
     # Evaluation
