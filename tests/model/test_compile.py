@@ -36,14 +36,14 @@ def model(tiny_model):
 
 
 def breaks(run, *inputs) -> list[str]:
-    """Where graphs of `run(*inputs)` end before it does, as "file:function"."""
+    """Return the graph breaks of `run(*inputs)`, as "file:function"."""
     found = torch._dynamo.explain(run)(*inputs)
     frames = [reason.user_stack[-1] for reason in found.break_reasons]
     return [f"{Path(frame.filename).name}:{frame.name}" for frame in frames]
 
 
 def results(model, forward, **inputs) -> dict[str, torch.Tensor]:
-    """Loss, its parts, every gradient, and what QK-clip and the bias update read, of one training batch."""
+    """Return loss, its parts, every gradient, and the statistics for QK-clip and the bias update, for one batch."""
     model.zero_grad()
     for module in model.modules():
         if hasattr(module, "max_logit"):
@@ -83,7 +83,7 @@ def test_so_is_one_in_bf16(model):
 
 @pytest.mark.slow
 def test_so_is_one_in_emulated_fp8(tiny_model):
-    """By norms, since a number that fp32 rounds otherwise may fall to E4M3's next one."""
+    """Norms are compared, since a number that fp32 rounds differently may round to another E4M3 number."""
     model = tiny_model(first_k_dense_replace=1, moba_topk=2, moba_block_size=8, num_nextn_predict_layers=1).train()
     plain = results(model, model, position_ids=DOCUMENTS)
     fp8.convert(model, "blockwise", emulate=True)

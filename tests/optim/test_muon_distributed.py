@@ -1,5 +1,6 @@
-"""MuonClip shared by ranks, which have copies of the weights or parts of them, is MuonClip, bit for bit; and each rank
-orthogonalises its share of the matrices.
+"""DistributedMuonClip equals MuonClip bit for bit, for replicas of the weights and for shards of them.
+
+Each rank orthogonalises its share of the matrices.
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ MUTANTS = ("silent", "rows")
 
 
 def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> dict:
-    """Some steps on drawn gradients: the weights and the optimizer's state afterwards, and what was orthogonalised."""
+    """Take a few steps on random gradients. Return weights, state, and the cost of each orthogonalised matrix."""
     torch.manual_seed(0)
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**TINY, num_nextn_predict_layers=1))
     groups = param_groups(model, lr=0.02)
@@ -48,7 +49,7 @@ def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> 
 
 
 def of_rows(optimizer, updates, split, dtype) -> list[DTensor]:
-    """A mutant of `_orthogonalise_shards`: each rank orthogonalises what it has."""
+    """A mutant of `_orthogonalise_shards`: each rank orthogonalises its own rows."""
     directions = MuonClip._orthogonalise(optimizer, [update.to_local() for update in updates], split, dtype)
     return [
         DTensor.from_local(direction, u.device_mesh, u.placements, shape=u.shape, stride=u.stride())
@@ -86,8 +87,10 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 def differences(seen: dict, one: dict, parts: bool) -> list[str]:
-    """The weights and states that are not the same bits. AdamW's last bit is free if they were in `parts`: a CPU rounds
-    a tensor's last few elements, beyond its vectors, otherwise, and parts end elsewhere.
+    """Return the names of weights and states whose bits differ.
+
+    With `parts`, AdamW's last bit is free: a CPU rounds the last few elements of a tensor, which do not fill a vector,
+    differently, and shards end at other elements.
     """
 
     def same(a, b, adamw: bool) -> bool:
@@ -117,7 +120,7 @@ def test_weights_and_momenta_are_one_process_s_bit_for_bit(ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_seen(ranks, name):
-    """Shares that do not travel; parts of a matrix taken for matrices."""
+    """The mutants do not exchange their shares, or take a matrix's shard for a matrix."""
     one = descend(MuonClip, torch.float32)
     assert all(differences(rank[name], one, name == "rows") for rank in ranks)
 

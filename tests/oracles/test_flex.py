@@ -1,7 +1,7 @@
-"""The GPU's attention, run by flex_attention's own reference on a CPU, against MoBA taken word by word.
+"""The GPU's attention, computed by flex_attention's own reference on a CPU, against MoBA's algorithm by hand.
 
-That reference looks at a mask's function alone, and never at its lists of tiles, which are compared with it here, and
-read by the forward pass of the one kernel that a CPU has.
+The reference reads only a mask's function, not its lists of tiles. Here the lists are compared with the function, and
+the forward pass of the CPU's one kernel reads them.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, he
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """What CPUs refuse though their reference has it: gradients, and largest scores. No size may depend on the data."""
+    """Allow gradients and largest scores, which CPUs refuse although the reference has them. Sizes are static."""
 
     def options(query, key, value, return_lse, kernel_options, return_aux=None):
         return {"BACKEND": "AUTO", "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": True}
@@ -32,7 +32,7 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def masks(monkeypatch):
-    """Every BlockMask that is used, its numbers of rows and heads, and what it was used on."""
+    """Records every BlockMask in use, its numbers of rows and heads, and its queries, keys and values."""
     seen, right = [], flex._flex
 
     def watched(q, k, v, scale, mask):
@@ -44,7 +44,7 @@ def masks(monkeypatch):
 
 
 def assert_naive(rows, topk):
-    """Output, largest logits and all three gradients, at every token that is not padding."""
+    """Compare output, largest logits and all three gradients at every token that is not padding."""
     layout, documents = read(rows)
     real = layout.valid[:, None].expand(-1, HEADS, -1)
     q, k, v = heads_of(layout)
@@ -71,7 +71,7 @@ def test_flex_is_moba(rows, topk, way, monkeypatch):
 
 
 def pairs(tiles_of_row, row_of_tiles, n_columns):
-    """The (row, column) tiles of a list, (heads, rows, columns) of how often each is named."""
+    """Return how often a list of tiles names each (row, column), (heads, rows, columns)."""
     found = torch.zeros(*row_of_tiles.shape[:3], n_columns, dtype=torch.int)
     for *row, index in torch.cartesian_prod(*(torch.arange(n) for n in row_of_tiles.shape)).tolist():
         if index < tiles_of_row[tuple(row)]:
@@ -80,8 +80,8 @@ def pairs(tiles_of_row, row_of_tiles, n_columns):
 
 
 def assert_lists_agree(mask, heads):
-    """Tiles that are listed as whole are, those as partial may be, and nothing is seen in the others; and queries list
-    the same keys as keys list queries.
+    """In a tile listed as full every pair is visible, and in a tile that is not listed none is. The lists by query and
+    by key name the same tiles.
     """
     n_queries, n_keys = (n // flex.FLEX_TILE for n in mask.seq_lengths)
     dense = torch_flex.create_mask(mask.mask_mod, *heads, *mask.seq_lengths, device="cpu")
@@ -121,7 +121,7 @@ def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
 @pytest.mark.skipif(bool(why_not_compile(torch.device("cpu"))), reason=why_not_compile(torch.device("cpu")) or "-")
 @pytest.mark.slow
 def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
-    """The forward pass of the CPU's kernel, which wants a list to have room for every tile of keys."""
+    """This runs the forward pass of the CPU's kernel, which needs lists with room for every tile of keys."""
     monkeypatch.setattr(flex, "FLEX_TILE", 128)
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     layout, _ = read([[1024]])

@@ -1,4 +1,4 @@
-"""MoBA against its algorithm taken word by word (arXiv 2502.13189 §2.2), alone and inside the model."""
+"""MoBA against its algorithm by hand (arXiv 2502.13189 §2.2), alone and inside the model."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ SIZE = 4  # keys in a block
 HEADS, WIDTH, V_WIDTH, SCALE = 2, 6, 5, 0.7
 TOPK = [1, 2, 3, 99]
 
-# The sequences of each row: how many tokens each has, and how much padding there is (negative).
+# For each row, the length of each document, and of padding as a negative number.
 ROWS = {
     "ragged": [[13], [13]],
     "whole blocks": [[16], [16]],
@@ -28,7 +28,7 @@ ROWS = {
 
 
 def read(rows) -> tuple[Documents, list[list[range]]]:
-    """The layout of those rows, and where in each row its sequences lie."""
+    """Return the documents of these rows, and the range of tokens of each document in each row."""
     mask = torch.tensor([[int(n > 0) for n in row for _ in range(abs(n))] for row in rows])
     position_ids = torch.tensor([[i for n in row for i in range(abs(n))] for row in rows])
     documents = []
@@ -48,7 +48,7 @@ def heads_of(layout: Documents):
 
 
 def naive_mask(q, k, documents, size, topk):
-    """Which keys (B, H, T, T) every query attends to, one query of one head of one sequence at a time."""
+    """Return which keys each query attends to, (B, H, T, T), one query of one head of one document at a time."""
     mask = torch.eye(q.shape[2], dtype=torch.bool).repeat(*q.shape[:2], 1, 1)
     for row, sequences in enumerate(documents):
         for tokens in sequences:
@@ -75,7 +75,7 @@ def close(ours, oracle):
 
 
 def assert_naive(rows, topk):
-    """Output, largest logits and all three gradients, at every token that is not padding."""
+    """Compare output, largest logits and all three gradients at every token that is not padding."""
     layout, documents = read(rows)
     real = layout.valid[:, None].expand(-1, HEADS, -1)
     q, k, v = heads_of(layout)
@@ -94,7 +94,7 @@ def assert_naive(rows, topk):
 
 
 def assert_naive_mask(rows, topk, newest=None):
-    """The dense twin, for all queries or for the newest ones."""
+    """Compare the dense twin, for all queries or for the newest ones."""
     layout, documents = read(rows)
     q, k, _ = heads_of(layout)
     k = k[..., :WIDTH]
@@ -139,7 +139,7 @@ def test_the_last_queries_come_out_as_among_all(first, length, topk, chunks):
 
 
 def test_blocks_that_cover_everything_are_full_attention():
-    """Also on the sparse path itself: three sequences of two blocks each, which a top-k of 2 covers."""
+    """This includes the sparse path itself: a top-k of 2 covers three documents of two blocks each."""
     layout, _ = read([[8, 7, 5]])
     q, k, v = (x.float() for x in heads_of(layout))
     k = k[..., :WIDTH]
@@ -150,7 +150,7 @@ def test_blocks_that_cover_everything_are_full_attention():
 
 
 def count_scores(monkeypatch, length, topk, size=16):
-    """How many scores q·k the attention of one head computes."""
+    """Count the scores q·k that the attention of one head computes."""
     computed = 0
 
     def scores(q, k, *args):
@@ -183,7 +183,7 @@ def test_work_is_sparse_and_linear(monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("chunk", "tile"), [(128, 1 << 19), (3, 1 << 19), (3, 1), (128, 300)])
 def test_attend_is_softmax_attention(segment, causal, chunk, tile, monkeypatch):
-    """Output, row maxima, log-sum-exp and gradients, in tiles of any size."""
+    """Compare output, row maxima, log-sum-exp and gradients, in tiles of any size."""
     monkeypatch.setattr(attention, "QUERIES_PER_TILE", chunk)
     monkeypatch.setattr(attention, "SCORES_PER_TILE", tile)
     n_queries = 11 if causal or segment else 7
@@ -292,7 +292,7 @@ def assert_packing_changes_nothing(model):
 
 
 def assert_decoding_is_prefill(model, pieces):
-    """The padded batch in pieces of some lengths through the cache, against all of it in one go."""
+    """Run the padded batch through the cache in pieces of these lengths, and compare with one pass over all of it."""
     ids, mask = padded("left")
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, use_cache=False).logits
@@ -323,7 +323,7 @@ def test_decoding_is_prefill(pieces, sparse_model):
 
 
 def test_topk_and_full_layers_count(tiny_model):
-    """Else the tests above would hold for a model without MoBA, too."""
+    """Otherwise the tests above would pass for a model without MoBA, too."""
     ids = DOCUMENTS[0][None]
     outs = [
         tiny_model(**SPARSE | changed)(ids).logits
@@ -367,7 +367,7 @@ def test_key_conv_starts_as_nothing_and_learns(tiny_config, tiny_model):
 
 
 def test_key_conv_by_hand(tiny_model):
-    """Keys are made of c + silu(Σ w_j c_{t-j}); values of c."""
+    """Keys are computed from c + silu(Σ w_j c_{t-j}), and values from c."""
     module = tiny_model(**SPARSE).model.layers[0].self_attn
     c = normal(1, 1, 6, 14).float()
     layout, _ = read([[4, 2]])

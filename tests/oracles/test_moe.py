@@ -43,7 +43,7 @@ def scores_by_hand(x, weight, config):
 
 
 def chosen_by_hand(scores, config):
-    """The experts of one token by its (E,) scores, bias included or not."""
+    """Return the experts that one token chooses by its scores (E,), with or without the bias."""
     size = config.n_routed_experts // config.n_group
     groups = [list(range(g * size, (g + 1) * size)) for g in range(config.n_group)]
     groups.sort(key=lambda group: -sum(sorted(scores[group].tolist())[-2:]))
@@ -52,7 +52,7 @@ def chosen_by_hand(scores, config):
 
 
 def gates_by_hand(x, weight, bias, config):
-    """(N, E), zero where an expert is not chosen."""
+    """Return the gates as (N, E), zero where an expert is not chosen."""
     scores = scores_by_hand(x, weight, config)
     gates = torch.zeros_like(scores)
     for token, s in enumerate(scores):
@@ -182,7 +182,7 @@ LOSSES = {
 
 
 def loss_by_hand(rows, weight, bias, config):
-    """α Σ f_i P_i as the papers have it, on a list of (T, hidden) rows without padding."""
+    """Compute α Σ f_i P_i as in the papers, on a list of rows (T, hidden) without padding."""
     n, k, alpha = config.n_routed_experts, config.num_experts_per_tok, config.aux_loss_alpha
 
     def f(scores, bias):
@@ -240,7 +240,7 @@ def test_balance_loss_can_be_off(off, tiny_moe):
 
 
 def test_even_routing_costs_alpha(tiny_moe):
-    """f_i = 1 and Σ P_i = 1: the least that the loss can be."""
+    """With f_i = 1 and Σ P_i = 1 the loss has its minimum."""
     moe = tiny_moe(aux_loss_alpha=0.3, n_shared_experts=0)
     moe.gate.weight.data.zero_()
     moe.gate.choose = lambda scores: torch.arange(len(scores) * 2).view(-1, 2) % 6
@@ -290,7 +290,7 @@ CHAIN = {"num_nextn_predict_layers": 2, "mtp_num_blocks": [2, 1], "moba_topk": 2
 
 
 def step(model, checkpointing):
-    """Loads, largest logits, loss and gradients of two micro-batches."""
+    """Return loads, largest logits, losses and gradients of two micro-batches."""
     model = model.train()
     for block in model.modules():
         if isinstance(block, Block):
@@ -330,7 +330,7 @@ def test_checkpointing_counts_once_and_changes_no_gradient(tiny_model, monkeypat
 
 
 def test_load_by_hand(tiny_model):
-    """Which experts the real tokens of the first layer choose."""
+    """Count the experts that the real tokens choose in the first layer."""
     model = tiny_model().train()
     seen = []
     moe = model.model.layers[0].mlp
@@ -342,7 +342,7 @@ def test_load_by_hand(tiny_model):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_evaluation_collects_nothing(training, tiny_model):
-    """In training mode too: gradients decide, unless the caller does."""
+    """This holds in training mode too: gradients decide, unless the caller does."""
     model = tiny_model(**CHAIN).train(training)
     with torch.no_grad():
         model(IDS, attention_mask=MASK, labels=IDS)
@@ -495,7 +495,7 @@ def test_mutant_counted_on_the_way(tiny_model, monkeypatch):
 
 
 def test_mutant_statistics_by_the_mode(tiny_model, monkeypatch):
-    """A model that collects whenever it is in training mode, as it once did."""
+    """The mutant collects whenever it is in training mode."""
     right = MoonwhaleModel.forward
 
     def forward(self, *args, **kwargs):

@@ -138,7 +138,7 @@ def chain(tiny_model):
 
 
 def test_modules_are_causal(chain):
-    """Module k at position i sees the tokens up to i + k, and all of them."""
+    """Module k at position i sees every token up to i + k, and no later one."""
     model, ids = chain(), tokens(1, 19)
     changed = ids.clone()
     changed[0, 11] = (changed[0, 11] + 1) % V
@@ -172,7 +172,7 @@ def test_every_parameter_gets_a_gradient(chain):
 
 
 def loss_by_hand(model, ids, labels, mask, positions, weight):
-    """main + λ/D Σ_k, each the mean over its own targets, on logits held whole."""
+    """Compute main + λ/D Σ_k from whole logits, each depth as the mean over its own targets."""
     body = model.model(ids, mask, positions, with_mtp=True, use_cache=False)
     losses = []
     for depth, hidden in enumerate((body.last_hidden_state, *body.mtp_hidden_states)):
@@ -245,7 +245,7 @@ def test_parts_of_the_loss(chain):
 
 
 def assert_micro_batches_are_the_large_batch(model):
-    """With the number of targets of each depth; rows have different ones."""
+    """Micro-batches are given the number of targets of each depth, which differs between rows."""
     batch = ragged()
     model.train()
     whole = model(**batch)
@@ -265,7 +265,7 @@ def test_micro_batches_are_the_large_batch(chain):
 
 
 def test_micro_batches_of_equal_rows(chain):
-    """The balance loss included, and one number, which counts the main head's targets, as good as the vector."""
+    """This includes the balance loss. With equal rows, the main head's number of targets does as well as the vector."""
     model = chain(aux_loss_alpha=0.2).train()
     ids = tokens(4, 20)
     whole = model(ids, labels=ids)
@@ -302,7 +302,7 @@ def test_no_targets_no_loss(chain):
 
 
 def assert_documents_are_apart(model):
-    """Losses and gradients of a document do not change with the other one in its row."""
+    """A document's losses and gradients do not depend on the other document in its row."""
     lengths, results = (11, 9), []
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     for seed in (3, 4):
@@ -367,7 +367,7 @@ def test_cross_entropy_of_large_logits():
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most rows of logits that any tensor holds."""
+    """Return the largest number of rows of logits that any tensor holds."""
 
     rows = 0
 
@@ -391,7 +391,7 @@ def test_logits_are_never_whole(chain, monkeypatch):
 
 
 def test_evaluation_makes_no_gradient(chain):
-    """Not even inside: a gradient of the head would be as large as the head."""
+    """This holds inside the function too: a gradient of the head would be as large as the head."""
     model, ids = chain().eval(), tokens(2, 19)
     expected = model(ids, labels=ids).loss
     shapes = []

@@ -26,7 +26,7 @@ def gradients(*shape):
 
 
 def train(make_optimizer, weight, grads):
-    """How far the gradients move the weight."""
+    """Return how far the gradients move the weight."""
     p = nn.Parameter(weight.clone())
     optimizer = make_optimizer([p])
     for grad in grads:
@@ -51,7 +51,7 @@ def torch_muon(weight, grads):
 
 
 def muon_by_hand(weight, grads, scale=lambda longest: 0.2 * math.sqrt(longest), nesterov=True, coupled=False):
-    """The formula in plain lines, with the mistakes that others made to switch on."""
+    """The formula in plain lines, with plausible bugs to switch on."""
     w, m = weight.clone(), torch.zeros_like(weight)
     for g in grads:
         g = g + DECAY * w if coupled else g

@@ -60,7 +60,7 @@ def trained(tiny_model):
 
 
 def largest_by_hand(attention, config, x, positions, documents):
-    """The largest scaled logit that a counting query attends to, by head, from whole score matrices in fp64."""
+    """Return each head's largest scaled logit over the valid queries, from whole score matrices in fp64."""
     nope, rope, rank, heads = (
         config.qk_nope_head_dim,
         config.qk_rope_head_dim,
@@ -129,13 +129,13 @@ def test_micro_batches_accumulate(trained):
 
 
 def measure(attention, x, documents, table):
-    """One attention by itself on fixed inputs: (heads,) largest logits."""
+    """Return the largest logits (heads,) of one attention on fixed inputs."""
     with torch.no_grad():
         return attention(x, table, documents)[1]
 
 
 def assert_clip_is_exact(model):
-    """Every attention of the model alone: the largest head above τ lands on it, all else stays bit for bit."""
+    """In every attention, the one head above τ lands on it, and all else stays the same bit for bit."""
     config, documents = model.config, Documents.from_inputs(*MASK.shape, MASK.device, MASK, POSITIONS)
     x = torch.randn(*MASK.shape, 32, generator=torch.Generator().manual_seed(7))
     table = rotation_table(config, POSITIONS, torch.float32)
@@ -173,7 +173,7 @@ def test_clip_is_exact(overrides, trained):
 
 @pytest.mark.parametrize("overrides", [{}, VARIANTS["moba"]], ids=str)
 def test_the_same_batch_reaches_tau_after_a_step(overrides, trained):
-    """The whole model, through the hooks of an optimizer that moves nothing else. Later layers see other inputs."""
+    """This clips the whole model through the hooks of an optimizer with a rate of 0. Later layers see other inputs."""
     model = trained(**overrides)
     first = attentions(model)[0]
     old = first.max_logit.clone()
@@ -211,7 +211,7 @@ def caught(check, *args):
 
 @torch.no_grad()
 def clip(self, tau, nope=0.5, rope=1.0, key=0.5, shared=0.0, value=0.0, one_gamma=False):
-    """QK-Clip with an exponent of γ for each part; those given by default are the paper's."""
+    """QK-Clip with an exponent of γ for each part. The defaults are the paper's."""
     gamma = torch.where(self.max_logit > tau, tau / self.max_logit, 1.0)
     count = (self.max_logit > tau).sum()
     if one_gamma:
