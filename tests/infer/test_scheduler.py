@@ -1,5 +1,7 @@
 """Continuous batching and drafts: what comes out is what would have come out alone and without them."""
 
+import random
+
 import pytest
 import torch
 
@@ -254,3 +256,39 @@ def test_drafting_goes_as_deep_as_pays():
     assert Drafting(2, fixed=1).depth(1) == 1
     assert Drafting(2, fixed=9).depth(1) == 2
     assert Drafting(0).depth(5) == 0
+
+
+def simulated(seconds, acceptance, cycles, hiccups=()):
+    """The depths that are chosen if cycles take seconds[depth], and the tokens per second relative to no drafts.
+
+    In a hiccup the machine takes three times as long.
+    """
+    generator, drafting = random.Random(0), Drafting(len(seconds) - 1)
+    chosen, taken, tokens = [], 0.0, 0
+    for cycle in range(cycles):
+        depth, accepted = drafting.depth(1), 0
+        while accepted < depth and generator.random() < acceptance[accepted]:
+            accepted += 1
+        time = seconds[depth] * (3 if any(cycle in hiccup for hiccup in hiccups) else 1)
+        drafting.record(1, depth, time, [accepted])
+        chosen.append(depth)
+        taken, tokens = taken + time, tokens + 1 + accepted
+    return chosen, tokens / taken * seconds[0]
+
+
+@pytest.mark.parametrize("acceptance", [[0.0, 0.0], [0.4, 0.2], [0.9, 0.9]], ids=str)
+@pytest.mark.parametrize("seconds", [[1, 1.1, 1.2], [1, 1.6, 2.3], [1, 2.1, 3.2]], ids=str)
+def test_choosing_a_depth_is_never_much_worse_than_no_drafts(seconds, acceptance):
+    assert simulated(seconds, acceptance, 200)[1] > 0.9
+    assert simulated(seconds, acceptance, 5000)[1] > 0.98
+
+
+def test_a_depth_that_cannot_pay_is_left_alone():
+    chosen, _ = simulated([1, 2.1, 3.2], [0.9, 0.9], 2000)
+    assert not any(chosen[300:])
+
+
+@pytest.mark.parametrize("start", range(0, 120, 5))
+def test_a_hiccup_turns_drafting_on_for_a_short_time_only(start):
+    chosen, _ = simulated([1, 1.6, 2.3], [0.4, 0.2], 1000, [range(start, start + 8)])
+    assert sum(map(bool, chosen)) < 100

@@ -1,68 +1,94 @@
-"""How many tokens the MTP modules shall draft: as many as pay, by what a cycle takes and how often guesses hold."""
+"""`Drafting`: how many tokens the MTP modules should draft in each cycle.
 
-from collections import defaultdict, deque
+1. A trial runs every depth twice, in turn, and keeps the shorter time of each: other work on the machine can only
+   lengthen a cycle, and only times from the same moment can be compared.
+2. Between trials each cycle takes the depth with the most expected tokens per second, by these times and by the share
+   of recent drafts that were accepted.
+3. The next trial comes after 16 cycles, after 64 if the same depth has won twice, and after 256 if it has won more
+   often. If even drafts that were all accepted would not pay then, there are no more trials.
+"""
 
-TRIED = 3  # cycles after which a depth's time counts as known
-LASTS = 16  # cycles that a choice lasts
-AGAIN = 16  # choices after which every depth is tried anew; at first sooner, after 1, 2, 4, 8 and so on
-LATEST = 1024  # cycles of a depth that are remembered: a machine's hiccup must not be all that is known of one
-SURE = 8  # choices after which a depth that can't pay is not tried any more
-HELD = 64  # guesses over which the share of those that held is averaged
-MARGIN = 1.05  # a depth has to promise this much more than none: reading prompts takes longer with modules, too
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+TRIAL_CYCLES = 2  # cycles of each depth in a trial
+INTERVALS = 16, 64, 256  # cycles until the next trial, by the number of trials that the same depth has won in a row
+RECENT_DRAFTS = 64  # drafts over which the share of accepted ones is averaged
+MIN_GAIN = 1.05  # drafting must promise this much more than none, because prefill takes longer with modules
+
+
+@dataclass
+class _Trials:
+    """The trials with one number of sequences."""
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # cycle times of each depth in the latest trial
+    running: bool = True
+    winner: int | None = None  # the depth that won the latest trial
+    wins: int = 0  # trials that it has won in a row
+    cycles_left: float = 0  # until the next trial
 
 
 class Drafting:
-    """Chooses the depth, from 0 (off) to the number of modules, that gives the most tokens a second.
+    """Chooses a depth from 0 (no drafts) to the number of modules, for the most tokens per second.
 
-    A cycle at depth d makes d guesses and verifies them in one forward, whose time is measured for each number of
-    sequences (in powers of 2). `fixed` takes the decision out of its hands.
+    A cycle at depth d drafts d tokens and verifies them in one forward. Its time is measured separately for different
+    numbers of sequences (in powers of 2). With `fixed`, the depth is always that one.
     """
 
     def __init__(self, modules: int, fixed: int | None = None):
         self.depths = range(modules + 1) if fixed is None else range(min(fixed, modules), min(fixed, modules) + 1)
-        self._seconds = defaultdict(lambda: deque(maxlen=LATEST))
-        self._held, self._tested = [0.5] * modules, [0] * modules
-        self._chosen = defaultdict(lambda: (0, 0))  # for each number of sequences, a depth and how long it still lasts
-        self._choices = 0
+        self._trials: defaultdict[int, _Trials] = defaultdict(lambda: _Trials({depth: [] for depth in self.depths}))
+        self._accepted, self._verified = [0.5] * modules, [0] * modules  # share of drafts accepted, drafts averaged
 
     def depth(self, sequences: int) -> int:
-        """The depth of the next cycle."""
+        """Return the depth of the next cycle."""
         if len(self.depths) == 1:
             return self.depths[0]
-        size = sequences.bit_length()
-        depth, lasts = self._chosen[size]
-        if not lasts:
-            known = {d: self._seconds[size, d] for d in self.depths}
-            self._choices += 1
-            if self._choices % min(AGAIN, 1 << (self._choices.bit_length() - 1)) == 0:
-                # A depth at which even guesses that all hold would not pay is left alone, and then depth 0 is, too:
-                # only times measured over the same while can be compared.
-                plain = 1 / min(known[0]) if known[0] and self._choices > SURE else 0.0
-                others = [d for d in self.depths if d and not (known[d] and (d + 1) / min(known[d]) < plain)]
-                for d in [0, *others] if others else []:
-                    while len(known[d]) >= TRIED:
-                        known[d].popleft()
-            untried = [d for d, seconds in known.items() if len(seconds) < TRIED]
-            if untried:
-                return untried[0]
-            # The least time of several: whatever else the machine did can only have added to it.
-            depth = max(known, key=lambda d: self._gain(d) / min(known[d]) / (MARGIN if d else 1))
-            lasts = LASTS
-        self._chosen[size] = depth, lasts - 1
-        return depth
+        trials = self._trials[sequences.bit_length()]
+        if not trials.running and trials.cycles_left == 0:
+            trials.running = True
+            trials.seconds = {depth: [] for depth in self.depths}
+        if trials.running:
+            depth = min(self.depths, key=lambda depth: len(trials.seconds[depth]))
+            if len(trials.seconds[depth]) < TRIAL_CYCLES:
+                return depth
+            self._end_trial(trials)
+        trials.cycles_left -= 1
+        return self._best_depth(trials)
 
-    def record(self, sequences: int, depth: int, seconds: float, held: list[int]) -> None:
-        """A cycle: how long it took, and how many guesses held in each sequence that made `depth` of them."""
-        self._seconds[sequences.bit_length(), depth].append(seconds)
-        for n in held:
-            for k in range(min(n + 1, depth)):  # a guess behind a wrong one was never put to the test
-                self._tested[k] = min(self._tested[k] + 1, HELD)
-                self._held[k] += ((k < n) - self._held[k]) / self._tested[k]
+    def record(self, sequences: int, depth: int, seconds: float, accepted: list[int]) -> None:
+        """Record a cycle: its time, and the number of accepted drafts of each sequence."""
+        trials = self._trials[sequences.bit_length()]
+        if trials.running:
+            trials.seconds[depth].append(seconds)
+        for n in accepted:
+            for k in range(min(n + 1, depth)):  # drafts after a rejected one were not verified
+                self._verified[k] = min(self._verified[k] + 1, RECENT_DRAFTS)
+                self._accepted[k] += ((k < n) - self._accepted[k]) / self._verified[k]
 
-    def _gain(self, depth: int) -> float:
-        """Tokens a sequence is expected to gain in a cycle."""
-        gain = reach = 1.0
-        for share in self._held[:depth]:
-            reach *= share
-            gain += reach
-        return gain
+    def _end_trial(self, trials: _Trials) -> None:
+        """Decide when the next trial comes."""
+        winner = self._best_depth(trials)
+        trials.wins = trials.wins + 1 if winner == trials.winner else 1
+        trials.running, trials.winner = False, winner
+        trials.cycles_left = INTERVALS[min(trials.wins, len(INTERVALS)) - 1]
+        plain = 1 / min(trials.seconds[0])
+        can_pay = any((depth + 1) / min(trials.seconds[depth]) > plain for depth in self.depths if depth)
+        if trials.wins >= len(INTERVALS) and not can_pay:
+            trials.cycles_left = math.inf
+
+    def _best_depth(self, trials: _Trials) -> int:
+        def promise(depth: int) -> float:
+            """Expected tokens per second of one sequence."""
+            return self._expected_tokens(depth) / min(trials.seconds[depth]) / (MIN_GAIN if depth else 1)
+
+        return max(self.depths, key=promise)
+
+    def _expected_tokens(self, depth: int) -> float:
+        """Tokens that a cycle is expected to add to a sequence."""
+        expected = reached = 1.0
+        for share in self._accepted[:depth]:
+            reached *= share
+            expected += reached
+        return expected
