@@ -122,7 +122,7 @@ def test_commands_can_be_typed(document, options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_options_exist(document, options):
     """Also those that the text names by themselves."""
-    known = set().union(*options.values(), {"--version", "--check", "--parallel.FIELD"}, MODEL)
+    known = set().union(*options.values(), {"--version", "--completion", "--check", "--parallel.FIELD"}, MODEL)
     named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
     assert not named - known
 

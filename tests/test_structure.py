@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "inspect": TRAINING | INFERENCE | {"inspect"},
     "planning": TRAINING | {"planning"},
     "serve": INFERENCE | {"serve", "inspect"},  # the page shows X-rays
-    "cli": {"errors"},
+    "completion": {"options"},
+    "cli": {"errors", "completion"},
     "__init__": set(),
     "__main__": {"cli"},
 }

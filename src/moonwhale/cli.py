@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from moonwhale import __version__
@@ -42,6 +43,7 @@ def usage() -> str:
         "A small language model with MLA, MoBA, DeepSeekMoE, multi-token prediction and MuonClip.\n\n"
         f"verbs:\n{verbs}\n\n"
         "`moonwhale VERB --help` lists a verb's options; `moonwhale --version` prints the version.\n"
+        'eval "$(moonwhale --completion)" in bash or zsh completes verbs, options and their values at TAB.\n'
         "MOONWHALE_DEBUG=1 in the environment shows where an error came from."
     )
 
@@ -73,18 +75,26 @@ def _run(argv: list[str]) -> int:
     verb, *rest = argv or ["--help"]
     try:
         if verb in VERBS:
-            module, function = VERBS[verb][0].split(":")
-            return getattr(import_module(module), function)(rest) or 0
+            return _function(verb)(rest) or 0
         if verb in ("-h", "--help", "help"):
             print(usage())
         elif verb in ("-V", "--version"):
             print(f"moonwhale {__version__}")
+        elif verb == "--completion":
+            from moonwhale.completion import script
+
+            print(script({name: _function(name) for name in VERBS}), end="")
         else:
             kind = "option" if verb.startswith("-") else "verb"
             raise UserError(f"unknown {kind} {verb!r}{did_you_mean(verb, VERBS)}; see `moonwhale --help`")
         return 0
     finally:
         sys.stdout.flush()  # a closed pipe must show here, where it is handled, not at interpreter exit
+
+
+def _function(verb: str) -> Callable[[list[str]], int | None]:
+    module, function = VERBS[verb][0].split(":")
+    return getattr(import_module(module), function)
 
 
 def _fail(message: str, status: int) -> int:

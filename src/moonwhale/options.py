@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import yaml
@@ -37,6 +37,7 @@ def option(
     *,
     group: str = "options",
     choices: tuple[str, ...] | None = None,
+    suggestions: tuple[str, ...] | None = None,
     fields: type | None = None,
 ):
     """Declare a dataclass field as an option.
@@ -46,12 +47,29 @@ def option(
         help: one line for `--help`.
         group: the heading under which `--help` lists the option. "positional" makes it an argument without dashes.
         choices: the only values allowed.
+        suggestions: values for tab completion to offer, where others are allowed too.
         fields: for a dict, the dataclass whose fields are its keys.
     """
-    metadata = {"help": help, "group": group, "choices": choices, "fields": fields}
+    metadata = {"help": help, "group": group, "choices": choices, "suggestions": suggestions, "fields": fields}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+HAND_OVER = "--hand-over-the-parser"
+
+
+class ParserHandedOver(Exception):
+    """Carries the parser that a verb built to `parser_of`."""
+
+
+def parser_of(main: Callable[[list[str]], object]) -> argparse.ArgumentParser:
+    """Return the parser that a verb's `main` builds. `main` stops where it would parse its arguments."""
+    try:
+        main([HAND_OVER])
+    except ParserHandedOver as handed_over:
+        return handed_over.args[0]
+    raise AssertionError(f"{main} parsed no arguments")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +83,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
 
     def parse_known_args(self, args=None, namespace=None):
+        if args == [HAND_OVER]:
+            raise ParserHandedOver(self)
         return super().parse_known_args(args and list(map(_canonical, args)), namespace)
 
     def parse_args(self, args=None, namespace=None):
@@ -87,7 +107,7 @@ def _canonical(argument: str) -> str:
 
 
 class Option(typing.NamedTuple):
-    """One option of a dataclass: a field, or a key of a dict as `model.hidden_size`."""
+    """One option of a dataclass: a field, or a dict's key as `model.hidden_size`."""
 
     name: str
     field: dataclasses.Field
@@ -96,12 +116,29 @@ class Option(typing.NamedTuple):
 
     @property
     def flag(self) -> str:
-        """How the command line spells it: `--batch-size`, `--model.hidden_size`."""
+        """The command line's spelling: `--batch-size`, `--model.hidden_size`."""
         return "--" + (self.name if "." in self.name else self.name.replace("_", "-"))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values allowed, or nothing if there are others."""
+        return self.field.metadata.get("choices") or (("true", "false") if self.kind is bool else ())
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        """The values that tab completion offers."""
+        return self.choices or self.field.metadata.get("suggestions") or ()
+
+    def help(self, default: object) -> str:
+        """The help text, with a default unless that is off or nothing."""
+        if isinstance(default, list):
+            default = ",".join(default)
+        note = "" if default is None or default is False else f" ({'true' if default is True else default})"
+        return (self.field.metadata["help"] + note).replace("%", "%%")
 
 
 def options_of(cls: type) -> Iterator[Option]:
-    """Yields every option of a dataclass, a dict's keys one by one."""
+    """Yield every option of a dataclass, a dict's keys one by one."""
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         group = field.metadata.get("group", "options")
@@ -121,30 +158,23 @@ def add_options(
     `preset_decides`; with `show=False` it lists none of these options.
     """
     groups = {}
-    for option in options_of(cls):
-        keywords = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        if show:
-            keywords["help"] = _help(option.field, option.name in preset_decides)
-        if option.group == "positional":
-            parser.add_argument(option.name, nargs="?", metavar=option.name.upper(), **keywords)
+    for entry in options_of(cls):
+        field = entry.field
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        text = entry.help("the preset's" if entry.name in preset_decides else default) if show else argparse.SUPPRESS
+        keywords = {"default": argparse.SUPPRESS, "help": text}
+        if entry.group == "positional":
+            parser.add_argument(entry.name, nargs="?", metavar=entry.name.upper(), **keywords)
             continue
-        if option.kind is bool and "." not in option.name:
+        if entry.kind is bool and "." not in entry.name:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            choices = option.field.metadata.get("choices") or ("true", "false") * (option.kind is bool)
-            last_word = re.split(r"[._]", option.name)[-1].upper()
-            keywords["metavar"] = "{" + ",".join(choices) + "}" if choices else last_word
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        groups[option.group].add_argument(option.flag, dest=option.name, **keywords)
-
-
-def _help(field: dataclasses.Field, preset_decides: bool) -> str:
-    default = field.default if field.default_factory is dataclasses.MISSING else ",".join(field.default_factory())
-    if preset_decides:
-        default = "the preset's"
-    note = "" if default is None or default is False else f" ({str(default).lower() if default is True else default})"
-    return (field.metadata["help"] + note).replace("%", "%%")
+            last_word = re.split(r"[._]", entry.name)[-1].upper()
+            keywords["metavar"] = "{" + ",".join(entry.choices) + "}" if entry.choices else last_word
+        if entry.group not in groups:
+            groups[entry.group] = parser.add_argument_group(entry.group)
+        action = groups[entry.group].add_argument(entry.flag, dest=entry.name, **keywords)
+        action.suggestions = entry.suggestions
 
 
 def read_argv(parser: argparse.ArgumentParser, cls: type, argv: list[str]) -> tuple[dict, argparse.Namespace]:
@@ -155,16 +185,14 @@ def read_argv(parser: argparse.ArgumentParser, cls: type, argv: list[str]) -> tu
     """
     arguments = parser.parse_args(argv)
     values: dict[str, typing.Any] = {}
-    for option in options_of(cls):
-        if not hasattr(arguments, option.name):
+    for entry in options_of(cls):
+        if not hasattr(arguments, entry.name):
             continue
-        value = _convert(getattr(arguments, option.name), option.field, option.kind, f"`{option.name}`", from_text=True)
-        delattr(arguments, option.name)
-        outer, dot, key = option.name.partition(".")
-        if dot:
-            values.setdefault(outer, {})[key] = value
-        else:
-            values[outer] = value
+        text = getattr(arguments, entry.name)
+        delattr(arguments, entry.name)
+        outer, dot, key = entry.name.partition(".")
+        holder, key = (values.setdefault(outer, {}), key) if dot else (values, outer)
+        holder[key] = _convert(text, entry.field, entry.kind, f"`{entry.name}`", from_text=True)
     return values, arguments
 
 

@@ -9,6 +9,9 @@ from moonwhale.errors import UserError
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
+
 HELP = """/reset   begin a new conversation
 /quit    leave (or Ctrl-D)
 /help    this
@@ -97,8 +100,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    add("--precision", default="auto", metavar="P", help="of the weights: auto, fp32, bf16 or int8 (%(default)s)")
+    add(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (%(default)s)"
+    ).suggestions = DEVICES
+    add(
+        "--precision", default="auto", metavar="P", help="of the weights: auto, fp32, bf16 or int8 (%(default)s)"
+    ).suggestions = PRECISIONS
     add("--draft", default="auto", metavar="N", help="tokens that MTP modules guess ahead, 0 for none (%(default)s)")
 
 

@@ -21,7 +21,8 @@ def main_info(argv: list[str]) -> None:
         "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
         epilog="presets:\n" + "\n".join(f"  {name:<11}{preset.summary}" for name, preset in PRESETS.items()),
     )
-    parser.add_argument("target", metavar="PRESET_OR_FOLDER", help="name of a preset, or folder of a checkpoint")
+    target = parser.add_argument("target", metavar="PRESET_OR_FOLDER", help="a preset's name or a checkpoint's folder")
+    target.suggestions = PRESETS
     parser.add_argument("--context", metavar="N", help="tokens per row (the longest that the model is made for)")
     parser.add_argument("--batch", metavar="N", default="1", help="rows at once (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

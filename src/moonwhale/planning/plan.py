@@ -40,11 +40,13 @@ def main(argv: list[str]) -> int:
         "experts are not, and go over the network even inside a machine. More in docs/parallelism.md.",
     )
     parser.add_argument("--gpus", metavar="N", required=True, help="how many there are")
-    parser.add_argument("--preset", metavar="NAME", default="demo", help=f"{', '.join(PRESETS)} (demo)")
+    parser.add_argument(
+        "--preset", metavar="NAME", default="demo", help=f"{', '.join(PRESETS)} (demo)"
+    ).suggestions = PRESETS
     parser.add_argument("--context", metavar="N", help="tokens of a row (the preset's)")
     parser.add_argument("--batch-size", metavar="N", help="most rows of a micro-batch (the preset's)")
     parser.add_argument("--tokens-per-step", metavar="N", help="of one optimizer step (the preset's)")
-    parser.add_argument("--gpu", metavar="NAME", default="h100", help="one of those below (h100)")
+    parser.add_argument("--gpu", metavar="NAME", default="h100", help="one of those below (h100)").suggestions = GPUS
     parser.add_argument("--memory", metavar="GB", help="of a GPU, instead of --gpu's")
     parser.add_argument("--flops", metavar="TFLOPS", help="of a GPU in bf16, instead of --gpu's")
     parser.add_argument("--bandwidth", metavar="GBS", help="GB/s that a GPU sends to others, instead of --gpu's")

@@ -10,7 +10,7 @@ from moonwhale.errors import UserError
 from moonwhale.options import option, require
 from moonwhale.processes import init_process_group, restarted
 from moonwhale.train import run_folder
-from moonwhale.train.config import PRECISIONS
+from moonwhale.train.config import DEVICES, PRECISIONS
 from moonwhale.train.run import check_run
 
 AT_LEAST_ONE = ("batch_size", "keep_checkpoints", "log_every")
@@ -57,8 +57,10 @@ class PostTraining:
         group="optimization",
     )
 
-    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
-    precision: str = option("auto", f"of the matrix products: {PRECISIONS}", group="device")
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
+    precision: str = option(
+        "auto", f"of the matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
 
     eval_every: int = option(50, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")

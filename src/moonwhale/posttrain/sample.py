@@ -10,6 +10,7 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_task
 from moonwhale.errors import UserError
+from moonwhale.infer.commands import DEVICES, PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require
 
@@ -32,8 +33,10 @@ class SampleOptions:
     temperature: float = option(1.0, "sampling temperature", group="answers")
     max_new_tokens: int = option(256, "maximum length of an answer", group="answers")
     seed: int = option(0, "seed of the questions and the answers", group="answers")
-    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
-    precision: str = option("auto", "precision of the weights: auto, fp32, bf16 or int8", group="device")
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
+    precision: str = option(
+        "auto", "precision of the weights: auto, fp32, bf16 or int8", group="device", suggestions=PRECISIONS
+    )
 
     def __post_init__(self):
         if self.checkpoint is None:

@@ -19,7 +19,8 @@ from moonwhale.train import run_folder
 if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
-PRECISIONS = "auto, fp32, tf32, bf32, bf16, fp8-tensorwise, fp8-rowwise, fp8-blockwise"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "tf32", "bf32", "bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
 AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
 NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
 MODEL_FIELDS = model_fields()
@@ -43,7 +44,7 @@ class TrainConfig:
 
     verb: typing.ClassVar[str] = "train"
 
-    preset: str = option("demo", "where model and options start from: " + ", ".join(PRESETS), group="run")
+    preset: str = option("demo", "size of the model, and options that suit it", group="run", choices=tuple(PRESETS))
     out: str | None = option(None, "folder of the run (runs/PRESET)", group="run")
     resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
     seed: int = option(0, "of the weights and the shuffling", group="run")
@@ -83,8 +84,10 @@ class TrainConfig:
         group="optimization",
     )
 
-    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device")
-    precision: str = option("auto", f"of the matrix products: {PRECISIONS}", group="device")
+    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
+    precision: str = option(
+        "auto", f"of the matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
     compile: bool = option(False, "torch.compile the model", group="device")
 
