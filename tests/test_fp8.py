@@ -187,7 +187,7 @@ def test_autocast_decides_the_dtype_and_never_the_products():
 
 
 def test_tiles_are_torchaos():
-    """Bit for bit those of the references that torchao keeps beside its kernels, in a file that needs triton."""
+    """They equal, bit for bit, the references in the file of torchao's kernels, which needs triton to import."""
     pytest.importorskip("torchao")
     folder = importlib.util.find_spec("torchao.prototype.blockwise_fp8_training").submodule_search_locations[0]
     tree = ast.parse(Path(folder, "kernels.py").read_text(encoding="utf-8"))

@@ -70,7 +70,7 @@ def _check_widths(modules: dict[str, nn.Module], recipe: str) -> None:
         others = f"; {len(wrong) - 1} more matrices do not fit" if wrong[1:] else ""
         raise UserError(
             f"`precision`: fp8-{recipe} multiplies by {multiples[1]} features at once, and {wrong[0]}{others} (change "
-            "the `model.FIELD` behind it, or give `precision` bf16)"
+            "the `model.FIELD` that sets it, or give `precision` bf16)"
         )
 
 
