@@ -16,7 +16,7 @@ from moonwhale.train.config import TrainConfig, build_model_config, resolve
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_a_run_that_can_start(name):
     config = resolve({"preset": name})
-    assert config.accumulation() * config.batch_size * config.context == config.tokens_per_step
+    assert config.gradient_accumulation_steps() * config.batch_size * config.context == config.tokens_per_step
     model = build_model_config(config)
     assert model.max_position_embeddings == config.context
     assert any(model.is_moba_layer(i) for i in range(model.num_hidden_layers))

@@ -1,4 +1,4 @@
-"""Where built things live, and how a folder appears there all at once or not at all."""
+"""The cache folder, and folders that are built completely or not at all."""
 
 import errno
 import hashlib
@@ -14,21 +14,24 @@ from moonwhale.errors import UserError
 
 
 def cache_folder(override: str | Path | None = None) -> Path:
-    """`override`, else $MOONWHALE_CACHE, else ~/.cache/moonwhale."""
+    """Returns `override` if given, else $MOONWHALE_CACHE, else ~/.cache/moonwhale."""
     return Path(override or os.environ.get("MOONWHALE_CACHE") or "~/.cache/moonwhale").expanduser()
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 sum of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time looks at or builds `folder`; the lock dies with its owner, even under kill -9.
+    """Context in which this process alone reads or builds `folder`. Others wait for it.
 
-    Raises UserError when the place cannot be written.
+    The operating system releases the lock when the process ends, even after kill -9.
+
+    Raises:
+        UserError: the parent folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +47,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the name `final` (replacing an old one) only if the block succeeds.
+    """Context that yields an empty folder. When the block succeeds, the folder replaces `final`, or becomes it.
 
-    Hold `locked(final)` around it: what a killed build left behind is cleared away on the next entry, which is safe
-    only while nobody else builds. Raises UserError when the disk is full or the place cannot be written.
+    Hold `locked(final)` around it: the next entry removes what a killed build left behind, which is safe only while no
+    other process builds.
+
+    Raises:
+        UserError: the disk is full, or the parent folder cannot be written.
     """
     building = final.with_name(f".{final.name}.building")
     shutil.rmtree(building, ignore_errors=True)

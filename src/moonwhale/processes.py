@@ -1,4 +1,4 @@
-"""The processes that torchrun started: which one this is, how they find each other, and who may print."""
+"""The processes that torchrun started: rank, world size, printing, and the default process group."""
 
 import functools
 import os
@@ -13,18 +13,19 @@ if typing.TYPE_CHECKING:
     import torch.distributed as dist
 
 
-@functools.cache  # a pipeline takes RANK out of the environment
+@functools.cache  # since a pipelined run removes RANK from the environment later
 def is_main_process() -> bool:
+    """Whether this process has rank 0. It alone prints and writes the run's files."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def world_size() -> int:
-    """The processes that torchrun started; 1 without it."""
+    """The number of processes that torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them died."""
+    """Whether torchrun has restarted the processes after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -35,14 +36,14 @@ def print_once(line: str) -> None:
 
 
 def init_process_group(on_cpu: bool, timeout: int) -> None:
-    """Makes the process group of all that torchrun started; none for a process that is alone.
+    """Initializes the default process group, with gloo on a CPU and NCCL on a GPU. Does nothing in a single process.
 
-    torch would do it with the keys of torchrun's store as they are. But that store outlives the processes: after a
-    restart it still has the addresses of those before, and the new ones would try to reach them. So each start keeps
-    its keys under a name of its own.
+    `dist.init_process_group` alone would use the keys of torchrun's store as they are. That store outlives the
+    processes: after a restart it still holds the addresses of the processes before. So the keys of each launch get a
+    prefix of their own.
 
     Raises:
-        UserError: not all came within `timeout` seconds.
+        UserError: not all processes joined within `timeout` seconds.
     """
     if world_size() == 1:
         return
@@ -52,35 +53,36 @@ def init_process_group(on_cpu: bool, timeout: int) -> None:
     store, rank, world = next(dist.rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
     try:
-        name = _name_of_start(store, rank, world, timeout)
+        name = _launch_name(store, rank, world, timeout)
     except (dist.DistStoreError, TimeoutError) as error:
         raise UserError(
-            f"rank {rank}: not all {world} ranks came within {timeout} s: see what the others say, or, in "
+            f"rank {rank}: not all {world} ranks joined within {timeout} s: see what the others print, or, in "
             "moonwhale train, raise `parallel.timeout`"
         ) from error
     own = dist.PrefixStore(name, store)
     dist.init_process_group("gloo" if on_cpu else "nccl", store=own, rank=rank, world_size=world, timeout=limit)
 
 
-def _name_of_start(store: "dist.Store", rank: int, world: int, timeout: int) -> str:
-    """A name that the processes started together know, and none before them did.
+def _launch_name(store: "dist.Store", rank: int, world: int, timeout: int) -> str:
+    """A name unique to this launch, agreed by all its ranks.
 
-    Rank 0 draws it. Every other rank asks for it under a number of its own, since what stands in the store may be an
-    older one's, and rank 0 answers until all have heard it. (torchrun's count of restarts would do on one machine, but
-    on several each counts its own.)
+    Rank 0 draws it. Each other rank asks for it with a random number of its own, since an answer that is already in the
+    store may belong to an earlier launch. Rank 0 answers until all ranks have got the name. (torchrun's restart count
+    would do on one machine, but each machine counts its own restarts.)
     """
     own = uuid.uuid4().hex
     if rank:
         store.set(f"asks/{rank}", own)
-        name = store.get(f"answer/{own}").decode()
-        store.add(f"heard/{name}", 1)
+        name = store.get(f"answer/{own}").decode()  # waits for rank 0
+        store.add(f"received/{name}", 1)
         return name
-    end = time.monotonic() + timeout
-    while store.add(f"heard/{own}", 0) < world - 1:
-        if time.monotonic() > end:
+    deadline = time.monotonic() + timeout
+    while store.add(f"received/{own}", 0) < world - 1:  # adding 0 reads the counter
+        if time.monotonic() > deadline:
             raise TimeoutError
         for other in range(1, world):
             if store.check([f"asks/{other}"]):
-                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+                request = store.get(f"asks/{other}").decode()
+                store.set(f"answer/{request}", own)
         time.sleep(0.05)
     return own

@@ -190,9 +190,9 @@ def test_resuming_belongs_to_one_call(tmp_path):
 
 def test_accumulation_is_of_all_devices():
     config = parse(["--tokens-per-step", "8192", "--context", "256", "--batch-size", "8"])
-    assert (config.accumulation(), config.accumulation(world=2)) == (4, 2)
+    assert (config.gradient_accumulation_steps(), config.gradient_accumulation_steps(replicas=2)) == (4, 2)
     with pytest.raises(UserError, match="x 3 devices = 6144 tokens: give 6144 or 12288"):
-        config.accumulation(world=3)
+        config.gradient_accumulation_steps(replicas=3)
 
 
 def test_help_lists_every_option_and_field(capsys):

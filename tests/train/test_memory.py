@@ -66,7 +66,7 @@ def test_recomputed_activations_are_few():
     ],
 )
 def test_out_of_memory_becomes_advice(error):
-    with pytest.raises(UserError) as raised, memory.explained(run(), GPU):
+    with pytest.raises(UserError) as raised, memory.out_of_memory_as_advice(run(), GPU):
         raise error
     assert str(raised.value) == (
         "cuda is out of memory with `batch_size` 8 rows: give `batch_size` 4, `gradient_checkpointing`, "
@@ -77,12 +77,12 @@ def test_out_of_memory_becomes_advice(error):
 def test_only_what_is_left_to_do_is_advised():
     least = run(batch_size=1, gradient_checkpointing=True)
     del least.context
-    with pytest.raises(UserError, match=r"rows: train a smaller model$"), memory.explained(least, GPU):
+    with pytest.raises(UserError, match=r"rows: train a smaller model$"), memory.out_of_memory_as_advice(least, GPU):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shapes"), memory.explained(run(), GPU):
+    with pytest.raises(RuntimeError, match="shapes"), memory.out_of_memory_as_advice(run(), GPU):
         raise RuntimeError("shapes do not fit")
 
 

@@ -164,7 +164,7 @@ def test_a_dead_rank_stops_the_others(endless, tmp_path):
 def names_of_start(store: dist.Store, world: int) -> set[str]:
     """What `world` processes that start together, the first one last, call their start."""
     with ThreadPoolExecutor(world) as pool:
-        return set(pool.map(lambda rank: processes._name_of_start(store, rank, world, 30), reversed(range(world))))
+        return set(pool.map(lambda rank: processes._launch_name(store, rank, world, 30), reversed(range(world))))
 
 
 def test_each_start_has_a_name_of_its_own():
@@ -176,7 +176,7 @@ def test_each_start_has_a_name_of_its_own():
     (third,) = names_of_start(store, 3)
     assert len({first, second, third}) == 3
     with pytest.raises(TimeoutError):
-        processes._name_of_start(store, 0, 3, 0)
+        processes._launch_name(store, 0, 3, 0)
 
 
 def test_a_restart_goes_on_by_itself(monkeypatch):

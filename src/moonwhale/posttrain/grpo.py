@@ -71,20 +71,20 @@ class GRPOOptions(PostTraining):
         require(self, "show", self.show >= 0, "it must not be negative")
         for name in ("beta", "epsilon"):
             require(self, name, (getattr(self, name) or 0) >= 0, "it must not be negative")
-        self.accumulation()
+        self.gradient_accumulation_steps()
         if self.questions < self.questions_per_step:
             raise UserError(f"`questions`: {self.questions} are fewer than `questions_per_step`: give at least those")
 
-    def accumulation(self, world: int = 1) -> int:
-        """Micro-batches of an optimizer step on each of `world` devices."""
-        answers, at_once = self.group_size * self.questions_per_step, self.batch_size * world
+    def gradient_accumulation_steps(self, replicas: int = 1) -> int:
+        """Micro-batches per optimizer step on each of `replicas` devices."""
+        answers, at_once = self.group_size * self.questions_per_step, self.batch_size * replicas
         if answers % at_once:
-            fits = [n for n in range(1, answers // world + 1) if answers % (n * world) == 0]
+            fits = [n for n in range(1, answers // replicas + 1) if answers % (n * replicas) == 0]
             nearest = min(fits, key=lambda n: abs(n - self.batch_size), default=None)
-            advice = f"give `batch_size` {nearest}" if nearest else f"give `questions_per_step` {world}"
+            advice = f"give `batch_size` {nearest}" if nearest else f"give `questions_per_step` {replicas}"
             raise UserError(
-                f"`batch_size`: {self.batch_size} x {world} device(s) does not divide the {answers} answers of a step "
-                f"(`group_size` {self.group_size} x `questions_per_step` {self.questions_per_step}): {advice}"
+                f"`batch_size`: {self.batch_size} x {replicas} device(s) does not divide the {answers} answers of a "
+                f"step (`group_size` {self.group_size} x `questions_per_step` {self.questions_per_step}): {advice}"
             )
         return answers // at_once
 
@@ -156,7 +156,7 @@ def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):
     return MTPGRPOConfig(
         **common_trainer_arguments(config, choice, config.steps),
         **OBJECTIVES[config.objective] | given,
-        gradient_accumulation_steps=config.accumulation(world_size()),
+        gradient_accumulation_steps=config.gradient_accumulation_steps(replicas=world_size()),
         lr_scheduler_type="constant_with_warmup",
         num_generations=config.group_size,
         num_generations_eval=1,

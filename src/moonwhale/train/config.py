@@ -1,6 +1,6 @@
-"""What a training run is told: typed options, their four sources, and the file that replays the run.
+"""The options of `moonwhale train`: their defaults, their checks, and how they are read.
 
-Later sources win: defaults, the preset, a YAML file (`--config`), the command line.
+A later source wins: the defaults, the preset, a YAML file (`--config`), the command line.
 """
 
 import os
@@ -29,72 +29,74 @@ MODEL_HELP = "fields of MoonwhaleConfig that differ from its defaults"
 
 @dataclass
 class ModelOverrides:
-    """`--model.FIELD` alone, for the verbs that train nothing."""
+    """Only the options `--model.FIELD`, for verbs that do not train."""
 
     model: dict = option({}, MODEL_HELP, fields=MODEL_FIELDS)
 
 
 @dataclass
 class TrainConfig:
-    """Every option of a run. Rates are per optimizer step; lengths are in tokens.
+    """The options of a run. Learning rates are per optimizer step; lengths are in tokens.
 
     Raises:
-        UserError: one line naming the option, its value and the fix.
+        UserError: names the option, its value and the fix.
     """
 
     verb: typing.ClassVar[str] = "train"
 
     preset: str = option("demo", "size of the model, and options that suit it", group="run", choices=tuple(PRESETS))
-    out: str | None = option(None, "folder of the run (runs/PRESET)", group="run")
-    resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
-    seed: int = option(0, "of the weights and the shuffling", group="run")
+    out: str | None = option(None, "the run's folder (runs/PRESET)", group="run")
+    resume: bool = option(False, "resume from the newest undamaged checkpoint in --out", group="run")
+    seed: int = option(0, "seed of the weights and of the shuffling", group="run")
 
     data: str = option("chitchat", DATA_HELP, group="data")
     data_split: str | None = option(None, "split of a hub set (train)", group="data")
     data_columns: list[str] | None = option(None, "columns of a table or hub set to read, as A,B", group="data")
     data_documents: int | None = option(
-        None, "documents to read, from the beginning; a hub set is then streamed (all, downloaded)", group="data"
+        None, "read only the first N documents; a hub set is then streamed, not downloaded (all)", group="data"
     )
     tokenizer: str | None = option(
-        None, "folder, hub id, or a packaged one: deepseek, gpt2; left out, one is trained on the data", group="data"
+        None,
+        "folder, hub id, or a packaged one: deepseek, gpt2; if not given, one is trained on the data",
+        group="data",
     )
-    context: int = option(1024, "tokens of a row", group="data")
+    context: int = option(1024, "tokens per row", group="data")
 
-    batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
+    batch_size: int = option(8, "rows per micro-batch on each device", group="optimization")
     tokens_per_step: int = option(
-        8192, "tokens of one optimizer step; micro-batches add up to it", group="optimization"
+        8192, "tokens per optimizer step; micro-batches are accumulated to reach it", group="optimization"
     )
     steps: int = option(1000, "optimizer steps", group="optimization")
-    lr: float = option(2e-3, "peak learning rate, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    lr: float = option(2e-3, "peak learning rate, on AdamW's scale, for both Muon and AdamW", group="optimization")
     schedule: str = option(
-        "wsd", "warm-up, plateau, decay; or warm-up and cosine", group="optimization", choices=("wsd", "cosine")
+        "wsd", "wsd: warm-up, plateau, decay; cosine: warm-up, cosine", group="optimization", choices=("wsd", "cosine")
     )
-    warmup_steps: int = option(100, "steps in which the rate rises to its peak", group="optimization")
-    decay_fraction: float = option(0.2, "part of the steps in which wsd decays", group="optimization")
-    min_lr_ratio: float = option(0.0, "last learning rate over the peak", group="optimization")
-    weight_decay: float = option(0.1, "decoupled, on matrices", group="optimization")
-    momentum: float = option(0.95, "of Muon", group="optimization")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
+    warmup_steps: int = option(100, "steps in which the learning rate rises to its peak", group="optimization")
+    decay_fraction: float = option(0.2, "fraction of the steps in which wsd decays", group="optimization")
+    min_lr_ratio: float = option(0.0, "final learning rate, relative to the peak", group="optimization")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", group="optimization")
+    momentum: float = option(0.95, "momentum of Muon", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off", group="optimization")
     qk_clip_tau: float = option(
-        100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+        100.0, "attention logit above which QK-clip scales a head down; 0 turns it off", group="optimization"
     )
     mtp_loss_weight_final: float | None = option(
         None,
-        "weight λ of the MTP loss in the last --decay-fraction of steps; left out, it stays model.mtp_loss_weight",
+        "weight λ of the MTP loss in the last --decay-fraction of the steps (model.mtp_loss_weight)",
         group="optimization",
     )
 
-    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
+    device: str = option("auto", "cpu, cuda or mps; auto takes the fastest", group="device", suggestions=DEVICES)
     precision: str = option(
-        "auto", f"of the matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
+        "auto", f"precision of matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
-    compile: bool = option(False, "torch.compile the model", group="device")
+    compile: bool = option(False, "compile the model with torch.compile", group="device")
 
-    eval_every: int = option(100, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
-    eval_rows: int = option(64, "held-out rows of an evaluation", group="reports and checkpoints")
-    save_every: int = option(200, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints kept", group="reports and checkpoints")
+    eval_every: int = option(100, "steps between evaluations; 0: only at the end", group="reports and checkpoints")
+    eval_rows: int = option(64, "held-out rows per evaluation", group="reports and checkpoints")
+    save_every: int = option(200, "steps between checkpoints; 0: only at the end", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", group="reports and checkpoints")
     log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
     report_to: list[str] = option(
         ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
@@ -107,6 +109,12 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out = self.out or default_out(self.preset)
+        self._check_ranges()
+        self._check_compile()
+        self.gradient_accumulation_steps()
+        self.micro_batches_per_replica()
+
+    def _check_ranges(self) -> None:
         for name in AT_LEAST_ONE:
             require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in NOT_NEGATIVE:
@@ -115,50 +123,66 @@ class TrainConfig:
         require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
         for name in ("decay_fraction", "min_lr_ratio"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
-        decay = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
-        left, less = self.steps - decay, f" less {decay} of decay" if decay else ""
-        room = f"`steps` {self.steps}{less} leave {left} for warm-up"
-        require(self, "warmup_steps", self.warmup_steps <= left, room)
         require(self, "mtp_loss_weight_final", (self.mtp_loss_weight_final or 0) >= 0, "it must not be negative")
-        self.accumulation()
-        if self.split.pp > 1 and self.compile:
+        decay_steps = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
+        without_decay = self.steps - decay_steps
+        minus_decay = f" less {decay_steps} of decay" if decay_steps else ""
+        fix = f"`steps` {self.steps}{minus_decay} leave {without_decay} for warm-up"
+        require(self, "warmup_steps", self.warmup_steps <= without_decay, fix)
+
+    def _check_compile(self) -> None:
+        if not self.compile:
+            return
+        if self.parallelism.pp > 1:
             raise UserError("`compile`: a pipeline can't split a compiled backward pass: leave it out")
-        if self.split.ep > 1 and self.compile:
+        if self.parallelism.ep > 1:
             raise UserError("`compile`: experts on several ranks can't be compiled: leave it out")
-        if self.split.fsdp and self.compile:
+        if self.parallelism.fsdp:
             raise UserError("`compile`: compiled blocks don't gather their weights: leave it or `parallel.fsdp` out")
-        self.micro_batches()
 
     @property
-    def split(self) -> Parallel:
+    def parallelism(self) -> Parallel:
+        """The options `parallel.FIELD`, checked."""
         return Parallel(**self.parallel)
 
-    def micro_batches(self, copies: int = 1) -> int:
-        """Micro-batches that each of a pipeline's `copies` computes in a step."""
-        what = f"`tokens_per_step`: {self.tokens_per_step} is {self.accumulation()} micro-batches of `batch_size` "
-        what += f"{self.batch_size} x `context` {self.context}"
-        return self.split.micro_batches(self.accumulation(), copies, self.batch_size * self.context, what)
+    def gradient_accumulation_steps(self, replicas: int = 1) -> int:
+        """Micro-batches per optimizer step on each of `replicas` devices.
 
-    def accumulation(self, world: int = 1) -> int:
-        """Micro-batches of one optimizer step on each of `world` devices."""
-        at_once = self.batch_size * self.context * world
+        Raises:
+            UserError: `tokens_per_step` is not a multiple of the tokens that all replicas compute at once.
+        """
+        at_once = self.batch_size * self.context * replicas
         count, rest = divmod(self.tokens_per_step, at_once)
         if rest or not count:
             nearest = " or ".join(str(n * at_once) for n in (count, count + 1) if n)
-            devices = f" x {world} devices" if world > 1 else ""
+            devices = f" x {replicas} devices" if replicas > 1 else ""
             raise UserError(
                 f"`tokens_per_step`: {self.tokens_per_step} is no multiple of `batch_size` {self.batch_size} x "
                 f"`context` {self.context}{devices} = {at_once} tokens: give {nearest}"
             )
         return count
 
+    def micro_batches_per_replica(self, replicas: int = 1) -> int:
+        """Micro-batches per optimizer step that each of `replicas` pipelines computes.
+
+        Raises:
+            UserError: the schedule needs more of them, or another multiple.
+        """
+        count = self.gradient_accumulation_steps()
+        description = (
+            f"`tokens_per_step`: {self.tokens_per_step} is {count} micro-batches of `batch_size` {self.batch_size} x "
+            f"`context` {self.context}"
+        )
+        return self.parallelism.micro_batches(count, replicas, self.batch_size * self.context, description)
+
 
 def default_out(preset: str) -> str:
+    """The folder of a run without `out`."""
     return os.path.join("runs", preset)
 
 
 def parse(argv: list[str]) -> TrainConfig:
-    """A run's configuration from `moonwhale train`'s arguments; a run that goes on has its own file for --config."""
+    """Reads the arguments of `moonwhale train`. A resumed run without `--config` takes its own run.yaml."""
     demo = PRESETS["demo"]
     preset_decides = {*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)}
     parser = options.Parser(
@@ -169,7 +193,7 @@ def parse(argv: list[str]) -> TrainConfig:
         epilog="`moonwhale info PRESET --model.FIELD VALUE` counts what a model costs.",
     )
     options.add_options(parser, TrainConfig, preset_decides)
-    parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
+    parser.add_argument("--config", metavar="YAML", help="file with options; each run writes one, run.yaml")
     given, rest = options.read_argv(parser, TrainConfig, argv)
     path = rest.config
     if restarted():
@@ -181,22 +205,26 @@ def parse(argv: list[str]) -> TrainConfig:
 
 
 def resolve(given: dict, path: str | None = None) -> TrainConfig:
-    """Defaults < preset < the YAML file at `path` < `given`, a dict of options by name."""
-    filed = options.read_yaml(path, TrainConfig) if path else {}
-    if "preset" in filed and given.get("preset", filed["preset"]) != filed["preset"]:
+    """Merges the options: defaults, then the preset, then the YAML file at `path`, then `given`, a dict by name.
+
+    Raises:
+        UserError: `given` names another preset than the file, or an option is impossible.
+    """
+    in_file = options.read_yaml(path, TrainConfig) if path else {}
+    if "preset" in in_file and given.get("preset", in_file["preset"]) != in_file["preset"]:
         raise UserError(
-            f"`preset`: {given['preset']!r} contradicts {path}, whose values come from preset {filed['preset']!r}: "
+            f"`preset`: {given['preset']!r} contradicts {path}, whose values come from preset {in_file['preset']!r}: "
             "leave `preset` out, or take `preset` and the values it should decide out of the file"
         )
-    preset = get_preset(given.get("preset", filed.get("preset", TrainConfig.preset)))
-    return TrainConfig(**options.merge(preset.train, {"model": preset.model}, filed, given))
+    preset = get_preset(given.get("preset", in_file.get("preset", TrainConfig.preset)))
+    return TrainConfig(**options.merge(preset.train, {"model": preset.model}, in_file, given))
 
 
 def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":
-    """Build the model's configuration; `fit_to_tokenizer` adds what only the tokenizer knows.
+    """Builds the model's configuration. `fit_to_tokenizer` adds what only the tokenizer knows.
 
     Raises:
-        UserError: naming `model.FIELD`, for dimensions that cannot work or cannot hold the context.
+        UserError: names the `model.FIELD` whose value is impossible, or too small for the context.
     """
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
@@ -214,7 +242,7 @@ def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":
 
 
 def fit_to_tokenizer(model: "MoonwhaleConfig", config: TrainConfig, vocab_size: int, **token_ids: int | None) -> None:
-    """Check that a model's vocabulary holds a tokenizer's, and set its token ids, unless the run's options set them.
+    """Checks that the model's vocabulary holds the tokenizer's, and sets the token ids that the options leave open.
 
     Args:
         model: what `build_model_config` built from `config`.

@@ -1,4 +1,4 @@
-"""Whether a training run fits into a device's memory: an estimate before, and advice after it did not."""
+"""Checks whether a run fits into a GPU's memory, and turns an out-of-memory error into advice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,76 +11,80 @@ from moonwhale.units import in_bytes
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a GPU has left for this process; None of a CPU, which can swap."""
+    """The memory that a GPU has left for this process. None for a CPU, which can swap."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return torch.mps.recommended_max_memory() if device.type == "mps" else None
 
 
-def needed_bytes(model_config, run, number_bytes: int) -> dict[str, int]:
-    """`costs.one_device_training_bytes` of a micro-batch of `run`, whose activations are `number_bytes` a number.
+def needed_bytes(model_config, run, bytes_per_number: int) -> dict[str, int]:
+    """The memory of a training step of `run`, by purpose (`costs.one_device_training_bytes`).
 
-    Recomputed ones (`gradient_checkpointing`) leave what enters each block, and those of a block at a time.
+    With `gradient_checkpointing`, the activations are the inputs of all blocks and everything inside one block.
+
+    run: has `batch_size`, `context` and `gradient_checkpointing`.
+    bytes_per_number: size of a number of the activations.
     """
     tokens = run.batch_size * run.context
-    needed = one_device_training_bytes(model_config, tokens, number_bytes)
+    needed = one_device_training_bytes(model_config, tokens, bytes_per_number)
     if run.gradient_checkpointing:
         blocks = model_config.num_blocks
-        kept = number_bytes * tokens * model_config.hidden_size * blocks
-        needed["activations"] = min(needed["activations"], kept + needed["activations"] // blocks)
+        block_inputs = bytes_per_number * tokens * model_config.hidden_size * blocks
+        needed["activations"] = min(needed["activations"], block_inputs + needed["activations"] // blocks)
     return needed
 
 
-def check_gpu_memory(model_config, run, device: torch.device, number_bytes: int) -> str:
-    """A line on the memory of `run` (its `batch_size`, `context` and `gradient_checkpointing`) on a GPU; "" on a CPU.
+def check_gpu_memory(model_config, run, device: torch.device, bytes_per_number: int) -> str:
+    """Returns a line on the memory that `run` needs and a GPU has, or "" for a CPU. For the arguments see
+    `needed_bytes`.
 
     Raises:
-        UserError: weights, gradients and optimizer alone are more than there is. Activations are estimated too roughly
-            to refuse for them.
+        UserError: weights, gradients and optimizer alone exceed the memory. Activations are only warned of, since their
+            size is a rough estimate.
     """
     free = free_bytes(device)
     if free is None:
         return ""
-    needed = needed_bytes(model_config, run, number_bytes)
-    whole, activations = sum(needed.values()), needed["activations"]
-    if whole - activations > free:
+    needed = needed_bytes(model_config, run, bytes_per_number)
+    total = sum(needed.values())
+    without_activations = total - needed["activations"]
+    if without_activations > free:
         raise UserError(
-            f"`device`: weights, gradients and optimizer take {in_bytes(whole - activations)}, and {device} has "
+            f"`device`: weights, gradients and optimizer take {in_bytes(without_activations)}, and {device} has "
             f"{in_bytes(free)} left: train a smaller `preset` or `model.FIELD`, or on a larger device"
         )
-    line = f"memory     about {in_bytes(whole)} of the {in_bytes(free)} that {device} has left"
-    return line if whole <= free else f"{line}: it may not suffice ({_smaller(run)})"
+    line = f"memory     about {in_bytes(total)} of the {in_bytes(free)} that {device} has left"
+    return line if total <= free else f"{line}: it may not suffice ({_advice(run)})"
 
 
 @contextmanager
-def explained(run, device: torch.device) -> Iterator[None]:
-    """Makes one line of advice out of running out of memory.
+def out_of_memory_as_advice(run, device: torch.device) -> Iterator[None]:
+    """Context that turns torch's out-of-memory errors, on any device, into one line of advice. Other errors pass.
 
     Raises:
-        UserError: instead of what torch raises on a GPU, MPS or a CPU; everything else passes.
+        UserError: the device ran out of memory.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{device} is out of memory with `batch_size` {run.batch_size} rows: {_smaller(run)}"
-        ) from error
+        raise UserError(f"{device} is out of memory with `batch_size` {run.batch_size} rows: {_advice(run)}") from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
+    # Only CUDA raises OutOfMemoryError. The CPU's and MPS's allocators raise a plain RuntimeError.
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
-def _smaller(run) -> str:
-    """What of a run's options would take less."""
-    advice = []
+def _advice(run) -> str:
+    """The options of `run` that can still be changed to need less memory."""
+    changes = []
     if run.batch_size > 1:
-        advice.append(f"`batch_size` {run.batch_size // 2}")
+        changes.append(f"`batch_size` {run.batch_size // 2}")
     if not run.gradient_checkpointing:
-        advice.append("`gradient_checkpointing`")
-    if hasattr(run, "context"):
-        advice.append("a shorter `context`")
-    return f"give {', '.join(advice)}, or a smaller model" if advice else "train a smaller model"
+        changes.append("`gradient_checkpointing`")
+    if hasattr(run, "context"):  # GRPO's rows are as long as its answers
+        changes.append("a shorter `context`")
+    return f"give {', '.join(changes)}, or a smaller model" if changes else "train a smaller model"

@@ -45,8 +45,9 @@ def train(config: TrainConfig) -> None:
 
 def check(config: TrainConfig) -> Path | None:
     """Checks how the run is spread over processes, and its folder. Returns the checkpoint to resume from."""
-    if config.split.cuts:
-        config.micro_batches(config.split.copies(world_size()))
+    parallelism = config.parallelism
+    if parallelism.cuts:
+        config.micro_batches_per_replica(parallelism.copies(world_size()))
     return check_run(config, lambda run_file: resolve({}, run_file))
 
 
@@ -66,15 +67,15 @@ def build(config: TrainConfig) -> Run:
     from moonwhale.train.mtp_trainer import MTPTrainer
     from moonwhale.train.pipeline_trainer import PipelineTrainer
 
-    split, world = config.split, world_size()  # `meet` hides the world size of a pipeline from the Trainer
-    if split.cuts:
+    parallelism, world = config.parallelism, world_size()  # `meet` hides the world size of a pipeline from the Trainer
+    if parallelism.cuts:
         process_groups.take_gpu()
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
     model_config = build_model_config(config)  # refuses an impossible model before a tokenizer is trained
     settings = run_folder.options_that_affect_training(config, also=("out", "resume"))
-    ranks = process_groups.meet(split, model_config, config.context, choice.device.type == "cpu", settings)
+    ranks = process_groups.meet(parallelism, model_config, config.context, choice.device.type == "cpu", settings)
     replicas = 1 if ranks else world  # as the Trainer sees it: pipelines are one device
     args = trainer_arguments(config, choice, replicas)
     data = load_data(config, model_config.vocab_size, replicas)
@@ -85,9 +86,14 @@ def build(config: TrainConfig) -> Run:
 
     trainer_class, of_pipeline = MTPTrainer, {}
     if ranks:
-        micro_batches = config.micro_batches(ranks.copies)
+        micro_batches = config.micro_batches_per_replica(ranks.copies)
         trainer_class = PipelineTrainer
-        of_pipeline = {"ranks": ranks, "schedule": split.order, "micro_batches": micro_batches, "fsdp": split.fsdp}
+        of_pipeline = {
+            "ranks": ranks,
+            "schedule": parallelism.order,
+            "micro_batches": micro_batches,
+            "fsdp": parallelism.fsdp,
+        }
     n_eval_rows = min(config.eval_rows, len(data.held_out))
     eval_rows = torch.linspace(0, len(data.held_out) - 1, n_eval_rows).long().tolist()
     make_trainer = partial(
@@ -162,11 +168,11 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     from moonwhale.costs import model_size
     from moonwhale.train.memory import check_gpu_memory
 
-    split, size = config.split, model_size(model_config)
-    memory = "" if split.cuts else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
+    parallelism, size = config.parallelism, model_size(model_config)
+    memory = "" if parallelism.cuts else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
     print_once(data.describe())
     print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
-    print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + split.describe(world))
+    print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
     if memory:
         print_once(memory)
     print_once(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {config.out}")
@@ -208,7 +214,7 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
         schedule, settings = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
     return MTPTrainingArguments(
         **common_trainer_arguments(config, choice, config.steps),
-        gradient_accumulation_steps=config.accumulation(replicas),
+        gradient_accumulation_steps=config.gradient_accumulation_steps(replicas),
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=settings,
         mtp_loss_weight_final=config.mtp_loss_weight_final,

@@ -135,11 +135,11 @@ def carry_out(run: Run, checkpoint: Path | None) -> "Trainer":
     """
     import transformers
 
-    from moonwhale.train import memory
     from moonwhale.train.callbacks import ProgressLines, StopAtStepEnd
+    from moonwhale.train.memory import out_of_memory_as_advice
 
-    out_of_memory = memory.explained(run.config, run.choice.device)
-    with out_of_memory, ProgressLines(run.log_line) as lines, StopAtStepEnd() as stop:
+    memory_advice = out_of_memory_as_advice(run.config, run.choice.device)
+    with memory_advice, ProgressLines(run.log_line) as lines, StopAtStepEnd() as stop:
         trainer = run.make_trainer(callbacks=[lines, stop])
         trainer.remove_callback(transformers.PrinterCallback)
         try:
