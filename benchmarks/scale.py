@@ -2,11 +2,22 @@
 
     python benchmarks/scale.py
 
-A step is forward and backward of the `small` preset's shapes with all its mechanisms, fp32 weights, bf16 autocast where
-the CPU is fast in it. One row of 512 to 16,384 tokens, with MoBA and with full attention; 1 to 16 rows of 512; 4 to 64
-routed experts, of which a token chooses as many as ever. Every point is a process of its own: the median of three steps
-after one to warm up, with the allocator that training uses, and the process's peak memory less what it held before it
-built the model. Writes docs/scale.md and draws docs/scale.svg too. Five to ten minutes on two cores.
+A step is the forward and backward pass of a model with the `small` preset's shapes and all its mechanisms, with fp32
+weights and, if the CPU is fast in it, bf16 autocast. The points are one row of 512 to 16,384 tokens, with MoBA and with
+full attention; 1 to 16 rows of 512 tokens; and 4 to 64 routed experts, with the same number of experts per token.
+
+Each point is measured in a process of its own with the allocator that training uses: the median of three steps after a
+warm-up step, and the process's peak memory minus its memory before the model was built. The script also writes
+docs/scale.md and draws docs/scale.svg. It takes five to ten minutes on two cores.
+
+Keys of the answer (results/scale.json):
+    context: the points of "MoBA" and "full attention"; `at` is the number of tokens.
+    batch, experts: points with MoBA; `at` is the number of rows or of routed experts.
+    fits: for each curve and quantity, a, b, c of a + b T + c T², T in units of 1,024 tokens.
+    preset, model, steps: the preset, its shapes, and the timed steps of a point.
+    environment: the machine and the versions.
+    A point has `seconds` and `teraflop` (10^12 operations) per step, `megabytes` (peak), `tokens_per_second`,
+    `parameters`, `active_parameters` and `flops_per_token`. Measured values are null if memory does not suffice.
 """
 
 import sys
@@ -28,46 +39,49 @@ from train import FP32, Contender, fresh, peak_of_process, step
 PRESET = "small"
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384)
 ROWS, EXPERTS = (1, 2, 4, 8, 16), (4, 8, 16, 32, 64)
-CONTEXT, EXPERT_ROWS = 512, 8  # where those do not vary
+CONTEXT, EXPERT_ROWS = 512, 8  # tokens per row, except in `context`; rows in `experts`
 COLOURS = {"MoBA": "#2563eb", "full attention": "#d97706"}
-UNIT = 1024  # tokens; what the fits count in
+UNIT = 1024  # tokens per unit of T in the fits
 QUANTITIES = {"seconds": "seconds", "teraflop": "TFLOP", "megabytes": "MB"}
 
-PAGE = """# Scale on one page
+PAGE = """# How a training step scales
 
-What a training step costs as the context, the batch and the number of experts grow: forward and backward of the
-`{preset}` preset's shapes ({parameters} parameters, MTP modules included), {dtype} on fp32 weights. {cpu}, {threads}
-threads on {cores} cores, torch {torch}. Each line is a process of its own: the median of {steps} steps, and the peak of
-memory beyond what the libraries take. [scale.py](../benchmarks/scale.py) measures, and writes this page.
+This page shows how the speed and memory of a training step grow with the context, the batch and the number of experts.
+A step is the forward and backward pass of a model with the `{preset}` preset's shapes ({parameters} parameters, MTP
+modules included), in {dtype} with fp32 weights. The machine is {cpu} with {threads} threads on {cores} cores, and torch
+{torch}. Each line is measured in a process of its own: the median time of {steps} steps, and the peak memory minus what
+the libraries take. [scale.py](../benchmarks/scale.py) measures this and writes the page.
 
 ![Speed and memory against context, batch and number of experts; dashed, the fits of the seconds](scale.svg)
 
 ## Context
 
-One row; TFLOP are the operations of a step as [costs.py](../src/moonwhale/costs.py) counts them.
+One row per step. TFLOP are the operations of a step, computed by [costs.py](../src/moonwhale/costs.py).
 
 {contexts}
 
-Lengths at which MoBA is the faster: {faster}. At {longest} tokens it takes {of_full[seconds]} of the time of full
+MoBA is faster at {faster} tokens. At {longest} tokens it takes {of_full[seconds]} of the time of full
 attention, {of_full[teraflop]} of the operations and {of_full[megabytes]} of the memory.
 
-Each curve is fitted by a + b T + c T² (none of them negative, least squares of relative errors, T in 1,024 tokens). No
-point of the seconds is missed by more than {missed}. GFLOP/s are the operations of a term over its seconds.
+Each curve is fitted by a + b T + c T², with T in units of 1,024 tokens, non-negative coefficients, and least squares of
+relative errors. The fitted seconds differ from the measured ones by at most {missed}. GFLOP/s are the operations of a
+term divided by its seconds.
 
 {terms}
 
-- **a**: what a step costs whatever its length; in memory, weights and gradients.
-- **b**: matrices, experts and heads cost every token the same. With MoBA the keys of a query do so too, at most
-  {config.moba_topk} blocks of {config.moba_block_size}. In memory, what a token leaves for the backward pass.
-- **c**: with full attention a query meets (T + 1)/2 keys on average. With MoBA two things still grow so: its gate,
-  which compares a query with the mean of each earlier block, and the {full_blocks} of {config.num_blocks} transformer
-  blocks that keep full attention. In memory, c would be scores that are stored.
-- Where c's share of the seconds is above its share of the operations, attention runs below the rate of the rest; where
-  it is below, above.
+- **a**: the cost of a step that does not depend on its length. For memory, these are weights and gradients.
+- **b**: the cost per token of matrices, experts and heads. With MoBA it includes the keys that a query reads, at most
+  {config.moba_topk} blocks of {config.moba_block_size}. For memory, these are the activations saved for backward.
+- **c**: the quadratic cost of attention. With full attention a query reads (T + 1)/2 keys on average. With MoBA two
+  things still grow quadratically: the gate, which compares a query with the mean of each earlier block, and the
+  {full_blocks} of {config.num_blocks} transformer blocks that keep full attention. For memory, c stands for stored
+  scores.
+- If c has a larger share of the seconds than of the operations, attention reaches fewer GFLOP/s than the rest; if it
+  has a smaller share, more.
 
 ## Batch
 
-Rows of {context} tokens, MoBA. A token's operations are the same in any batch.
+Rows of {context} tokens, with MoBA. The operations per token are the same for any batch.
 
 {batches}
 
@@ -75,7 +89,7 @@ Rows of {context} tokens, MoBA. A token's operations are the same in any batch.
 
 ## Experts
 
-{rows} rows of {context} tokens; a token chooses {config.num_experts_per_tok} experts of one width.
+{rows} rows of {context} tokens. A token uses {config.num_experts_per_tok} experts; all experts have the same width.
 
 {experts}
 
@@ -84,7 +98,7 @@ Rows of {context} tokens, MoBA. A token's operations are the same in any batch.
 
 
 def measure(shapes: dict, rows: int, context: int, steps: int) -> dict:
-    """Seconds of a step, and the megabytes it takes, in this process."""
+    """Measures the seconds and the megabytes of a step in this process."""
     before, precision = psutil.Process().memory_info().rss, choose("cpu")
     tune_allocator()
     torch.manual_seed(0)
@@ -99,7 +113,7 @@ def measure(shapes: dict, rows: int, context: int, steps: int) -> dict:
 
 
 def point(what: str, at: int, shapes: dict, rows: int, context: int, steps: int) -> dict:
-    """What is counted of a point, and what is measured: seconds is None where memory is too little."""
+    """Returns the figures of a point. The measured ones are None if memory does not suffice."""
     config, tokens, name = MoonwhaleConfig(**shapes), rows * context, f"{what} {at:,}"
     size, flops = model_size(config), flops_per_token(config, context)
     found = {
@@ -122,8 +136,9 @@ def measured(points: list[dict]) -> list[dict]:
 
 
 def fit(lengths: list[int], amounts: list[float]) -> list[float]:
-    """a, b, c of a + b T + c T², T in units of 1,024 tokens: of those that are not negative, since no cost is, the
-    ones of the least squared relative errors.
+    """Fits a + b T + c T², T in units of 1,024 tokens, and returns (a, b, c).
+
+    The coefficients minimize the squared relative errors among all non-negative ones, because no cost is negative.
     """
     t = torch.tensor(lengths, dtype=torch.float64) / UNIT
     powers = torch.stack([t**0, t, t**2], 1) / torch.tensor(amounts, dtype=torch.float64)[:, None]
@@ -146,7 +161,7 @@ def quadratic_share(coefficients: list[float], length: int) -> float:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Speed above, memory below; a column for each thing that grows. Dashed: the fits of the seconds."""
+    """Draws speed above memory, with one column for each quantity that grows. The fits of the seconds are dashed."""
     style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     columns = {
         "tokens of context, one row": result["context"],
@@ -180,8 +195,8 @@ def draw(result: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each point (3)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where scale.md and scale.svg go")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per point (3)")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for scale.md and scale.svg")
     arguments = parser.parse_args(argv)
     matplotlib.use("Agg")
     shapes, steps = PRESETS[PRESET].model, arguments.steps
@@ -215,12 +230,12 @@ def table(head: list[str], rows: list[list]) -> str:
 
 def cells(point: dict) -> list[str]:
     if point["seconds"] is None:
-        return ["too little memory", "", ""]
+        return ["not enough memory", "", ""]
     return [f"{point['tokens_per_second']:,}", f"{point['seconds']:.2f}", f"{point['megabytes']:,}"]
 
 
 def growth(name: str, fits: dict, longest: int) -> list[list[str]]:
-    """Rows of the fits' table: what was measured and counted, and the operations over the seconds."""
+    """Returns the rows of a curve in the table of fits, and the operations divided by the seconds."""
     rows = []
     for quantity, unit in QUANTITIES.items():
         terms = [f"{float(f'{x:.3g}'):,g}" if x > 1e-9 else "0" for x in fits[quantity]]
@@ -230,14 +245,14 @@ def growth(name: str, fits: dict, longest: int) -> list[list[str]]:
 
 
 def compared(points: list[dict], what: str, **named: str) -> str:
-    """How the last point compares with the first, in a sentence."""
+    """Compares the last point with the first, in one sentence."""
     first, last = measured(points)[0], measured(points)[-1]
     factors = [f"{last[key] / first[key]:.2f}× the {name}" for key, name in named.items()]
     return f"From {first['at']} to {last['at']} {what}: {', '.join(factors)}."
 
 
 def page(result: dict) -> str:
-    """docs/scale.md: its figures, and every sentence that has one, come from the result."""
+    """Returns docs/scale.md. Its figures, and every sentence that has one, come from the result."""
     contexts, fits, config = result["context"], result["fits"], MoonwhaleConfig(**result["model"])
     longest = min(measured(points)[-1]["at"] for points in contexts.values())
     moba, full = ({p["at"]: p for p in measured(points)} for points in contexts.values())
@@ -266,7 +281,7 @@ def page(result: dict) -> str:
         full_blocks=sum(not config.is_moba_layer(i) for i in range(config.num_blocks)),
         rows=EXPERT_ROWS,
         context=CONTEXT,
-        faster=", ".join(faster) or "none",
+        faster=", ".join(faster) or "no number of",
         longest=f"{longest:,}",
         of_full={what: f"{moba[longest][what] / full[longest][what]:.0%}" for what in QUANTITIES},
         missed=f"{max(missed):.1%}",
@@ -279,7 +294,7 @@ def page(result: dict) -> str:
             result["experts"],
             "experts",
             parameters="parameters",
-            flops_per_token="operations a token",
+            flops_per_token="operations per token",
             tokens_per_second="tokens/s",
             megabytes="memory",
         ),

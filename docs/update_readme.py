@@ -1,6 +1,7 @@
-"""Writes the figures of README.md from what produced them: `python docs/update_readme.py`.
+"""Writes the generated blocks of README.md: `python docs/update_readme.py`.
 
-With `--check`, only says whether they differ.
+The blocks are the end of the demo, the sizes of the presets, and the results of the benchmarks. With `--check`, the
+script only reports whether README.md is up to date, by its exit status.
 """
 
 import json
@@ -9,21 +10,22 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = "train", "moba", "optimizer", "quality", "decode", "serve", "grpo", "fp8", "parallel"  # of the figures
+# The benchmarks whose results `figures` shows.
+SOURCES = "train", "moba", "optimizer", "quality", "decode", "serve", "grpo", "fp8", "parallel"
 
 
 def demo() -> str:
-    """The end of `make demo`, as it was printed."""
+    """Returns the last lines that `make demo` printed."""
     return f"```\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').strip()}\n```"
 
 
 def sizes() -> str:
-    """The presets, counted."""
+    """Returns the table of presets and their sizes."""
     from moonwhale.costs import model_size
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
     from moonwhale.presets import PRESETS
 
-    lines = ["| preset | parameters | active | a block | MTP modules | cache a token | for |", "|---" * 7 + "|"]
+    lines = ["| preset | parameters | active | per block | MTP modules | cache per token | for |", "|---" * 7 + "|"]
     for name, preset in PRESETS.items():
         config = MoonwhaleConfig(**preset.model)
         n = model_size(config)
@@ -41,16 +43,17 @@ def sizes() -> str:
 
 
 def read(benchmark: str) -> dict:
+    """Reads a benchmark's committed result."""
     return json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8"))
 
 
 def step() -> str:
-    """The demo model's training step beside transformers'."""
+    """Returns the table that compares a training step of the demo model with transformers."""
     return step_table(read("demo_step"))
 
 
 def figures() -> str:
-    """What the benchmarks say, a line for each question."""
+    """Returns the table of benchmark results, one row per question."""
     return figures_table(*map(read, SOURCES))
 
 
@@ -65,81 +68,95 @@ def figures_table(
     fp8: dict,
     parallel: dict,
 ) -> str:
-    over = [f"{train[f'vs_transformers_{mode}']:.2f}×" for mode in ("fp32", "autocast", "bf16")]
-    bits, seeds = quality["bits_per_byte"], optimizer["tokens_vs_adamw_by_seed"]
-    sparse = [f"{moba[f'fwd_{case}']:.1f}× and {moba[f'fwdbwd_{case}']:.1f}×" for case in ("1k", "16k", "32k")]
-    seconds = round(quality["seconds"]["ours"])
-    lines = {
-        "tokens/s in training, `seed_190m`'s shapes, MTP off, beside transformers' `DeepseekV3ForCausalLM` in fp32 "
-        "(its default), bf16 autocast, pure bf16": (", ".join(over), "train"),
-        "the same beside a dense GPT of as many active parameters": (f"{train['vs_dense']:.2f}×", "train"),
-        "the whole model with MTP: share of the fastest bf16 matrix product": (
-            f"{train['ceiling_share']:.0%}",
-            "train",
-        ),
-        "peak memory of that step, beside transformers under autocast": (
-            f"{train['memory_vs_transformers']:.2f}×",
-            "train",
-        ),
-        "MoBA beside full attention (flash), forward and with backward, at 1 k, 16 k and 32 k tokens": (
-            "; ".join(sparse),
-            "moba",
-        ),
-        "MuonClip's part of a `seed_190m` step of 8,192 tokens; QK-clip's": (
-            f"{optimizer['muonclip_share']:.1%}; {optimizer['qkclip_share']:.1%}",
-            "optimizer",
-        ),
-        f"tokens MuonClip needs for AdamW's final loss, beside AdamW's own, median of {len(seeds)} seeds": (
-            f"{optimizer['tokens_vs_adamw']:.2f}×",
-            "optimizer",
-        ),
-        f"held-out bits per byte after {seconds} s of training: ours whole": (f"{bits['ours']:.3f}", "quality"),
-        "a dense GPT with AdamW": (f"{bits['dense']:.3f}", "quality"),
-    }
-    if "nanochat" in bits:
-        lines["nanochat"] = (f"{bits['nanochat']:.3f}", "quality")
+    lines = training_lines(train, moba, optimizer) | quality_lines(quality)
     lines |= inference_lines(decode, serve) | later_lines(grpo, fp8, parallel)
     rows = [f"| {what} | {figure} | [{name}.py](benchmarks/{name}.py) |" for what, (figure, name) in lines.items()]
     machine = train["environment"]
     where = (
-        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, bf16 where not named otherwise, "
-        f"torch {machine['torch']}, transformers {machine['transformers']}; one allocator for both sides, rounds "
-        "interleaved, medians. No GPU was at hand: not measured there."
+        f"Measured on {machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, bf16 unless stated "
+        f"otherwise, torch {machine['torch']}, transformers {machine['transformers']}; both sides use the same "
+        "allocator, rounds are interleaved, figures are medians. Nothing has been measured on a GPU."
     )
-    return "\n".join(["| what | figure | script |", "|---|---|---|", *rows, "", where])
+    return "\n".join(["| question | figure | script |", "|---|---|---|", *rows, "", where])
+
+
+def training_lines(train: dict, moba: dict, optimizer: dict) -> dict[str, tuple[str, str]]:
+    """Returns the figures of training steps: for each row's text, the figure and the benchmark's name."""
+    ratios = [f"{train[f'vs_transformers_{mode}']:.2f}×" for mode in ("fp32", "autocast", "bf16")]
+    sparse = [f"{moba[f'fwd_{case}']:.1f}× and {moba[f'fwdbwd_{case}']:.1f}×" for case in ("1k", "16k", "32k")]
+    seeds = len(optimizer["tokens_vs_adamw_by_seed"])
+    return {
+        "tokens/s in training, compared with transformers' `DeepseekV3ForCausalLM` in fp32 (its default), bf16 "
+        "autocast and pure bf16; shapes of `seed_190m`, MTP off": (", ".join(ratios), "train"),
+        "tokens/s in training, compared with a dense GPT with as many active parameters": (
+            f"{train['vs_dense']:.2f}×",
+            "train",
+        ),
+        "FLOP/s in training with MTP, as a share of the fastest bf16 matrix product": (
+            f"{train['ceiling_share']:.0%}",
+            "train",
+        ),
+        "peak memory of a training step with MTP off, compared with transformers under autocast": (
+            f"{train['memory_vs_transformers']:.2f}×",
+            "train",
+        ),
+        "speed of MoBA compared with full (flash) attention, forward, and forward and backward; "
+        "at 1 k, 16 k and 32 k tokens": ("; ".join(sparse), "moba"),
+        "share of MuonClip in a `seed_190m` step of 8,192 tokens; share of QK-clip": (
+            f"{optimizer['muonclip_share']:.1%}; {optimizer['qkclip_share']:.1%}",
+            "optimizer",
+        ),
+        f"tokens that MuonClip needs to reach AdamW's final loss, compared with AdamW, median of {seeds} seeds": (
+            f"{optimizer['tokens_vs_adamw']:.2f}×",
+            "optimizer",
+        ),
+    }
+
+
+def quality_lines(quality: dict) -> dict[str, tuple[str, str]]:
+    """Returns the bits per byte that each model reaches in equal time."""
+    names = {"ours": "moonwhale", "dense": "a dense GPT with AdamW", "nanochat": "nanochat"}
+    seconds, bits = round(quality["seconds"]["ours"]), quality["bits_per_byte"]
+    return {
+        f"held-out bits per byte after {seconds} s of training: {name}": (f"{bits[key]:.3f}", "quality")
+        for key, name in names.items()
+        if key in bits
+    }
 
 
 def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
-    """The figures of decoding and of the server, and whose they are."""
-    beside = [f"{decode[f'{bits}_{n}']:.1f}×" for bits in ("bf16", "int8") for n in (128, 1024)]
+    """Returns the figures of decoding and of the server."""
+    ratios = [f"{decode[f'{bits}_{n}']:.1f}×" for bits in ("bf16", "int8") for n in (128, 1024)]
     cache = decode["cache_bytes_per_token"]["seed_190m"]
     bits = decode["bits_per_byte"]
-    held = ", ".join(f"{share:.0%}" for share in decode["acceptance"])
+    accepted = ", ".join(f"{share:.0%}" for share in decode["acceptance"])
     short, long = (f"{n // 1024} k" for n in decode["moba_contexts"])
     return {
-        "tokens/s in decoding, `seed_190m`'s shapes, batch 1, beside transformers' `generate` in bf16: bf16 at 128 and "
-        "1,024 tokens of context; int8": (f"{', '.join(beside[:2])}; {', '.join(beside[2:])}", "decode"),
-        f"MoBA: time a token at {long} of context beside {short}; full attention's at {long} beside MoBA's": (
+        "tokens/s in decoding, compared with transformers' `generate` in bf16: in bf16 at 128 and 1,024 tokens of "
+        "context; in int8; shapes of `seed_190m`, batch size 1": (
+            f"{', '.join(ratios[:2])}; {', '.join(ratios[2:])}",
+            "decode",
+        ),
+        f"decoding time per token with MoBA at {long} tokens of context, compared with {short}; "
+        f"with full attention, compared with MoBA at {long}": (
             f"{decode['moba_growth']:.2f}×; {decode['moba_32k']:.1f}×",
             "decode",
         ),
-        "bytes a token leaves in the cache of `seed_190m`, and in multi-head attention's": (
+        "cache bytes per token of `seed_190m`; with multi-head attention": (
             f"{cache['latent_allocated']:,.0f}; {cache['multi_head']:,}",
             "decode",
         ),
-        "MTP drafts of the demo model: tokens a forward, guesses that held, speed of `auto` beside none": (
-            f"{decode['tokens_per_forward']:.2f}; {held}; {decode['auto_vs_off']:.2f}×",
-            "decode",
-        ),
+        "MTP drafts of the demo model: tokens per forward pass, accepted guesses, speed with `--draft auto` compared "
+        "with no drafts": (f"{decode['tokens_per_forward']:.2f}; {accepted}; {decode['auto_vs_off']:.2f}×", "decode"),
         "held-out bits per byte of the demo model in fp32, bf16, int8": (
             ", ".join(f"{bits[name]:.3f}" for name in ("fp32", "bf16", "int8")),
             "decode",
         ),
-        f"server: {serve['clients']} streaming clients, errors, throughput beside one client's": (
+        f"server with {serve['clients']} streaming clients: errors; throughput compared with one client": (
             f"{serve['errors']}; {serve['throughput_vs_one']:.1f}×",
             "serve",
         ),
-        f"{serve['malformed_requests']:,} malformed requests: 5xx, hangs, leaks": (
+        f"server under {serve['malformed_requests']:,} malformed requests: 5xx responses, hangs, leaks": (
             f"{serve['server_errors']}, {serve['hangs']}, {serve['leaks']}",
             "serve",
         ),
@@ -147,25 +164,25 @@ def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
 
 
 def later_lines(grpo: dict, fp8: dict, parallel: dict) -> dict[str, tuple[str, str]]:
-    """The figures of post-training, of FP8 and of pipelines."""
+    """Returns the figures of post-training, FP8 and parallel training."""
     before, after = grpo["before"]["pass1"], min(each["pass1"] for each in grpo["after"])
     control = grpo["after_format_alone"]["pass1"]
     return {
-        f"GRPO on sums: held-out pass@1 before and after, the least of {grpo['seeds']} seeds; after rewards for the "
-        "format alone; MTP's acceptance beside before": (
+        f"GRPO on sums: held-out pass@1 before and after (lowest of {grpo['seeds']} seeds); after rewards for the "
+        "format alone; acceptance of MTP drafts compared with before": (
             f"{before:.0%} → {after:.0%}; {control:.0%}; {grpo['mtp_acceptance_kept']:.2f}×",
             "grpo",
         ),
-        f"{fp8['steps']} steps in DeepSeek's FP8, emulated: final loss off bf16's": (
+        f"difference of the final loss from bf16's after {fp8['steps']} steps in emulated DeepSeek FP8": (
             f"{fp8['relative_loss_error']:.2%}",
             "fp8",
         ),
-        f"gradients of runs over 2 and 4 processes in {len(parallel['equality']['layouts'])} layouts beside one "
-        "process's: largest relative error; `kill -9` of a rank outlived": (
+        f"largest relative difference of gradients between {len(parallel['equality']['layouts'])} layouts on 2 and 4 "
+        "processes and one process; recoveries from `kill -9` of a rank": (
             f"{parallel['max_gradient_error']:.0e}; {parallel['kills_survived']} of {parallel['kills']['made']}",
             "parallel",
         ),
-        "DualPipeV's idle share of a step, beside the formula; beside 1F1B's": (
+        "idle share of a DualPipeV step, compared with the formula; compared with 1F1B": (
             f"{parallel['bubble_vs_formula']:.2f}×; {parallel['bubble_vs_1f1b']:.2f}×",
             "parallel",
         ),
@@ -173,19 +190,19 @@ def later_lines(grpo: dict, fp8: dict, parallel: dict) -> dict[str, tuple[str, s
 
 
 def step_table(result: dict) -> str:
-    """Tokens/s of each contender in fp32 and bf16, the ratios, and where that was measured."""
+    """Returns the tokens/s of each contender in fp32 and bf16, the ratios, and the machine."""
     machine = result["environment"]
-    lines = ["| a training step of the demo model, MTP off | fp32, tokens/s | bf16, tokens/s |", "|---|---|---|"]
+    lines = ["| training step of the demo model, MTP off | fp32, tokens/s | bf16, tokens/s |", "|---|---|---|"]
     for name in result["fp32"]["tokens_per_second"]:
         speeds = [f"{result[dtype]['tokens_per_second'][name]:,}" for dtype in ("fp32", "bf16")]
         lines.append(f"| {name} | {speeds[0]} | {speeds[1]} |")
     ratios = [f"**{result[f'vs_transformers_{dtype}']:.2f}×**" for dtype in ("fp32", "bf16")]
-    lines.append(f"| **moonwhale beside the fastest of transformers** | {ratios[0]} | {ratios[1]} |")
+    lines.append(f"| **moonwhale compared with the fastest of transformers** | {ratios[0]} | {ratios[1]} |")
     where = (
-        f"Forward and backward of {result['rows']} rows of {result['context']} tokens, beside transformers' "
-        f"`DeepseekV3ForCausalLM` of the same shapes. {machine['cpu']}, {machine['threads']} threads on "
-        f"{machine['cores']} cores, bf16 under autocast, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}: [demo_step.py](benchmarks/demo_step.py)."
+        f"Forward and backward pass of {result['rows']} rows of {result['context']} tokens, compared with "
+        "transformers' `DeepseekV3ForCausalLM` of the same shapes. "
+        f"Measured on {machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, bf16 under autocast, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, by [demo_step.py](benchmarks/demo_step.py)."
     )
     return "\n".join([*lines, "", where])
 
@@ -194,11 +211,11 @@ REGIONS = {"demo": demo, "sizes": sizes, "figures": figures, "step": step}
 
 
 def updated(text: str) -> str:
-    """README.md with its regions filled in."""
+    """Returns the text of README.md with its generated blocks replaced."""
     for name, produce in REGIONS.items():
         pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
         text, n = pattern.subn(lambda match, produce=produce: f"{match[1]}\n{produce()}\n\n{match[2]}", text)
-        assert n == 1, f"README.md has {n} regions named {name}"
+        assert n == 1, f"README.md has {n} blocks named {name}, not one"
     return text
 
 
@@ -207,7 +224,7 @@ def main() -> None:
     before = path.read_text(encoding="utf-8")
     after = updated(before)
     if "--check" in sys.argv:
-        sys.exit(0 if before == after else "README.md differs from its sources: python docs/update_readme.py")
+        sys.exit(0 if before == after else "README.md is not up to date: run python docs/update_readme.py")
     path.write_text(after, encoding="utf-8")
 
 

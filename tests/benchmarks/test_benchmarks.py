@@ -83,7 +83,7 @@ def test_the_table_of_figures():
     assert "3 seeds" in table and "240 s" in table and "a CPU, 3 threads on 4 cores" in table
     assert "nanochat" not in table
     quality["bits_per_byte"]["nanochat"] = 1.95
-    assert "| nanochat | 1.950 |" in update_readme().figures_table(*results)
+    assert "nanochat | 1.950 |" in update_readme().figures_table(*results)
 
 
 def test_demo_step_refuses_models_that_differ():

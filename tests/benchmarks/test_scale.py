@@ -63,7 +63,7 @@ def test_scale(toy, tmp_path, capsys):
     page = (tmp_path / "scale.md").read_text()
     assert page == scale.page(result), "from the file as from what was measured"
     assert f"| 64 | {longest['tokens_per_second']:,} | {longest['seconds']:.2f} |" in page
-    assert "| too little memory |" in page and "At 32 tokens it takes" in page
+    assert "| not enough memory |" in page and "At 32 tokens it takes" in page
     assert not re.search(r"[{}]|None|nan", page)
 
     picture = (tmp_path / "scale.svg").read_bytes()
