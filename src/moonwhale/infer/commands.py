@@ -5,7 +5,7 @@ import contextlib
 import sys
 from collections.abc import Iterable
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, with_option_names
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
 
@@ -74,7 +74,7 @@ def main_chat(argv: list[str]) -> None:
             except KeyboardInterrupt:
                 print()
             except UserError as error:
-                print(f"moonwhale: {error}", file=sys.stderr)
+                print(f"moonwhale: {with_option_names(str(error))}", file=sys.stderr)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -108,7 +108,7 @@ class Parallel:
             nearest = " or ".join(str(n * self.pp) for n in (copies, copies + 1) if n)
             raise UserError(
                 f"`parallel.pp`: pipelines of {self.pp} ranks can't be made of {world} process{'es' * (world > 1)}: "
-                f"start torchrun --nproc-per-node {nearest}" + ", or give --parallel.pp 1" * (world == 1)
+                f"start torchrun --nproc-per-node {nearest}" + ", or give `parallel.pp` 1" * (world == 1)
             )
         if copies % self.ep:
             nearest = " or ".join(str(n * self.ep * self.pp) for n in (copies // self.ep, copies // self.ep + 1) if n)
@@ -119,7 +119,7 @@ class Parallel:
         if self.fsdp and copies == 1 and not (self.pp > 1 and SCHEDULES[self.schedule].mirrored):
             raise UserError(
                 f"`parallel.fsdp`: with {world} process{'es' * (world > 1)} and `parallel.pp` {self.pp} no weight is "
-                f"held twice: start torchrun --nproc-per-node {2 * self.pp}, or leave --parallel.fsdp out"
+                f"held twice: start torchrun --nproc-per-node {2 * self.pp}, or leave `parallel.fsdp` out"
             )
         return copies
 
