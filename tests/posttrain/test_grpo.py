@@ -82,7 +82,7 @@ def test_a_step_of_several_micro_batches_and_iterations(options):
     [
         ({"batch_size": 5}, "`batch_size`: 5 x 1 device(s) does not divide the 16 answers of a step (`group_size` 4 x "
                             "`questions_per_step` 4): give `batch_size` 4"),
-        ({"group_size": 1}, "`group_size`: 1 is impossible: an answer is judged among at least 2"),
+        ({"group_size": 1}, "`group_size`: 1 is impossible: an answer is compared with at least one other"),
         ({"temperature": 0.0}, "`temperature`: 0.0 is impossible"),
         ({"questions": 2}, "`questions`: 2 are fewer than `questions_per_step`"),
         ({"questions": 4000}, "has 109 training questions, not 4000"),

@@ -1,4 +1,4 @@
-"""What `moonwhale sft` and `moonwhale grpo` share: options of post-training, and how they become a run."""
+"""What `moonwhale sft` and `moonwhale grpo` share: their common options, how these are parsed, and the model."""
 
 import os
 from dataclasses import dataclass
@@ -29,46 +29,47 @@ TIMEOUT = 600  # seconds that a process waits for the others
 
 
 @dataclass
-class PostTraining:
-    """Every option that both have. Rates are per optimizer step.
+class PostTrainOptions:
+    """The options that SFT and GRPO share. Rates are per optimizer step.
 
     Raises:
-        UserError: one line naming the option, its value and the fix.
+        UserError: an option is impossible. The message names the option, its value and the fix.
     """
 
     checkpoint: str | None = option(None, "folder of the model to start from", group="positional")
-    out: str | None = option(None, "folder of the run", group="run")
-    resume: bool = option(False, "go on from the newest whole checkpoint in --out", group="run")
-    seed: int = option(0, "of the shuffling and the draws", group="run")
+    out: str | None = option(None, "folder of the run (runs/CHECKPOINT-VERB)", group="run")
+    resume: bool = option(False, "resume from the newest undamaged checkpoint in --out", group="run")
+    seed: int = option(0, "seed of all random draws", group="run")
 
-    batch_size: int = option(8, "rows of a micro-batch, on each device", group="optimization")
-    lr: float = option(1e-3, "peak learning rate, AdamW-sized, of Muon and AdamW alike", group="optimization")
-    warmup_steps: int = option(10, "steps in which the rate rises to its peak", group="optimization")
-    weight_decay: float = option(0.0, "decoupled, on matrices", group="optimization")
-    momentum: float = option(0.95, "of Muon", group="optimization")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 = off", group="optimization")
+    batch_size: int = option(8, "rows per micro-batch on each device", group="optimization")
+    lr: float = option(1e-3, "peak learning rate on AdamW's scale, for Muon and AdamW alike", group="optimization")
+    warmup_steps: int = option(10, "steps in which the learning rate rises to its peak", group="optimization")
+    weight_decay: float = option(0.0, "decoupled weight decay, on matrices", group="optimization")
+    momentum: float = option(0.95, "momentum of Muon", group="optimization")
+    grad_clip: float = option(1.0, "maximum gradient norm; 0 = off", group="optimization")
     qk_clip_tau: float = option(
-        100.0, "largest attention logit that QK-clip allows a head; 0 = off", group="optimization"
+        100.0, "maximum attention logit that QK-clip allows a head; 0 = off", group="optimization"
     )
-
     bias_update_speed: float = option(
         0.0,
-        "γ of the router's bias, 0 as at the end of DeepSeek-V3's pretraining: a narrow task would shift it",
+        "step γ of the router bias; 0, as at the end of DeepSeek-V3's pretraining: a narrow task would shift it",
         group="optimization",
     )
 
     device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
     precision: str = option(
-        "auto", f"of the matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
+        "auto", f"precision of the matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
     )
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", group="device"
+    )
 
     eval_every: int = option(50, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
     save_every: int = option(50, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints kept", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", group="reports and checkpoints")
     log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
     report_to: list[str] = option(
-        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
+        ["tensorboard"], "reporters of transformers' Trainer, or none", group="reports and checkpoints"
     )
 
     def __post_init__(self):
@@ -76,47 +77,51 @@ class PostTraining:
             raise UserError("CHECKPOINT: name the folder of the model to start from")
         self.out = self.out or default_out(self.checkpoint, self.verb)
         require(self, "lr", self.lr > 0, "it must be above 0")
-        require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
+        require(self, "momentum", 0 <= self.momentum < 1, "it must be in [0, 1)")
         for name in AT_LEAST_ONE:
             require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in NOT_NEGATIVE:
             require(self, name, getattr(self, name) >= 0, "it must not be negative")
 
 
-Config = TypeVar("Config", bound=PostTraining)
+Options = TypeVar("Options", bound=PostTrainOptions)
 
 
 def default_out(checkpoint: str, verb: str) -> str:
+    """Returns the run's folder if the user names none."""
     return os.path.join("runs", f"{Path(checkpoint).resolve().name}-{verb}")
 
 
-def parse(cls: type[Config], argv: list[str], description: str, epilog: str | None = None) -> Config:
-    """A run's configuration: defaults < a YAML file (`--config`) < the command line. A run that goes on has its own
-    file for --config.
+def parse(cls: type[Options], argv: list[str], description: str, epilog: str | None = None) -> Options:
+    """Resolves a run's options: defaults, then a YAML file (`--config`), then the command line.
+
+    A resumed run reads the `run.yaml` in its own folder, unless `--config` names another file.
     """
     parser = options.Parser(prog=f"moonwhale {cls.verb}", description=description, epilog=epilog)
     options.add_options(parser, cls)
-    parser.add_argument("--config", metavar="YAML", help="file of options; a run writes its own as run.yaml")
+    parser.add_argument("--config", metavar="YAML", help="file of options; every run writes its own as run.yaml")
     given, rest = options.read_argv(parser, cls, argv)
     path = rest.config
     if restarted():
         given["resume"] = True
     if given.get("resume") and path is None:
-        path = run_folder.find_run_file(
-            given.get("out") or (default_out(given["checkpoint"], cls.verb) if "checkpoint" in given else None)
-        )
+        out = given.get("out")
+        if out is None and "checkpoint" in given:
+            out = default_out(given["checkpoint"], cls.verb)
+        path = run_folder.find_run_file(out)
     return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
 
 
-def check(config: PostTraining) -> Path | None:
+def check(config: PostTrainOptions) -> Path | None:
     """Checks the run's folder and silences the libraries. Returns the checkpoint to resume from, or None."""
     return check_run(config, lambda run_file: parse(type(config), ["--config", run_file], ""))
 
 
-def open_model(config: PostTraining, choice):
-    """Opens the model of `config.checkpoint`, ready to train in the precision of `choice`, and its tokenizer.
+def open_model(config: PostTrainOptions, choice):
+    """Opens the model of `config.checkpoint` and its tokenizer, ready to train in the precision of `choice`.
 
-    choice: what `precision.choose` returned. The process group is initialised first, if torchrun started the process.
+    `choice` is what `precision.choose` returned. If torchrun started the process, the process group is initialised
+    first.
     """
     from moonwhale import fp8, precision
     from moonwhale.checkpoint import open_checkpoint

@@ -1,4 +1,4 @@
-"""`moonwhale grpo`: reinforcement learning from answers that can be checked."""
+"""The verb `moonwhale grpo`: reinforcement learning from answers that a rule can check."""
 
 import typing
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from moonwhale.data.tasks import TASK_HELP
+from moonwhale.data.tasks import TASK_HELP, Problem, load_task
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
-from moonwhale.posttrain import config as post
 from moonwhale.posttrain import progress
-from moonwhale.posttrain.config import PostTraining, check, open_model
+from moonwhale.posttrain.config import PostTrainOptions, check, open_model, parse
+from moonwhale.posttrain.rewards import BUILTIN_REWARDS, load_rewards
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import run_folder
 from moonwhale.train.run import Run, already_finished, carry_out, common_trainer_arguments, finish
@@ -19,64 +19,79 @@ from moonwhale.train.run import Run, already_finished, carry_out, common_trainer
 if typing.TYPE_CHECKING:
     from datasets import Dataset
 
-# "r1" is DeepSeek-R1's objective: every answer weighs the same, whatever its length, and k3 keeps the policy near the
-# model it began as. "trl" is what TRL takes by default: DAPO's, where every token weighs the same, without a KL term.
+# The arguments of TRL's GRPOConfig for each objective.
+# - loss_type "grpo" averages over the tokens of an answer, then over the answers: every answer has the same weight.
+#   "dapo" averages over all tokens: a long answer has more weight.
+# - beta is the weight of the KL penalty, which keeps the policy near the model it began as.
+# - epsilon clips the ratio of the new to the old policy to 1 ± epsilon.
+# - use_bias_correction_kl multiplies the KL penalty by that ratio, as DeepSeek-V3.2 does. DeepSeek-R1 does not.
 OBJECTIVES = {
     "r1": {"loss_type": "grpo", "beta": 0.001, "epsilon": 0.2, "use_bias_correction_kl": False},
     "trl": {"loss_type": "dapo", "beta": 0.0, "epsilon": 0.2, "use_bias_correction_kl": True},
 }
-TOP = (
-    "Objectives: r1 is the paper's (arXiv 2501.12948 eq. 1-3): the mean over answers of the mean over their tokens of "
-    "min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) - β KL, with A = (r - mean) / (std + 1e-4) in the group and β 0.001. "
-    "trl is TRL's default: the mean over all tokens, β 0 (and a KL, if asked for, weighed by the ratio, as in "
-    "DeepSeek-V3.2). --beta and --epsilon override both."
-)
+OBJECTIVES_HELP = """objectives:
+  r1   DeepSeek-R1's (arXiv 2501.12948 eq. 1-3): the mean over answers of the mean over their tokens of
+       min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) - β KL, with A = (r - mean) / (std + 1e-4) in the group
+       and β = 0.001.
+  trl  TRL's default: the mean over all tokens, and β = 0. If --beta adds a KL term, it is multiplied by the
+       ratio, as in DeepSeek-V3.2.
+--beta and --epsilon override the values of both."""
+REWARDS_HELP = f"NAME or NAME=WEIGHT of {', '.join(BUILTIN_REWARDS)}, or a function of yours as module:function"
 
 
 @dataclass
-class GRPOOptions(PostTraining):
-    """Every option of GRPO. Lengths are in tokens."""
+class GRPOOptions(PostTrainOptions):
+    """The options of GRPO. Lengths are in tokens."""
 
     verb: ClassVar[str] = "grpo"
 
     task: str = option("chain_sum", TASK_HELP, group="task")
-    questions: int = option(10_000, "training questions that are drawn from the task", group="task")
-    rewards: list[str] = option(
-        ["accuracy", "format"], "of accuracy, format, language, length, module:function; NAME=WEIGHT", group="task"
+    questions: int = option(10_000, "number of training questions to draw from the task", group="task")
+    rewards: list[str] = option(["accuracy", "format"], REWARDS_HELP, group="task")
+
+    objective: str = option(
+        "r1", "r1: DeepSeek-R1's; trl: TRL's default (see below)", group="GRPO", choices=tuple(OBJECTIVES)
     )
-
-    objective: str = option("r1", "DeepSeek-R1's, or TRL's default; see below", group="GRPO", choices=tuple(OBJECTIVES))
-    beta: float | None = option(None, "weight of the KL divergence from CHECKPOINT (the objective's)", group="GRPO")
-    epsilon: float | None = option(None, "the ratio is clipped to 1 ± this (the objective's)", group="GRPO")
-    group_size: int = option(8, "answers to a question, among which each is judged", group="GRPO")
-    questions_per_step: int = option(16, "questions of an optimizer step, on all devices", group="GRPO")
+    beta: float | None = option(
+        None, "weight of the KL divergence from CHECKPOINT (by default, the objective's)", group="GRPO"
+    )
+    epsilon: float | None = option(None, "clips the ratio to 1 ± this (by default, the objective's)", group="GRPO")
+    group_size: int = option(8, "answers per question, which are compared with one another", group="GRPO")
+    questions_per_step: int = option(16, "questions per optimizer step, on all devices together", group="GRPO")
     iterations: int = option(1, "optimizer steps on the same answers (μ)", group="GRPO")
-    temperature: float = option(1.0, "of the answers", group="GRPO")
-    max_new_tokens: int = option(256, "longest answer", group="GRPO")
+    temperature: float = option(1.0, "sampling temperature of the answers", group="GRPO")
+    max_new_tokens: int = option(256, "maximum length of an answer", group="GRPO")
 
-    batch_size: int = option(64, "answers of a micro-batch, on each device", group="optimization")
-    lr: float = option(1e-4, "learning rate after warm-up, AdamW-sized, of Muon and AdamW alike", group="optimization")
+    batch_size: int = option(64, "answers per micro-batch on each device", group="optimization")
+    lr: float = option(
+        1e-4, "learning rate after warm-up, on AdamW's scale, for Muon and AdamW alike", group="optimization"
+    )
     steps: int = option(200, "optimizer steps", group="optimization")
 
-    eval_questions: int = option(64, "held-out questions of an evaluation", group="reports and checkpoints")
-    show: int = option(2, "answers to print with each log line; all of them are kept", group="reports and checkpoints")
+    eval_questions: int = option(64, "held-out questions per evaluation", group="reports and checkpoints")
+    show: int = option(
+        2, "answers to print with each log line; all are kept in completions/", group="reports and checkpoints"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         at_least_one = ("questions", "questions_per_step", "iterations", "max_new_tokens", "steps", "eval_questions")
         for name in at_least_one:
             require(self, name, getattr(self, name) >= 1, "it must be at least 1")
-        require(self, "group_size", self.group_size >= 2, "an answer is judged among at least 2")
-        require(self, "temperature", self.temperature > 0, "without chance all answers of a group are the same")
+        require(self, "group_size", self.group_size >= 2, "an answer is compared with at least one other")
+        require(self, "temperature", self.temperature > 0, "at 0 all answers of a group would be the same")
         require(self, "show", self.show >= 0, "it must not be negative")
         for name in ("beta", "epsilon"):
             require(self, name, (getattr(self, name) or 0) >= 0, "it must not be negative")
         self.gradient_accumulation_steps()
         if self.questions < self.questions_per_step:
-            raise UserError(f"`questions`: {self.questions} are fewer than `questions_per_step`: give at least those")
+            raise UserError(
+                f"`questions`: {self.questions} are fewer than `questions_per_step` {self.questions_per_step}: give at "
+                "least that many"
+            )
 
     def gradient_accumulation_steps(self, replicas: int = 1) -> int:
-        """Micro-batches per optimizer step on each of `replicas` devices."""
+        """Returns the micro-batches per optimizer step on each of the devices, of which there are `replicas`."""
         answers, at_once = self.group_size * self.questions_per_step, self.batch_size * replicas
         if answers % at_once:
             fits = [n for n in range(1, answers // replicas + 1) if answers % (n * replicas) == 0]
@@ -90,16 +105,18 @@ class GRPOOptions(PostTraining):
 
 
 def main(argv: list[str]) -> None:
-    description = "Train a model by rewards for its own answers to questions that can be checked (GRPO)."
-    grpo(post.parse(GRPOOptions, argv, description, TOP))
+    description = "Train a model by rewards for its own answers to questions that a rule can check (GRPO)."
+    grpo(parse(GRPOOptions, argv, description, OBJECTIVES_HELP))
 
 
 def grpo(config: GRPOOptions) -> None:
-    """Trains as `config` says. The folder `config.out` then holds the model, its checkpoints, `run.yaml`, `rewards.png`
-    and, of each log line, all answers of the step with their rewards in `completions/`.
+    """Trains as `config` says.
+
+    The folder `config.out` then holds the model, its checkpoints, `run.yaml` and `rewards.png`. For each log line,
+    `completions/` holds all answers of the step with their rewards.
 
     Raises:
-        UserError: one line, for anything the user can put right.
+        UserError: an option, the task or the checkpoint is at fault. The message is one line.
         KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
     checkpoint = check(config)
@@ -111,14 +128,11 @@ def grpo(config: GRPOOptions) -> None:
 
 
 def build(config: GRPOOptions) -> Run:
-    """Draws the questions, opens the model, writes `run.yaml`, and prints what will be trained.
+    """Draws the questions, opens the model, prints what will be trained, and writes `run.yaml`.
 
     Raises:
-        UserError: an option that does not fit the machine, the model or the task.
+        UserError: an option does not fit the machine, the model or the task.
     """
-    from moonwhale.data.tasks import load_task
-    from moonwhale.posttrain.rewards import load_rewards
-
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
     held_out = task.problems(config.eval_questions, config.seed, held_out=True)
@@ -132,24 +146,21 @@ def build(config: GRPOOptions) -> Run:
     args = trainer_arguments(config, choice, weights)
     describe(config, choice, args, f"{task.name}: {len(problems):,} questions")
     run_folder.create(config)
-
-    def make_trainer(callbacks: list) -> MTPGRPOTrainer:
-        return MTPGRPOTrainer(
-            model=model,
-            args=args,
-            reward_funcs=rewards,
-            train_dataset=rows_of(problems),
-            eval_dataset=rows_of(held_out, first=len(problems)),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-
+    make_trainer = partial(
+        MTPGRPOTrainer,
+        model=model,
+        args=args,
+        reward_funcs=rewards,
+        train_dataset=rows_of(problems),
+        eval_dataset=rows_of(held_out, first=len(problems)),
+        processing_class=tokenizer,
+    )
     summarize = partial(progress.summary, out=Path(config.out))
     return Run(config, choice, make_trainer, progress.log_line, progress.plot_rewards, summarize)
 
 
 def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):
-    """The run's options as TRL's GRPOConfig."""
+    """Returns the run's options as TRL's GRPOConfig."""
     from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig
 
     given = {name: getattr(config, name) for name in ("beta", "epsilon") if getattr(config, name) is not None}
@@ -182,8 +193,11 @@ def describe(config: GRPOOptions, choice, args, task: str) -> None:
     print_once(f"{'run':<11}{config.steps} steps of {answers} into {config.out}")
 
 
-def rows_of(problems: list, first: int = 0) -> "Dataset":
-    """The columns that TRL and the rewards read. The rewards find a problem by its index, which starts at `first`."""
+def rows_of(problems: list[Problem], first: int = 0) -> "Dataset":
+    """Returns the columns that TRL and the rewards read.
+
+    `problem` is the index by which the rewards find a problem; the indices start at `first`.
+    """
     from datasets import Dataset
 
     return Dataset.from_dict(

@@ -1,0 +1,36 @@
+"""LoRA through peft: which modules get adapters, and how the adapters become part of a plain checkpoint."""
+
+import typing
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from moonwhale.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from peft import LoraConfig
+
+# The matrices of every attention and dense network. Not kv_b_proj: attention also uses its weight without calling the
+# module, and would miss the adapter.
+MODULES = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def lora_config(model, rank: int) -> "LoraConfig":
+    """Returns peft's configuration of adapters on those of MODULES that the model has.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError('`lora_rank` needs the package peft: pip install "moonwhale[rl]"') from None
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[name for name in MODULES if name in present])
+
+
+def merge_adapters(model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Adds the adapters to the weights, and writes the model as a plain checkpoint into `out`."""
+    merged = model.merge_and_unload()
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
