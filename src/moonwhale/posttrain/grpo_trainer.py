@@ -1,4 +1,4 @@
-"""`MTPGRPOTrainer`: TRL's GRPOTrainer on our engine and optimizer, with MTP modules that follow the policy."""
+"""`MTPGRPOTrainer`: TRL's GRPOTrainer with moonwhale's engine and optimizer, and MTP modules that follow the policy."""
 
 import warnings
 from dataclasses import dataclass
@@ -19,38 +19,47 @@ from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin, MuonClipTra
 
 @dataclass
 class MTPGRPOConfig(MuonClipArgumentsMixin, GRPOConfig):
-    """GRPOConfig and what MuonClip and MTP add to it."""
+    """TRL's GRPOConfig with the arguments of MuonClip and MTP."""
 
 
 class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
-    """GRPO (arXiv 2402.03300 §4.1; DeepSeek-R1 §2.2) as TRL computes it. What is ours around it:
+    """GRPO (arXiv 2402.03300 §4.1; DeepSeek-R1 §2.2), whose loss TRL computes.
 
-    Completions come from the engine, whose weights are laid out anew for each batch; MuonClip with QK-clip and router
-    bias takes the steps; the balance loss and the MTP modules' loss on the completions are added. The latter reaches
-    the modules alone, never what they share with the policy, so they learn to draft for it and do not steer it.
+    It differs from TRL's trainer in this:
+
+    - Completions come from moonwhale's engine, which reads the policy's weights anew for each batch.
+    - The optimizer is MuonClip, with QK-clip and the router-bias update.
+    - The loss includes the balance loss and the MTP modules' loss on the completions. The MTP loss trains the modules
+      alone, not the embedding and head that they share with the policy. So the modules learn to draft for the policy
+      and do not steer it.
     """
 
     def __init__(self, *args, **kwargs):
+        # `rollout_func` replaces TRL's generation, which is transformers' `generate` or vLLM. TRL warns that it is
+        # experimental.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(*args, rollout_func=self._roll_out, **kwargs)
-        self._body = None  # of the latest forward with gradients
-        self.model.model.register_forward_hook(self._keep)
+        # TRL's loss keeps only log-probabilities of the policy's forward. The losses added here need its hidden states
+        # and balance loss.
+        self._policy_output = None
+        self.model.model.register_forward_hook(self._keep_policy_output)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL would write a README.md into the run's folder."""
+        """Does nothing. TRL would write a README.md into the run's folder with each checkpoint."""
 
-    def _keep(self, module, inputs, output) -> None:
+    def _keep_policy_output(self, module, inputs, output) -> None:
+        """Keeps the output of the latest forward with gradients, which is that of the loss."""
         if torch.is_grad_enabled():
-            self._body = output
+            self._policy_output = output
 
     def _roll_out(self, prompts: list[list[dict]], _) -> dict[str, list]:
-        """A completion for each prompt, drawn from the policy as it is now; the same again when a run is repeated."""
-        self._stop_unless_finite()  # nothing can be drawn from what is not
+        """Draws a completion for each prompt from the current policy. A repeated run draws the same completions."""
+        self._stop_unless_finite()  # NaN weights give no distribution to draw from
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         engine = Engine(model, self.processing_class, sequences=len(prompts))
         ids = [engine.encode(prompt) for prompt in prompts]
-        drawn = self.state.global_step * args.world_size + args.process_index
+        batch_index = self.state.global_step * args.world_size + args.process_index
         completions = engine.generate(
             ids,
             max_new_tokens=args.max_completion_length,
@@ -58,39 +67,45 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
             top_p=args.top_p,
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
-            seed=(args.seed << 40) + drawn * len(prompts),
+            seed=(args.seed << 40) + batch_index * len(prompts),
         )
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """Call TRL's method. Only passes with gradients count in the statistics of QK-clip and balancing; the old
-        policy's log-probabilities would count the same tokens twice.
+        """Calls TRL's method, which runs the model with and without gradients.
+
+        Only passes with gradients collect the statistics of QK-clip and balancing. The old policy's log-probabilities
+        would count the same tokens a second time.
         """
         forward = partial(model, collect_statistics=torch.is_grad_enabled())
         return super()._get_per_token_logps_and_entropies(forward, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Adds the balance loss and the MTP loss to TRL's loss, which has neither."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        body, self._body = self._body, None
+        output, self._policy_output = self._policy_output, None
         if not self.model.training:
             return loss
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, T)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)  # (B, T)
         labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
         labels[:, : inputs["prompt_ids"].shape[1]] = IGNORE_INDEX
         unwrapped = self.accelerator.unwrap_model(self.model)
-        beside = body.balance_loss
+        added = output.balance_loss
         if unwrapped.config.num_nextn_predict_layers:
             with self.accelerator.autocast():
-                losses, balance = mtp_losses(unwrapped, body.last_hidden_state, ids, mask, labels)
-            beside = beside + balance + unwrapped.mtp_loss_weight * losses.mean()
+                losses, balance = mtp_losses(unwrapped, output.last_hidden_state, ids, mask, labels)
+            added = added + balance + unwrapped.mtp_loss_weight * losses.mean()
             for depth, value in enumerate(losses.tolist(), start=1):
                 self._metrics["train"][f"loss_mtp_{depth}"].append(value)
-        return loss + beside / self.current_gradient_accumulation_steps
+        # Gradients are summed over the micro-batches of a step. TRL has scaled its own loss for that.
+        return loss + added / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.log_completions = self.args.log_completions and "loss" in logs  # not those of an evaluation
-        if "loss" in logs:
+        """Adds the statistics of the step hooks. Keeps TRL from writing the completions of evaluations too."""
+        is_training = "loss" in logs
+        self.log_completions = self.args.log_completions and is_training
+        if is_training:
             logs |= self._hook_statistics.pop_logs()
         super().log(logs, start_time)
 
@@ -98,23 +113,28 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
 def mtp_losses(
     model: MoonwhaleForCausalLM, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the MTP modules lose on the `labels` (B, T), -100 where there is none, given the main model's normed hidden
-    states (B, T, hidden); with gradients for the modules' own weights alone.
+    """Computes the MTP modules' losses, with gradients for the modules' own weights alone.
+
+    Args:
+        hidden: the main model's normed hidden states (B, T, hidden).
+        labels: (B, T), -100 where a token has none.
 
     Returns:
-        the mean cross-entropy in nats of each depth (D,), and the sum of the modules' balance losses.
+        the mean cross-entropy of each depth in nats (D,), and the sum of the modules' balance losses.
     """
     documents = Documents.from_inputs(*input_ids.shape, input_ids.device, attention_mask, None)
-    embeds = model.model.embed(input_ids).detach()
-    table = rotation_table(model.config, documents.positions, hidden.dtype)
-    nothing = hidden.new_zeros((), dtype=torch.float32)
-    seen, balance = model.model.run_mtp(
-        hidden.detach(), embeds, nothing, table, documents, collect_statistics=torch.is_grad_enabled()
+    embeds = model.model.embed(input_ids).detach()  # (B, T, hidden)
+    rotation = rotation_table(model.config, documents.positions, hidden.dtype)
+    no_balance_loss = hidden.new_zeros((), dtype=torch.float32)
+    outputs, balance = model.model.run_mtp(
+        hidden.detach(), embeds, no_balance_loss, rotation, documents, collect_statistics=torch.is_grad_enabled()
     )
     losses = []
-    for depth, out in enumerate(seen, start=1):
-        targets = shifted_labels(labels, documents, depth)
-        share = torch.ones(targets.numel(), device=out.device) / (targets != IGNORE_INDEX).sum().clamp(min=1)
-        loss, _, _ = linear_cross_entropy(out.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), share)
+    for depth, output in enumerate(outputs, start=1):
+        targets = shifted_labels(labels, documents, depth)  # (B, T)
+        weights = torch.ones(targets.numel(), device=output.device) / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        loss, _, _ = linear_cross_entropy(
+            output.flatten(0, 1), model.lm_head.weight.detach(), targets.flatten(), weights
+        )
         losses.append(loss)
     return torch.stack(losses), balance

@@ -20,8 +20,7 @@ class MTPSFTTrainer(MTPTrainerMixin, SFTTrainer):
     """Fine-tunes on the rows of `pack`.
 
     The loss is the model's own, including the MTP and balance losses. It covers the labels that are not -100: what the
-    assistant wrote. `MTPTrainerMixin` computes it in place of SFTTrainer's `compute_loss`, which takes the loss of the next
-    token alone.
+    assistant wrote. `MTPTrainerMixin.compute_loss` replaces SFTTrainer's, which takes the loss of the next token alone.
     """
 
     def __init__(self, *args, **kwargs):
