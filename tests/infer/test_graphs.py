@@ -105,7 +105,7 @@ def test_steps_of_graphs_are_the_models(changes, tiny_model, taped):
 
 def both(model, taped, draft, monkeypatch, **options):
     """What the same requests come to by a decoder as it is, and by one with graphs."""
-    monkeypatch.setattr(scheduler, "PIECE", 8)  # of the longest prompt, while the others are running
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)  # of the longest prompt, while the others are running
     depth = Drafting(len(model.model.mtp_modules), draft)
     return [run(Scheduler(decoder, 10**8, 8, depth), mixed(**options)) for decoder in (Decoder(model), taped(model))]
 

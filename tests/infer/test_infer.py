@@ -440,10 +440,10 @@ def test_generate_says_when_the_context_is_full(folder, capsys):
     ("options", "message"),
     [
         (["hi", "--temperature", "-1"], "`temperature`: -1.0 is impossible"),
-        (["hi", "--top-k", "x"], "--top-k: invalid int value: 'x'"),
+        (["hi", "--top-k", "x"], "`top_k`: invalid int value: 'x'"),
         (["hi", "--greedy", "--temperature", "1"], "`greedy` contradicts"),
-        (["hi", "--tempature", "1"], "--tempature"),
-        (["hi", "--temp", "1"], "--temp"),
+        (["hi", "--tempature", "1"], "`tempature`"),
+        (["hi", "--temp", "1"], "`temp`"),
         (["hi", "--stop", ""], "`stop`"),
         (["hi", "--device", "abacus"], "`device`: unknown device 'abacus'"),
         (["hi", "--precision", "fp8"], "`precision`: unknown precision 'fp8'"),

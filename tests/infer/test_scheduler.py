@@ -9,9 +9,10 @@ from moonwhale.errors import UserError
 from moonwhale.infer import sampling, scheduler
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
+from moonwhale.infer.request import Request
 from moonwhale.infer.sampling import Noise
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.infer.scheduler import Request, Scheduler
+from moonwhale.infer.scheduler import Scheduler
 
 MOBA = {"moba_block_size": 4, "moba_topk": 2, "num_nextn_predict_layers": 2, "mtp_num_blocks": [1, 2]}
 V = 61
@@ -116,7 +117,7 @@ def test_long_prompts_are_read_in_pieces_while_others_go_on(tiny_model):
     to.submit(short)
     to.step()
     to.submit(long)
-    while to.reading or to.waiting:
+    while to.prefilling or to.waiting:
         before = len(short.token_ids)
         to.step()
         assert len(short.token_ids) > before
@@ -154,7 +155,7 @@ def test_cancelling_frees_a_slot(model):
 
 
 def test_memory_decides_who_is_admitted(model):
-    each = scheduler_of(model)._needed(request(tokens(30)))
+    each = scheduler_of(model)._entries(request(tokens(30)))
     room = int(2.5 * each * scheduler_of(model).cache.bytes_per_token)
     to = scheduler_of(model, memory=room)
     ones = [request(tokens(30, seed=i), seed=i) for i in range(4)]
@@ -221,7 +222,7 @@ def test_mutant_guesses_that_are_believed(tiny_model, monkeypatch):
     def believing(logits, rows, ahead=0):
         chosen = right(logits, rows, ahead)
         if ahead == 0 and all(row.drafts for row in rows) and logits.shape[-1] == SMALL:
-            return [row.drafts[min(row.held, len(row.drafts) - 1)] for row in rows]
+            return [row.drafts[min(row.n_accepted, len(row.drafts) - 1)] for row in rows]
         return chosen
 
     monkeypatch.setattr(scheduler, "choose", believing)

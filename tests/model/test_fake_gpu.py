@@ -157,7 +157,7 @@ class Noise:
 @torch.no_grad()
 def test_so_do_batches_that_come_and_go(device, draft, options, there, capturing, monkeypatch):
     """All the scheduler's work but reading: whatever it reads is a 7."""
-    monkeypatch.setattr(scheduler, "PIECE", 16)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [7] * len(self))
     model = there(device, max_position_embeddings=128, mtp_num_blocks=[1, 2], **SPARSE).eval()
     server = scheduler.Scheduler(Decoder(model), 10**8, 8, Drafting(2, draft))

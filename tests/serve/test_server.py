@@ -232,7 +232,7 @@ def test_clients_beside_each_other_get_what_they_would_alone(server, client):
 def test_a_full_queue_says_so(server, engine, monkeypatch):
     step = engine.scheduler.step
     monkeypatch.setattr(engine.scheduler, "step", lambda: (time.sleep(0.02), step()))
-    monkeypatch.setattr(engine.scheduler, "sequences", 1)
+    monkeypatch.setattr(engine.scheduler, "slots", 1)
     answers = asyncio.run(_many(server.url, 30, max_tokens=5))
     refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
     assert refused and len(refused) + sum(hasattr(answer, "choices") for answer in answers) == 30

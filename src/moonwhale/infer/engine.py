@@ -16,9 +16,10 @@ from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.detokenizer import TextStream, TokenBytes
 from moonwhale.infer.drafting import Drafting
+from moonwhale.infer.request import Request
 from moonwhale.infer.sampling import Noise
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.infer.scheduler import Request, Scheduler
+from moonwhale.infer.scheduler import Scheduler
 from moonwhale.model import MoonwhaleForCausalLM
 
 # Bytes of weights that stay in a CPU's cache. Narrower weights gain nothing there, and converting them costs time.

@@ -1,103 +1,49 @@
-"""Continuous batching: requests come and go at any step, each in a slot of one latent cache.
+"""`Scheduler`: continuous batching. Requests join and leave at any step, each in a slot of one latent cache.
 
-A step verifies the drafts of every running sequence in one forward (without drafts: gives each its next token), reads a
-piece of the oldest waiting prompt, and has the MTP modules draft for the next step. Sequences that have ended leave
-their slot to the last one, so that the running ones always fill the first slots.
+A step has three parts. Each decides what to run, runs it on the decoder, and takes the results:
+1. Verify: one forward over all running sequences. It gives each its next token, and one more for each accepted draft.
+2. Prefill: a forward over a piece of the oldest waiting prompts.
+3. Draft: the MTP modules draft tokens for the next step.
+
+The running sequences always fill the first slots. When one ends, the last one moves into its slot.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
-from moonwhale.infer.detokenizer import TextStream
 from moonwhale.infer.drafting import Drafting
-from moonwhale.infer.sampling import Noise, choose
-from moonwhale.infer.sampling_options import SamplingOptions
+from moonwhale.infer.request import Request
+from moonwhale.infer.sampling import choose
 
-PIECE = 256  # tokens of a prompt, or of several, that are read between two steps
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt and what has been added to it.
-
-    finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens or a full context), "cancelled", or None.
-    forwards: how often the main model ran for it, the reading of the prompt counted as one.
-    drafted, accepted: for each depth of the MTP chain, guesses that were put to the test and those that held.
-    logprobs: for each token, when asked for, its log-probability and the likeliest tokens' as {id: log-probability}.
-    """
-
-    prompt: list[int]
-    options: SamplingOptions
-    eos: set[int]
-    text: TextStream
-    noise: Noise
-    limit: int  # most tokens to add
-    top_logprobs: int | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
-    finish_reason: str | None = None
-    forwards: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    start: float = field(default_factory=time.perf_counter)
-    seconds: float = 0.0
-    drafts: list[int] = field(default_factory=list)
-    cached: int = 0  # tokens of prompt and answer whose entries are in the cache
-    tail: Tensor | None = None  # (Q, hidden) hidden states of the last forward, the `held` + 1 first of which count
-    held: int = 0
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.token_ids
-
-    def push(self, token: int) -> None:
-        self.token_ids.append(token)
-        if token in self.eos:
-            self.finish_reason = "eos"
-        elif self.text.push(token):
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason in ("eos", "length"):
-            self.text.flush()
-        self.noise.forget(len(self.token_ids))
-        self.seconds = time.perf_counter() - self.start
-
-    def count(self, depth: int) -> None:
-        """Adds a forward's guesses to the statistics; one behind a wrong one was never put to the test."""
-        self.drafted += [0] * (depth - len(self.drafted))
-        self.accepted += [0] * (depth - len(self.accepted))
-        for k in range(min(self.held + 1, depth)):
-            self.drafted[k] += 1
-            self.accepted[k] += k < self.held
+PREFILL_TOKENS = 256  # tokens of one or several prompts that are prefilled in a step
 
 
 class Scheduler:
-    """Runs requests on a decoder, with a cache of at most `memory` bytes and at most `sequences` at a time."""
+    """Runs requests on a decoder, at most `slots` at a time, with a cache of at most `memory` bytes."""
 
-    def __init__(self, decoder: Decoder, memory: int, sequences: int = 64, drafting: Drafting | None = None):
-        self.decoder, self.memory, self.sequences = decoder, memory, sequences
+    def __init__(self, decoder: Decoder, memory: int, slots: int = 64, drafting: Drafting | None = None):
+        self.decoder, self.memory, self.slots = decoder, memory, slots
         self.drafting = drafting or Drafting(len(decoder.modules))
         self.cache = decoder.cache()
-        self.running: list[Request] = []  # request i sits in slot i
-        self.reading: Request | None = None  # in the slot after them
         self.waiting: deque[Request] = deque()
-        self._drafting_took = 0.0
-        self._piece = max(PIECE // decoder.block_size, 1) * decoder.block_size
+        self.running: list[Request] = []  # request i is in slot i
+        self.prefilling: Request | None = None  # a prompt of several pieces, in the slot after the running ones
+        self._drafting_seconds = 0.0
+        self._prefill_tokens = max(PREFILL_TOKENS // decoder.block_size, 1) * decoder.block_size  # whole blocks
 
     @property
     def idle(self) -> bool:
-        return not (self.running or self.reading or self.waiting)
+        return not (self.running or self.prefilling or self.waiting)
 
     def submit(self, request: Request) -> None:
-        """Lets a request wait for its turn; a UserError if not even an empty cache could hold it."""
-        needed = self._bytes(1, self._needed(request))
+        """Queue a request. Raises UserError if even an empty cache could not hold it."""
+        needed = self._cache_bytes(1, self._entries(request))
         if needed > self.memory:
             raise UserError(
                 f"the prompt and its answer need a cache of {needed / 1e6:.1f} MB, and there are "
@@ -106,136 +52,91 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request now; its slot is free at the next step."""
+        """End a request now. Its slot is free at the next step."""
         if request.finish_reason is None:
             request.finish_reason = "cancelled"
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One forward for all running sequences, and a piece of the oldest prompts."""
-        self._retire()
+        """Give every running sequence at least one token, and prefill a piece of the oldest prompts."""
+        self._release_slots()
         if self.running:
-            start, sequences, depth = time.perf_counter(), len(self.running), len(self.running[0].drafts)
-            held = self._verify(depth)
-            self.drafting.record(sequences, depth, time.perf_counter() - start + self._drafting_took, held)
-            self._retire()
+            self._verify()
+            self._release_slots()
         depth = self.drafting.depth(max(len(self.running), 1))
-        self._read(depth)
-        start = time.perf_counter()
+        self._prefill(depth)
         self._draft(depth)
-        self._drafting_took = time.perf_counter() - start
 
-    def _verify(self, depth: int) -> list[int]:
-        """Runs each sequence's last token and its drafts through the main model, and adds what that says: a token, and
-        one more for each draft that held. Returns how many did, a sequence each.
-        """
-        rows, decoder = self.running, self.decoder
-        tokens = torch.tensor([[row.token_ids[-1], *row.drafts] for row in rows], device=decoder.device)
-        placement = decoder.place(self.cache, 0, [row.cached for row in rows], depth + 1)
-        hidden = decoder.run(tokens, self.cache, placement)
-        logits = decoder.head(hidden)
+    # --- verify ------------------------------------------------------------------------------------------------------
+
+    def _verify(self) -> None:
+        """Verify the drafts of all running sequences, and tell `drafting` how long the cycle took."""
+        start = time.perf_counter()
+        sequences, depth = len(self.running), len(self.running[0].drafts)
+        hidden = self._run_drafts(depth)
+        self._take_tokens(hidden, depth)
+        seconds = time.perf_counter() - start + self._drafting_seconds
+        self.drafting.record(sequences, depth, seconds, [request.n_accepted for request in self.running])
+
+    def _run_drafts(self, depth: int) -> Tensor:
+        """Run each sequence's last token and its drafts through the main model: (B, depth + 1, hidden)."""
+        tokens = [[request.token_ids[-1], *request.drafts] for request in self.running]
+        placement = self.decoder.place(self.cache, 0, [request.cached for request in self.running], depth + 1)
+        return self.decoder.run(torch.tensor(tokens, device=self.decoder.device), self.cache, placement)
+
+    def _take_tokens(self, hidden: Tensor, depth: int) -> None:
+        """Add a token to each sequence, and another one after each draft that it confirms."""
+        rows, logits = self.running, self.decoder.head(hidden)  # (B, depth + 1, V)
         for row, states in zip(rows, hidden, strict=True):
-            row.tail, row.held = states, 0
+            row.hidden, row.n_accepted = states, 0
             row.forwards += 1
-        going = list(range(len(rows)))
-        for m in range(depth + 1):
-            chosen = self._add(logits[going, m], [rows[i] for i in going])
-            held = [i for i, token in zip(going, chosen, strict=True) if m < depth and token == rows[i].drafts[m]]
-            going = [i for i in held if rows[i].finish_reason is None]
-            for i in going:
-                rows[i].held += 1
-            if not going:
+        accepting = list(range(len(rows)))  # rows whose drafts have all been accepted so far
+        for k in range(depth + 1):
+            chosen = self._add_tokens(logits[accepting, k], [rows[i] for i in accepting])
+            accepting = [
+                i
+                for i, token in zip(accepting, chosen, strict=True)
+                if k < depth and token == rows[i].drafts[k] and rows[i].finish_reason is None
+            ]
+            for i in accepting:
+                rows[i].n_accepted += 1
+            if not accepting:
                 break
         for row in rows:
-            row.cached += row.held + 1
-            row.count(depth)
-        return [row.held for row in rows]
+            row.cached += row.n_accepted + 1
+            row.count_drafts(depth)
 
-    def _add(self, logits: Tensor, rows: list[Request]) -> list[int]:
-        """The next token of each row, from (N, V) logits."""
+    def _add_tokens(self, logits: Tensor, rows: list[Request]) -> list[int]:
+        """Choose the next token of each row from (N, V) logits, add it, and return all of them."""
         chosen = choose(logits, rows)
         for row, token, scores in zip(rows, chosen, logits, strict=True):
             if row.top_logprobs is not None:
                 logprobs = scores.float().log_softmax(-1)
                 top = logprobs.topk(row.top_logprobs)
-                likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-                row.logprobs.append((logprobs[token].item(), likeliest))
+                alternatives = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                row.logprobs.append((logprobs[token].item(), alternatives))
             row.push(token)
         return chosen
 
-    def _read(self, depth: int) -> None:
-        """Reads waiting prompts, about PIECE tokens in all, the MTP modules down to `depth` with them."""
-        left = self._piece
-        while left > 0 and (rows := [self.reading] if self.reading else self._admit(left)):
-            pieces = [row.prompt[row.cached : row.cached + self._piece] for row in rows]
-            hidden = self._forward(rows, pieces, depth)
+    # --- prefill -----------------------------------------------------------------------------------------------------
+
+    def _prefill(self, depth: int) -> None:
+        """Prefill about PREFILL_TOKENS tokens of waiting prompts, including the MTP modules down to `depth`."""
+        left = self._prefill_tokens
+        while left > 0 and (rows := self._next_prompts(left)):
+            pieces = [row.prompt[row.cached : row.cached + self._prefill_tokens] for row in rows]
+            hidden = self._run_pieces(rows, pieces, depth)
+            self._take_pieces(rows, pieces, hidden)
             left -= hidden.shape[0] * hidden.shape[1]
-            for row, piece in zip(rows, pieces, strict=True):
-                row.cached += len(piece)
-            self.reading = rows[0] if rows[0].cached < len(rows[0].prompt) else None
-            if self.reading is None:
-                last = torch.stack([states[len(piece) - 1] for states, piece in zip(hidden, pieces, strict=True)])
-                for row, states in zip(rows, last, strict=True):
-                    row.tail, row.held, row.forwards = states[None], 0, 1
-                self._add(self.decoder.head(last), rows)
-                self.running += rows
 
-    def _forward(self, rows: list[Request], pieces: list[list[int]], depth: int) -> Tensor:
-        """Hidden states (B, Q, hidden) of prompts' pieces; what fills up the shorter ones is written over later."""
-        decoder, length = self.decoder, max(map(len, pieces))
+    def _next_prompts(self, tokens: int) -> list[Request]:
+        """Return the prompt that is being prefilled, or admit waiting ones.
 
-        def filled(tokens: list[list[int]]) -> Tensor:
-            return torch.tensor([(some + [0] * length)[:length] for some in tokens], device=decoder.device)
-
-        placement = decoder.place(self.cache, len(self.running), [row.cached for row in rows], length)
-        hidden = states = decoder.run(filled(pieces), self.cache, placement)
-        for k in range(1, depth + 1):
-            ahead = filled([row.prompt[row.cached + k : row.cached + k + length] for row in rows])
-            states = decoder.guess(k, states, ahead, self.cache, placement)
-        return hidden
-
-    def _draft(self, depth: int) -> None:
-        """Has the first `depth` MTP modules guess the tokens after each sequence's last.
-
-        Module k runs over all positions of the last forward, whose next tokens are known now; a position of a guess
-        that did not hold is written over next time.
+        These are the oldest waiting request, if there is room for it, and the requests after it that fit the same
+        forward of `tokens` tokens. They get the slots after the running ones.
         """
-        rows, decoder = self.running, self.decoder
-        for row in rows:
-            row.drafts = []
-        if depth == 0 or not rows:
-            return
-        length = max(len(row.tail) for row in rows)
-        hidden = torch.stack([torch.nn.functional.pad(row.tail, (0, 0, 0, length - len(row.tail))) for row in rows])
-        placement = decoder.place(self.cache, 0, [row.cached - row.held - 1 for row in rows], length)
-        newest = torch.arange(len(rows), device=decoder.device), torch.tensor([row.held for row in rows])
-        for k in range(1, depth + 1):
-            after = [row.token_ids[-row.held - 1 :] + row.drafts for row in rows]
-            ahead = [(tokens[k - 1 :] + [0] * length)[:length] for tokens in after]
-            hidden = decoder.guess(k, hidden, torch.tensor(ahead, device=decoder.device), self.cache, placement)
-            guesses = choose(decoder.draft_head(hidden[newest]), rows, ahead=k - 1)
-            for row, token in zip(rows, guesses, strict=True):
-                row.drafts.append(token)
-
-    def _retire(self) -> None:
-        """Lets go of what has ended, the last sequences moving into the slots that become free."""
-        self.waiting = deque(row for row in self.waiting if row.finish_reason is None)
-        if self.reading and self.reading.finish_reason is not None:
-            self.reading = None
-        before = len(self.running)
-        for i in reversed(range(before)):
-            if self.running[i].finish_reason is not None:
-                last = self.running.pop()
-                if i < len(self.running):
-                    self.running[i] = last
-                    self.cache.move(len(self.running), i, last.cached)
-        if self.reading and len(self.running) < before:
-            self.cache.move(before, len(self.running), self.reading.cached)
-
-    def _admit(self, tokens: int) -> list[Request]:
-        """The oldest waiting request, if there is room for it, and those after it that are short enough to be read with
-        it in one forward of so many tokens; they get the slots after the running ones.
-        """
+        if self.prefilling:
+            return [self.prefilling]
         rows: list[Request] = []
         while self.waiting:
             longest = max(len(row.prompt) for row in (*rows, self.waiting[0]))
@@ -245,23 +146,98 @@ class Scheduler:
             self.cache.clear(len(self.running) + len(rows) - 1)
         return rows
 
+    def _run_pieces(self, rows: list[Request], pieces: list[list[int]], depth: int) -> Tensor:
+        """Run pieces of prompts through the main model and the first `depth` modules: hidden states (B, Q, hidden).
+
+        Shorter pieces are padded. Later tokens overwrite the entries of the padding.
+        """
+        decoder, length = self.decoder, max(map(len, pieces))
+
+        def padded(tokens: list[list[int]]) -> Tensor:
+            return torch.tensor([(row + [0] * length)[:length] for row in tokens], device=decoder.device)
+
+        placement = decoder.place(self.cache, len(self.running), [row.cached for row in rows], length)
+        hidden = states = decoder.run(padded(pieces), self.cache, placement)
+        for k in range(1, depth + 1):
+            ahead = padded([row.prompt[row.cached + k : row.cached + k + length] for row in rows])
+            states = decoder.guess(k, states, ahead, self.cache, placement)
+        return hidden
+
+    def _take_pieces(self, rows: list[Request], pieces: list[list[int]], hidden: Tensor) -> None:
+        """Let requests run once their prompts are complete, and give each its first token."""
+        for row, piece in zip(rows, pieces, strict=True):
+            row.cached += len(piece)
+        self.prefilling = rows[0] if rows[0].cached < len(rows[0].prompt) else None
+        if self.prefilling:
+            return
+        last = torch.stack([states[len(piece) - 1] for states, piece in zip(hidden, pieces, strict=True)])
+        for row, states in zip(rows, last, strict=True):  # (hidden)
+            row.hidden, row.n_accepted, row.forwards = states[None], 0, 1
+        self._add_tokens(self.decoder.head(last), rows)
+        self.running += rows
+
+    # --- draft -------------------------------------------------------------------------------------------------------
+
+    def _draft(self, depth: int) -> None:
+        """Draft `depth` tokens after each running sequence's last token.
+
+        Module k runs over all positions of the last step, whose next tokens are known now. The next step overwrites
+        the entries of rejected drafts.
+        """
+        start = time.perf_counter()
+        rows, decoder = self.running, self.decoder
+        for row in rows:
+            row.drafts = []
+        if depth > 0 and rows:
+            length = max(len(row.hidden) for row in rows)
+            hidden = torch.stack([F.pad(row.hidden, (0, 0, 0, length - len(row.hidden))) for row in rows])
+            placement = decoder.place(self.cache, 0, [row.cached - row.n_accepted - 1 for row in rows], length)
+            newest = torch.arange(len(rows), device=decoder.device), torch.tensor([row.n_accepted for row in rows])
+            for k in range(1, depth + 1):
+                known = [row.token_ids[-row.n_accepted - 1 :] + row.drafts for row in rows]
+                ahead = torch.tensor(
+                    [(tokens[k - 1 :] + [0] * length)[:length] for tokens in known], device=decoder.device
+                )
+                hidden = decoder.guess(k, hidden, ahead, self.cache, placement)  # (B, length, hidden)
+                drafts = choose(decoder.draft_head(hidden[newest]), rows, ahead=k - 1)
+                for row, token in zip(rows, drafts, strict=True):
+                    row.drafts.append(token)
+        self._drafting_seconds = time.perf_counter() - start
+
+    # --- slots -------------------------------------------------------------------------------------------------------
+
+    def _release_slots(self) -> None:
+        """Drop requests that have ended, and move the last sequences into the slots that become free."""
+        self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
+        if self.prefilling and self.prefilling.finish_reason is not None:
+            self.prefilling = None
+        before = len(self.running)
+        for i in reversed(range(before)):
+            if self.running[i].finish_reason is not None:
+                last = self.running.pop()
+                if i < len(self.running):
+                    self.running[i] = last
+                    self.cache.move(len(self.running), i, last.cached)
+        if self.prefilling and len(self.running) < before:
+            self.cache.move(before, len(self.running), self.prefilling.cached)
+
     def _make_room(self, admitted: list[Request]) -> bool:
-        """Whether the cache can hold the oldest waiting request as well; grows it if need be."""
+        """Return whether the cache can also hold the oldest waiting request, and grow it if necessary."""
         slots = len(self.running) + len(admitted) + 1
-        if slots > self.sequences:
+        if slots > self.slots:
             return False
-        length = max(self._needed(row) for row in (*self.running, *admitted, self.waiting[0]))
-        if self._bytes(slots, length) > self.memory:
+        length = max(self._entries(request) for request in (*self.running, *admitted, self.waiting[0]))
+        if self._cache_bytes(slots, length) > self.memory:
             return False
         if slots > self.cache.slots or length > self.cache.length:
-            roomy = min(1 << (slots - 1).bit_length(), self.sequences), max(length, self.cache.length)
-            self.cache.resize(*(roomy if self._bytes(*roomy) <= self.memory else (slots, length)))
+            roomy = min(1 << (slots - 1).bit_length(), self.slots), max(length, self.cache.length)
+            self.cache.resize(*(roomy if self._cache_bytes(*roomy) <= self.memory else (slots, length)))
         return True
 
-    def _needed(self, row: Request) -> int:
-        """Cache entries a request can come to take, drafts that may not hold included."""
-        longest = len(row.prompt) + row.limit + 2 * len(self.decoder.modules) + 1
+    def _entries(self, request: Request) -> int:
+        """The most cache entries that a request can need, in whole blocks. Rejected drafts take entries too."""
+        longest = len(request.prompt) + request.limit + 2 * len(self.decoder.modules) + 1
         return -(-longest // self.decoder.block_size) * self.decoder.block_size
 
-    def _bytes(self, slots: int, length: int) -> float:
+    def _cache_bytes(self, slots: int, length: int) -> float:
         return slots * length * self.cache.bytes_per_token

@@ -11,8 +11,8 @@ from fastapi.responses import StreamingResponse
 
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Engine, Prompt
+from moonwhale.infer.request import Request
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.infer.scheduler import Request
 from moonwhale.serve import errors
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics, Stopwatch

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from moonwhale.infer.scheduler import Request
+from moonwhale.infer.request import Request
 from moonwhale.serve.worker import Worker
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds

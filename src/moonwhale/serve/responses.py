@@ -6,7 +6,7 @@ import uuid
 
 from moonwhale.infer.detokenizer import TokenBytes
 from moonwhale.infer.engine import Engine
-from moonwhale.infer.scheduler import Request
+from moonwhale.infer.request import Request
 from moonwhale.serve.worker import TokenChunk
 
 FINISH_REASON = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from moonwhale.errors import UserError, one_line
-from moonwhale.infer.scheduler import Request, Scheduler
+from moonwhale.infer.request import Request
+from moonwhale.infer.scheduler import Scheduler
 
 JOBS_PER_STEP = 8  # for every 8 jobs, chunks collect the tokens of one more step
 
@@ -88,7 +89,7 @@ class Worker:
 
     @property
     def num_running(self) -> int:
-        return len(self.scheduler.running) + (self.scheduler.reading is not None)
+        return len(self.scheduler.running) + (self.scheduler.prefilling is not None)
 
     @property
     def num_waiting(self) -> int:

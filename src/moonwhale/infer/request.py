@@ -1,0 +1,73 @@
+"""`Request`: one prompt, its options, and the answer so far."""
+
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moonwhale.infer.detokenizer import TextStream
+from moonwhale.infer.sampling import Noise
+from moonwhale.infer.sampling_options import SamplingOptions
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and the tokens that have been generated for it.
+
+    finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens` or the context is reached), "cancelled", or
+        None while the request waits or runs.
+    forwards: number of forward passes of the main model, with prefill counted as one.
+    drafted, accepted: for each depth of the MTP chain, the drafts that were verified and those that were accepted.
+    logprobs: for each token, its log-probability and those of the most likely tokens as {id: log-probability}. Recorded
+        if `top_logprobs`, the number of these tokens, is not None.
+    """
+
+    prompt: list[int]
+    options: SamplingOptions
+    eos: set[int]
+    text: TextStream
+    noise: Noise
+    limit: int  # the largest number of tokens to add
+    top_logprobs: int | None = None
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    finish_reason: str | None = None
+    forwards: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+    # The scheduler's state between two steps
+    cached: int = 0  # tokens of prompt and answer whose entries are in the cache
+    drafts: list[int] = field(default_factory=list)  # tokens to verify in the next step
+    n_accepted: int = 0  # drafts that the last step accepted
+    hidden: Tensor | None = None  # (Q, hidden) states of the last step, of which the first `n_accepted` + 1 count
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of prompt and answer."""
+        return self.prompt + self.token_ids
+
+    def push(self, token: int) -> None:
+        """Add a generated token, and finish the request if it is the last one."""
+        self.token_ids.append(token)
+        if token in self.eos:
+            self.finish_reason = "eos"
+        elif self.text.push(token):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason in ("eos", "length"):
+            self.text.flush()
+        self.noise.forget(len(self.token_ids))
+        self.seconds = time.perf_counter() - self.start
+
+    def count_drafts(self, depth: int) -> None:
+        """Add the last step's drafts to the statistics. Drafts after a rejected one were not verified."""
+        self.drafted += [0] * (depth - len(self.drafted))
+        self.accepted += [0] * (depth - len(self.accepted))
+        for k in range(min(self.n_accepted + 1, depth)):
+            self.drafted[k] += 1
+            self.accepted[k] += k < self.n_accepted
