@@ -40,9 +40,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from common import ROOT, environment, options, write
-from moonwhale.parallel.options import SCHEDULES, places
+from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.schedules import EngineStage, build_engine
-from moonwhale.parallel.stages import Part
+from moonwhale.parallel.stages import StageSpec
 from parallel_runs import LAYOUTS, equality, kills, memory
 
 COST = {"F": 1, "B": 2, "I": 1, "W": 1}
@@ -79,7 +79,7 @@ class Sleeping(EngineStage):
 
 def unit_of(schedule: str) -> int:
     """Half stages that a stage of this schedule is."""
-    return 2 // SCHEDULES[schedule].stages
+    return 2 // SCHEDULES[schedule].stages_per_rank
 
 
 def formula(schedule: str, ranks: int, f: float, b: float, w: float) -> float | None:
@@ -97,12 +97,12 @@ def rank_main(rank: int, ranks: int, schedules: list[str], micro_batches: int, u
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=LIMIT))
     recorded = {}
     for schedule in schedules:
-        where, kind = places(schedule, ranks), SCHEDULES[schedule]
-        copy, number = ranks * kind.stages, torch.empty((), device="meta", requires_grad=True)
+        where, kind = stage_ranks(schedule, ranks), SCHEDULES[schedule]
+        copy, number = ranks * kind.stages_per_rank, torch.empty((), device="meta", requires_grad=True)
         stages = []
         for index in (i for i, place in enumerate(where) if place == rank):
-            part = Part(index % copy, copy, 0, 0)
-            half = index // copy if kind.mirrored else None
+            part = StageSpec(index % copy, copy, 0, 0)
+            half = index // copy if kind.bidirectional else None
             stage = Sleeping(
                 Toy(),
                 part,
@@ -194,7 +194,7 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
         size = (11, 1.1 + sum(0.5 + 0.32 * len(events) for events in recorded.values()))
         figure, axes = plt.subplots(len(recorded), 1, figsize=size, sharex=True, layout="constrained")
         for axis, (schedule, events) in zip(axes, recorded.items(), strict=True):
-            second = max(places(schedule, len(events))) + 1  # stages from here on are a rank's second ones
+            second = max(stage_ranks(schedule, len(events))) + 1  # stages from here on are a rank's second ones
             for row, rank in enumerate(events):
                 for kind, stage, number, begin, end in rank:
                     box = [(begin, end - begin)]

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from moonwhale import cli
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
-from moonwhale.parallel.fsdp import gathered
+from moonwhale.parallel.fsdp import full_tensor
 from moonwhale.train.mtp_trainer import MTPTrainer
 
 
@@ -88,7 +88,7 @@ class Look(TrainerCallback):
         if state.global_step == 0:
             self.watch.__exit__()
             self.seen["sent"] = dict(Sent.total)
-            grads = {name: gathered(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            grads = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             self.seen["grads"] = {name: grad.clone() for name, grad in grads.items()}
             held = here(p.grad for p in model.parameters())
             self.seen["bytes"] = {"weights": here(model.parameters()), "gradients": held, "activations": Held.most}

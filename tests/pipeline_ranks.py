@@ -1,6 +1,5 @@
 """One rank of the pipeline's tests: `main` runs the cases in a folder's cases.pt, and leaves what it sees beside it."""
 
-from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +20,13 @@ from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel import expert_parallel
 from moonwhale.parallel import pipeline as running
-from moonwhale.parallel.expert_parallel import Exchange, Trip, own_experts, share_
-from moonwhale.parallel.fsdp import gathered
-from moonwhale.parallel.options import SCHEDULES
+from moonwhale.parallel.expert_parallel import AllToAll, DispatchPlan, ParallelExperts, expert_slices, shard_experts_
+from moonwhale.parallel.fsdp import full_tensor
+from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.parallel.pipeline import Pipeline
-from moonwhale.parallel.process_groups import stand
-from moonwhale.parallel.schedules import own_parts, splits_backward
-from moonwhale.parallel.stages import Stage, cut, keep_
+from moonwhale.parallel.process_groups import place_rank
+from moonwhale.parallel.schedules import stages_of_rank, splits_backward
+from moonwhale.parallel.stages import Stage, partition, prune_
 
 LIMIT = 120  # seconds that a rank waits for another
 
@@ -61,8 +60,8 @@ def optimizer_of(model, place=None):
     if place is None:
         optimizer, same = MuonClip(groups, newton_schulz_dtype=dtype), None
     else:
-        same, experts = place.same, place.same_experts
-        optimizer = DistributedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
+        same, experts = place.replicate_group, place.expert_replicate_group
+        optimizer = SharedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
     return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=same)
 
 
@@ -78,13 +77,13 @@ class Forgetful(Stage):
 
     def forward(self, *carried, **batch):
         out = super().forward(*carried, **batch)
-        return out if self.part.is_last else (out[0], out[1].detach().requires_grad_())
+        return out if self.spec.is_last else (out[0], out[1].detach().requires_grad_())
 
 
-def swapped(index, *args) -> Trip:
-    """A mutant: what experts made of two choices comes home in each other's place."""
-    trip = Trip.of(index, *args)
-    return trip._replace(home=trip.home.flip(0))
+def swapped(index, *args) -> DispatchPlan:
+    """A mutant: the tokens get each other's results from the experts."""
+    plan = DispatchPlan.from_choices(index, *args)
+    return plan._replace(row_of_pair=plan.row_of_pair.flip(0))
 
 
 def ranks(case: dict) -> list[dict]:
@@ -92,25 +91,29 @@ def ranks(case: dict) -> list[dict]:
     model = model_of(case["config"], case["weights"])
     pp, ep, length = case["pp"], case["ep"], case["length"]
     copies, kind = dist.get_world_size() // pp, SCHEDULES[case["schedule"]]
-    place = stand(pp, copies, ep, kind.mirrored, timedelta(seconds=LIMIT))
-    parts = own_parts(cut(model.config, pp * kind.stages, length), case["schedule"], pp, place.stage)
-    keep_(model, parts)
-    exchange = Exchange(place.sharing, place.same_experts) if ep > 1 else None
-    if exchange:
-        share_(model, exchange)
+    place = place_rank(pp, copies, ep, kind.bidirectional, timedelta(seconds=LIMIT))
+    parts = stages_of_rank(
+        partition(model.config, pp * kind.stages_per_rank, length), case["schedule"], pp, place.pp_rank
+    )
+    prune_(model, parts)
+    all_to_all = AllToAll(place.ep_group, place.expert_replicate_group) if ep > 1 else None
+    if all_to_all:
+        shard_experts_(model, all_to_all)
     stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
     size = case["rows"] // case["micro_batches"]
     if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
-        Pipeline._share_embedding = lambda self: None
+        Pipeline._sum_embedding_gradient = lambda self: None
     if case["mutant"] == "experts":  # each copy keeps its own share of the gradient
-        exchange.same = None
+        all_to_all.expert_replicate_group = None
     running.splits_backward = lambda: splits_backward() and not case["whole"]
     each, on = case["micro_batches"] // copies, torch.device("cpu")
-    pipeline = Pipeline(stages, case["schedule"], each, (size, length), on, place.pipeline, place.same, exchange)
+    pipeline = Pipeline(
+        stages, case["schedule"], each, (size, length), on, place.pp_group, place.replicate_group, all_to_all
+    )
     if case["fsdp"]:
-        pipeline.shard_()
+        pipeline.fully_shard_()
         if case["mutant"] == "mean":
-            for unit in pipeline.shards.units:
+            for unit in pipeline.fsdp.units:
                 unit.set_gradient_divide_factor(2.0)
     optimizer, hooks = optimizer_of(model, place)
     return [_step(case, seed, model, optimizer, hooks, pipeline, place) for seed in range(case["steps"])]
@@ -132,11 +135,13 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
     else:
         for stage in pipeline.stages:
             stage.targets = targets
-        pipeline.step({name: torch.cat(value.split(size)[place.copy :: place.copies]) for name, value in batch.items()})
-        outputs = {place.copy + i * place.copies: out for i, out in pipeline.take_outputs()}
+        pipeline.step(
+            {name: torch.cat(value.split(size)[place.replica :: place.num_replicas]) for name, value in batch.items()}
+        )
+        outputs = {place.replica + i * place.num_replicas: out for i, out in pipeline.take_outputs()}
     result = {
         "losses": {i: (out.loss.item(), out.balance_loss.item(), *out.losses.tolist()) for i, out in outputs.items()},
-        "grads": {name: gathered(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None},
+        "grads": {name: full_tensor(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None},
     }
     optimizer.step()
     optimizer.zero_grad()
@@ -150,12 +155,12 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
         "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
     }
     result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
-    passes = [event for stage in pipeline.wrapped for event in stage.events] if pipeline else []
+    passes = [event for stage in pipeline.engine_stages for event in stage.events] if pipeline else []
     result["pairs"] = sum(  # backward passes that began in the middle of a forward pass
         f.begin < b.begin < f.end for f in passes for b in passes if (f.kind, b.kind) == ("F", "B")
     )
-    result["experts"] = {name: (own.start, own.stop) for name, own in own_experts(model).items()}
-    result["state"] = {name: gathered(value).clone() for name, value in model.state_dict().items()}
+    result["experts"] = {name: (own.start, own.stop) for name, own in expert_slices(model).items()}
+    result["state"] = {name: full_tensor(value).clone() for name, value in model.state_dict().items()}
     return result
 
 
@@ -176,9 +181,8 @@ def layer(case: dict) -> dict:
     x, d_out = (torch.randn(n, hidden, generator=generator).to(dtype) for _ in range(2))
     index = torch.rand(n, e - case["shut"], generator=generator).topk(k).indices
     gates = torch.rand(n, k, generator=generator)
-    part = deepcopy(whole)
-    exchange = Exchange(dist.group.WORLD)
-    share_(part, exchange)
+    all_to_all = AllToAll(dist.group.WORLD)
+    part = ParallelExperts(whole, all_to_all)
     mine = slice(0, first) if rank == 0 else slice(first, n)
     seen = []
     for module, tokens in ((whole, slice(None)), (part, mine)):
@@ -186,13 +190,14 @@ def layer(case: dict) -> dict:
         out = module(inputs[0], index[tokens], inputs[1])
         out.backward(d_out[tokens])
         seen.append([out.detach(), *(t.grad for t in inputs), *(p.grad for p in module.parameters())])
-    expected = [t[mine] for t in seen[0][:3]] + [t[part.mine] for t in seen[0][3:]]
+    expected = [t[mine] for t in seen[0][:3]] + [t[part.local] for t in seen[0][3:]]
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(seen[1], expected, strict=True)]
-    return {"rows": sum(Trip.of(index[mine], e, exchange).received), "errors": errors}
+    return {"rows": sum(DispatchPlan.from_choices(index[mine], e, all_to_all).recv_counts), "errors": errors}
 
 
 def run(case: dict) -> list[dict] | dict:
-    expert_parallel.Trip = SimpleNamespace(of=swapped) if case.get("mutant") == "home" else Trip
+    mutant = SimpleNamespace(from_choices=swapped)
+    expert_parallel.DispatchPlan = mutant if case.get("mutant") == "home" else DispatchPlan
     return (layer if "precision" in case else ranks)(case)
 
 

@@ -18,7 +18,7 @@ from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
 from moonwhale.optim.muon_distributed import DistributedMuonClip, equal_shares, newton_schulz_cost
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.parallel.fsdp import gathered
+from moonwhale.parallel.fsdp import full_tensor
 
 STEPS, RANKS = 3, 2
 CASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "parts": torch.float32, "parts, bf16": torch.bfloat16}
@@ -44,8 +44,8 @@ def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> 
             p.grad = place(torch.randn(p.shape, generator=generator))
         optimizer.step()
     muonclip.newton_schulz = iterate
-    states = [{name: gathered(value) for name, value in optimizer.state[p].items()} for p in params]
-    return {"weights": [gathered(p.detach()) for p in params], "states": states, "done": done}
+    states = [{name: full_tensor(value) for name, value in optimizer.state[p].items()} for p in params]
+    return {"weights": [full_tensor(p.detach()) for p in params], "states": states, "done": done}
 
 
 def of_rows(optimizer, updates, split, dtype) -> list[DTensor]:

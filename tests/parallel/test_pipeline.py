@@ -2,11 +2,9 @@
 
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.pipelining import ScheduleDualPipeV
 from torch.distributed.pipelining.schedules import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -23,11 +21,11 @@ from conftest import TINY
 from forked import Forked, finish
 from moonwhale.costs import flops_per_token, forward_flops
 from moonwhale.errors import UserError
-from moonwhale.parallel.expert_parallel import Exchange
-from moonwhale.parallel.options import SCHEDULES, places
+from moonwhale.parallel.expert_parallel import AllToAll
+from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.overlap import Overlap
-from moonwhale.parallel.schedules import dualpipe_order, own_parts, splits_backward, with_messages
-from moonwhale.parallel.stages import Part, cut, keep_
+from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, stages_of_rank, splits_backward, with_messages
+from moonwhale.parallel.stages import StageSpec, partition, prune_
 
 MODEL = {
     "num_hidden_layers": 5,
@@ -71,7 +69,7 @@ def case(tiny_config, draw):
             if shut and name.endswith("e_score_correction_bias"):
                 value[-shut:] -= 100
         pp = pp or n_ranks
-        micro_batches = n_ranks // pp * (2 * pp + (2 if SCHEDULES[schedule].mirrored else 1))  # more than it needs
+        micro_batches = n_ranks // pp * (2 * pp + (2 if SCHEDULES[schedule].bidirectional else 1))  # more than it needs
         return {
             "config": config,
             "weights": weights,
@@ -271,13 +269,13 @@ def test_passes_take_turns_where_experts_are_shared(two_ranks, four_ranks):
 
 def test_a_pair_takes_turns():
     """Each goes on when the other sends rows, in one order whatever the threads' luck; both end, and only then it."""
-    exchange, said = Exchange(None), []
+    exchange, said = AllToAll(None), []
     overlap = Overlap(exchange)
 
     def speak(who: str, times: int):
         for i in range(times):
             said.append(f"{who}{i}")
-            exchange.hand_over()
+            exchange.while_waiting()
         said.append(f"{who} ends")
 
     for _ in range(50):
@@ -287,20 +285,20 @@ def test_a_pair_takes_turns():
     said.clear()
     overlap.take_turns(lambda: speak("a", 0), lambda: speak("b", 2))
     assert said == ["a ends", "b0", "b1", "b ends"]
-    exchange.hand_over()  # outside a pair there is nobody to go on
+    exchange.while_waiting()  # outside a pair there is nobody to go on
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_pair_of_which_one_fails(first):
-    exchange, went_on = Exchange(None), []
+    exchange, went_on = AllToAll(None), []
 
     def fail():
-        exchange.hand_over()
+        exchange.while_waiting()
         raise ValueError("no")
 
     def go_on():
         for _ in range(3):
-            exchange.hand_over()
+            exchange.while_waiting()
             went_on.append(1)
 
     with pytest.raises(ValueError, match="no"):
@@ -323,7 +321,7 @@ def costs(config, parts, context: int) -> list[float]:
 def test_stages_are_as_equal_as_whole_blocks_allow(tiny_config, n_stages, modules):
     more = {"num_nextn_predict_layers": modules, "first_k_dense_replace": 2, "moba_topk": 2, "moba_block_size": 4}
     config = tiny_config(num_hidden_layers=6, **more)
-    parts = cut(config, n_stages, 32)
+    parts = partition(config, n_stages, 32)
     assert [part.start for part in parts] == [0] + [part.stop for part in parts[:-1]] and parts[-1].stop == 6
     assert sum(costs(config, parts, 32)) == pytest.approx(flops_per_token(config, 32) / 3)
     assert all(part.stop > part.start for part in parts[:-1])
@@ -331,14 +329,14 @@ def test_stages_are_as_equal_as_whole_blocks_allow(tiny_config, n_stages, module
     for inner in itertools.combinations_with_replacement(range(1, 7), n_stages - 1):
         if len(set(inner)) == len(inner):
             ends = (0, *inner, 6)
-            others.append([Part(i, n_stages, ends[i], ends[i + 1]) for i in range(n_stages)])
+            others.append([StageSpec(i, n_stages, ends[i], ends[i + 1]) for i in range(n_stages)])
     squares = [sum(c * c for c in costs(config, other, 32)) for other in others]
     assert sum(c * c for c in costs(config, parts, 32)) == pytest.approx(min(squares))
 
 
 def test_a_large_head_has_fewer_blocks_beside_it(tiny_config):
     config = tiny_config(num_hidden_layers=8, vocab_size=2000, num_nextn_predict_layers=1)
-    parts = cut(config, 2, 16)
+    parts = partition(config, 2, 16)
     assert parts[0].stop > 4 and parts[1].stop - parts[1].start < 4
 
 
@@ -347,11 +345,11 @@ def test_ranks_together_are_the_model(tiny_model, tiny_config, tied, modules):
     overrides = {"num_hidden_layers": 4, "tie_word_embeddings": tied, "num_nextn_predict_layers": modules}
     whole = tiny_model(**overrides).state_dict()
     for schedule in SCHEDULES:
-        parts = cut(tiny_config(**overrides), 2 * SCHEDULES[schedule].stages, 16)
+        parts = partition(tiny_config(**overrides), 2 * SCHEDULES[schedule].stages_per_rank, 16)
         merged, holders = {}, []
         for rank in range(2):
             model = tiny_model(**overrides)
-            keep_(model, own_parts(parts, schedule, 2, rank))
+            prune_(model, stages_of_rank(parts, schedule, 2, rank))
             merged |= (state := model.state_dict())
             holders.append("model.embed_tokens.weight" in state)
         assert merged.keys() == whole.keys()
@@ -361,7 +359,7 @@ def test_ranks_together_are_the_model(tiny_model, tiny_config, tied, modules):
 
 def test_more_stages_than_blocks(tiny_config):
     with pytest.raises(UserError, match=r"^`model.num_hidden_layers`: 2 blocks can't be cut into 4 stages: give at"):
-        cut(tiny_config(), 4, 16)
+        partition(tiny_config(), 4, 16)
 
 
 def test_which_torch_splits_a_backward_pass():
@@ -407,8 +405,8 @@ def simulated(order: dict[int, list], before: Callable[[int, bool], int | None],
 def test_the_bubble_is_the_papers(ranks, more):
     """Of DualPipe and its V (DeepSeek-V3, table 2), where overlapping passes take as long as one after the other."""
     micro_batches = 2 * ranks + more
-    v = SimpleNamespace(pp_group_size=ranks, _n_microbatches=micro_batches)
-    order = {rank: ScheduleDualPipeV._calculate_single_rank_operations(v, rank) for rank in range(ranks)}
+    v = DualPipeVOrder(ranks, micro_batches)
+    order = {rank: v.actions(rank) for rank in range(ranks)}
 
     def on_v(stage: int, forward: bool) -> int | None:
         return stage - 1 if forward and stage else stage + 1 if not forward and stage < 2 * ranks - 1 else None
@@ -428,7 +426,7 @@ def test_the_bubble_is_the_papers(ranks, more):
 def test_messages_are_in_the_same_order_on_both_sides():
     """What a rank sends to another, that one receives in this order: messages have no names."""
     ranks = 4
-    listed, place = with_messages(dualpipe_order(ranks, 5)), places("dualpipe", ranks)
+    listed, place = with_messages(dualpipe_order(ranks, 5)), stage_ranks("dualpipe", ranks)
     for sender, receiver in itertools.permutations(range(ranks), 2):
         sent, received = [], []
         for action in listed[sender]:

@@ -3,18 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from torch.distributed.pipelining import ScheduleDualPipeV
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 
 from moonwhale.costs import flops_per_token
 from moonwhale.errors import UserError
 from moonwhale.optim.muonclip import param_groups
-from moonwhale.parallel.options import SCHEDULES, Parallel
-from moonwhale.parallel.schedules import dualpipe_order, own_parts
-from moonwhale.parallel.stages import cut, keep_
+from moonwhale.parallel.options import ParallelOptions
+from moonwhale.parallel.schedule_properties import SCHEDULES
+from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, stages_of_rank
+from moonwhale.parallel.stages import partition, prune_
 from moonwhale.planning import plan
 from moonwhale.planning.cost_model import Estimate, ParallelLayout, idle_over_busy, in_flight
 from moonwhale.train.config import build_model_config, parse, resolve
@@ -41,10 +40,10 @@ def held_at_most(actions: list) -> int:
 @pytest.mark.parametrize("more", [0, 6])
 def test_micro_batches_in_flight_are_the_schedules(ranks, more):
     count = 2 * ranks + more
-    v = SimpleNamespace(pp_group_size=ranks, _n_microbatches=count)
+    v = DualPipeVOrder(ranks, count)
     both = dualpipe_order(ranks, count // 2)
     for rank in range(ranks):
-        actions = ScheduleDualPipeV._calculate_single_rank_operations(v, rank)
+        actions = v.actions(rank)
         assert sum(in_flight(ParallelLayout(ranks, 1, "dualpipev", count, 1), rank)) == held_at_most(actions)
         assert (
             sum(in_flight(ParallelLayout(ranks, 1, "dualpipe", count, 1), rank))
@@ -82,10 +81,10 @@ def test_weights_and_state_are_those_of_the_cut_model(tiny_config, schedule, tie
 
     config = tiny_config(tie_word_embeddings=tied, **MODEL)
     costs = Estimate(config, 16).costs(ParallelLayout(4, 1, schedule, 8, 1))
-    parts = cut(config, 4 * SCHEDULES[schedule].stages, 16)
+    parts = partition(config, 4 * SCHEDULES[schedule].stages_per_rank, 16)
     for rank, cost in enumerate(costs):
         model = MoonwhaleForCausalLM(config)
-        keep_(model, own_parts(parts, schedule, 4, rank))
+        prune_(model, stages_of_rank(parts, schedule, 4, rank))
         sizes = dict.fromkeys((True, False), 0)
         for group in param_groups(model, lr=1.0):
             sizes[group["muon"]] += sum(p.numel() for p in group["params"])
@@ -128,10 +127,13 @@ def test_every_layout_would_start(gpus):
     layouts, estimate = list(plan.layouts(run, gpus, config)), Estimate(config, run.context)
     assert layouts and len(set(layouts)) == len(layouts)
     for layout in layouts:
-        parallel = Parallel(pp=layout.pp, schedule=layout.schedule)
-        assert parallel.copies(gpus) == layout.dp
+        parallel = ParallelOptions(pp=layout.pp, schedule=layout.schedule)
+        assert parallel.replicas(gpus) == layout.dp
         assert layout.micro_batches * layout.rows * layout.dp * run.context == run.tokens_per_step
-        assert parallel.micro_batches(layout.micro_batches * layout.dp, layout.dp, 1, "") == layout.micro_batches
+        assert (
+            parallel.micro_batches_per_replica(layout.micro_batches * layout.dp, layout.dp, 1, "")
+            == layout.micro_batches
+        )
         assert len(estimate.costs(layout)) == layout.pp
 
 

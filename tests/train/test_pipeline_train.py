@@ -197,7 +197,7 @@ from moonwhale import cli
 from moonwhale.train.pipeline_trainer import PipelineTrainer
 step = PipelineTrainer.training_step
 def dying(self, *args):
-    if self.state.global_step == 4 and self.ranks.rank == 1 and not os.path.exists({str(tmp_path / "died")!r}):
+    if self.state.global_step == 4 and self.placement.rank == 1 and not os.path.exists({str(tmp_path / "died")!r}):
         open({str(tmp_path / "died")!r}, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args)
@@ -264,7 +264,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
     config = one(tokens_per_step=256)
     out = tmp_path / "parts"
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.fsdp", "true")
-    assert "2 processes, weights in parts" in together(*options)
+    assert "2 processes, weights sharded" in together(*options)
     assert_close(out, config.out)
     assert_same_files(out, config.out)
 
@@ -276,7 +276,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
     pretrain.train(parse(["--out", from_the_middle("alone"), "--resume", "--parallel.fsdp", "false"]))
     assert_close(tmp_path / "alone", config.out)
     mirrored = ("--out", from_the_middle("mirrored"), "--resume", "--parallel.pp", "2", "--parallel.schedule")
-    assert "weights in parts" in together(*mirrored, "dualpipe")
+    assert "weights sharded" in together(*mirrored, "dualpipe")
     assert_close(tmp_path / "mirrored", config.out)
 
 
@@ -294,7 +294,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
         ),
         (
             {"parallel": {"pp": 3, "schedule": "dualpipe"}},
-            "`parallel.pp`: dualpipe runs two copies against each other, so 3 ranks are impossible: give 2 or 4, or "
+            "`parallel.pp`: dualpipe runs two replicas in opposite directions, so 3 ranks are impossible: give 2 or 4, or "
             "`parallel.schedule` dualpipev",
         ),
         (
@@ -383,13 +383,13 @@ def test_unknown_fields_of_parallel():
         (
             1,
             {"parallel": {"ep": 2}},
-            "`parallel.ep`: 2 copies of the model are to share experts, which can't be made of 1: give 1, or start "
+            "`parallel.ep`: 2 replicas of the model are to share experts, but there are 1: give 1, or start "
             "torchrun --nproc-per-node 2",
         ),
         (
             8,
             {"parallel": {"pp": 2, "ep": 3}, "tokens_per_step": 1024},
-            "`parallel.ep`: 3 copies of the model are to share experts, which can't be made of 4: give 2 or 4, or "
+            "`parallel.ep`: 3 replicas of the model are to share experts, but there are 4: give 2 or 4, or "
             "start torchrun `nproc_per_node` 6 or 12",
         ),
         (

@@ -1,9 +1,9 @@
 """DualPipe's overlapped pair (V3 §3.2.1): a forward and a backward pass of two micro-batches that take turns.
 
-Whenever one of them has sent rows to other ranks' experts, the other computes until it has sent rows, too. One computes
-at a time, and both let go at fixed places, so that the ranks which share experts exchange rows in the same order. On a
-CPU, gloo's threads move the rows meanwhile. On a GPU, NCCL does on a stream of its own: what waits for rows is queued
-behind the other pass's kernels, in one stream.
+When one pass has sent rows to other ranks' experts, the other pass computes until it has sent rows, too. Only one pass
+computes at a time, and both switch at fixed points, so all ranks that share experts exchange rows in the same order. On
+a CPU, gloo's threads move the rows meanwhile. On a GPU, NCCL moves them on its own stream, and the kernels that wait
+for the rows are queued behind the other pass's kernels, in one stream.
 """
 
 import threading
@@ -14,36 +14,37 @@ from contextlib import nullcontext
 import torch
 from torch.distributed.pipelining.schedules import _Action, _PipelineContext
 
-from moonwhale.parallel.expert_parallel import Exchange
+from moonwhale.parallel.expert_parallel import AllToAll
 
 
 class Overlap:
-    """Called as torch's schedules call it for a pair of passes: `register_custom_function(OVERLAP_F_B, Overlap(…))`."""
+    """Runs an overlapped pair. Register it with a torch schedule: `register_custom_function(OVERLAP_F_B, Overlap(…))`."""
 
-    def __init__(self, exchange: Exchange):
-        self.exchange = exchange
+    def __init__(self, all_to_all: AllToAll):
+        self.all_to_all = all_to_all
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="backward")
 
     def __call__(self, action: _Action, context: _PipelineContext) -> None:
-        """What the engine does for one pass and then for the other, in turns."""
+        """Run both passes in turns; each does what torch's engine does for it."""
         engine = context.schedule_ref
         stages = {stage.stage_index: stage for stage in engine._stages}
 
-        def forward(index: int, number: int) -> None:
-            for work in engine.fwd_recv_ops.pop((index, number), ()):
+        def forward(stage: int, micro_batch: int) -> None:
+            for work in engine.fwd_recv_ops.pop((stage, micro_batch), ()):
                 work.wait()
-            given = context.arg_mbs[number], context.kwarg_mbs[number]
-            output = stages[index].forward_one_chunk(number, *given, save_forward_output=False)
-            engine._maybe_compute_loss(stages[index], output, context.target_mbs, number)
-            if index + 1 in stages:
-                stages[index + 1].set_local_fwd_input(output, number)
+            args, kwargs = context.arg_mbs[micro_batch], context.kwarg_mbs[micro_batch]
+            output = stages[stage].forward_one_chunk(micro_batch, args, kwargs, save_forward_output=False)
+            engine._maybe_compute_loss(stages[stage], output, context.target_mbs, micro_batch)
+            if stage + 1 in stages:
+                stages[stage + 1].set_local_fwd_input(output, micro_batch)
 
-        def backward(index: int, number: int) -> None:
-            for work in engine.bwd_recv_ops.pop((index, number), ()):
+        def backward(stage: int, micro_batch: int) -> None:
+            for work in engine.bwd_recv_ops.pop((stage, micro_batch), ()):
                 work.wait()
-            stages[index].backward_one_chunk(number, loss=engine._maybe_get_loss(stages[index], number))
-            if index - 1 in stages:
-                stages[index - 1].set_local_bwd_input(stages[index].get_local_bwd_output(number), number)
+            loss = engine._maybe_get_loss(stages[stage], micro_batch)
+            stages[stage].backward_one_chunk(micro_batch, loss=loss)
+            if stage - 1 in stages:
+                stages[stage - 1].set_local_bwd_input(stages[stage].get_local_bwd_output(micro_batch), micro_batch)
 
         f, b = action.sub_actions
         self.take_turns(
@@ -51,43 +52,44 @@ class Overlap:
         )
 
     def take_turns(self, first: Callable[[], None], second: Callable[[], None]) -> None:
-        """Does both, `first` here and `second` in another thread; each goes on where the exchange waits for rows.
+        """Run `first` here and `second` in another thread. They switch when the all-to-all waits for rows.
 
         Raises:
-            the error of the one that failed; the other is stopped where it next waits.
+            Exception: the error of the pass that failed. The other stops where it would wait next.
         """
-        may_go, ended, failed = (threading.Semaphore(1), threading.Semaphore(0)), [False, False], []
+        may_run, ended, errors = (threading.Semaphore(1), threading.Semaphore(0)), [False, False], []
         turn = 0
-        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None  # a thread has its own
+        # Each thread has a current stream of its own
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
-        def hand_over() -> None:
+        def switch() -> None:
             nonlocal turn
             me, other = turn, 1 - turn
             if not ended[other]:
                 turn = other
-                may_go[other].release()
-                may_go[me].acquire()
-            if failed:
-                raise RuntimeError("the other pass of the pair failed") from failed[0]
+                may_run[other].release()
+                may_run[me].acquire()
+            if errors:
+                raise RuntimeError("the other pass of the pair failed") from errors[0]
 
-        def play(me: int, do: Callable[[], None]) -> None:
+        def run(me: int, compute: Callable[[], None]) -> None:
             nonlocal turn
-            may_go[me].acquire()
+            may_run[me].acquire()
             try:
                 with torch.cuda.stream(stream) if stream else nullcontext():
-                    do()
+                    compute()
             except BaseException as error:
-                failed.append(error)
+                errors.append(error)
             finally:
                 ended[me], turn = True, 1 - me
-                may_go[1 - me].release()
+                may_run[1 - me].release()
 
-        self.exchange.hand_over = hand_over
+        self.all_to_all.while_waiting = switch
         try:
-            other = self.worker.submit(play, 1, second)
-            play(0, first)
+            other = self.worker.submit(run, 1, second)
+            run(0, first)
             other.result()
         finally:
-            self.exchange.hand_over = lambda: None
-        if failed:
-            raise failed[0]
+            self.all_to_all.while_waiting = lambda: None
+        if errors:
+            raise errors[0]

@@ -1,6 +1,6 @@
-"""A rank's part in a pipeline's step: forward and backward of its stages, and gradients that ranks add up.
+"""A rank's share of a pipeline's step: forward and backward of its stages, and gradients summed over ranks.
 
-Those of micro-batches add up as they are, since each loss already is its share of the whole step's.
+Gradients of micro-batches and ranks are sums, not means: each micro-batch's loss is already its share of the step's.
 """
 
 import torch
@@ -9,24 +9,26 @@ from torch import Tensor
 from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
 from moonwhale.errors import UserError
-from moonwhale.parallel.expert_parallel import Exchange, own_experts
-from moonwhale.parallel.fsdp import Shards
-from moonwhale.parallel.options import SCHEDULES, places
+from moonwhale.parallel.expert_parallel import AllToAll, expert_slices
+from moonwhale.parallel.fsdp import ShardedStages
 from moonwhale.parallel.overlap import Overlap
+from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.schedules import EngineStage, build_engine, splits_backward
 from moonwhale.parallel.stages import Stage
 
 
 class Pipeline:
-    """A rank's stages and the schedule that runs them, for micro-batches of `shape` (B, T); on one rank, one after
-    another.
+    """A rank's stages and the schedule that runs them. On a single rank, micro-batches run one after the other.
 
-    stages: the rank's, as `own_parts` has them. `group` holds one copy of the pipeline, a rank for each place; `same`,
-    if there is more than one, the ranks whose stages are the same, over which gradients are added up; those of experts
-    that ranks share, by `exchange`, over the ranks that hold the same experts.
+    A backward pass is split only where that is correct and pays. It is not split in the last stage, whose weights have
+    several uses, nor with activation checkpointing, which would run a stage's forward pass two more times.
 
-    A backward pass is split only where that is right and pays: not in the last stage, whose weights have several uses,
-    nor with activation checkpointing, which would compute a stage's forward pass twice more.
+    Args:
+        stages: this rank's, in the order of `stages_of_rank`.
+        shape: (B, T) of a micro-batch.
+        pp_group: the ranks of one replica of the pipeline.
+        replicate_group: the ranks that hold the same stages, over which gradients are summed; None: only this rank.
+        all_to_all: of the ranks that share experts. Gradients of experts are summed over its `expert_replicate_group`.
     """
 
     def __init__(
@@ -36,127 +38,133 @@ class Pipeline:
         micro_batches: int,
         shape: tuple[int, int],
         device: torch.device,
-        group: dist.ProcessGroup | None = None,
-        same: dist.ProcessGroup | None = None,
-        exchange: Exchange | None = None,
+        pp_group: dist.ProcessGroup | None = None,
+        replicate_group: dist.ProcessGroup | None = None,
+        all_to_all: AllToAll | None = None,
     ):
-        ranks, kind = dist.get_world_size(group), SCHEDULES[schedule]
-        least = kind.micro_batches * ranks
+        pp, properties = dist.get_world_size(pp_group), SCHEDULES[schedule]
+        least = properties.min_micro_batches_per_rank * pp
         if micro_batches < least:
-            raise UserError(f"{schedule}: {micro_batches} micro-batches are too few for {ranks} ranks: give {least}")
-        self.stages, self.group, self.device, self.shape = stages, group, device, shape
-        self.same, self.exchange = same, exchange
-        self.micro_batches, self.mirrored = micro_batches, kind.mirrored
-        self.places = places(schedule, ranks)
-        self.shards: Shards | None = None
-        self.wrapped = [self._wrap(stage, half) for half, stage in enumerate(stages)] if ranks > 1 else []
-        self.engine = build_engine(schedule, self.wrapped, micro_batches) if ranks > 1 else None
-        if exchange is not None and kind.v_shape:  # of which the zero-bubble order has no pairs
-            self.engine.register_custom_function(OVERLAP_F_B, Overlap(exchange))
+            raise UserError(f"{schedule}: {micro_batches} micro-batches are too few for {pp} ranks: give {least}")
+        self.stages, self.pp_group, self.device, self.shape = stages, pp_group, device, shape
+        self.replicate_group, self.all_to_all = replicate_group, all_to_all
+        self.micro_batches, self.bidirectional = micro_batches, properties.bidirectional
+        self.stage_ranks = stage_ranks(schedule, pp)
+        self.fsdp: ShardedStages | None = None
+        self.engine_stages, self.engine = [], None
+        if pp > 1:
+            self.engine_stages = [self._engine_stage(stage, number) for number, stage in enumerate(stages)]
+            self.engine = build_engine(schedule, self.engine_stages, micro_batches)
+        if all_to_all is not None and properties.v_shape:  # torch's ZBV order, also in V shape, has no pairs to overlap
+            self.engine.register_custom_function(OVERLAP_F_B, Overlap(all_to_all))
 
-    def shard_(self) -> None:
-        """Spreads weights, gradients and what an optimizer makes of them over the ranks whose stages are the same."""
-        self.shards = Shards(self.stages, self.same, self.device)
+    def fully_shard_(self) -> None:
+        """Shard weights, gradients and the optimizer's state over the ranks that hold the same stages."""
+        self.fsdp = ShardedStages(self.stages, self.replicate_group, self.device)
 
-    def _wrap(self, stage: Stage, half: int) -> EngineStage:
-        part, carried = stage.part, stage.carried(*self.shape)
-        second = self.mirrored and half == 1
-        whole = part.is_last or stage.model.is_activation_checkpointing or not splits_backward()
+    def _engine_stage(self, stage: Stage, number: int) -> EngineStage:
+        """Wrap the rank's first (0) or second (1) stage."""
+        spec, boundary = stage.spec, stage.boundary_tensors(*self.shape)
+        of_second_replica = self.bidirectional and number == 1
         return EngineStage(
             stage,
-            part,
-            part.index + (part.count if second else 0),
-            len(self.places),
+            spec,
+            spec.index + (spec.num_stages if of_second_replica else 0),
+            len(self.stage_ranks),
             self.device,
-            half=half if self.mirrored else None,
-            whole=whole,
-            input_args=() if part.is_first else carried,
-            output_args=torch.empty((), device="meta") if part.is_last else carried,
-            group=self.group,
+            half=number if self.bidirectional else None,
+            full_backward=spec.is_last or stage.model.is_activation_checkpointing or not splits_backward(),
+            input_args=() if spec.is_first else boundary,
+            output_args=torch.empty((), device="meta") if spec.is_last else boundary,
+            group=self.pp_group,
         )
 
-    def _share_embedding(self) -> None:
-        """Adds up the embedding's gradient where two ranks have it: the first stage's, and the last's if an MTP module
-        or a tied head needs it.
+    def _sum_embedding_gradient(self) -> None:
+        """Sum the embedding's gradient over two ranks if both hold it: the first stage's, and the last stage's if an
+        MTP module or a tied head reads it.
         """
-        config, ends = self.stages[0].model.config, (self.places[0], self.places[-1])
-        needed, here = config.num_nextn_predict_layers or config.tie_word_embeddings, dist.get_rank(self.group)
-        if not needed or ends[0] == ends[1] or here not in ends:
+        config, ends = self.stages[0].model.config, (self.stage_ranks[0], self.stage_ranks[-1])
+        last_reads_embedding = config.num_nextn_predict_layers or config.tie_word_embeddings
+        here = dist.get_rank(self.pp_group)
+        if not last_reads_embedding or ends[0] == ends[1] or here not in ends:
             return
         grad, other = self.stages[0].model.model.embed_tokens.weight.grad, ends[here == ends[0]]
-        theirs = torch.empty_like(grad)
-        exchange = [
-            dist.P2POp(dist.isend, grad, group=self.group, group_peer=other),
-            dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=other),
+        other_grad = torch.empty_like(grad)
+        messages = [
+            dist.P2POp(dist.isend, grad, group=self.pp_group, group_peer=other),
+            dist.P2POp(dist.irecv, other_grad, group=self.pp_group, group_peer=other),
         ]
-        for work in dist.batch_isend_irecv(exchange):
+        for work in dist.batch_isend_irecv(messages):
             work.wait()
-        grad += theirs
+        grad += other_grad
 
     def step(self, batch: dict[str, Tensor]) -> None:
-        """Forward and backward of a whole step, {"input_ids", "labels", …}, (micro_batches · B, T) each, the same on
-        every rank. Gradients are added to the parameters'; `outputs` of the last stage hold the parts of the loss.
+        """Run forward and backward of a whole step.
+
+        Gradients are added to the parameters' `grad`. The last stage's `outputs` then hold the losses.
+
+        Args:
+            batch: {"input_ids", "labels", …}, (micro_batches · B, T) each, the same on every rank of a replica.
         """
-        for stage in self.wrapped:
+        for stage in self.engine_stages:
             stage.events.clear()
-        if self.shards is not None:
-            self.shards.gather()
+        if self.fsdp is not None:
+            self.fsdp.unshard()
         if self.engine is None:
             for i in range(0, len(batch["labels"]), self.shape[0]):
                 self.stages[0](**{name: value[i : i + self.shape[0]] for name, value in batch.items()}).backward()
         else:
             self.engine.step(target=batch["labels"], return_outputs=False, **batch)
-            self._share_embedding()
-        if self.shards is not None:
-            self.shards.scatter()
+            self._sum_embedding_gradient()
+        if self.fsdp is not None:
+            self.fsdp.reduce_gradients()
         else:
-            self._add_up()
+            self._all_reduce_gradients()
 
-    def _add_up(self) -> None:
-        """Gradients over all ranks that hold the same weights."""
+    def _all_reduce_gradients(self) -> None:
+        """Sum the gradients over all ranks that hold the same weights."""
         model = self.stages[0].model
-        experts = own_experts(model)
+        experts = expert_slices(model)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        _sum_over(self.same, [grad for name, grad in grads.items() if name not in experts])
-        if self.exchange is not None:
-            _sum_over(self.exchange.same, [grad for name, grad in grads.items() if name in experts])
+        _all_reduce(self.replicate_group, [grad for name, grad in grads.items() if name not in experts])
+        if self.all_to_all is not None:
+            expert_grads = [grad for name, grad in grads.items() if name in experts]
+            _all_reduce(self.all_to_all.expert_replicate_group, expert_grads)
 
     def take_outputs(self) -> list[tuple[int, object]]:
-        """The parts of the loss that the last stage, if it is here, put down since the last call, each with the number
-        of its micro-batch.
-        """
+        """Return and clear the outputs of the last stage, if it is here, each with the number of its micro-batch."""
         taken = []
         for half, stage in enumerate(self.stages):
-            numbers = range(half, 2 * len(stage.outputs), 2) if self.mirrored else range(len(stage.outputs))
+            numbers = range(half, 2 * len(stage.outputs), 2) if self.bidirectional else range(len(stage.outputs))
             taken += zip(numbers, stage.outputs, strict=True)
             stage.outputs.clear()
         return taken
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> None:
-        """Forward of one micro-batch of any shape, stage after stage; the last one is left in its `outputs`."""
-        here, carried = dist.get_rank(self.group), ()
-        if self.shards is not None:
-            self.shards.gather()
-        path = self.places[: self.stages[0].part.count]
+        """Run the forward pass of one micro-batch of any shape, stage after stage; `take_outputs` returns its output."""
+        here, hidden = dist.get_rank(self.pp_group), ()
+        if self.fsdp is not None:
+            self.fsdp.unshard()
+        path = self.stage_ranks[: self.stages[0].spec.num_stages]
         for index, rank in enumerate(path):
             if rank == here:
-                carried = next(stage for stage in self.stages if stage.part.index == index)(*carried, **batch)
-            after = path[index + 1] if index + 1 < len(path) else rank
-            if rank == here and after != here:
-                for tensor in carried:
-                    dist.send(tensor.contiguous(), group=self.group, group_dst=after)
-            if after == here and rank != here:
-                shapes = self.stages[0].carried(*batch["input_ids"].shape)
-                carried = tuple(torch.empty_like(t, device=self.device, requires_grad=False) for t in shapes)
-                for tensor in carried:
-                    dist.recv(tensor, group=self.group, group_src=rank)
-        if self.shards is not None:
-            self.shards.release()
+                hidden = next(stage for stage in self.stages if stage.spec.index == index)(*hidden, **batch)
+            next_rank = path[index + 1] if index + 1 < len(path) else rank
+            if rank == here and next_rank != here:
+                for tensor in hidden:
+                    dist.send(tensor.contiguous(), group=self.pp_group, group_dst=next_rank)
+            if next_rank == here and rank != here:
+                shapes = self.stages[0].boundary_tensors(*batch["input_ids"].shape)
+                hidden = tuple(torch.empty_like(t, device=self.device, requires_grad=False) for t in shapes)
+                for tensor in hidden:
+                    dist.recv(tensor, group=self.pp_group, group_src=rank)
+        if self.fsdp is not None:
+            self.fsdp.reshard()
 
 
-def _sum_over(group: dist.ProcessGroup | None, grads: list[Tensor]) -> None:
-    """In place over a group's ranks, in one collective."""
+def _all_reduce(group: dist.ProcessGroup | None, grads: list[Tensor]) -> None:
+    """Sum gradients in place over a group's ranks, in one collective."""
     if group is None or dist.get_world_size(group) == 1 or not grads:
         return
     flat = torch.cat([grad.flatten() for grad in grads])

@@ -1,6 +1,6 @@
-"""The processes of a pipelined run: how they find each other, what they must agree on, and what is said when one dies.
+"""The process groups of a run over several ranks: who is in which, what all must agree on, and how a lost rank is named.
 
-Process c · P + r is rank r of copy c of a pipeline of P ranks.
+Process c · P + r is rank r of replica c of a pipeline of P ranks.
 """
 
 import logging
@@ -15,13 +15,15 @@ import torch.distributed as dist
 
 from moonwhale.errors import UserError, one_line
 from moonwhale.model import MoonwhaleConfig
-from moonwhale.parallel.options import SCHEDULES, Parallel
-from moonwhale.parallel.stages import cut
+from moonwhale.parallel.options import ParallelOptions
+from moonwhale.parallel.schedule_properties import SCHEDULES
+from moonwhale.parallel.stages import partition
 from moonwhale.processes import init_process_group, world_size
 
-# What torchrun tells a process. The Trainer must not see it: to it, a pipeline is one device.
-TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
-LOST = (
+# The variables by which torchrun tells a process its rank. The Trainer must take a pipeline for one device, but
+# accelerate wraps the model for DDP if it finds them, and no argument tells it otherwise. So they are removed.
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+SIGNS_OF_A_LOST_RANK = (
     "gloo",
     "NCCL",
     "Connection closed",
@@ -34,40 +36,40 @@ LOST = (
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Where this process stands."""
+class RankPlacement:
+    """The place of this process in the run, and its process groups."""
 
     rank: int  # among all processes
-    stage: int  # in its pipeline
-    copy: int
-    copies: int
-    pipeline: dist.ProcessGroup  # the ranks of this copy
-    same: dist.ProcessGroup  # all ranks that hold the same stages
-    sharing: dist.ProcessGroup | None  # the ranks that share these stages' experts; None: each has all of them
-    same_experts: dist.ProcessGroup  # all ranks that hold the same experts
-    control: dist.ProcessGroup  # all processes, for objects, on the CPU
+    pp_rank: int
+    replica: int
+    num_replicas: int
+    pp_group: dist.ProcessGroup  # the pipeline of this replica
+    replicate_group: dist.ProcessGroup  # all ranks that hold the same stages
+    ep_group: dist.ProcessGroup | None  # the ranks that share these stages' experts; None: each has all of them
+    expert_replicate_group: dist.ProcessGroup  # all ranks that hold the same experts
+    control_group: dist.ProcessGroup  # all processes, on the CPU, for Python objects
 
     @property
     def ep(self) -> int:
-        """Copies that share their experts."""
-        return dist.get_world_size(self.sharing) if self.sharing else 1
+        """How many replicas share their experts."""
+        return dist.get_world_size(self.ep_group) if self.ep_group else 1
 
-    def lost(self, error: RuntimeError, step: int) -> str | None:
-        """One line to say of an error in `step` if it means that another rank was lost; else None."""
+    def explain_lost_rank(self, error: RuntimeError, step: int) -> str | None:
+        """Return one line on an error in `step` if it means that another rank was lost, else None."""
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        if not any(sign in f"{error} {cause}" for sign in LOST):
+        if not any(sign in f"{error} {cause}" for sign in SIGNS_OF_A_LOST_RANK):
             return None
-        silent = self._silent()
-        whom = f"rank {' and '.join(map(str, silent))} no longer answers" if silent else "a connection broke"
+        silent = self._silent_ranks()
+        what = f"rank {' and '.join(map(str, silent))} no longer answers" if silent else "a connection broke"
         return (
-            f"rank {self.rank}: stopped in step {step}, since {whom} ({one_line(cause)[:120]}): go on from the last "
+            f"rank {self.rank}: stopped in step {step}, since {what} ({one_line(cause)[:120]}): go on from the last "
             "checkpoint with `resume`"
         )
 
-    def _silent(self, seconds: float = 3.0) -> list[int]:
-        """The ranks that do not report within a few seconds that they stop, too."""
+    def _silent_ranks(self, seconds: float = 3.0) -> list[int]:
+        """Report that this rank stops. Return the ranks that do not report the same within a few seconds."""
         try:
             store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
             store.set(f"stopped/{self.rank}", "")
@@ -76,74 +78,103 @@ class Ranks:
                 if time.monotonic() > end:
                     return missing
                 time.sleep(0.05)
-        except (RuntimeError, OSError):  # the store went with the rank that kept it
+        except (RuntimeError, OSError):  # the rank that keeps the store is lost
             pass
         return []
 
 
-def take_gpu() -> None:
-    """Lets this process see one of the machine's GPUs only, its own; to be called before CUDA wakes up."""
+def select_gpu() -> None:
+    """Let this process see only its own GPU of the machine. Call it before CUDA is initialized."""
     if torch.cuda.device_count() > 1:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
 
 
-def meet(split: Parallel, config: MoonwhaleConfig, context: int, on_cpu: bool, settings: dict) -> Ranks | None:
-    """Joins the processes that torchrun started. Returns this one's place; None where each has the whole model.
+def join_run(
+    options: ParallelOptions, config: MoonwhaleConfig, context: int, on_cpu: bool, settings: dict
+) -> RankPlacement | None:
+    """Connect the processes that torchrun started.
 
-    settings: what all must have been started with, by option.
+    Args:
+        settings: the options, by name, with which all processes must have been started.
+
+    Returns:
+        the place of this process, or None if each process has the whole model.
 
     Raises:
-        UserError: before any group is made, if the model can't be split up so; on every rank, when they were started
-            with different settings; when not all came in time.
+        UserError: before any group is made, if the model can't be split as asked; on every rank, if the ranks were
+            started with different settings; if a rank is missing after the timeout.
     """
-    if not split.cuts:
-        init_process_group(on_cpu, split.timeout)
+    if not options.splits_model:
+        init_process_group(on_cpu, options.timeout)
         return None
-    kind, copies = SCHEDULES[split.order], split.copies(world_size())
-    cut(config, kind.stages * split.pp, context)
-    split.check_experts(config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 0)
-    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # an error is said in one line, above
-    limit = timedelta(seconds=split.timeout)
-    init_process_group(on_cpu, split.timeout)
-    for name in TOLD:
+    schedule, replicas = SCHEDULES[options.effective_schedule], options.replicas(world_size())
+    partition(config, schedule.stages_per_rank * options.pp, context)
+    options.check_experts(config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 0)
+    # torch would log a lost rank's error, which `explain_lost_rank` says in one line
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
+    timeout = timedelta(seconds=options.timeout)
+    init_process_group(on_cpu, options.timeout)
+    for name in TORCHRUN_VARIABLES:
         os.environ.pop(name, None)
-    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
-    _agree(settings | {f"parallel.{name}": value for name, value in vars(split).items()}, control)
-    return stand(split.pp, copies, split.ep, kind.mirrored, limit, control)
+    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
+    _check_settings(settings | {f"parallel.{name}": value for name, value in vars(options).items()}, control)
+    return place_rank(options.pp, replicas, options.ep, schedule.bidirectional, timeout, control)
 
 
-def stand(
-    pp: int, copies: int, ep: int, mirrored: bool, limit: timedelta, control: dist.ProcessGroup | None = None
-) -> Ranks:
-    """This process's place among `copies` pipelines of `pp` ranks, and its groups, which all processes make together.
+def place_rank(
+    pp: int,
+    replicas: int,
+    ep: int,
+    bidirectional: bool,
+    timeout: timedelta,
+    control_group: dist.ProcessGroup | None = None,
+) -> RankPlacement:
+    """Make the groups of `replicas` pipelines of `pp` ranks. All processes call it together.
 
-    ep: copies that share their experts, each with a part of them. mirrored: ranks r and P - 1 - r of a pipeline hold
-    the same stages. limit: how long a rank waits for another.
+    Args:
+        ep: how many replicas share their experts, each with a shard of them.
+        bidirectional: ranks r and P - 1 - r of a pipeline hold the same stages.
+        timeout: how long a rank waits for another.
     """
     rank = dist.get_rank()
-    cells = [sorted({s, pp - 1 - s}) for s in range(pp // 2)] if mirrored else [[s] for s in range(pp)]
+    # Ranks of a pipeline that hold the same stages
+    same_stages = [sorted({r, pp - 1 - r}) for r in range(pp // 2)] if bidirectional else [[r] for r in range(pp)]
 
-    def own(groups: Iterable[list[int]]) -> dist.ProcessGroup | None:
-        made = [(ranks, dist.new_group(ranks, timeout=limit)) for ranks in groups]
+    def own_group(groups: Iterable[list[int]]) -> dist.ProcessGroup | None:
+        made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
         return next((group for ranks, group in made if rank in ranks), None)
 
-    pipeline = own([c * pp + s for s in range(pp)] for c in range(copies))
-    same = own([c * pp + s for c in range(copies) for s in cell] for cell in cells)
-    if ep == 1:
-        return Ranks(rank, rank % pp, rank // pp, copies, pipeline, same, None, same, control)
-    firsts = range(0, copies, ep)
-    sharing = own([c * pp + s for c in range(first, first + ep)] for first in firsts for s in range(pp))
-    same_experts = own([c * pp + s for c in range(k, copies, ep) for s in cell] for k in range(ep) for cell in cells)
-    return Ranks(rank, rank % pp, rank // pp, copies, pipeline, same, sharing, same_experts, control)
+    pp_group = own_group([c * pp + r for r in range(pp)] for c in range(replicas))
+    replicate_group = own_group([c * pp + r for c in range(replicas) for r in ranks] for ranks in same_stages)
+    ep_group, expert_replicate_group = None, replicate_group
+    if ep > 1:
+        ep_group = own_group(
+            [c * pp + r for c in range(first, first + ep)] for first in range(0, replicas, ep) for r in range(pp)
+        )
+        expert_replicate_group = own_group(
+            [c * pp + r for c in range(k, replicas, ep) for r in ranks] for k in range(ep) for ranks in same_stages
+        )
+    return RankPlacement(
+        rank=rank,
+        pp_rank=rank % pp,
+        replica=rank // pp,
+        num_replicas=replicas,
+        pp_group=pp_group,
+        replicate_group=replicate_group,
+        ep_group=ep_group,
+        expert_replicate_group=expert_replicate_group,
+        control_group=control_group,
+    )
 
 
-def _agree(settings: dict, control: dist.ProcessGroup) -> None:
-    everyone = [None] * dist.get_world_size(control)
-    dist.all_gather_object(everyone, settings, group=control)
-    first = everyone[0]
-    for rank, other in enumerate(everyone):
+def _check_settings(settings: dict, control_group: dist.ProcessGroup) -> None:
+    """Raise a UserError on every rank unless all ranks have the same settings."""
+    gathered = [None] * dist.get_world_size(control_group)
+    dist.all_gather_object(gathered, settings, group=control_group)
+    first = gathered[0]
+    for rank, other in enumerate(gathered):
         for name in first | other:
             if first.get(name) != other.get(name):
                 raise UserError(
@@ -153,7 +184,7 @@ def _agree(settings: dict, control: dist.ProcessGroup) -> None:
 
 
 def run_on_all(work: Callable[[], object] | None, group: dist.ProcessGroup) -> None:
-    """Does this rank's work, if it has any, and waits for the other ranks of a group.
+    """Run `work`, if this rank has any, and wait for the other ranks of the group.
 
     Raises:
         Exception: on every rank, the error of the first rank that failed.

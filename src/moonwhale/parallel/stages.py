@@ -1,7 +1,7 @@
-"""A model cut into stages: which blocks each has, what is left of the model on a rank, and a stage's forward pass.
+"""A model partitioned into pipeline stages: the layers of each, what a rank keeps of the model, and the forward pass.
 
-Stages are cut in V shape: rank r of P holds stages r and 2P - 1 - r, so that the embedding, the head and the MTP
-modules, which share weights, are on one rank. A plain pipeline has P stages, one on each rank.
+The default places the stages in V shape: rank r of P holds stages r and 2P - 1 - r, so that the embedding, the head and
+the MTP modules, which share weights, are on one rank. A plain pipeline has P stages, one on each rank.
 """
 
 from contextlib import nullcontext
@@ -19,13 +19,15 @@ from moonwhale.model.rope import rotation_table
 
 
 @dataclass(frozen=True)
-class Part:
-    """One stage of `count`: the main blocks `start … stop - 1`; the first stage embeds, the last has norm, head and MTP
-    modules, and the embedding again where an MTP module reads it or the head is tied to it.
+class StageSpec:
+    """Which part of the model a stage has: the main blocks `start` to `stop - 1`, and what belongs to its end.
+
+    The first stage also has the embedding. The last one has the norm, the head and the MTP modules, and the embedding
+    again if an MTP module reads it or the head is tied to it.
     """
 
     index: int
-    count: int
+    num_stages: int
     start: int
     stop: int
 
@@ -35,108 +37,113 @@ class Part:
 
     @property
     def is_last(self) -> bool:
-        return self.index == self.count - 1
+        return self.index == self.num_stages - 1
 
 
-def cut(config, n_stages: int, context: int) -> list[Part]:
-    """Cuts a model's main blocks into stages of costs as equal as whole blocks allow: the least sum of squares.
+def partition(config, num_stages: int, context: int) -> list[StageSpec]:
+    """Partition a model's main blocks into stages with costs as equal as whole blocks allow.
 
-    A cost is the forward operations of a token in rows of `context` tokens. The last stage's includes the head, once
-    for each depth, and the MTP modules, so it may have no block of its own; every other stage has one.
+    The cost of a stage is its forward FLOPs per token in rows of `context` tokens. The last stage's cost includes the
+    MTP modules, and the head once for each depth. So the last stage may have no block; every other stage has at least
+    one. The result has the least sum of squared costs.
 
     Raises:
-        UserError: there are more stages than blocks.
+        UserError: if there are more stages than blocks.
     """
-    n_blocks = config.num_hidden_layers
-    if n_stages > n_blocks:
+    num_blocks = config.num_hidden_layers
+    if num_stages > num_blocks:
         raise UserError(
-            f"`model.num_hidden_layers`: {n_blocks} blocks can't be cut into {n_stages} stages: give at least "
-            f"{n_stages}, or a smaller `parallel.pp`"
+            f"`model.num_hidden_layers`: {num_blocks} blocks can't be cut into {num_stages} stages: give at least "
+            f"{num_stages}, or a smaller `parallel.pp`"
         )
     flops = forward_flops(config, context)
     modules = config.num_nextn_predict_layers
-    tail = sum(flops.blocks[n_blocks:]) + (1 + modules) * flops.head + modules * flops.eh_proj
-    # best[n]: the least sum of squares of the stages so far if they hold the first n blocks, and their ends
+    tail = sum(flops.blocks[num_blocks:]) + (1 + modules) * flops.head + modules * flops.eh_proj
+    # best[n]: the least sum of squares of the stages so far if they hold the first n blocks, and where each stage ends
     best = {0: (0.0, ())}
-    for index in range(n_stages):
-        last, longer = index == n_stages - 1, {}
+    for index in range(num_stages):
+        is_last, extended = index == num_stages - 1, {}
         for start, (total, ends) in best.items():
-            stops = [n_blocks] if last else range(start + 1, n_blocks + 1)
+            stops = [num_blocks] if is_last else range(start + 1, num_blocks + 1)
             for stop in stops:
-                cost = sum(flops.blocks[start:stop]) + (tail if last else 0)
-                longer[stop] = min(longer.get(stop, (float("inf"), ())), (total + cost**2, (*ends, stop)))
-        best = longer
-    stops = best[n_blocks][1]
-    return [Part(i, n_stages, start, stop) for i, (start, stop) in enumerate(zip((0, *stops), stops, strict=False))]
+                cost = sum(flops.blocks[start:stop]) + (tail if is_last else 0)
+                candidate = (total + cost**2, (*ends, stop))
+                extended[stop] = min(extended.get(stop, (float("inf"), ())), candidate)
+        best = extended
+    stops = best[num_blocks][1]
+    bounds = enumerate(zip((0, *stops), stops, strict=False))
+    return [StageSpec(i, num_stages, start, stop) for i, (start, stop) in bounds]
 
 
-def keep_(model: MoonwhaleForCausalLM, parts: list[Part]) -> None:
-    """Takes out of a model what none of a rank's `parts` needs, in place. What stays keeps its name, so that the ranks'
-    state dicts together are the whole model's.
+def prune_(model: MoonwhaleForCausalLM, specs: list[StageSpec]) -> None:
+    """Remove from a model what none of a rank's stages needs, in place.
+
+    What stays keeps its name, so the state dicts of all ranks together are the whole model's.
     """
     body, config = model.model, model.config
-    last = any(part.is_last for part in parts)
-    blocks = {i for part in parts for i in range(part.start, part.stop)}
-    if last:
+    has_last = any(spec.is_last for spec in specs)
+    blocks = {i for spec in specs for i in range(spec.start, spec.stop)}
+    if has_last:
         blocks |= set(range(config.num_hidden_layers, len(body.layers)))
     for i in range(len(body.layers)):
         if i not in blocks:
             body.layers[i] = nn.Identity()
-    reads_embedding = config.num_nextn_predict_layers or config.tie_word_embeddings
-    if not (any(part.is_first for part in parts) or (last and reads_embedding)):
+    last_reads_embedding = config.num_nextn_predict_layers or config.tie_word_embeddings
+    if not (any(spec.is_first for spec in specs) or (has_last and last_reads_embedding)):
         body.embed_tokens = nn.Identity()
-    if not last:
+    if not has_last:
         body.norm, model.lm_head = nn.Identity(), nn.Identity()
 
 
 class Stage(nn.Module):
-    """One part of a model as a module: the first takes nothing, the others what the one before returned.
+    """One stage of a model as a module. The first takes no hidden states, each other what the one before it returned.
 
-    What travels are the hidden states (B, T, hidden) and the sum of the balance losses so far (0-d, fp32), through
-    which the blocks before get theirs gradients. The last stage returns the loss (0-d) and keeps its parts in
-    `outputs`, one for each micro-batch, until somebody takes them.
+    Stages pass on the hidden states (B, T, hidden) and the sum of the balance losses so far (0-d, fp32). Through that
+    sum, earlier blocks get the gradients of their balance losses. The last stage returns the loss (0-d) and appends its
+    output to `outputs`, one for each micro-batch, from where the caller takes them.
 
-    `targets`: (1 + D,) targets of the whole optimizer step for each depth, set before it; None: of the micro-batch.
-    `autocast`: the precision of the products where it is not fp32.
+    Attributes:
+        targets: (1 + D,) targets of the whole optimizer step for each depth, set before it; None: of the micro-batch.
+        autocast: the precision of the matrix products, if it is not fp32.
     """
 
-    def __init__(self, model: MoonwhaleForCausalLM, part: Part, autocast: torch.dtype | None = None):
+    def __init__(self, model: MoonwhaleForCausalLM, spec: StageSpec, autocast: torch.dtype | None = None):
         super().__init__()
-        self.model, self.part, self.autocast = model, part, autocast
+        self.model, self.spec, self.autocast = model, spec, autocast
         self.targets: Tensor | None = None
         self.outputs: list[MoonwhaleOutput] = []
 
-    def carried(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """What travels between stages for (batch, length) tokens, as meta tensors."""
+    def boundary_tensors(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return what passes between stages for (batch, length) tokens, as meta tensors."""
         shape = (batch, length, self.model.config.hidden_size)
         hidden = torch.empty(shape, dtype=self.autocast or torch.float32, device="meta", requires_grad=True)
         return hidden, torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
 
     def forward(
         self,
-        *carried: Tensor,
+        *previous: Tensor,
         input_ids: Tensor,
         labels: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Every stage is given the micro-batch (B, T): where documents begin, and at the end the targets, matter to all
-        of them. See `MoonwhaleForCausalLM.forward`.
+        """Every stage gets the whole micro-batch (B, T): each needs to know where documents begin, and the last one needs
+        the targets. See `MoonwhaleForCausalLM.forward`.
         """
-        kind, body, part = input_ids.device.type, self.model.model, self.part
+        device_type, body, spec = input_ids.device.type, self.model.model, self.spec
         collect_statistics = torch.is_grad_enabled()  # an evaluation counts in no statistics
         documents = Documents.from_inputs(*input_ids.shape, input_ids.device, attention_mask, position_ids)
         positions = documents.positions if position_ids is None else position_ids
-        with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
-            if part.is_first:
+        with torch.autocast(device_type, self.autocast) if self.autocast else nullcontext():
+            if spec.is_first:
                 x = body.embed(input_ids)
                 balance = x.new_zeros((), dtype=torch.float32)
             else:
-                x, balance = carried
+                x, balance = previous
             table = rotation_table(self.model.config, positions, x.dtype)
-            blocks = body.layers[part.start : part.stop]
+            blocks = body.layers[spec.start : spec.stop]
             x, balance = body.run(blocks, x, balance, table, documents, collect_statistics=collect_statistics)
-            if not part.is_last:
+            if not spec.is_last:
                 return x, balance + 0.0  # a tensor of its own, even if no block added to it
             x = body.norm(x)
             embeds = body.embed(input_ids) if len(body.mtp_modules) else x

@@ -7,8 +7,8 @@ A layout is pp x dp processes: dp copies of a pipeline of pp ranks. `ep` of the 
 from dataclasses import dataclass
 
 from moonwhale.costs import forward_flops, part_sizes
-from moonwhale.parallel.options import SCHEDULES, places
-from moonwhale.parallel.stages import Part, cut
+from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
+from moonwhale.parallel.stages import StageSpec, partition
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ParallelLayout:
 
     @property
     def mirrored(self) -> bool:
-        return self.pp > 1 and SCHEDULES[self.schedule].mirrored
+        return self.pp > 1 and SCHEDULES[self.schedule].bidirectional
 
     @property
     def same(self) -> int:
@@ -85,7 +85,7 @@ class Estimate:
     def __init__(self, config, context: int, number_bytes: int = 2):
         self.config, self.context, self.number_bytes = config, context, number_bytes
         self.sizes, self.flops = part_sizes(config), forward_flops(config, context)
-        self.cuts: dict[int, list[Part]] = {}
+        self.cuts: dict[int, list[StageSpec]] = {}
 
     def costs(self, layout: ParallelLayout) -> list[Cost]:
         """Of every rank of a pipeline.
@@ -94,15 +94,15 @@ class Estimate:
             UserError: the model has too few blocks for so many stages.
         """
         kind = SCHEDULES[layout.schedule]
-        count = layout.pp * kind.stages if layout.pp > 1 else 1
+        count = layout.pp * kind.stages_per_rank if layout.pp > 1 else 1
         if count not in self.cuts:
-            self.cuts[count] = cut(self.config, count, self.context)
-        where = places(layout.schedule, layout.pp) if layout.pp > 1 else [0]
+            self.cuts[count] = partition(self.config, count, self.context)
+        where = stage_ranks(layout.schedule, layout.pp) if layout.pp > 1 else [0]
         stages = [(i, self.cuts[count][i % count]) for i in range(len(where))]
         own = [[stage for stage, place in zip(stages, where, strict=True) if place == r] for r in range(layout.pp)]
         return [self._cost(layout, rank, own[rank], where) for rank in range(layout.pp)]
 
-    def _cost(self, layout: ParallelLayout, rank: int, stages: list[tuple[int, Part]], where: list[int]) -> Cost:
+    def _cost(self, layout: ParallelLayout, rank: int, stages: list[tuple[int, StageSpec]], where: list[int]) -> Cost:
         held, number_bytes = [part for _, part in stages], self.number_bytes
         tokens = layout.rows * self.context
         each = layout.micro_batches // (1 + layout.mirrored)  # micro-batches that a stage computes
@@ -140,7 +140,7 @@ class Estimate:
         tail = range(self.config.num_hidden_layers, self.config.num_blocks) if part.is_last else ()
         return [*range(part.start, part.stop), *tail]
 
-    def _parameters(self, held: list[Part]) -> tuple[int, int, int]:
+    def _parameters(self, held: list[StageSpec]) -> tuple[int, int, int]:
         """Of a rank's stages: parameters without routed experts, those of routed experts, what Muon trains of both."""
         sizes, modules, tied = self.sizes, self.config.num_nextn_predict_layers, self.config.tie_word_embeddings
         blocks = [i for part in held for i in self._blocks(part)]
@@ -155,7 +155,7 @@ class Estimate:
             matrices += modules * sizes.eh_proj
         return dense, experts, matrices
 
-    def _saved(self, part: Part, tokens: int, ep: int) -> float:
+    def _saved(self, part: StageSpec, tokens: int, ep: int) -> float:
         """Bytes that a micro-batch leaves for a stage's backward pass. In bf16 these are also autocast's copies of the
         weights, and the routers' inputs in fp32.
         """
@@ -183,7 +183,7 @@ class Estimate:
         return tail + sum(flops.blocks[i] for i in self._blocks(part))
 
 
-def _hops(index: int, part: Part, where: list[int]) -> int:
+def _hops(index: int, part: StageSpec, where: list[int]) -> int:
     """Messages of a micro-batch that leave the rank: hidden states forward, their gradient backward."""
     forward = not part.is_last and where[index + 1] != where[index]
     return forward + (not part.is_first and where[index - 1] != where[index])

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.options import positive
-from moonwhale.parallel.options import SCHEDULES, divisors
+from moonwhale.parallel.options import divisors
+from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config, resolve
 from moonwhale.units import in_bytes, si
@@ -95,7 +96,7 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
     experts = config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 1
     for pp, schedule in itertools.product(divisors(gpus), COUNTED):
         dp, kind = gpus // pp, SCHEDULES[schedule]
-        stages, least, lots = pp * kind.stages, kind.micro_batches * pp, 1 + kind.mirrored
+        stages, least, lots = pp * kind.stages_per_rank, kind.min_micro_batches_per_rank * pp, 1 + kind.bidirectional
         works = stages <= config.num_hidden_layers and pp % lots == 0 if pp > 1 else schedule == "1f1b"
         if rows % dp or not works:
             continue

@@ -1,8 +1,8 @@
-"""`PipelineTrainer`: an `MTPTrainer` whose one device is a pipeline of ranks, or several copies of one.
+"""`PipelineTrainer`: an `MTPTrainer` whose "device" is one replica or several replicas of a pipeline of ranks.
 
-The ordinary trainer's loop runs on every rank, over the same rows in the same order, and sees one process. What differs
-is how a step's gradients come about, and that a rank has some of the model: whatever leaves the rank (logs, norms,
-checkpoints) is put together first. So a checkpoint is the same folder as on one device.
+The Trainer's loop runs on every rank, over the same rows in the same order, and takes the run for a single process. Two
+things differ: how a step computes its gradients, and that a rank holds only some of the model. So losses, norms and
+statistics are collected from all ranks before the Trainer sees them, and all ranks write each checkpoint together.
 """
 
 import shutil
@@ -20,14 +20,13 @@ from moonwhale.checkpoint import explain_full_disk
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
-from moonwhale.optim.muonclip import param_groups
-from moonwhale.optim.step_hooks import attach_hooks
-from moonwhale.parallel.expert_parallel import Exchange, expert_shards, own_experts, share_
-from moonwhale.parallel.fsdp import gathered, part_of
-from moonwhale.parallel.options import SCHEDULES
+from moonwhale.optim.muonclip import attach_hooks, param_groups
+from moonwhale.parallel.expert_parallel import AllToAll, expert_shards, expert_slices, shard_experts_
+from moonwhale.parallel.fsdp import full_tensor, shard_like
 from moonwhale.parallel.pipeline import Pipeline
-from moonwhale.parallel.process_groups import Ranks, run_on_all
-from moonwhale.parallel.schedules import own_parts
+from moonwhale.parallel.process_groups import RankPlacement, run_on_all
+from moonwhale.parallel.schedule_properties import SCHEDULES
+from moonwhale.parallel.schedules import stages_of_rank
 from moonwhale.parallel.sharded_checkpoint import (
     OPTIMIZER,
     SETTINGS,
@@ -36,83 +35,101 @@ from moonwhale.parallel.sharded_checkpoint import (
     save_optimizer,
     save_weights,
 )
-from moonwhale.parallel.stages import Stage, cut, keep_
+from moonwhale.parallel.stages import Stage, partition, prune_
 from moonwhale.train.mtp_trainer import MTPTrainer
 
 EMBEDDING, WEIGHTS = "model.embed_tokens.weight", "model.safetensors"
 
 
 class PipelineTrainer(MTPTrainer):
-    """Takes the whole model, of which it keeps what this rank needs.
+    """Trains a model of which each rank keeps only its stages.
 
-    micro_batches: of a step, on each copy of the pipeline. fsdp: ranks that hold the same stages keep parts of them.
+    Args:
+        model: the whole model, the same on every rank.
+        micro_batches: of a step, on each replica of the pipeline.
+        fsdp: shard each weight over the ranks that hold it.
     """
 
     passes_targets = False  # each stage finds the documents of its own micro-batch
 
     def __init__(
-        self, *args, model: MoonwhaleForCausalLM, ranks: Ranks, schedule: str, micro_batches: int, fsdp=False, **kwargs
+        self,
+        *args,
+        model: MoonwhaleForCausalLM,
+        placement: RankPlacement,
+        schedule: str,
+        micro_batches: int,
+        fsdp=False,
+        **kwargs,
     ):
-        self.ranks, self.fsdp = ranks, fsdp
+        self.placement, self.fsdp = placement, fsdp
+        targs, context = kwargs["args"], kwargs["train_dataset"][0]["labels"].numel()
+        self._describe_whole(model, targs)
+        if targs.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        pp = dist.get_world_size(placement.pp_group)
+        specs = partition(model.config, SCHEDULES[schedule].stages_per_rank * pp, context)
+        own = stages_of_rank(specs, schedule, pp, placement.pp_rank)
+        prune_(model, own)
+        all_to_all = None
+        if placement.ep_group is not None:
+            all_to_all = AllToAll(placement.ep_group, placement.expert_replicate_group)
+            shard_experts_(model, all_to_all)
+        super().__init__(*args, model=model, **kwargs)
+        self.pipeline = Pipeline(
+            [Stage(model, spec, torch.bfloat16 if targs.bf16 else None) for spec in own],
+            schedule,
+            micro_batches,
+            (targs.per_device_train_batch_size, context),
+            targs.device,
+            placement.pp_group,
+            placement.replicate_group,
+            all_to_all,
+        )
+        self._micro_batches_of_step: list[dict] = []
+        # A norm over the whole model must count each parameter once
+        self._is_mirror = SCHEDULES[schedule].bidirectional and placement.pp_rank >= pp // 2
+        self._embedding_is_copy = not any(spec.is_first for spec in own)
+
+    def _describe_whole(self, model: MoonwhaleForCausalLM, targs) -> None:
+        """Record what the whole model consists of, before this rank's share of it is all there is."""
         names = {parameter: name for name, parameter in model.named_parameters()}
-        targs = kwargs["args"]
-        self._groups = [  # of the whole model, by name: an optimizer's groups are the same on every rank
+        self._group_names = [  # the optimizer's groups with names for parameters, the same on every rank
             group | {"params": [names[p] for p in group["params"]]}
             for group in param_groups(model, targs.learning_rate, targs.weight_decay)
         ]
-        buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-        self._sizes = {name: t.shape for name, t in (dict(model.named_parameters()) | buffers).items()}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+        self._sizes = {name: tensor.shape for name, tensor in (dict(model.named_parameters()) | buffers).items()}
         self._attentions = [name for name, module in model.named_modules() if hasattr(module, "clip_qk_")]
         self._moes = [name for name, module in model.named_modules() if hasattr(module, "update_bias_")]
-        if targs.activation_checkpointing:
-            model.gradient_checkpointing_enable()
-        pp = dist.get_world_size(ranks.pipeline)
-        context = kwargs["train_dataset"][0]["labels"].numel()
-        parts = cut(model.config, SCHEDULES[schedule].stages * pp, context)
-        own = own_parts(parts, schedule, pp, ranks.stage)
-        keep_(model, own)
-        self.exchange = exchange = Exchange(ranks.sharing, ranks.same_experts) if ranks.sharing else None
-        if exchange:
-            share_(model, exchange)
-        super().__init__(*args, model=model, **kwargs)
-        shape = (targs.per_device_train_batch_size, context)
-        stages = [Stage(model, part, torch.bfloat16 if targs.bf16 else None) for part in own]
-        self.pipeline = Pipeline(
-            stages, schedule, micro_batches, shape, targs.device, ranks.pipeline, ranks.same, exchange
-        )
-        self._held: list[dict] = []
-        # What a norm over the whole model must not count twice
-        self._copied = SCHEDULES[schedule].mirrored and ranks.stage >= pp // 2
-        self._embedding_copied = not any(part.is_first for part in own)
 
     def is_world_process_zero(self) -> bool:
-        return self.ranks.rank == 0
+        return self.placement.rank == 0
 
     def is_local_process_zero(self) -> bool:
         return self.is_world_process_zero()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            if self.fsdp:  # not before a checkpoint's weights are loaded
-                self.pipeline.shard_()
-            self.optimizer = self._make_optimizer(self._groups_of(self.model))
-            self._hooks = attach_hooks(self.optimizer, self.model, self.args.qk_clip_tau or None, self.ranks.same)
+            if self.fsdp:  # here, because a checkpoint's weights are loaded before this
+                self.pipeline.fully_shard_()
+            own = dict(self.model.named_parameters())
+            groups = [g | {"params": [own[n] for n in g["params"] if n in own]} for g in self._group_names]
+            self.optimizer = self._optimizer_of(groups)
+            tau, replicas = self.args.qk_clip_tau or None, self.placement.replicate_group
+            self._hooks = attach_hooks(self.optimizer, self.model, tau, replicas)
         return self.optimizer
 
     @property
-    def _replica_groups(self) -> dict[str, dist.ProcessGroup]:
-        return {"group": self.ranks.same, "experts": self.ranks.same_experts}
-
-    def _groups_of(self, model) -> list[dict]:
-        own = dict(model.named_parameters())
-        return [group | {"params": [own[n] for n in group["params"] if n in own]} for group in self._groups]
+    def _alike(self) -> dict[str, dist.ProcessGroup]:
+        return {"group": self.placement.replicate_group, "experts": self.placement.expert_replicate_group}
 
     def train(self, *args, **kwargs):
-        """The Trainer's. A UserError in one line where another rank was lost."""
+        """The Trainer's method. Raises a UserError of one line if another rank was lost."""
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
-            if why := self.ranks.lost(error, self.state.global_step + 1):
+            if why := self.placement.explain_lost_rank(error, self.state.global_step + 1):
                 raise UserError(why) from error
             raise
 
@@ -120,56 +137,61 @@ class PipelineTrainer(MTPTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._expected = len(samples)
+        self._num_expected = len(samples)
         return samples, targets
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """Holds a micro-batch; at the step's last, runs the pipeline over all of them. Returns the loss so far."""
+        """Keep a micro-batch, and at the step's last one run the pipeline on all of them.
+
+        Returns:
+            the step's loss after the last micro-batch, zero before.
+        """
         model.train()
-        self._held.append(self._prepare_inputs(inputs))
-        if len(self._held) < self._expected:
+        self._micro_batches_of_step.append(self._prepare_inputs(inputs))
+        if len(self._micro_batches_of_step) < self._num_expected:
             return torch.zeros((), device=self.args.device)
-        held, self._held = self._held, []
-        if self._step_start is not None:
-            self._window_tokens += sum(inputs["labels"].numel() for inputs in held)
+        step, self._micro_batches_of_step = self._micro_batches_of_step, []
+        if self._clock is not None:
+            self._tokens += sum(inputs["labels"].numel() for inputs in step)
         for stage in self.pipeline.stages:
             stage.targets = num_items_in_batch
-        mine, real = self._share_of(held)
-        self.pipeline.step(mine)
-        taken = [(i, out) for i, out in self.pipeline.take_outputs() if i < real]
-        outputs = self._everyones(taken, len(held))
+        batch, num_real = self._batch_of_replica(step)
+        self.pipeline.step(batch)
+        taken = [(i, out) for i, out in self.pipeline.take_outputs() if i < num_real]
+        outputs = self._outputs_of_all(taken, len(step))
         for out in outputs:
             self._loss_sums.add(out)
         return torch.stack([out.loss for out in outputs]).sum()
 
-    def _share_of(self, held: list[dict]) -> tuple[dict[str, Tensor], int]:
-        """This copy's micro-batches of a step as one batch, and how many of them are real: the last step of an epoch
-        has fewer, and the schedule is filled up with padding, which adds nothing to any sum.
-        """
-        wanted, copies = self.pipeline.micro_batches, self.ranks.copies
-        if len(held) < wanted * copies:
-            masked = [inputs | {"attention_mask": torch.ones_like(inputs["labels"])} for inputs in held]
-            empty = {name: torch.zeros_like(value) for name, value in masked[0].items()}
-            empty["labels"] = torch.full_like(empty["labels"], IGNORE_INDEX)
-            held = masked + [empty] * (wanted * copies - len(held))
-            real = len(masked[self.ranks.copy :: copies])
-        else:
-            real = wanted
-        mine = held[self.ranks.copy :: copies]
-        return {name: torch.cat([inputs[name] for inputs in mine]) for name in mine[0]}, real
+    def _batch_of_replica(self, step: list[dict]) -> tuple[dict[str, Tensor], int]:
+        """Return this replica's micro-batches of a step as one batch, and how many of them are real.
 
-    def _everyones(self, taken: list[tuple[int, MoonwhaleOutput]], count: int) -> list[MoonwhaleOutput]:
-        """The parts of the loss of all `count` micro-batches on every rank, from those that last stages computed:
-        number i of copy c of C is c + C · i of all.
+        The last step of an epoch may have fewer than the schedule needs. Padding adds nothing to any sum.
+        """
+        replica, num_replicas = self.placement.replica, self.placement.num_replicas
+        wanted = self.pipeline.micro_batches * num_replicas
+        num_real = len(step[replica::num_replicas])
+        if len(step) < wanted:
+            step = [inputs | {"attention_mask": torch.ones_like(inputs["labels"])} for inputs in step]
+            padding = {name: torch.zeros_like(value) for name, value in step[0].items()}
+            padding["labels"] = torch.full_like(padding["labels"], IGNORE_INDEX)
+            step = step + [padding] * (wanted - len(step))
+        own = step[replica::num_replicas]
+        return {name: torch.cat([inputs[name] for inputs in own]) for name in own[0]}, num_real
+
+    def _outputs_of_all(self, taken: list[tuple[int, MoonwhaleOutput]], count: int) -> list[MoonwhaleOutput]:
+        """Give every rank the outputs of all `count` micro-batches, which the last stages computed.
+
+        Number i of replica c of C is number c + C · i of all.
         """
         depths = 1 + self.model.config.num_nextn_predict_layers
         table = torch.zeros(count, 2 + 3 * depths, device=self.args.device)
         for i, out in taken:
             row = torch.cat([out.loss[None], out.balance_loss[None], out.losses, out.accuracies, out.targets.float()])
-            table[self.ranks.copy + i * self.ranks.copies] = row
+            table[self.placement.replica + i * self.placement.num_replicas] = row
         dist.all_reduce(table)
-        loss, balance, *parts = table.T
-        losses, accuracies, targets = torch.stack(parts).T.split(depths, dim=1)
+        loss, balance, *per_depth = table.T
+        losses, accuracies, targets = torch.stack(per_depth).T.split(depths, dim=1)
         return [
             MoonwhaleOutput(loss=l, balance_loss=b, losses=ls, accuracies=a, targets=t)
             for l, b, ls, a, t in zip(loss, balance, losses, accuracies, targets, strict=True)
@@ -184,25 +206,25 @@ class PipelineTrainer(MTPTrainer):
         return super()._get_grad_norm(model, self._norm(model) if grad_norm is None else grad_norm)
 
     def _norm(self, model) -> Tensor:
-        """The gradient's norm over the whole model, each parameter once."""
-        experts = own_experts(model)
+        """Return the norm of the whole model's gradient, counting each parameter once."""
+        experts = expert_slices(model)
         grads = {
             name: p.grad
             for name, p in model.named_parameters()
-            if p.grad is not None and not (self._embedding_copied and name == EMBEDDING)
+            if p.grad is not None and not (self._embedding_is_copy and name == EMBEDDING)
         }
-        square = gathered(get_total_norm([grad for name, grad in grads.items() if name not in experts])).square()
-        if self.ranks.sharing:
+        square = full_tensor(get_total_norm([grad for name, grad in grads.items() if name not in experts])).square()
+        if self.placement.ep_group:
             of_experts = get_total_norm([grad for name, grad in grads.items() if name in experts]).square()
-            of_experts = of_experts.to(square.device)  # a stage may have none
-            dist.all_reduce(of_experts, group=self.ranks.sharing)
+            of_experts = of_experts.to(square.device)  # a stage without experts gets a norm on the CPU
+            dist.all_reduce(of_experts, group=self.placement.ep_group)
             square += of_experts
-        square *= not self._copied
-        dist.all_reduce(square, group=self.ranks.pipeline)
+        square *= not self._is_mirror
+        dist.all_reduce(square, group=self.placement.pp_group)
         return square.sqrt()
 
-    def _last_hook_values(self) -> dict[str, Tensor]:
-        """What all ranks' hooks saw, in the order of the whole model."""
+    def _seen_by_hooks(self) -> dict[str, Tensor]:
+        """Collect what all ranks' step hooks saw, in the order of the whole model."""
         config, last, device = self.model.config, self._hooks.last, self.args.device
         here = [name for name, _ in self.model.named_modules()]
         logits = torch.full((len(self._attentions), config.num_attention_heads), -torch.inf, device=device)
@@ -211,9 +233,10 @@ class PipelineTrainer(MTPTrainer):
             rows = [i for i, name in enumerate(names) if name in here]
             if rows:
                 table[rows] = last[key]
-            dist.all_reduce(table, dist.ReduceOp.MAX, group=self.ranks.pipeline)
-        clipped = torch.as_tensor(last.get("clipped_heads", 0), dtype=torch.float32, device=device) * (not self._copied)
-        dist.all_reduce(clipped, group=self.ranks.pipeline)
+            dist.all_reduce(table, dist.ReduceOp.MAX, group=self.placement.pp_group)
+        clipped = torch.as_tensor(last.get("clipped_heads", 0), dtype=torch.float32, device=device)
+        clipped = clipped * (not self._is_mirror)
+        dist.all_reduce(clipped, group=self.placement.pp_group)
         seen = {"max_logits": logits, "clipped_heads": clipped}
         return seen | ({"loads": loads} if self._moes else {})
 
@@ -224,49 +247,50 @@ class PipelineTrainer(MTPTrainer):
     # Evaluation
 
     def _evaluate_batch(self, inputs: dict[str, Tensor]) -> MoonwhaleOutput:
-        """Every copy evaluates all rows; the first one's count."""
+        """Evaluate the same rows on every replica, and count the first replica's."""
         self.pipeline.evaluate(inputs)
         taken = self.pipeline.take_outputs()
-        return self._everyones([(0, out) for _, out in taken] if self.ranks.copy == 0 else [], 1)[0]
+        return self._outputs_of_all([(0, out) for _, out in taken] if self.placement.replica == 0 else [], 1)[0]
 
     # Checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Every rank writes its shards of the weights and the optimizer state. Then rank 0 adds all other files and
-        publishes the folder.
+        """Write a checkpoint: every rank its shards of the weights and the optimizer state, rank 0 all other files.
+
+        Rank 0 publishes the folder when all files are there.
         """
-        control, leader = self.ranks.control, self.ranks.rank == 0
+        control, is_leader = self.placement.control_group, self.placement.rank == 0
         try:
-            run_on_all(self._empty_shards_folder if leader else None, control)
+            run_on_all(self._empty_shards_folder if is_leader else None, control)
             save_weights(self._shards_folder / WEIGHTS, self._sizes, self._own_weights(), control)
             save_optimizer(self._shards_folder, self.optimizer, self._own_states(), control)
-            run_on_all(partial(super()._save_checkpoint, model, trial) if leader else None, control)
+            run_on_all(partial(super()._save_checkpoint, model, trial) if is_leader else None, control)
         except Exception as error:
-            if leader:
+            if is_leader:
                 shutil.rmtree(self._shards_folder, ignore_errors=True)
             explained = explain_full_disk(error, self.args.output_dir)
             raise explained from (None if explained is error else error)
 
     @property
     def _shards_folder(self) -> Path:
-        """Where all ranks write, before rank 0 begins the checkpoint's folder."""
+        """Where all ranks write, before rank 0 creates the checkpoint's folder and moves their files there."""
         return Path(self.args.output_dir, ".shards")
 
     def _empty_shards_folder(self) -> None:
-        shutil.rmtree(self._shards_folder, ignore_errors=True)  # what a killed run left
+        shutil.rmtree(self._shards_folder, ignore_errors=True)  # left by a run that was killed
         self._shards_folder.mkdir(parents=True)
 
     def _own_weights(self) -> dict[str, Tensor]:
-        """The weights that this rank writes: each is written once, by the first replica that holds it."""
+        """Return the weights that this rank writes. Of replicas, the first that holds a tensor writes it."""
         shards = self._as_shards(self.model.state_dict())
         if self.fsdp:
             return shards
-        if self.ranks.copy >= self.ranks.ep:
+        if self.placement.replica >= self.placement.ep:
             return {}
-        return {n: shard for n, shard in shards.items() if self.ranks.copy == 0 or isinstance(shard, DTensor)}
+        return {n: shard for n, shard in shards.items() if self.placement.replica == 0 or isinstance(shard, DTensor)}
 
     def _own_states(self) -> dict[str, Tensor]:
-        """This rank's optimizer state by NAME.KEY."""
+        """Return this rank's optimizer state by NAME.KEY."""
         states = {
             f"{name}.{key}": value
             for name, parameter in self.model.named_parameters()
@@ -275,11 +299,12 @@ class PipelineTrainer(MTPTrainer):
         return self._as_shards(states)
 
     def _as_shards(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, those of shared experts as DTensors over the ranks that share them."""
-        return tensors if self.exchange is None else tensors | expert_shards(self.model, tensors, self.exchange)
+        """Return the same tensors, those of shared experts as DTensors over the ranks that share them."""
+        ep_group = self.placement.ep_group
+        return tensors if ep_group is None else tensors | expert_shards(self.model, tensors, ep_group)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict={})  # the configuration and the tokenizer; there are no weights to add
+        super()._save(output_dir, state_dict={})  # writes the configuration and the tokenizer, and no weights
         (self._shards_folder / WEIGHTS).rename(Path(output_dir, WEIGHTS))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -299,16 +324,16 @@ class PipelineTrainer(MTPTrainer):
             self._load_scheduler(checkpoint)
 
     def _load_whole_optimizer(self, checkpoint: Path) -> None:
-        """Takes this rank's part of the state that one process saved."""
+        """Load this rank's part of the optimizer state that one process saved."""
         saved = torch.load(checkpoint / SETTINGS, map_location="cpu", mmap=True, weights_only=True)
-        order = [name for group in self._groups for name in group["params"]]
+        order = [name for group in self._group_names for name in group["params"]]
         states = {name: saved["state"][i] for i, name in enumerate(order) if i in saved["state"]}
-        for name, own in own_experts(self.model).items():
+        for name, own in expert_slices(self.model).items():
             states[name] = {key: value[own] for key, value in states.get(name, {}).items()}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {
-            i: {key: part_of(value, p).clone() for key, value in states[names[p]].items()}
+            i: {key: shard_like(value, p).clone() for key, value in states[names[p]].items()}
             for i, p in enumerate(parameters)
             if names[p] in states
         }
