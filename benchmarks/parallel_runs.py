@@ -26,7 +26,7 @@ from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.costs import saved_moba_probabilities
 from moonwhale.model import MoonwhaleConfig
-from moonwhale.planning.cost_model import Estimate, ParallelLayout
+from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
 
 MODEL = {
     "vocab_size": 300,
@@ -281,12 +281,12 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     pp, schedule = parallel.get("pp", 1), parallel.get("schedule", "1f1b")
     micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
     layout = ParallelLayout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
-    estimate, blocks = Estimate(config, run["context"], number_bytes=4), range(config.num_blocks)
-    saved = estimate.sizes.saved_activations
+    layout_costs, blocks = LayoutCosts(config, run["context"], activation_bytes=4), range(config.num_blocks)
+    saved = layout_costs.sizes.saved_activations
     extra = [saved_moba_probabilities(config, i, run["context"]) for i in blocks]  # a plan is for GPUs; this is a CPU
     saved = tuple(map(sum, zip(saved, extra, strict=True)))
-    estimate.sizes = replace(estimate.sizes, saved_activations=saved)
-    costs = estimate.costs(layout)
+    layout_costs.sizes = replace(layout_costs.sizes, saved_activations=saved)
+    costs = layout_costs.costs(layout)
     return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
 
 

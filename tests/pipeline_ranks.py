@@ -22,10 +22,10 @@ from moonwhale.parallel import expert_parallel
 from moonwhale.parallel import pipeline as running
 from moonwhale.parallel.expert_parallel import AllToAll, DispatchPlan, ParallelExperts, expert_slices, shard_experts_
 from moonwhale.parallel.fsdp import full_tensor
-from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.parallel.pipeline import Pipeline
 from moonwhale.parallel.process_groups import place_rank
-from moonwhale.parallel.schedules import stages_of_rank, splits_backward
+from moonwhale.parallel.schedule_properties import SCHEDULES
+from moonwhale.parallel.schedules import splits_backward, stages_of_rank
 from moonwhale.parallel.stages import Stage, partition, prune_
 
 LIMIT = 120  # seconds that a rank waits for another

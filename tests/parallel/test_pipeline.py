@@ -22,9 +22,9 @@ from forked import Forked, finish
 from moonwhale.costs import flops_per_token, forward_flops
 from moonwhale.errors import UserError
 from moonwhale.parallel.expert_parallel import AllToAll
-from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.overlap import Overlap
-from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, stages_of_rank, splits_backward, with_messages
+from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
+from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, splits_backward, stages_of_rank, with_messages
 from moonwhale.parallel.stages import StageSpec, partition, prune_
 
 MODEL = {

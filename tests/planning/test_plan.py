@@ -15,7 +15,7 @@ from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, stages_of_rank
 from moonwhale.parallel.stages import partition, prune_
 from moonwhale.planning import plan
-from moonwhale.planning.cost_model import Estimate, ParallelLayout, idle_over_busy, in_flight
+from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout, idle_over_busy, in_flight
 from moonwhale.train.config import build_model_config, parse, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def test_micro_batches_in_flight_are_the_schedules(ranks, more):
 
 def test_idle_time_is_the_measured():
     result = json.loads((ROOT / "benchmarks" / "results" / "parallel.json").read_text())
-    for schedule in plan.COUNTED:
+    for schedule in plan.PLANNED_SCHEDULES:
         idle = idle_over_busy(ParallelLayout(result["ranks"], 1, schedule, result["micro_batches"], 1))
         assert idle / (1 + idle) == pytest.approx(result["schedules"][schedule]["share"], rel=0.1)
     assert idle_over_busy(ParallelLayout(1, 4, "1f1b", 8, 1)) == 0
@@ -74,13 +74,13 @@ def test_memory_is_the_measured():
                 assert measured["reduce"] == pytest.approx(planned["reduce"], rel=1e-3, abs=1000)
 
 
-@pytest.mark.parametrize("schedule", plan.COUNTED)
+@pytest.mark.parametrize("schedule", plan.PLANNED_SCHEDULES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_and_state_are_those_of_the_cut_model(tiny_config, schedule, tied):
     from moonwhale.model import MoonwhaleForCausalLM
 
     config = tiny_config(tie_word_embeddings=tied, **MODEL)
-    costs = Estimate(config, 16).costs(ParallelLayout(4, 1, schedule, 8, 1))
+    costs = LayoutCosts(config, 16).costs(ParallelLayout(4, 1, schedule, 8, 1))
     parts = partition(config, 4 * SCHEDULES[schedule].stages_per_rank, 16)
     for rank, cost in enumerate(costs):
         model = MoonwhaleForCausalLM(config)
@@ -92,31 +92,31 @@ def test_weights_and_state_are_those_of_the_cut_model(tiny_config, schedule, tie
         assert cost.optimizer == 4 * sizes[True] + 8 * sizes[False]
 
 
-@pytest.mark.parametrize("schedule", plan.COUNTED)
+@pytest.mark.parametrize("schedule", plan.PLANNED_SCHEDULES)
 def test_ranks_together_compute_the_model(tiny_config, schedule):
     config = tiny_config(**MODEL)
-    costs = Estimate(config, 16).costs(ParallelLayout(4, 3, schedule, 8, 2))
+    costs = LayoutCosts(config, 16).costs(ParallelLayout(4, 3, schedule, 8, 2))
     assert sum(cost.flops for cost in costs) == pytest.approx(8 * 2 * 16 * flops_per_token(config, 16))
 
 
 def test_what_is_sent_by_hand(tiny_config):
     config = tiny_config(num_hidden_layers=4, num_nextn_predict_layers=0, mtp_num_blocks=1)
     message = 2 * 16 * config.hidden_size * 2 + 4  # two rows of 16 tokens in bf16, and the balance loss
-    estimate = Estimate(config, 16)
-    first, last = estimate.costs(ParallelLayout(2, 1, "1f1b", 4, 2))
+    layout_costs = LayoutCosts(config, 16)
+    first, last = layout_costs.costs(ParallelLayout(2, 1, "1f1b", 4, 2))
     assert first.pipeline == last.pipeline == 4 * message and first.reduce == last.reduce == first.experts == 0
-    first, last = estimate.costs(ParallelLayout(2, 1, "dualpipev", 4, 2))
+    first, last = layout_costs.costs(ParallelLayout(2, 1, "dualpipev", 4, 2))
     assert first.pipeline == 4 * 2 * message  # one stage forward, the other backward
-    (whole,) = estimate.costs(ParallelLayout(1, 1, "1f1b", 4, 2))
-    (copied,) = estimate.costs(ParallelLayout(1, 4, "1f1b", 4, 2))
-    (shared,) = estimate.costs(ParallelLayout(1, 4, "1f1b", 4, 2, ep=2))
+    (whole,) = layout_costs.costs(ParallelLayout(1, 1, "1f1b", 4, 2))
+    (copied,) = layout_costs.costs(ParallelLayout(1, 4, "1f1b", 4, 2))
+    (shared,) = layout_costs.costs(ParallelLayout(1, 4, "1f1b", 4, 2, ep=2))
     assert copied.reduce == 2 * whole.weights * 3 / 4 and whole.reduce == whole.pipeline == 0
-    experts = 4 * sum(estimate.sizes.routed_experts)  # bytes
+    experts = 4 * sum(layout_costs.sizes.routed_experts)  # bytes
     assert shared.weights == whole.weights - experts / 2
     assert shared.reduce == 2 * ((whole.weights - experts) * 3 / 4 + experts / 2 / 2)
     rows = 4 * 2 * 16 * config.num_experts_per_tok
     assert shared.experts == 4 * 4 * rows * config.hidden_size * 2 / 2  # 4 ways, 4 layers, every second row
-    (cut_up,) = estimate.costs(ParallelLayout(1, 4, "1f1b", 4, 2, fsdp=True))
+    (cut_up,) = layout_costs.costs(ParallelLayout(1, 4, "1f1b", 4, 2, fsdp=True))
     assert cut_up.optimizer == whole.optimizer / 4 and cut_up.reduce == 3 * 4 * whole.weights * 3 / 4
 
 
@@ -124,7 +124,7 @@ def test_what_is_sent_by_hand(tiny_config):
 def test_every_layout_would_start(gpus):
     run = resolve({"preset": "seed_190m", "model": {"num_hidden_layers": 16}})
     config = build_model_config(run)
-    layouts, estimate = list(plan.layouts(run, gpus, config)), Estimate(config, run.context)
+    layouts, layout_costs = list(plan.layouts(run, gpus, config)), LayoutCosts(config, run.context)
     assert layouts and len(set(layouts)) == len(layouts)
     for layout in layouts:
         parallel = ParallelOptions(pp=layout.pp, schedule=layout.schedule)
@@ -134,7 +134,7 @@ def test_every_layout_would_start(gpus):
             parallel.micro_batches_per_replica(layout.micro_batches * layout.dp, layout.dp, 1, "")
             == layout.micro_batches
         )
-        assert len(estimate.costs(layout)) == layout.pp
+        assert len(layout_costs.costs(layout)) == layout.pp
 
 
 def test_the_command(capsys):

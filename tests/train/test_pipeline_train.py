@@ -294,8 +294,8 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
         ),
         (
             {"parallel": {"pp": 3, "schedule": "dualpipe"}},
-            "`parallel.pp`: dualpipe runs two replicas in opposite directions, so 3 ranks are impossible: give 2 or 4, or "
-            "`parallel.schedule` dualpipev",
+            "`parallel.pp`: dualpipe runs two replicas in opposite directions, so 3 ranks are impossible: give "
+            "2 or 4, or `parallel.schedule` dualpipev",
         ),
         (
             {"parallel": {"pp": 2, "schedule": "dualpipe"}},
@@ -372,7 +372,7 @@ def test_unknown_fields_of_parallel():
             2,
             {"parallel": {"pp": 2}, "model": {"num_hidden_layers": 3}},
             "`model.num_hidden_layers`: 3 blocks can't be cut into 4 stages: give at least 4, or a smaller "
-            "--parallel.pp",
+            "`parallel.pp`",
         ),
         (
             4,
@@ -384,7 +384,7 @@ def test_unknown_fields_of_parallel():
             1,
             {"parallel": {"ep": 2}},
             "`parallel.ep`: 2 replicas of the model are to share experts, but there are 1: give 1, or start "
-            "torchrun --nproc-per-node 2",
+            "torchrun `nproc_per_node` 2",
         ),
         (
             8,

@@ -1,4 +1,4 @@
-"""Expert parallelism: each layer's routed experts are spread over ranks, and tokens are dispatched to them by all-to-all.
+"""Expert parallelism: each layer's routed experts are spread over ranks, and all-to-alls dispatch tokens to them.
 
 N ranks, each with its own micro-batches, hold E / N experts of every layer each. A (token, expert) pair is a row. One
 all-to-all dispatches the rows to the ranks of their experts, another combines the results at home. Each sends as many

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moonwhale.errors import UserError, did_you_mean
+from moonwhale.options import option
 from moonwhale.parallel.schedule_properties import SCHEDULES
 
 
@@ -17,11 +18,11 @@ class ParallelOptions:
         UserError: if a setting is impossible. The message names the nearest setting that works.
     """
 
-    pp: int = 1  # ranks of a pipeline; 1: no pipeline, every process has all layers
-    ep: int = 1  # replicas that share their routed experts; 1: each replica has all of them
-    schedule: str = "dualpipev"
-    fsdp: bool = False  # shard each weight over the ranks that hold it (FSDP2)
-    timeout: int = 600  # seconds that a rank waits for another
+    pp: int = option(1, "ranks of a pipeline; 1: every process has the whole model")
+    ep: int = option(1, "replicas that share their routed experts; 1: each has all of them")
+    schedule: str = option("dualpipev", "the pipeline's schedule", choices=tuple(SCHEDULES))
+    fsdp: bool = option(False, "shard weights among the ranks that hold the same ones (FSDP2)")
+    timeout: int = option(600, "seconds that a rank waits for another")
 
     def __post_init__(self):
         for name in ("pp", "ep", "timeout"):

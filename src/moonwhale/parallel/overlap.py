@@ -18,7 +18,7 @@ from moonwhale.parallel.expert_parallel import AllToAll
 
 
 class Overlap:
-    """Runs an overlapped pair. Register it with a torch schedule: `register_custom_function(OVERLAP_F_B, Overlap(…))`."""
+    """Runs an overlapped pair. Register it with torch's engine: `register_custom_function(OVERLAP_F_B, Overlap(…))`."""
 
     def __init__(self, all_to_all: AllToAll):
         self.all_to_all = all_to_all

@@ -132,7 +132,7 @@ class Pipeline:
             _all_reduce(self.all_to_all.expert_replicate_group, expert_grads)
 
     def take_outputs(self) -> list[tuple[int, object]]:
-        """Return and clear the outputs of the last stage, if it is here, each with the number of its micro-batch."""
+        """Return and clear the last stage's outputs, if it is on this rank, each with its micro-batch's number."""
         taken = []
         for half, stage in enumerate(self.stages):
             numbers = range(half, 2 * len(stage.outputs), 2) if self.bidirectional else range(len(stage.outputs))

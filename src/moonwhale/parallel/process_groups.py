@@ -1,4 +1,4 @@
-"""The process groups of a run over several ranks: who is in which, what all must agree on, and how a lost rank is named.
+"""The process groups of a run over several ranks, the settings that all ranks must share, and the loss of a rank.
 
 Process c · P + r is rank r of replica c of a pipeline of P ranks.
 """

@@ -127,7 +127,7 @@ class Stage(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Every stage gets the whole micro-batch (B, T): each needs to know where documents begin, and the last one needs
+        """Every stage gets the whole micro-batch (B, T): each needs to know where documents begin, and the last needs
         the targets. See `MoonwhaleForCausalLM.forward`.
         """
         device_type, body, spec = input_ids.device.type, self.model.model, self.spec

@@ -1,7 +1,7 @@
-"""What training costs when a model is spread over many processes, by arithmetic alone: memory, traffic, idle time.
+"""The cost of a parallel layout, by arithmetic alone: memory, bytes sent and idle time of each rank.
 
-A layout is pp x dp processes: dp copies of a pipeline of pp ranks. `ep` of the copies share their routed experts. With
-`fsdp`, ranks that hold the same stages keep a part of the weights each.
+A layout has pp x dp processes: dp replicas of a pipeline of pp ranks. Every `ep` replicas share their routed experts.
+With `fsdp`, the ranks that hold the same stages shard their weights.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moonwhale.parallel.stages import StageSpec, partition
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """`micro_batches` of `rows` rows each are what one copy of the pipeline computes in a step."""
+    """How a step is spread over processes. Each replica computes `micro_batches` of `rows` rows each."""
 
     pp: int
     dp: int
@@ -24,26 +24,26 @@ class ParallelLayout:
     fsdp: bool = False
 
     @property
-    def mirrored(self) -> bool:
+    def bidirectional(self) -> bool:
         return self.pp > 1 and SCHEDULES[self.schedule].bidirectional
 
     @property
-    def same(self) -> int:
-        """Ranks that hold the same stages."""
-        return self.dp * (1 + self.mirrored)
+    def replicate_size(self) -> int:
+        """How many ranks hold the same stages."""
+        return self.dp * (1 + self.bidirectional)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one rank in a step, in bytes: what it holds at most, and what it sends."""
+class RankCost:
+    """What one rank holds at most in a step and sends, in bytes, and the operations it computes."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    pipeline: float  # hidden states and their gradients, and the embedding's if two ranks have it
-    reduce: float  # gradients, between ranks that hold the same weights, and weights where FSDP gathers them
-    experts: float  # tokens to experts on other ranks, and home
+    pipeline: float  # sent: hidden states and their gradients, and the embedding's gradient if two ranks hold it
+    reduce: float  # sent: gradients to ranks that hold the same weights, and weights that FSDP gathers
+    experts: float  # sent: tokens to experts on other ranks, and their results back
     flops: float
 
     @property
@@ -56,142 +56,160 @@ class Cost:
 
 
 def idle_over_busy(layout: ParallelLayout) -> float:
-    """The bubble over the time that a rank works, with B = 2 F = 2 W and nothing that overlaps (DeepSeek-V3, table 2):
-    (P - 1) (F + B) of M (F + B) in 1F1B; (P/2 - 1) (F&B + B - 3W) in DualPipe; (P - 1) (F&B + B - 3W) of stages half
-    as long in DualPipeV.
+    """Return the bubble relative to the time that a rank computes, with B = 2 F = 2 W and no overlap.
+
+    The bubbles are those of DeepSeek-V3, table 2: (P - 1) (F + B) in 1F1B, (P/2 - 1) (F&B + B - 3W) in DualPipe, and in
+    DualPipeV (P - 1) (F&B + B - 3W) of stages half as long. A rank computes M (F + B).
     """
-    p, idle = layout.pp, {"1f1b": 3 * (layout.pp - 1), "dualpipe": 2 * (layout.pp / 2 - 1), "dualpipev": layout.pp - 1}
-    return idle[layout.schedule] / (3 * layout.micro_batches) if p > 1 else 0.0
+    p, bubbles = (
+        layout.pp,
+        {"1f1b": 3 * (layout.pp - 1), "dualpipe": 2 * (layout.pp / 2 - 1), "dualpipev": layout.pp - 1},
+    )
+    return bubbles[layout.schedule] / (3 * layout.micro_batches) if p > 1 else 0.0
 
 
 def in_flight(layout: ParallelLayout, rank: int) -> list[int]:
-    """Micro-batches that a rank holds at most at once, of each of its stages."""
+    """Return the most micro-batches that a rank holds at once, for each of its stages."""
     p, m = layout.pp, layout.micro_batches
     if p == 1:
         return [1]
     if layout.schedule == "1f1b":
         return [min(p - rank, m)]
-    if layout.mirrored:
-        near = min(rank, p - 1 - rank)  # a V over half the ranks
+    if layout.bidirectional:
+        near = min(rank, p - 1 - rank)  # the rank's place in a V over half of the ranks
         return [p - near, near + 1] if rank < p // 2 else [near + 1, p - near]
     return [2 * p - rank, rank + 1]
 
 
-class Estimate:
-    """What layouts cost a model that learns from rows of `context` tokens; `number_bytes` of an activation, 2 in bf16.
-    Weights, gradients and the optimizer's state are fp32, as training keeps them.
+class LayoutCosts:
+    """What layouts cost for a model that trains on rows of `context` tokens.
+
+    Weights, gradients and optimizer state are fp32, as in training. Activations take `activation_bytes` per value, 2 in
+    bf16.
     """
 
-    def __init__(self, config, context: int, number_bytes: int = 2):
-        self.config, self.context, self.number_bytes = config, context, number_bytes
+    def __init__(self, config, context: int, activation_bytes: int = 2):
+        self.config, self.context, self.activation_bytes = config, context, activation_bytes
         self.sizes, self.flops = part_sizes(config), forward_flops(config, context)
-        self.cuts: dict[int, list[StageSpec]] = {}
+        self.partitions: dict[int, list[StageSpec]] = {}
 
-    def costs(self, layout: ParallelLayout) -> list[Cost]:
-        """Of every rank of a pipeline.
+    def costs(self, layout: ParallelLayout) -> list[RankCost]:
+        """Return the cost of every rank of a pipeline.
 
         Raises:
-            UserError: the model has too few blocks for so many stages.
+            UserError: if the model has too few blocks for the layout's stages.
         """
-        kind = SCHEDULES[layout.schedule]
-        count = layout.pp * kind.stages_per_rank if layout.pp > 1 else 1
-        if count not in self.cuts:
-            self.cuts[count] = partition(self.config, count, self.context)
-        where = stage_ranks(layout.schedule, layout.pp) if layout.pp > 1 else [0]
-        stages = [(i, self.cuts[count][i % count]) for i in range(len(where))]
-        own = [[stage for stage, place in zip(stages, where, strict=True) if place == r] for r in range(layout.pp)]
-        return [self._cost(layout, rank, own[rank], where) for rank in range(layout.pp)]
+        num_stages = layout.pp * SCHEDULES[layout.schedule].stages_per_rank if layout.pp > 1 else 1
+        if num_stages not in self.partitions:
+            self.partitions[num_stages] = partition(self.config, num_stages, self.context)
+        holders = stage_ranks(layout.schedule, layout.pp) if layout.pp > 1 else [0]
+        stages = [(i, self.partitions[num_stages][i % num_stages]) for i in range(len(holders))]
+        return [
+            self._cost(layout, rank, [stage for stage, r in zip(stages, holders, strict=True) if r == rank], holders)
+            for rank in range(layout.pp)
+        ]
 
-    def _cost(self, layout: ParallelLayout, rank: int, stages: list[tuple[int, StageSpec]], where: list[int]) -> Cost:
-        held, number_bytes = [part for _, part in stages], self.number_bytes
+    def _cost(
+        self, layout: ParallelLayout, rank: int, stages: list[tuple[int, StageSpec]], holders: list[int]
+    ) -> RankCost:
+        """Return the cost of a rank with these stages, each with its number; `holders` is the rank of each number."""
+        specs = [spec for _, spec in stages]
         tokens = layout.rows * self.context
-        each = layout.micro_batches // (1 + layout.mirrored)  # micro-batches that a stage computes
-        dense, experts, matrices = self._parameters(held)
+        micro_batches = layout.micro_batches // (1 + layout.bidirectional)  # of each stage
+        dense, experts, matrices = self._parameters(specs)
         matrices -= experts * (1 - 1 / layout.ep)
         experts /= layout.ep
-        owned, kept = dense + experts, 1 / layout.same if layout.fsdp else 1.0
-        weights = gradients = 4 * owned
-        if layout.fsdp and layout.pp == 1:  # gathered a block at a time; embedding, norm and head stay
-            weights = gradients = 4 * (owned * kept + max(self.sizes.blocks) + 2 * self.sizes.embedding)
-        elif layout.fsdp:  # whole during a step
-            weights += 4 * owned * kept
-        hops = each * sum(_hops(i, part, where) for i, part in stages)
-        return Cost(
+        own, kept = dense + experts, 1 / layout.replicate_size if layout.fsdp else 1.0
+        weights = gradients = 4 * own
+        if layout.fsdp and layout.pp == 1:  # one block is gathered at a time; embedding, norm and head stay gathered
+            weights = gradients = 4 * (own * kept + max(self.sizes.blocks) + 2 * self.sizes.embedding)
+        elif layout.fsdp:  # all weights are gathered during a step, in addition to the shards
+            weights += 4 * own * kept
+        messages = micro_batches * sum(_messages(i, spec, holders) for i, spec in stages)
+        message_bytes = tokens * self.config.hidden_size * self.activation_bytes + 4
+        away = 1 - 1 / layout.ep  # the part of the experts that other ranks hold
+        return RankCost(
             weights=weights,
             gradients=gradients,
-            optimizer=(8 * owned - 4 * matrices) * kept,
+            optimizer=(8 * own - 4 * matrices) * kept,
             activations=sum(
-                count * self._saved(part, tokens, layout.ep)
-                for count, part in zip(in_flight(layout, rank), held, strict=True)
+                count * self._saved(spec, tokens, layout.ep)
+                for count, spec in zip(in_flight(layout, rank), specs, strict=True)
             ),
-            pipeline=hops * (tokens * self.config.hidden_size * number_bytes + 4) + self._embedding_sent(rank, where),
+            pipeline=messages * message_bytes + self._embedding_sent(rank, holders),
             reduce=_reduced(layout, dense, experts),
-            experts=each * tokens * number_bytes * (1 - 1 / layout.ep) * sum(map(self._routed, held)),
-            flops=each * tokens * 3 * sum(map(self._operations, held)),
+            experts=micro_batches * tokens * self.activation_bytes * away * sum(map(self._routed, specs)),
+            flops=micro_batches * tokens * 3 * sum(map(self._forward_flops, specs)),
         )
 
-    def _embedding_sent(self, rank: int, where: list[int]) -> int:
-        """Bytes of the embedding's gradient between the first and the last rank, if both need it."""
-        shared = self.config.num_nextn_predict_layers or self.config.tie_word_embeddings
-        return 4 * self.sizes.embedding if shared and where[0] != where[-1] and rank in (where[0], where[-1]) else 0
+    def _embedding_sent(self, rank: int, holders: list[int]) -> int:
+        """Return the bytes of the embedding's gradient that the first and the last rank exchange, if both hold it."""
+        last_reads_it = self.config.num_nextn_predict_layers or self.config.tie_word_embeddings
+        ends = holders[0], holders[-1]
+        return 4 * self.sizes.embedding if last_reads_it and ends[0] != ends[1] and rank in ends else 0
 
-    def _blocks(self, part: Part) -> list[int]:
-        """Of a stage; those of the MTP modules are the last one's."""
-        tail = range(self.config.num_hidden_layers, self.config.num_blocks) if part.is_last else ()
-        return [*range(part.start, part.stop), *tail]
+    def _blocks(self, spec: StageSpec) -> list[int]:
+        """Return the blocks of a stage; the last one's include the MTP modules'."""
+        tail = range(self.config.num_hidden_layers, self.config.num_blocks) if spec.is_last else ()
+        return [*range(spec.start, spec.stop), *tail]
 
-    def _parameters(self, held: list[StageSpec]) -> tuple[int, int, int]:
-        """Of a rank's stages: parameters without routed experts, those of routed experts, what Muon trains of both."""
+    def _parameters(self, specs: list[StageSpec]) -> tuple[int, int, int]:
+        """Count a rank's parameters: all but routed experts, routed experts, and what Muon trains of both."""
         sizes, modules, tied = self.sizes, self.config.num_nextn_predict_layers, self.config.tie_word_embeddings
-        blocks = [i for part in held for i in self._blocks(part)]
+        blocks = [i for spec in specs for i in self._blocks(spec)]
         experts = sum(sizes.routed_experts[i] for i in blocks)
         dense, matrices = sum(sizes.blocks[i] for i in blocks) - experts, sum(sizes.matrices[i] for i in blocks)
-        last = any(part.is_last for part in held)
-        if any(part.is_first for part in held) or (last and (modules or tied)):
+        has_last = any(spec.is_last for spec in specs)
+        if any(spec.is_first for spec in specs) or (has_last and (modules or tied)):
             dense += sizes.embedding
-        if last:
+        if has_last:
             dense += self.config.hidden_size + modules * (sizes.eh_proj + sizes.mtp_norms)
             dense += 0 if tied else sizes.embedding
             matrices += modules * sizes.eh_proj
         return dense, experts, matrices
 
-    def _saved(self, part: StageSpec, tokens: int, ep: int) -> float:
-        """Bytes that a micro-batch leaves for a stage's backward pass. In bf16 these are also autocast's copies of the
-        weights, and the routers' inputs in fp32.
+    def _saved(self, spec: StageSpec, tokens: int, ep: int) -> float:
+        """Return the bytes that a micro-batch saves for a stage's backward pass.
+
+        In bf16 these include autocast's copies of the weights, and the routers' inputs in fp32.
         """
-        hidden, blocks = self.config.hidden_size, self._blocks(part)
-        numbers = sum(self.sizes.saved_activations[i] for i in blocks)
+        hidden, blocks = self.config.hidden_size, self._blocks(spec)
+        values_per_token = sum(self.sizes.saved_activations[i] for i in blocks)
         experts = sum(self.sizes.routed_experts[i] for i in blocks)
-        if part.is_last:
-            numbers += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
-        saved = self.number_bytes * tokens * numbers
-        if self.number_bytes < 4:
+        if spec.is_last:
+            values_per_token += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
+        saved = self.activation_bytes * tokens * values_per_token
+        if self.activation_bytes < 4:
             copies = sum(self.sizes.matrices[i] for i in blocks) - experts * (1 - 1 / ep)
             routers = sum(self.sizes.routed_experts[i] > 0 for i in blocks)
-            saved += self.number_bytes * copies + 4 * tokens * hidden * routers
-        return saved + 4 * self.sizes.embedding * part.is_last  # the chunked loss makes the head's gradient at once
+            saved += self.activation_bytes * copies + 4 * tokens * hidden * routers
+        # The chunked loss computes the head's gradient in the forward pass
+        return saved + 4 * self.sizes.embedding * spec.is_last
 
-    def _routed(self, part: Part) -> int:
-        """Numbers that a token sends to its experts and gets home, forward and backward."""
-        layers = sum(self.sizes.routed_experts[i] > 0 for i in self._blocks(part))
+    def _routed(self, spec: StageSpec) -> int:
+        """Return the values that a token sends to its experts and gets back, forward and backward."""
+        layers = sum(self.sizes.routed_experts[i] > 0 for i in self._blocks(spec))
         return 4 * layers * self.config.num_experts_per_tok * self.config.hidden_size
 
-    def _operations(self, part: Part) -> float:
-        """Floating-point operations that a token costs in a stage, forward."""
+    def _forward_flops(self, spec: StageSpec) -> float:
+        """Return a stage's floating-point operations per token in the forward pass."""
         flops, modules = self.flops, self.config.num_nextn_predict_layers
-        tail = (1 + modules) * flops.head + modules * flops.eh_proj if part.is_last else 0.0
-        return tail + sum(flops.blocks[i] for i in self._blocks(part))
+        tail = (1 + modules) * flops.head + modules * flops.eh_proj if spec.is_last else 0.0
+        return tail + sum(flops.blocks[i] for i in self._blocks(spec))
 
 
-def _hops(index: int, part: StageSpec, where: list[int]) -> int:
-    """Messages of a micro-batch that leave the rank: hidden states forward, their gradient backward."""
-    forward = not part.is_last and where[index + 1] != where[index]
-    return forward + (not part.is_first and where[index - 1] != where[index])
+def _messages(index: int, spec: StageSpec, holders: list[int]) -> int:
+    """Count a micro-batch's messages that leave the rank: hidden states forward, their gradient backward."""
+    forward = not spec.is_last and holders[index + 1] != holders[index]
+    return forward + (not spec.is_first and holders[index - 1] != holders[index])
 
 
 def _reduced(layout: ParallelLayout, dense: float, experts: float) -> float:
-    """Bytes of gradients in rings: each number is sent once to be added up and once to be known, but for the own share.
-    With FSDP it is known as a weight again; without a pipeline so for every micro-batch, forward and backward.
+    """Return the bytes that a rank sends in rings to reduce gradients.
+
+    Each value is sent once to be summed and once to be distributed, except for the rank's own share. With FSDP the
+    second time it is a weight. Without a pipeline, FSDP does so for each micro-batch, and gathers weights twice.
     """
     times = 3 * layout.micro_batches if layout.fsdp and layout.pp == 1 else 2
-    return times * 4 * (dense * (1 - 1 / layout.same) + experts * (1 - layout.ep / layout.same))
+    size = layout.replicate_size
+    return times * 4 * (dense * (1 - 1 / size) + experts * (1 - layout.ep / size))

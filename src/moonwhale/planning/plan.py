@@ -1,4 +1,4 @@
-"""`moonwhale plan`: how to spread a run over many GPUs, and what each layout would cost, before anybody rents them."""
+"""`moonwhale plan`: how to spread a run over many GPUs, and what each layout would cost, before you rent them."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from moonwhale.units import in_bytes, si
 
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets: dense bf16, and what the network of its DGX gives each GPU in one direction."""
+    """A GPU by NVIDIA's data sheets: its dense bf16 peak, and its share of a DGX's network in one direction."""
 
     memory: float  # GB
     flops: float  # TFLOP/s
@@ -26,36 +26,39 @@ class Gpu:
 
 GPUS = {"a100": Gpu(80, 312, 25), "h100": Gpu(80, 989, 50), "h200": Gpu(141, 989, 50), "b200": Gpu(180, 2250, 50)}
 UTILIZATION = 0.35  # DeepSeek-V3 (§1): 180,000 H800 hours for 10^12 tokens of 37 G parameters, 6 operations each
-COUNTED = ("dualpipev", "dualpipe", "1f1b")  # schedules whose idle time has a formula
-CLOSE = 1.05  # a larger micro-batch is taken if it is at most so much slower: kernels like many tokens
+PLANNED_SCHEDULES = ("dualpipev", "dualpipe", "1f1b")  # the schedules whose idle time has a formula
+# A larger micro-batch may be slower by this factor: kernels are faster with more tokens, which no formula counts
+TOLERATED_SLOWDOWN = 1.05
 
 
 def main(argv: list[str]) -> int:
     parser = options.Parser(
         prog="moonwhale plan",
-        description="Layouts of a run over many GPUs, the fastest first: what each would hold, send and idle.\n"
+        description="List layouts of a run over many GPUs, the fastest first, with their memory, traffic and idle time.\n"
         "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
         epilog="GPUs (memory, dense bf16, network):\n"
         + "\n".join(f"  {n:<6}{g.memory:g} GB, {g.flops:g} TFLOP/s, {g.bandwidth:g} GB/s" for n, g in GPUS.items())
-        + "\n\nMessages between the ranks of a pipeline are taken to hide behind its work; gradients and what goes to\n"
-        "experts are not, and go over the network even inside a machine. More in docs/parallelism.md.",
+        + "\n\nThe plan assumes that messages between pipeline ranks overlap with computation, and that gradients and\n"
+        "tokens for experts do not, and use the network even inside a machine. More in docs/parallelism.md.",
     )
-    parser.add_argument("--gpus", metavar="N", required=True, help="how many there are")
+    parser.add_argument("--gpus", metavar="N", required=True, help="number of GPUs")
     parser.add_argument(
         "--preset", metavar="NAME", default="demo", help=f"{', '.join(PRESETS)} (demo)"
     ).suggestions = PRESETS
-    parser.add_argument("--context", metavar="N", help="tokens of a row (the preset's)")
-    parser.add_argument("--batch-size", metavar="N", help="most rows of a micro-batch (the preset's)")
-    parser.add_argument("--tokens-per-step", metavar="N", help="of one optimizer step (the preset's)")
-    parser.add_argument("--gpu", metavar="NAME", default="h100", help="one of those below (h100)").suggestions = GPUS
-    parser.add_argument("--memory", metavar="GB", help="of a GPU, instead of --gpu's")
-    parser.add_argument("--flops", metavar="TFLOPS", help="of a GPU in bf16, instead of --gpu's")
-    parser.add_argument("--bandwidth", metavar="GBS", help="GB/s that a GPU sends to others, instead of --gpu's")
+    parser.add_argument("--context", metavar="N", help="tokens per row (the preset's)")
+    parser.add_argument("--batch-size", metavar="N", help="largest number of rows per micro-batch (the preset's)")
+    parser.add_argument("--tokens-per-step", metavar="N", help="tokens per optimizer step (the preset's)")
+    parser.add_argument("--gpu", metavar="NAME", default="h100", help="a GPU of the list below (h100)").suggestions = GPUS
+    parser.add_argument("--memory", metavar="GB", help="memory of a GPU (that of --gpu)")
+    parser.add_argument("--flops", metavar="TFLOPS", help="peak of a GPU in bf16 (that of --gpu)")
+    parser.add_argument("--bandwidth", metavar="GBS", help="GB/s that a GPU sends to others (that of --gpu)")
     parser.add_argument(
-        "--utilization", metavar="PART", help=f"part of --flops that a busy GPU reaches ({UTILIZATION}, DeepSeek-V3's)"
+        "--utilization",
+        metavar="FRACTION",
+        help=f"fraction of --flops that a busy GPU reaches ({UTILIZATION}, DeepSeek-V3's)",
     )
-    parser.add_argument("--layouts", metavar="N", default="10", help="lines to print (10)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--layouts", metavar="N", default="10", help="number of layouts to print (10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options.add_options(parser, ModelOverrides, show=False)
     overrides, arguments = options.read_argv(parser, ModelOverrides, argv)
     if arguments.gpu not in GPUS:
@@ -89,54 +92,46 @@ def _number(text: str | None, name: str, default: float) -> float:
 
 
 def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
-    """All that can work: what divides, with enough micro-batches and blocks."""
+    """Yield every `ParallelLayout` that can work: its numbers divide, and micro-batches and blocks suffice."""
     from moonwhale.planning.cost_model import ParallelLayout
 
     rows = run.tokens_per_step // run.context
     experts = config.n_routed_experts if config.first_k_dense_replace < config.num_blocks else 1
-    for pp, schedule in itertools.product(divisors(gpus), COUNTED):
-        dp, kind = gpus // pp, SCHEDULES[schedule]
-        stages, least, lots = pp * kind.stages_per_rank, kind.min_micro_batches_per_rank * pp, 1 + kind.bidirectional
-        works = stages <= config.num_hidden_layers and pp % lots == 0 if pp > 1 else schedule == "1f1b"
+    for pp, schedule in itertools.product(divisors(gpus), PLANNED_SCHEDULES):
+        dp, properties = gpus // pp, SCHEDULES[schedule]
+        multiple = 1 + properties.bidirectional
+        least = properties.min_micro_batches_per_rank * pp
+        num_stages = properties.stages_per_rank * pp
+        works = num_stages <= config.num_hidden_layers and pp % multiple == 0 if pp > 1 else schedule == "1f1b"
         if rows % dp or not works:
             continue
         for size in divisors(rows // dp):
             count = rows // dp // size
-            if size > run.batch_size or (pp > 1 and (count < least or count % lots)):
+            if size > run.batch_size or (pp > 1 and (count < least or count % multiple)):
                 continue
             for ep in (n for n in divisors(dp) if experts % n == 0):
-                yield ParallelLayout(pp, dp, schedule, count, size, ep, False)
-                if ep == 1 and dp * (lots if pp > 1 else 1) > 1:
-                    yield ParallelLayout(pp, dp, schedule, count, size, ep, True)
+                yield ParallelLayout(pp, dp, schedule, count, size, ep, fsdp=False)
+                if ep == 1 and dp * (multiple if pp > 1 else 1) > 1:
+                    yield ParallelLayout(pp, dp, schedule, count, size, ep, fsdp=True)
 
 
 def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
-    """Layouts with their figures, ready for JSON: those that fit, the fastest first, then the others, the least first.
+    """Return the layouts with their figures, ready for JSON.
 
-    figures: memory in GB, flops in TFLOP/s and bandwidth in GB/s of a GPU, and the part of its flops that it reaches.
+    The layouts that fit come first, sorted by time, then the others, sorted by memory.
+
+    Args:
+        figures: of a GPU: memory in GB, flops in TFLOP/s, bandwidth in GB/s, and the utilization of its flops.
 
     Raises:
-        UserError: none can work at all.
+        UserError: if no layout can work.
     """
-    from moonwhale.planning.cost_model import Estimate, idle_over_busy
+    from moonwhale.planning.cost_model import LayoutCosts
 
     config = build_model_config(run)
-    estimate, best = Estimate(config, run.context), {}
+    layout_costs, best = LayoutCosts(config, run.context), {}
     for layout in layouts(run, gpus, config):
-        costs = estimate.costs(layout)
-        fullest = max(costs, key=lambda cost: cost.memory)
-        idle = idle_over_busy(layout)
-        busy = max(cost.flops for cost in costs) / (figures["flops"] * 1e12 * figures["utilization"])
-        waits = max(cost.reduce + cost.experts for cost in costs) / (figures["bandwidth"] * 1e9)
-        seconds = busy * (1 + idle) + waits
-        plan = asdict(layout) | {
-            "fits": fullest.memory <= figures["memory"] * 1e9,
-            "memory": {n: getattr(fullest, n) for n in ("weights", "gradients", "optimizer", "activations", "memory")},
-            "sent": {n: max(getattr(cost, n) for cost in costs) for n in ("pipeline", "reduce", "experts")},
-            "idle": idle / (1 + idle),
-            "seconds": seconds,
-            "tokens_per_second": run.tokens_per_step / seconds,
-        }
+        plan = _plan(run, layout, layout_costs.costs(layout), figures)
         best.setdefault((layout.pp, layout.schedule, layout.ep, layout.fsdp), []).append(plan)
     if not best:
         rows = run.tokens_per_step // run.context
@@ -149,20 +144,39 @@ def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
     return sorted(chosen, key=lambda p: (not p["fits"], p["seconds"] if p["fits"] else p["memory"]["memory"]))
 
 
+def _plan(run: TrainConfig, layout, costs: list, figures: dict[str, float]) -> dict:
+    """Return a layout's figures, from the costs of a pipeline's ranks."""
+    from moonwhale.planning.cost_model import idle_over_busy
+
+    fullest = max(costs, key=lambda cost: cost.memory)
+    idle = idle_over_busy(layout)
+    busy_seconds = max(cost.flops for cost in costs) / (figures["flops"] * 1e12 * figures["utilization"])
+    network_seconds = max(cost.reduce + cost.experts for cost in costs) / (figures["bandwidth"] * 1e9)
+    seconds = busy_seconds * (1 + idle) + network_seconds
+    return asdict(layout) | {
+        "fits": fullest.memory <= figures["memory"] * 1e9,
+        "memory": {n: getattr(fullest, n) for n in ("weights", "gradients", "optimizer", "activations", "memory")},
+        "sent": {n: max(getattr(cost, n) for cost in costs) for n in ("pipeline", "reduce", "experts")},
+        "idle": idle / (1 + idle),
+        "seconds": seconds,
+        "tokens_per_second": run.tokens_per_step / seconds,
+    }
+
+
 def _choose(sizes: list[dict]) -> dict:
-    """Among micro-batches of several sizes, the largest that fits and is about as fast as the fastest."""
+    """Choose, among layouts that differ in the size of micro-batches, the largest that fits and is hardly slower."""
     fitting = [plan for plan in sizes if plan["fits"]] or [min(sizes, key=lambda plan: plan["memory"]["memory"])]
     fastest = min(plan["seconds"] for plan in fitting)
-    return max((p for p in fitting if p["seconds"] <= CLOSE * fastest), key=lambda plan: plan["rows"])
+    return max((p for p in fitting if p["seconds"] <= TOLERATED_SLOWDOWN * fastest), key=lambda plan: plan["rows"])
 
 
 def report(run: TrainConfig, gpus: int, gpu: str, figures: dict[str, float], plans: list[dict]) -> str:
-    """The plans for people, and the command of the first."""
-    what = [("pp x dp", "schedule", "ep", "fsdp", "batches", "memory", "sent", "idle", "step", "tokens/s")]
-    parts = [("pp x dp", "weights", "gradients", "optimizer", "activations", "neighbours", "gradients", "experts")]
+    """Return two tables of the plans, and the command that starts the first."""
+    overview = [("pp x dp", "schedule", "ep", "fsdp", "batches", "memory", "sent", "idle", "step", "tokens/s")]
+    details = [("pp x dp", "weights", "gradients", "optimizer", "activations", "neighbours", "gradients", "experts")]
     for p in plans:
         place, pipelined = f"{p['pp']} x {p['dp']}", p["pp"] > 1
-        what.append(
+        overview.append(
             (
                 place,
                 p["schedule"] if pipelined else "-",
@@ -177,25 +191,25 @@ def report(run: TrainConfig, gpus: int, gpu: str, figures: dict[str, float], pla
             )
         )
         held = [p["memory"][name] for name in ("weights", "gradients", "optimizer", "activations")]
-        parts.append((place, *map(in_bytes, [*held, *p["sent"].values()])))
+        details.append((place, *map(in_bytes, [*held, *p["sent"].values()])))
     lines = [
         f"{run.preset} on {gpus} {gpu}: {run.tokens_per_step:,} tokens a step in rows of {run.context}",
-        f"a GPU: {figures['memory']:g} GB, {figures['flops']:g} TFLOP/s of which it reaches "
-        f"{100 * figures['utilization']:g} %, {figures['bandwidth']:g} GB/s to others",
+        f"one GPU: {figures['memory']:g} GB, {figures['flops']:g} TFLOP/s at {100 * figures['utilization']:g} % "
+        f"utilization, {figures['bandwidth']:g} GB/s to others",
         "",
-        *_table(what),
+        *_table(overview),
         "",
-        "held by the fullest rank, and sent at most by a rank in a step to neighbours, as gradients, to experts:",
-        *_table(parts),
+        "memory of the fullest rank, and the most that a rank sends in a step to neighbours, as gradients, to experts:",
+        *_table(details),
         "",
     ]
     if not plans[0]["fits"]:
-        lines.append("none fits: give more --gpus, or a smaller --batch-size or --context")
-    return "\n".join([*lines, "the first:", f"  {command(run, plans[0])}"])
+        lines.append("no layout fits: give more --gpus, or a smaller --batch-size or --context")
+    return "\n".join([*lines, "to start the first:", f"  {command(run, plans[0])}"])
 
 
 def command(run: TrainConfig, plan: dict) -> str:
-    """What starts a plan's run."""
+    """Return the command that starts a plan's run."""
     gpus = plan["pp"] * plan["dp"]
     machines = f"--nnodes {gpus // 8} --nproc-per-node 8" if gpus > 8 and gpus % 8 == 0 else f"--nproc-per-node {gpus}"
     words, preset = [f"torchrun {machines} -m moonwhale train --preset {run.preset}"], PRESETS[run.preset]

@@ -11,7 +11,7 @@ from moonwhale import options
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
 from moonwhale.options import option, require
-from moonwhale.parallel.options import Parallel
+from moonwhale.parallel.options import ParallelOptions
 from moonwhale.presets import PRESETS, get_preset, model_fields
 from moonwhale.processes import restarted
 from moonwhale.train import run_folder
@@ -103,7 +103,7 @@ class TrainConfig:
     )
 
     parallel: dict = option(
-        {}, "how the model is spread over several processes", group="several processes", fields=Parallel
+        {}, "how the model is spread over several processes", group="several processes", fields=ParallelOptions
     )
     model: dict = option({}, MODEL_HELP, group="model configuration", fields=MODEL_FIELDS)
 
@@ -141,9 +141,9 @@ class TrainConfig:
             raise UserError("`compile`: compiled blocks don't gather their weights: leave it or `parallel.fsdp` out")
 
     @property
-    def parallelism(self) -> Parallel:
+    def parallelism(self) -> ParallelOptions:
         """The options `parallel.FIELD`, checked."""
-        return Parallel(**self.parallel)
+        return ParallelOptions(**self.parallel)
 
     def gradient_accumulation_steps(self, replicas: int = 1) -> int:
         """Micro-batches per optimizer step on each of `replicas` devices.
@@ -173,7 +173,7 @@ class TrainConfig:
             f"`tokens_per_step`: {self.tokens_per_step} is {count} micro-batches of `batch_size` {self.batch_size} x "
             f"`context` {self.context}"
         )
-        return self.parallelism.micro_batches(count, replicas, self.batch_size * self.context, description)
+        return self.parallelism.micro_batches_per_replica(count, replicas, self.batch_size * self.context, description)
 
 
 def default_out(preset: str) -> str:

@@ -46,8 +46,8 @@ def train(config: TrainConfig) -> None:
 def check(config: TrainConfig) -> Path | None:
     """Checks how the run is spread over processes, and its folder. Returns the checkpoint to resume from."""
     parallelism = config.parallelism
-    if parallelism.cuts:
-        config.micro_batches_per_replica(parallelism.copies(world_size()))
+    if parallelism.splits_model:
+        config.micro_batches_per_replica(parallelism.replicas(world_size()))
     return check_run(config, lambda run_file: resolve({}, run_file))
 
 
@@ -67,16 +67,17 @@ def build(config: TrainConfig) -> Run:
     from moonwhale.train.mtp_trainer import MTPTrainer
     from moonwhale.train.pipeline_trainer import PipelineTrainer
 
-    parallelism, world = config.parallelism, world_size()  # `meet` hides the world size of a pipeline from the Trainer
-    if parallelism.cuts:
-        process_groups.take_gpu()
+    parallelism, world = config.parallelism, world_size()  # `join_run` hides it from the Trainer
+    if parallelism.splits_model:
+        process_groups.select_gpu()
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
     model_config = build_model_config(config)  # refuses an impossible model before a tokenizer is trained
     settings = run_folder.options_that_affect_training(config, also=("out", "resume"))
-    ranks = process_groups.meet(parallelism, model_config, config.context, choice.device.type == "cpu", settings)
-    replicas = 1 if ranks else world  # as the Trainer sees it: pipelines are one device
+    on_cpu = choice.device.type == "cpu"
+    placement = process_groups.join_run(parallelism, model_config, config.context, on_cpu, settings)
+    replicas = 1 if placement else world  # as the Trainer sees it: pipelines are one device
     args = trainer_arguments(config, choice, replicas)
     data = load_data(config, model_config.vocab_size, replicas)
     model = build_model(config, model_config, data.tokenizer, choice)
@@ -85,13 +86,12 @@ def build(config: TrainConfig) -> Run:
     check_data_unchanged(data, config)
 
     trainer_class, of_pipeline = MTPTrainer, {}
-    if ranks:
-        micro_batches = config.micro_batches_per_replica(ranks.copies)
+    if placement:
         trainer_class = PipelineTrainer
         of_pipeline = {
-            "ranks": ranks,
-            "schedule": parallelism.order,
-            "micro_batches": micro_batches,
+            "placement": placement,
+            "schedule": parallelism.effective_schedule,
+            "micro_batches": config.micro_batches_per_replica(placement.num_replicas),
             "fsdp": parallelism.fsdp,
         }
     n_eval_rows = min(config.eval_rows, len(data.held_out))
@@ -169,7 +169,7 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     from moonwhale.train.memory import check_gpu_memory
 
     parallelism, size = config.parallelism, model_size(model_config)
-    memory = "" if parallelism.cuts else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
+    memory = "" if parallelism.splits_model else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
     print_once(data.describe())
     print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
     print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
