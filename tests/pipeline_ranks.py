@@ -61,7 +61,7 @@ def optimizer_of(model, place=None):
         optimizer, same = MuonClip(groups, newton_schulz_dtype=dtype), None
     else:
         same, experts = place.replicate_group, place.expert_replicate_group
-        optimizer = SharedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
+        optimizer = DistributedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
     return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=same)
 
 

@@ -142,7 +142,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> None:
-        """Run the forward pass of one micro-batch of any shape, stage after stage; `take_outputs` returns its output."""
+        """Run the forward pass of one micro-batch, of any shape. Its output is then in the last stage's `outputs`."""
         here, hidden = dist.get_rank(self.pp_group), ()
         if self.fsdp is not None:
             self.fsdp.unshard()

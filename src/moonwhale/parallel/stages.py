@@ -131,7 +131,7 @@ class Stage(nn.Module):
         the targets. See `MoonwhaleForCausalLM.forward`.
         """
         device_type, body, spec = input_ids.device.type, self.model.model, self.spec
-        collect_statistics = torch.is_grad_enabled()  # an evaluation counts in no statistics
+        collect_statistics = torch.is_grad_enabled()  # evaluations must not change the statistics
         documents = Documents.from_inputs(*input_ids.shape, input_ids.device, attention_mask, position_ids)
         positions = documents.positions if position_ids is None else position_ids
         with torch.autocast(device_type, self.autocast) if self.autocast else nullcontext():

@@ -34,7 +34,7 @@ TOLERATED_SLOWDOWN = 1.05
 def main(argv: list[str]) -> int:
     parser = options.Parser(
         prog="moonwhale plan",
-        description="List layouts of a run over many GPUs, the fastest first, with their memory, traffic and idle time.\n"
+        description="List layouts of a run over many GPUs, the fastest first, with memory, traffic and idle time.\n"
         "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
         epilog="GPUs (memory, dense bf16, network):\n"
         + "\n".join(f"  {n:<6}{g.memory:g} GB, {g.flops:g} TFLOP/s, {g.bandwidth:g} GB/s" for n, g in GPUS.items())

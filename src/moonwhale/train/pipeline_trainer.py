@@ -20,7 +20,8 @@ from moonwhale.checkpoint import explain_full_disk
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
-from moonwhale.optim.muonclip import attach_hooks, param_groups
+from moonwhale.optim.muonclip import param_groups
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel.expert_parallel import AllToAll, expert_shards, expert_slices, shard_experts_
 from moonwhale.parallel.fsdp import full_tensor, shard_like
 from moonwhale.parallel.pipeline import Pipeline
@@ -115,13 +116,13 @@ class PipelineTrainer(MTPTrainer):
                 self.pipeline.fully_shard_()
             own = dict(self.model.named_parameters())
             groups = [g | {"params": [own[n] for n in g["params"] if n in own]} for g in self._group_names]
-            self.optimizer = self._optimizer_of(groups)
+            self.optimizer = self._make_optimizer(groups)
             tau, replicas = self.args.qk_clip_tau or None, self.placement.replicate_group
             self._hooks = attach_hooks(self.optimizer, self.model, tau, replicas)
         return self.optimizer
 
     @property
-    def _alike(self) -> dict[str, dist.ProcessGroup]:
+    def _replica_groups(self) -> dict[str, dist.ProcessGroup]:
         return {"group": self.placement.replicate_group, "experts": self.placement.expert_replicate_group}
 
     def train(self, *args, **kwargs):
@@ -151,8 +152,8 @@ class PipelineTrainer(MTPTrainer):
         if len(self._micro_batches_of_step) < self._num_expected:
             return torch.zeros((), device=self.args.device)
         step, self._micro_batches_of_step = self._micro_batches_of_step, []
-        if self._clock is not None:
-            self._tokens += sum(inputs["labels"].numel() for inputs in step)
+        if self._step_start is not None:
+            self._window_tokens += sum(inputs["labels"].numel() for inputs in step)
         for stage in self.pipeline.stages:
             stage.targets = num_items_in_batch
         batch, num_real = self._batch_of_replica(step)
@@ -223,7 +224,7 @@ class PipelineTrainer(MTPTrainer):
         dist.all_reduce(square, group=self.placement.pp_group)
         return square.sqrt()
 
-    def _seen_by_hooks(self) -> dict[str, Tensor]:
+    def _last_hook_values(self) -> dict[str, Tensor]:
         """Collect what all ranks' step hooks saw, in the order of the whole model."""
         config, last, device = self.model.config, self._hooks.last, self.args.device
         here = [name for name, _ in self.model.named_modules()]
