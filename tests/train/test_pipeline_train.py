@@ -326,7 +326,7 @@ def test_impossible_options(tiny_run, options, message):
 def test_unknown_fields_of_parallel():
     with pytest.raises(UserError, match=r"^unknown option --parallel.stages "):
         parse(["--parallel.stages", "2"])
-    with pytest.raises(UserError, match=r"^--parallel.pp: 'two' is not a whole number"):
+    with pytest.raises(UserError, match=r"^`parallel.pp`: 'two' is not a whole number"):
         parse(["--parallel.pp", "two"])
 
 
@@ -336,20 +336,20 @@ def test_unknown_fields_of_parallel():
         (
             1,
             {"parallel": {"pp": 2}},
-            "`parallel.pp`: pipelines of 2 ranks can't be made of 1 process: start torchrun `nproc_per_node` 2, or "
+            "`parallel.pp`: pipelines of 2 ranks can't be made of 1 process: start torchrun --nproc-per-node 2, or "
             "give `parallel.pp` 1",
         ),
         (
             1,
             {"parallel": {"fsdp": True}},
             "`parallel.fsdp`: with 1 process and `parallel.pp` 1 no weight is held twice: start torchrun "
-            "`nproc_per_node` 2, or leave `parallel.fsdp` out",
+            "--nproc-per-node 2, or leave `parallel.fsdp` out",
         ),
         (
             2,
             {"parallel": {"pp": 2, "fsdp": True}},
             "`parallel.fsdp`: with 2 processes and `parallel.pp` 2 no weight is held twice: start torchrun "
-            "`nproc_per_node` 4, or leave `parallel.fsdp` out",
+            "--nproc-per-node 4, or leave `parallel.fsdp` out",
         ),
         (
             2,
@@ -360,7 +360,7 @@ def test_unknown_fields_of_parallel():
         (
             5,
             {"parallel": {"pp": 2}},
-            "`parallel.pp`: pipelines of 2 ranks can't be made of 5 processes: start torchrun `nproc_per_node` 4 or 6",
+            "`parallel.pp`: pipelines of 2 ranks can't be made of 5 processes: start torchrun --nproc-per-node 4 or 6",
         ),
         (
             4,
@@ -384,13 +384,13 @@ def test_unknown_fields_of_parallel():
             1,
             {"parallel": {"ep": 2}},
             "`parallel.ep`: 2 replicas of the model are to share experts, but there are 1: give 1, or start "
-            "torchrun `nproc_per_node` 2",
+            "torchrun --nproc-per-node 2",
         ),
         (
             8,
             {"parallel": {"pp": 2, "ep": 3}, "tokens_per_step": 1024},
             "`parallel.ep`: 3 replicas of the model are to share experts, but there are 4: give 2 or 4, or "
-            "start torchrun `nproc_per_node` 6 or 12",
+            "start torchrun --nproc-per-node 6 or 12",
         ),
         (
             3,

@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--context", metavar="N", help="tokens per row (the preset's)")
     parser.add_argument("--batch-size", metavar="N", help="largest number of rows per micro-batch (the preset's)")
     parser.add_argument("--tokens-per-step", metavar="N", help="tokens per optimizer step (the preset's)")
-    parser.add_argument("--gpu", metavar="NAME", default="h100", help="a GPU of the list below (h100)").suggestions = GPUS
+    parser.add_argument(
+        "--gpu", metavar="NAME", default="h100", help="a GPU of the list below (h100)"
+    ).suggestions = GPUS
     parser.add_argument("--memory", metavar="GB", help="memory of a GPU (that of --gpu)")
     parser.add_argument("--flops", metavar="TFLOPS", help="peak of a GPU in bf16 (that of --gpu)")
     parser.add_argument("--bandwidth", metavar="GBS", help="GB/s that a GPU sends to others (that of --gpu)")

@@ -169,7 +169,9 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     from moonwhale.train.memory import check_gpu_memory
 
     parallelism, size = config.parallelism, model_size(model_config)
-    memory = "" if parallelism.splits_model else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
+    memory = (
+        "" if parallelism.splits_model else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
+    )
     print_once(data.describe())
     print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
     print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
