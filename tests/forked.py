@@ -13,7 +13,7 @@ import pytest
 
 # Imported before a process is forked: what trains, and what draws its curve. There is one server for a whole Python:
 # if benchmarks/parallel_runs.py has started it first, it has imported much the same.
-PRELOAD = ["moonwhale.train.pipeline_trainer", "moonwhale.train.pretrain", "matplotlib.pyplot"]
+PRELOAD = ["moonwhale.train.pipeline_trainer", "moonwhale.train.pretrain", "matplotlib.backends.backend_agg"]
 
 
 class Forked:

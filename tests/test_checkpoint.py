@@ -1,4 +1,4 @@
-"""Checkpoint folders that aren't one, are damaged, or hold parts that do not belong together: one line each."""
+"""A folder that is no checkpoint, is damaged, or holds parts of two models gives an error of one line."""
 
 import json
 import logging

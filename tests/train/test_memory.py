@@ -1,4 +1,4 @@
-"""Too little memory is said in one line: before the run where it is sure, after it where it was not."""
+"""Too little memory is reported in one line: before the run if it is certain, else when it happens."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Runs that stop and go on: whatever the way they end, they end up where an uninterrupted run does."""
+"""However a run is stopped, resuming it gives the same model, bit for bit, as an uninterrupted run."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def resume(out, *argv: str) -> None:
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Lets `act()` happen while step number `step` is computed."""
+    """Calls `act()` while step number `step` is computed."""
     original = MTPTrainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -54,7 +54,7 @@ def at_step(monkeypatch, step: int, act) -> None:
 
 
 def interrupt(monkeypatch, config, step: int) -> None:
-    """Starts a run and presses Ctrl-C while it computes a step."""
+    """Starts a run and presses Ctrl-C while it computes step number `step`."""
     pressed = []
 
     def press():
@@ -69,7 +69,7 @@ def interrupt(monkeypatch, config, step: int) -> None:
 
 
 def crash(monkeypatch, config, step: int) -> None:
-    """Starts a run that dies in the middle of a step."""
+    """Starts a run that raises in the middle of step number `step`."""
 
     def die():
         raise RuntimeError("power cut")
@@ -81,14 +81,14 @@ def crash(monkeypatch, config, step: int) -> None:
 
 
 def losses(out) -> list[dict]:
-    """The log history without what a clock decides."""
+    """The log history without the values that depend on the clock."""
     keys = re.compile(r"(eval_)?(step$|loss|accuracy|grad_norm|learning_rate|max_attention|clipped|expert)")
     entries = log_history(newest_checkpoint(out))
     return [{key: value for key, value in entry.items() if keys.match(key)} for entry in entries]
 
 
 def assert_same_end(out, reference, logs: bool = True) -> None:
-    """Bit for bit: the model, the optimizer's state and, with `logs`, every logged loss."""
+    """Compares the model, the optimizer's state and, with `logs`, every logged loss, bit for bit."""
     a, b = (load_file(Path(folder) / "model.safetensors") for folder in (out, reference))
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
@@ -147,7 +147,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(tiny_run, tmp_path, m
 
 
 def hanging(where: str, options: str) -> None:
-    """A run that stops in the middle, says NOW and waits to be killed."""
+    """A run that stops in the middle, prints NOW and waits to be killed."""
 
     def hang(*args, **kwargs):
         print("NOW", flush=True)

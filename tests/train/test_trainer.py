@@ -27,7 +27,7 @@ LENGTH = 24
 
 
 class Rows(Dataset):
-    """Rows of packed documents of one to twenty tokens, so that no two rows have as many targets."""
+    """Rows of packed documents of one to twenty tokens. No two rows have the same number of targets."""
 
     def __init__(self, count: int, vocab_size: int = 61):
         generator = torch.Generator().manual_seed(1)
@@ -92,7 +92,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_accumulating_micro_batches_is_one_large_batch(make_trainer, tiny_model):
     results = []
     for size, count in ((8, 1), (2, 4), (1, 8)):
-        # The balance loss is a product of means over a batch, hence not a sum over its parts.
+        # The balance loss is a product of means over a batch, so it is not a sum over micro-batches.
         model = tiny_model(num_nextn_predict_layers=2, moba_block_size=8, moba_topk=2, aux_loss_alpha=0.0)
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
         done = make_trainer(Rows(16), model, **sizes, max_steps=3, logging_steps=2)
