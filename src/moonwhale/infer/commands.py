@@ -1,4 +1,4 @@
-"""`moonwhale generate` and `chat`. Heavy imports wait until the arguments are known to be good."""
+"""`moonwhale generate` and `moonwhale chat`. Heavy imports come after the arguments have been checked."""
 
 import argparse
 import contextlib
@@ -13,29 +13,31 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 HELP = """/reset   begin a new conversation
-/quit    leave (or Ctrl-D)
-/help    this
+/quit    leave (or press Ctrl-D)
+/help    show this help
 Ctrl-C stops an answer."""
 
 
 def main_generate(argv: list[str]) -> None:
-    """Continues each prompt or, with --chat, answers them as the turns of one conversation."""
+    """Continue each prompt. With --chat, answer the prompts as the user's turns of one conversation."""
     parser = Parser(prog="moonwhale generate", description="Continue texts, or answer messages, with a trained model.")
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint: what a run wrote with --out")
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text; without any, standard input is read")
-    parser.add_argument("--chat", action="store_true", help="PROMPTs (or lines) are a user's turns in one conversation")
+    _add_folder(parser)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text; without one, standard input is read")
+    parser.add_argument(
+        "--chat", action="store_true", help="treat PROMPTs (or lines) as the user's turns of one conversation"
+    )
     _add_options(parser)
     args = parser.parse_intermixed_args(argv)
-    options = _sampling(args)
+    options = _sampling_options(args)
     prompts = args.prompts or _standard_input(args.chat)
     engine = load_engine(args)
     if args.chat:
         from moonwhale.infer.chat_session import ChatSession
 
-        conversation = ChatSession(engine, **options)
+        session = ChatSession(engine, **options)
         for prompt in prompts:
             print(f"you: {prompt}")
-            _answer(conversation, prompt, args.verbose)
+            _answer(session, prompt, args.verbose)
         return
     for i, prompt in enumerate(prompts):
         stream = engine.stream(prompt, **options)
@@ -44,73 +46,73 @@ def main_generate(argv: list[str]) -> None:
 
 
 def main_chat(argv: list[str]) -> None:
-    """Talks in the terminal."""
+    """Hold a conversation in the terminal."""
     parser = Parser(prog="moonwhale chat", description="Talk to a trained model.", epilog=HELP)
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint: what a run wrote with --out")
+    _add_folder(parser)
     _add_options(parser)
     args = parser.parse_args(argv)
-    options = _sampling(args)
+    options = _sampling_options(args)
     engine = load_engine(args)
 
     from moonwhale.infer.chat_session import ChatSession
 
-    with contextlib.suppress(ImportError):  # which Windows lacks
+    with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401 (gives input() a history)
 
-    print("Ctrl-C stops an answer, Ctrl-D or /quit leaves, /help tells more.", file=sys.stderr)
-    conversation = ChatSession(engine, **options)
+    print("Ctrl-C stops an answer, Ctrl-D or /quit leaves, /help lists the commands.", file=sys.stderr)
+    session = ChatSession(engine, **options)
     while (text := _read_turn()) is not None:
         if text == "/quit":
             return
         if text == "/reset":
-            conversation = ChatSession(engine, **options)
+            session = ChatSession(engine, **options)
         elif text == "/help":
             print(HELP, file=sys.stderr)
         elif text.startswith("/"):
             print(f"unknown command {text.split()[0]} (try /help)", file=sys.stderr)
         elif text:
             try:
-                _answer(conversation, text, args.verbose)
+                _answer(session, text, args.verbose)
             except KeyboardInterrupt:
                 print()
             except UserError as error:
                 print(f"moonwhale: {with_option_names(str(error))}", file=sys.stderr)
 
 
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder, as a run writes it with --out")
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("sampling").add_argument
     default = SamplingOptions()
+    number = {"type": float, "metavar": "X"}
+    add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, metavar="N", help=f"longest answer ({default.max_new_tokens})")
-    add("--temperature", type=float, metavar="T", help=f"0 takes the likeliest token ({default.temperature})")
+    add("--temperature", **number, help=f"0 takes the most likely token ({default.temperature})")
     add("--greedy", action="store_true", help="the same as --temperature 0")
-    add("--top-k", type=int, metavar="K", help=f"choose among the K likeliest tokens, 0: all ({default.top_k})")
-    add("--top-p", type=float, metavar="P", help=f"among the likeliest that together have this share ({default.top_p})")
-    add("--min-p", type=float, metavar="P", help=f"among those P times as likely as the likeliest ({default.min_p})")
-    add(
-        "--repetition-penalty",
-        type=float,
-        metavar="X",
-        help=f"above 1 avoids repeats ({default.repetition_penalty})",
-    )
+    add("--top-k", type=int, metavar="N", help=f"sample among the N most likely tokens, 0 for all ({default.top_k})")
+    add("--top-p", **number, help=f"sample among the most likely tokens that together reach X ({default.top_p})")
+    add("--min-p", **number, help=f"sample among tokens at least X times as likely as the likeliest ({default.min_p})")
+    add("--repetition-penalty", **number, help=f"above 1 avoids repetition ({default.repetition_penalty})")
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
     add("--seed", type=int, metavar="N", help="the same seed gives the same answer (random)")
     add_machine_options(parser)
-    parser.add_argument("--verbose", action="store_true", help="print tokens a second even where nobody watches")
+    parser.add_argument("--verbose", action="store_true", help="print tokens per second, also outside of a terminal")
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_engine` reads."""
     add = parser.add_argument_group("machine").add_argument
-    add(
-        "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (%(default)s)"
-    ).suggestions = DEVICES
-    add(
-        "--precision", default="auto", metavar="P", help="of the weights: auto, fp32, bf16 or int8 (%(default)s)"
-    ).suggestions = PRECISIONS
-    add("--draft", default="auto", metavar="N", help="tokens that MTP modules guess ahead, 0 for none (%(default)s)")
+    device = add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    device.suggestions = DEVICES
+    precision_help = "precision of the weights: auto, fp32, bf16 or int8 (%(default)s)"
+    precision = add("--precision", default="auto", metavar="P", help=precision_help)
+    precision.suggestions = PRECISIONS
+    add("--draft", default="auto", metavar="N", help="tokens that MTP modules draft ahead, 0 for none (%(default)s)")
 
 
-def _sampling(args: argparse.Namespace) -> dict:
-    """The sampling options given, found good."""
+def _sampling_options(args: argparse.Namespace) -> dict:
+    """Return the sampling options that were given. Raises UserError if one is impossible."""
     values = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     given = {name: value for name, value in values.items() if value is not None}
     if args.greedy and given.get("temperature"):
@@ -121,6 +123,7 @@ def _sampling(args: argparse.Namespace) -> dict:
 
 
 def load_engine(args: argparse.Namespace, **options):
+    """Open the checkpoint with the machine options. `options` are further ones of the engine's constructor."""
     if args.draft != "auto" and not args.draft.isdecimal():
         raise UserError(f"`draft`: {args.draft!r} is neither auto nor a number of tokens (0 switches it off)")
 
@@ -131,7 +134,7 @@ def load_engine(args: argparse.Namespace, **options):
 
 
 def _standard_input(lines: bool) -> list[str]:
-    """What is piped in: one prompt, or one a line."""
+    """Read standard input as one prompt, or as one prompt for each line. A terminal gives none."""
     try:
         text = "" if sys.stdin.isatty() else sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -143,7 +146,7 @@ def _standard_input(lines: bool) -> list[str]:
 
 
 def _read_turn() -> str | None:
-    """A line from the terminal, None at its end."""
+    """Read a line from the terminal, or return None at its end."""
     while True:
         try:
             return input("you: ").strip()
@@ -154,14 +157,16 @@ def _read_turn() -> str | None:
             print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
 
 
-def _answer(conversation, text: str, verbose: bool) -> None:
-    forgetful = conversation.forgetful
-    with contextlib.closing(conversation.ask(text)) as pieces:
+def _answer(session, text: str, verbose: bool) -> None:
+    """Print the answer to a turn, and say if earlier turns had to be dropped for the first time."""
+    forgetful = session.forgetful
+    with contextlib.closing(session.ask(text)) as pieces:
         _print_pieces(pieces, "moonwhale: ")
-    if conversation.forgetful and not forgetful:
-        context = conversation.engine.context
-        print(f"(longer than the context of {context:,} tokens: the oldest turns are forgotten)", file=sys.stderr)
-    _report(conversation.engine, conversation.last, verbose)
+    if session.forgetful and not forgetful:
+        context = session.engine.context
+        message = f"the conversation exceeds the context of {context:,} tokens: its oldest turns are forgotten"
+        print(f"({message})", file=sys.stderr)
+    _report(session.engine, session.last, verbose)
 
 
 def _print_pieces(pieces: Iterable[str], before: str) -> None:
@@ -172,13 +177,13 @@ def _print_pieces(pieces: Iterable[str], before: str) -> None:
 
 
 def _report(engine, completion, verbose: bool) -> None:
-    """What the text does not show, for those who watch."""
+    """Print on stderr whether the context is full and, in a terminal or if `verbose`, the speed."""
     if completion.prompt_tokens + len(completion.token_ids) == engine.context and completion.finish_reason == "length":
         print(f"(ended because the model's context of {engine.context:,} tokens is full)", file=sys.stderr)
     if verbose or sys.stderr.isatty():
         drafts = ""
         if completion.acceptance:
-            held = ", ".join(f"{share:.0%}" for share in completion.acceptance)
-            drafts = f", {completion.tokens_per_forward:.2f} tokens a forward, guesses held: {held}"
+            accepted = ", ".join(f"{share:.0%}" for share in completion.acceptance)
+            drafts = f", {completion.tokens_per_forward:.2f} tokens per forward, drafts accepted: {accepted}"
         n, speed = len(completion.token_ids), completion.tokens_per_second
         print(f"({n} tokens, {speed:.0f} tokens/s{drafts})", file=sys.stderr)

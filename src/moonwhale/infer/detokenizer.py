@@ -1,4 +1,4 @@
-"""Text out of token ids that come one at a time, never cut inside a character or a stop string."""
+"""From token ids to text, one token at a time. A piece of text never ends inside a character or a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class TokenBytes:
-    """The bytes each id of a byte-level tokenizer stands for; none for control tokens and for ids it does not know."""
+    """The bytes of each id of a byte-level tokenizer. Control tokens and unknown ids have none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._token_of = tokenizer.backend_tokenizer.id_to_token
-        self._silent = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def __getitem__(self, id: int) -> bytes:
         token = self._token_of(id)
-        if token is None or id in self._silent:
+        if token is None or id in self._control_ids:
             return b""
         try:
             return bytes(BYTE_OF[character] for character in token)
-        except KeyError:  # an added token, spelt as it is
+        except KeyError:  # an added token is spelt in plain text
             return token.encode()
 
 
 class TextStream:
-    """Collects ids. `text` is what can no longer change; a possible beginning of a stop string is held back from it."""
+    """Turns ids into text. `text` is final; what could be the beginning of a stop string is held back from it."""
 
     def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()):
         self.text = ""
@@ -37,25 +37,26 @@ class TextStream:
         self._taken = 0
 
     def push(self, id: int) -> bool:
-        """Adds a token. True when that completes a stop string: then `text` ends just before it."""
+        """Add a token. Return True if it completes a stop string; `text` then ends before that string."""
         self._held += self._decoder.decode(self._bytes[id])
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self._settle(min(found))
+            self._release(min(found))
             return True
         begun = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        self._settle(len(self._held) - max(begun, default=0))
+        self._release(len(self._held) - max(begun, default=0))
         return False
 
     def flush(self) -> None:
-        """No more tokens come: what was held back is text after all, and an unfinished character becomes U+FFFD."""
+        """End the text: release what was held back. An unfinished character becomes U+FFFD."""
         self._held += self._decoder.decode(b"", final=True)
-        self._settle(len(self._held))
+        self._release(len(self._held))
 
     def take(self) -> str:
-        """What `text` has gained since the last call."""
+        """Return what has been added to `text` since the last call."""
         start, self._taken = self._taken, len(self.text)
         return self.text[start:]
 
-    def _settle(self, n: int) -> None:
+    def _release(self, n: int) -> None:
+        """Move the first n characters that are held back to `text`."""
         self.text, self._held = self.text + self._held[:n], self._held[n:]

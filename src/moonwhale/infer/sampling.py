@@ -1,9 +1,9 @@
-"""The next token of each sequence: logits shaped by its options, and a draw that only its seed and its position decide.
+"""The next token of each sequence: its options shape the logits, and its seed and position alone decide the draw.
 
-A token is drawn as `argmax(probability / noise)` with exponential noise, which has just these probabilities (the
-Gumbel-max trick). The noise of the n-th token comes from the request's seed and n alone. So whoever guesses that token
-ahead with the same noise, an MTP module from its own probabilities, often guesses what the main model will draw, and
-the main model draws what it would have drawn without the guess (coupling without communication, arXiv 2408.07978).
+A token is drawn as `argmax(probability / noise)` with exponential noise, which has exactly these probabilities (the
+Gumbel-max trick). The noise of the n-th token depends only on the request's seed and n. An MTP module that drafts this
+token uses the same noise with its own probabilities, so it often drafts what the main model will draw. The main model
+draws what it would have drawn without the draft (coupling without communication, arXiv 2408.07978).
 """
 
 from functools import lru_cache
@@ -24,48 +24,47 @@ from moonwhale.infer.sampling_options import SamplingOptions
 
 
 class Noise:
-    """Exponential noise for the tokens of one answer, drawn in order, each (vocabulary,) fp32."""
+    """Exponential noise (vocabulary,) fp32 for each token of one answer, drawn in order."""
 
     def __init__(self, seed: int, vocabulary: int, device: torch.device):
         if device.type == "cpu":  # NumPy takes a third of torch's time, which is a tenth of a step
-            of = np.random.Generator(np.random.Philox(key=seed))
-            self._draw = lambda: torch.from_numpy(of.standard_exponential(vocabulary, dtype=np.float32))
+            numpy_generator = np.random.Generator(np.random.Philox(key=seed))
+            self._draw = lambda: torch.from_numpy(numpy_generator.standard_exponential(vocabulary, dtype=np.float32))
         else:
-            by = torch.Generator(device).manual_seed(seed)
-            self._draw = lambda: torch.empty(vocabulary, device=device).exponential_(generator=by)
+            generator = torch.Generator(device).manual_seed(seed)
+            self._draw = lambda: torch.empty(vocabulary, device=device).exponential_(generator=generator)
         self._first, self._drawn = 0, []
 
     def of(self, n: int) -> Tensor:
-        """That of the n-th token, where n never goes back behind an earlier call's by more than drafts reach."""
+        """Return the noise of the n-th token. It must not be forgotten yet."""
         while n >= self._first + len(self._drawn):
             self._drawn.append(self._draw())
         return self._drawn[n - self._first]
 
     def forget(self, n: int) -> None:
-        """Everything before the n-th token."""
+        """Free the noise of the tokens before the n-th."""
         while self._drawn and self._first < n:
             self._first += 1
             del self._drawn[0]
 
 
 def choose(logits: Tensor, requests: list, ahead: int = 0) -> list[int]:
-    """The next token of each request from its row of (N, V) logits, or, `ahead` > 0, so many tokens later.
+    """Choose the next token of each request from its row of logits (N, V), or the token `ahead` positions later.
 
-    Logits of fewer words than the vocabulary are of its first ones.
+    If V is smaller than the vocabulary, the logits are those of its first tokens.
     """
     chosen: list[int] = [0] * len(requests)
     numbered = sorted(enumerate(requests), key=lambda pair: _key(pair[1].options))
     for _, group in groupby(numbered, key=lambda pair: _key(pair[1].options)):
         rows, members = zip(*group, strict=True)
-        alike = logits if len(rows) == len(requests) else logits[list(rows)]
-        tokens = _choose_alike(alike.float(), members, ahead)
+        group_logits = logits if len(rows) == len(requests) else logits[list(rows)]
+        tokens = _choose_with_same_options(group_logits.float(), members, ahead)
         for row, token in zip(rows, tokens, strict=True):
             chosen[row] = token
     return chosen
 
 
-def _choose_alike(scores: Tensor, requests: tuple, ahead: int) -> list[int]:
-    """`choose` for requests of the same options, which must keep their order within the batch."""
+def _choose_with_same_options(scores: Tensor, requests: tuple, ahead: int) -> list[int]:
     options: SamplingOptions = requests[0].options
     if options.repetition_penalty != 1:
         penalty = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
@@ -74,7 +73,7 @@ def _choose_alike(scores: Tensor, requests: tuple, ahead: int) -> list[int]:
             scores[i] = penalty(torch.tensor([seen], device=scores.device), scores[i : i + 1].clone())[0]
     if options.temperature == 0:
         return scores.argmax(-1).tolist()
-    for warper in _warpers(*_key(options)):  # transformers' list of them looks at signatures first: 0.1 ms a token
+    for warper in _warpers(*_key(options)):  # transformers' own list inspects signatures first: 0.1 ms a token
         scores = warper(None, scores)
     probabilities = scores.softmax(-1)
     noise = torch.stack([r.noise.of(len(r.token_ids) + ahead)[: scores.shape[1]] for r in requests])
@@ -82,12 +81,13 @@ def _choose_alike(scores: Tensor, requests: tuple, ahead: int) -> list[int]:
 
 
 def _key(options: SamplingOptions) -> tuple[float, int, float, float, float]:
+    """The options that decide how logits are shaped. Requests with the same key are sampled together."""
     return options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
 
 
 @lru_cache(maxsize=64)
 def _warpers(temperature: float, top_k: int, top_p: float, min_p: float, _: float) -> list:
-    """What is done to the logits, in the order in which `generate` of transformers does it."""
+    """The logits warpers, in the order of transformers' `generate`."""
     warpers = [TemperatureLogitsWarper(float(temperature))]
     if top_k > 0:
         warpers.append(TopKLogitsWarper(top_k))

@@ -1,4 +1,4 @@
-"""What decides the next token, and when to stop. Imports nothing heavy, since the command line needs it."""
+"""`SamplingOptions`: how to choose tokens, and when to stop. The command line needs it, so it imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ INFINITY = float("inf")
 class SamplingOptions:
     """How to continue a prompt.
 
-    max_new_tokens: at most so many tokens, fewer where the model's context ends before.
-    temperature: 0 always takes the likeliest token (greedy); 1 samples from the model's own distribution.
-    top_k, top_p, min_p: sample among the k likeliest tokens only (0: all), among the likeliest that together reach
-        probability top_p, among those at least min_p times as likely as the likeliest. The default is a mild min_p.
-    repetition_penalty: divides the logits of tokens that occurred, the prompt's included; 1 is none.
+    max_new_tokens: the largest number of tokens to generate. The model's context can end an answer earlier.
+    temperature: 0 always takes the most likely token (greedy); 1 samples from the model's own distribution.
+    top_k, top_p, min_p: sample among the k most likely tokens only (0 means all), among the most likely tokens that
+        together reach probability top_p, and among those at least min_p times as likely as the most likely token.
+        The default is a mild min_p.
+    repetition_penalty: divides the logits of tokens that have occurred, also in the prompt; 1 changes nothing.
     stop: strings that end the answer and are not part of it.
-    seed: row i of a batch draws from a generator of its own, seeded seed + i. None takes a random seed.
+    seed: row i of a batch draws from a generator of its own, seeded with seed + i. None takes a random seed.
 
     Raises:
-        UserError: a value that is impossible.
+        UserError: a value is impossible.
     """
 
     max_new_tokens: int = 256
