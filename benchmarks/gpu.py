@@ -31,7 +31,7 @@ from moonwhale.infer.graphs import CAPTURE_AFTER
 from moonwhale.model import MoonwhaleConfig, flex
 from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention, moba_mask
-from moonwhale.precision import peak_flops, why_not_precision
+from moonwhale.precision import peak_flops, precision_unsupported_reason
 from moonwhale.presets import PRESETS
 from moonwhale.train.pretrain import compile_blocks
 from train import EXPERTS, active, build
@@ -252,7 +252,7 @@ def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
 def fp8_step(bench: Bench, _) -> dict:
     """A step of `large` in DeepSeek's blockwise FP8 over one in bf16."""
     shapes, emulate = PRESETS["large"].model, bench.device.type == "cpu"
-    if not emulate and (why := why_not_precision(bench.device, "fp8-blockwise")):
+    if not emulate and (why := precision_unsupported_reason(bench.device, "fp8-blockwise")):
         return {"fp8_vs_bf16": None, "why_no_fp8": why}
     rows, context, seconds = max(1, bench.rows // 4), bench.context, {}
     for name in ("bf16", "fp8-blockwise"):

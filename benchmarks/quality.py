@@ -38,7 +38,7 @@ from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
-from moonwhale.precision import choose, tune_allocator, why_not_compile
+from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
 
 VOCABULARY, CONTEXT = 4096, 256
 MODEL = {
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=COLOURS, help="train one contender, print what comes out, write nothing")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.svg", help="where the picture goes")
     arguments = parser.parse_args(argv)
-    folder, why = arguments.nanochat, why_not_compile(choose().device)
+    folder, why = arguments.nanochat, compile_unsupported_reason(choose().device)
     if folder is None:
         why = "no checkout of nanochat was given (--nanochat FOLDER)"
     elif not (folder / "nanochat" / "gpt.py").is_file():

@@ -418,7 +418,7 @@ def test_a_run_is_refused_without_the_hardware(tiny_run):
 @pytest.mark.slow
 def test_a_run_with_fp8(tiny_run, monkeypatch, tmp_path):
     converted, convert = [], fp8.convert
-    monkeypatch.setattr(precision, "why_not_precision", lambda device, name: "")
+    monkeypatch.setattr(precision, "precision_unsupported_reason", lambda device, name: "")
     monkeypatch.setattr(fp8, "convert", lambda m, recipe: converted.append((recipe, convert(m, recipe, emulate=True))))
     train(tiny_run(precision="fp8-blockwise"))
     ((recipe, names),) = converted

@@ -58,7 +58,7 @@ def test_what_is_asked_for_is_taken(machine):
 
 
 @pytest.mark.parametrize(
-    ("here", "name", "dtype", "fp32_products", "fp8"),
+    ("here", "name", "dtype", "fp32_matmul", "fp8"),
     [
         ({"gpus": 1}, "fp32", torch.float32, "highest", None),
         ({"gpus": 1, "capability": (8, 0)}, "tf32", torch.float32, "high", None),
@@ -69,16 +69,16 @@ def test_what_is_asked_for_is_taken(machine):
         ({"gpus": 1}, "fp8-blockwise", torch.bfloat16, "highest", "blockwise"),
     ],
 )
-def test_what_a_precision_is(machine, here, name, dtype, fp32_products, fp8):
+def test_what_a_precision_is(machine, here, name, dtype, fp32_matmul, fp8):
     machine(**here)
     choice = precision.choose(precision=name)
-    assert (choice.dtype, choice.fp32_products, choice.fp8) == (dtype, fp32_products, fp8)
+    assert (choice.dtype, choice.fp32_matmul, choice.fp8) == (dtype, fp32_matmul, fp8)
     assert choice.autocast is (dtype is torch.bfloat16) and choice.reason.endswith(f"{name} as asked")
     before = torch.get_float32_matmul_precision()
     try:
         choice.apply()
-        assert torch.get_float32_matmul_precision() == fp32_products
-        assert torch.backends.cuda.matmul.allow_tf32 is (fp32_products != "highest")
+        assert torch.get_float32_matmul_precision() == fp32_matmul
+        assert torch.backends.cuda.matmul.allow_tf32 is (fp32_matmul != "highest")
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -205,4 +205,4 @@ def test_tuning_does_nothing_elsewhere(monkeypatch):
 
 def test_what_compiling_needs_is_said(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "install g++" in precision.why_not_compile(CPU)
+    assert "install g++" in precision.compile_unsupported_reason(CPU)

@@ -104,7 +104,7 @@ def data(quality, text_folder):
 
 
 def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quality, "why_not_compile", lambda device: "")
+    monkeypatch.setattr(quality, "compile_unsupported_reason", lambda device: "")
     picture = tmp_path / "quality.svg"
     options = ["--seconds", "0.2", "--tune", "--tune-seconds", "0.05", "--nanochat", str(checkout)]
     options += ["--results", str(tmp_path), "--picture", str(picture)]

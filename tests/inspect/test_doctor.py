@@ -24,7 +24,10 @@ def test_doctor_reports_in_json_and_as_a_table(capsys, monkeypatch, tmp_path):
     precisions = report["precisions on cpu"]
     assert set(precisions) == set(precision.PRECISIONS)
     for name, finding in precisions.items():
-        assert finding["ok"] is not bool(precision.why_not_precision(torch.device("cpu"), name)) and finding["note"]
+        assert (
+            finding["ok"] is not bool(precision.precision_unsupported_reason(torch.device("cpu"), name))
+            and finding["note"]
+        )
     assert precisions["fp32"]["ok"] and not precisions["tf32"]["ok"] and "NVIDIA" in precisions["tf32"]["note"]
     kernels = next(findings for section, findings in report.items() if section.startswith("kernels"))
     assert {"F.grouped_mm fp32", "F.grouped_mm bf16", "torch.compile", "decoding steps in C++"} <= set(kernels)

@@ -145,7 +145,7 @@ def test_a_nan_is_found_before_it_is_logged_or_saved(asked, finds, tiny_run, as_
 
 def test_batches_are_copied_while_the_gpu_computes(tiny_run):
     for device in ("cpu", "cuda"):
-        choice = precision.Choice(torch.device(device), torch.float32, False, "")
+        choice = precision.ComputeSettings(torch.device(device), torch.float32, False, "")
         arguments = run.common_trainer_arguments(tiny_run(), choice, 6)
         assert (
             arguments["accelerator_config"]["non_blocking"] == arguments["dataloader_pin_memory"] == (device == "cuda")

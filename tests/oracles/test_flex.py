@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
 
 from moonwhale.model import flex, moba
-from moonwhale.precision import why_not_compile
+from moonwhale.precision import compile_unsupported_reason
 from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, heads_of, naive, normal, read
 
 
@@ -118,7 +118,9 @@ def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
     assert pairs_chosen * SIZE <= tiles <= (pairs_chosen + HEADS * 16) * SIZE, "all, and at most a query more a block"
 
 
-@pytest.mark.skipif(bool(why_not_compile(torch.device("cpu"))), reason=why_not_compile(torch.device("cpu")) or "-")
+@pytest.mark.skipif(
+    bool(compile_unsupported_reason(torch.device("cpu"))), reason=compile_unsupported_reason(torch.device("cpu")) or "-"
+)
 @pytest.mark.slow
 def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
     """This runs the forward pass of the CPU's kernel, which needs lists with room for every tile of keys."""

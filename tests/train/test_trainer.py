@@ -19,7 +19,7 @@ from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM, modeling_moonwhale
 from moonwhale.model.documents import Documents
 from moonwhale.optim import muonclip
-from moonwhale.precision import peak_flops, why_not_compile
+from moonwhale.precision import compile_unsupported_reason, peak_flops
 from moonwhale.train import muonclip_trainer, pretrain
 from moonwhale.train.mtp_trainer import MTPTrainer, MTPTrainingArguments
 
@@ -346,7 +346,9 @@ def test_no_compiler(tiny_run, monkeypatch):
     assert not Path(config.out).exists()
 
 
-@pytest.mark.skipif(bool(why_not_compile(torch.device("cpu"))), reason=why_not_compile(torch.device("cpu")) or "-")
+@pytest.mark.skipif(
+    bool(compile_unsupported_reason(torch.device("cpu"))), reason=compile_unsupported_reason(torch.device("cpu")) or "-"
+)
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(tiny_run, tmp_path):
     small = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "moba_full_attention_layers": []}

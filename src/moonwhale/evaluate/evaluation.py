@@ -21,7 +21,7 @@ from moonwhale.evaluate.harness import HarnessTasks
 from moonwhale.evaluate.tasks import generate_answers, score_answers
 from moonwhale.evaluate.text import choose_rows, score_text
 from moonwhale.infer.engine import Engine
-from moonwhale.precision import Choice, choose
+from moonwhale.precision import ComputeSettings, choose
 
 NUM_EXAMPLES = 3  # greedy answers that the report shows
 
@@ -32,7 +32,7 @@ class Inputs:
 
     context: int  # tokens per row
     num_mtp_modules: int
-    precision: Choice
+    precision: ComputeSettings
     source: Source | None = None
     task: Task | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -154,5 +154,5 @@ def _measure_drafts(what: str, completions: list) -> dict:
     return results
 
 
-def _autocast(precision: Choice) -> torch.dtype | None:
+def _autocast(precision: ComputeSettings) -> torch.dtype | None:
     return precision.dtype if precision.autocast else None

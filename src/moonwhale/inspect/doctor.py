@@ -61,7 +61,7 @@ def _devices() -> dict[str, Finding]:
     import psutil
     import torch
 
-    from moonwhale.precision import why_no_device
+    from moonwhale.precision import device_unavailable_reason
 
     units = {
         "AMX": torch.cpu._is_amx_tile_supported(),
@@ -73,7 +73,7 @@ def _devices() -> dict[str, Finding]:
     note = f"{', '.join(features)}; {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} CPUs; {memory:.1f} GiB"
     found = {"cpu": {"ok": True, "note": note, "features": features, "threads": threads}}
     for kind in ("cuda", "mps"):
-        reason = why_no_device(kind)
+        reason = device_unavailable_reason(kind)
         found[kind] = {"ok": not reason, "note": reason or "Metal"}
     if found["cuda"]["ok"]:
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -85,10 +85,10 @@ def _matrix_products(kind: str) -> dict[str, Finding]:
     """Measures the speed of a square matrix product on a device, in fp32 and bf16."""
     import torch
 
-    from moonwhale.precision import measured_flops, why_not_bf16
+    from moonwhale.precision import bf16_slow_reason, measured_flops
 
     device, findings = torch.device(kind), {}
-    for name, dtype, drawback in (("fp32", torch.float32, ""), ("bf16", torch.bfloat16, why_not_bf16(device))):
+    for name, dtype, drawback in (("fp32", torch.float32, ""), ("bf16", torch.bfloat16, bf16_slow_reason(device))):
         if failure := _failure(lambda dtype=dtype: measured_flops(device, dtype)):
             findings[name] = {"ok": False, "note": failure}
         else:
@@ -102,12 +102,12 @@ def _precisions(kind: str) -> dict[str, Finding]:
     """Lists which values of `moonwhale train --precision` a device supports."""
     import torch
 
-    from moonwhale.precision import PRECISIONS, why_not_bf16, why_not_precision
+    from moonwhale.precision import PRECISIONS, bf16_slow_reason, precision_unsupported_reason
 
     device, findings = torch.device(kind), {}
     for name in PRECISIONS:
-        reason = why_not_precision(device, name)
-        drawback = why_not_bf16(device) if name == "bf16" else ""
+        reason = precision_unsupported_reason(device, name)
+        drawback = bf16_slow_reason(device) if name == "bf16" else ""
         findings[name] = {
             "ok": not reason,
             "note": reason or "available" + (f", though {drawback}" if drawback else ""),
@@ -121,7 +121,7 @@ def _kernels(device) -> dict[str, Finding]:
     from torch.nn import functional as F
 
     from moonwhale.native import build
-    from moonwhale.precision import why_not_compile
+    from moonwhale.precision import compile_unsupported_reason
 
     def grouped_mm(dtype):
         def normal(*shape):
@@ -134,7 +134,7 @@ def _kernels(device) -> dict[str, Finding]:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         failure = _failure(lambda dtype=dtype: grouped_mm(dtype))
         findings[f"F.grouped_mm {name}"] = {"ok": not failure, "note": failure or "works, forward and backward"}
-    reason = why_not_compile(device)
+    reason = compile_unsupported_reason(device)
     findings["torch.compile"] = {"ok": not reason, "note": reason or "its compiler is installed (not run)"}
     reason = (
         build.unavailable_reason() if device.type == "cpu" else f"for CPUs; {device.type} uses PyTorch's operations"

@@ -238,9 +238,9 @@ def compile_blocks(model, device) -> None:
 
     from moonwhale.model.mla import MultiheadLatentAttention
     from moonwhale.model.moe import Experts
-    from moonwhale.precision import why_not_compile
+    from moonwhale.precision import compile_unsupported_reason
 
-    if why := why_not_compile(device):
+    if why := compile_unsupported_reason(device):
         raise UserError(f"`compile`: {why}, or leave it out")
     # An instance's method is replaced, since torch can neither exclude one module of a compiled block nor compile a
     # method in place: a wrapped module would change the names of the weights, a decorated class every other model.

@@ -24,7 +24,7 @@ from moonwhale.train import run_folder
 if typing.TYPE_CHECKING:
     from transformers import Trainer
 
-    from moonwhale.precision import Choice
+    from moonwhale.precision import ComputeSettings
 
 
 def publish_last_checkpoint(trainer: "Trainer", out: Path) -> None:
@@ -46,7 +46,7 @@ class Run:
     """
 
     config: typing.Any  # TrainConfig, SFTOptions or GRPOOptions
-    choice: "Choice"  # device and precision
+    choice: "ComputeSettings"  # device and precision
     make_trainer: Callable[..., "Trainer"]
     log_line: Callable[[dict], str | None]
     plot: Callable[[list[dict], Path], None]
@@ -164,7 +164,7 @@ def finish(run: Run, trainer: "Trainer") -> None:
     print_once(run.summarize(trainer.state.log_history))
 
 
-def common_trainer_arguments(config, choice: "Choice", max_steps: int) -> dict:
+def common_trainer_arguments(config, choice: "ComputeSettings", max_steps: int) -> dict:
     """TrainingArguments for the options that all verbs share."""
     on_cuda = choice.device.type == "cuda"
     return {
