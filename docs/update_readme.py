@@ -1,12 +1,15 @@
 """Writes the generated blocks of README.md: `python docs/update_readme.py`.
 
-The blocks are the end of the demo, the sizes of the presets, and the results of the benchmarks. With `--check`, the
-script only reports whether README.md is up to date, by its exit status.
+The blocks are the end of the demo, the size of the core and of the presets, and the results of the benchmarks. With
+`--check`, the script only reports whether README.md is up to date, by its exit status.
 """
 
+import ast
+import io
 import json
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +20,29 @@ SOURCES = "train", "moba", "optimizer", "quality", "decode", "serve", "grpo", "f
 def demo() -> str:
     """Returns the last lines that `make demo` printed."""
     return f"```\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').strip()}\n```"
+
+
+def core() -> str:
+    """Returns the size of the rooms `model` and `optim`, in lines of code rounded to hundreds."""
+    sources = [path for room in ("model", "optim") for path in sorted((ROOT / "src" / "moonwhale" / room).glob("*.py"))]
+    lines = round(sum(map(lines_of_code, sources)), -2)
+    return (
+        f"All of this is about {lines:,} lines of code in {len(sources)} files, without comments and docstrings "
+        "([model](src/moonwhale/model) and [optim](src/moonwhale/optim))."
+    )
+
+
+def lines_of_code(path: Path) -> int:
+    """Counts the lines of a Python file that hold neither a comment nor a docstring alone."""
+    source = path.read_text(encoding="utf-8")
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    comments = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = {line for t in tokens if t.type not in comments for line in range(t.start[0], t.end[0] + 1)}
+    return len(code - docstrings)
 
 
 def sizes() -> str:
@@ -207,7 +233,7 @@ def step_table(result: dict) -> str:
     return "\n".join([*lines, "", where])
 
 
-REGIONS = {"demo": demo, "sizes": sizes, "figures": figures, "step": step}
+REGIONS = {"demo": demo, "core": core, "sizes": sizes, "figures": figures, "step": step}
 
 
 def updated(text: str) -> str:
