@@ -2,11 +2,11 @@
 
     make demo && python benchmarks/grpo.py runs/demo
 
-The warm start has seen two ways to answer, both in R1's form: half of its demonstrations add up step by step, the
-others think nothing (`<think></think>`) and say the sum. From there, for each seed: train by GRPO, and measure pass@1
-on held-out questions before and after. Nothing but the rewards tells which way is better. As a check against reward
-hacking, one run is paid for the format alone, which both ways have. Beside it, what post-training does to the MTP
-modules: the share of their drafts that hold, before and after.
+The demonstrations of the warm start show two ways to answer, both in R1's form. Half of them add up step by step, the
+others have an empty thought (`<think></think>`) followed by the sum. From there, each seed is trained by GRPO, and
+pass@1 on held-out questions is measured before and after. Only the rewards tell which way is better. As a check against
+reward hacking, one run is rewarded for the format alone, which both ways have. The benchmark also measures what
+post-training does to the MTP modules: the share of their drafts that are accepted, before and after.
 """
 
 import argparse
@@ -35,18 +35,18 @@ from moonwhale.posttrain.progress import rewards_of
 from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.precision import tune_allocator
 
-TASK = (  # sums of eight numbers up to ten
+TASK = (  # sums of eight one-digit numbers
     'basic_arithmetic:operators=["+"]:min_terms=8:max_terms=8:min_digits=1:max_digits=1:'
     "allow_parentheses=false:allow_negation=false"
 )
-LONGEST = 128  # tokens of an answer
-STRAIGHT = "<think></think>"  # how an answer without a thought begins
-EVERY = 2  # of the demonstrations, one in so many thinks
+MAX_ANSWER_TOKENS = 128
+NO_THOUGHT = "<think></think>"  # how an answer without a thought begins
+THOUGHT_EVERY = 2  # one demonstration in this many adds up step by step
 
 
 @dataclass
 class Sizes:
-    """What a run takes; the smoke test has smaller ones."""
+    """The sizes of the benchmark. Its test uses smaller ones."""
 
     seeds: int = 3
     demonstrations: int = 40_000
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.options(__doc__.partition("\n")[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("checkpoint", help="folder of the demo model")
-    parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "grpo.svg", help="where the curves go")
+    parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "grpo.svg", help="file for the plot")
     for name, value in vars(Sizes()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     args = parser.parse_args(argv)
@@ -108,15 +108,17 @@ def run(checkpoint: str, sizes: Sizes, results: Path, picture: Path) -> None:
 
 
 def write_demonstrations(task: Task, path: Path, n: int) -> None:
-    """Right answers, of which some are added up step by step."""
+    """Writes right answers. One in THOUGHT_EVERY adds up step by step, the others have an empty thought."""
     with open(path, "w", encoding="utf-8") as file:
         for i, problem in enumerate(task.problems(n)):
-            text = f"{STRAIGHT}\n<answer>{problem.answer}</answer>" if i % EVERY else task.demonstrate(problem)
+            text = (
+                f"{NO_THOUGHT}\n<answer>{problem.answer}</answer>" if i % THOUGHT_EVERY else task.demonstrate(problem)
+            )
             file.write(json.dumps({"messages": [*problem.messages, {"role": "assistant", "content": text}]}) + "\n")
 
 
 def warm_start(checkpoint: str, task: Task, work: Path, sizes: Sizes) -> dict:
-    """Fine-tunes on the demonstrations, and measures what came of it."""
+    """Fine-tunes on the demonstrations, and measures the result."""
     say(f"warm start: {sizes.sft_steps} steps of fine-tuning")
     quietly(
         sft,
@@ -138,7 +140,7 @@ def warm_start(checkpoint: str, task: Task, work: Path, sizes: Sizes) -> dict:
 
 
 def one_seed(task: Task, work: Path, seed: int, sizes: Sizes, before: dict) -> dict:
-    """GRPO with one seed, and what it came to."""
+    """Runs GRPO with one seed, and measures the result."""
     out, begin = work / f"grpo{seed}", time.perf_counter()
     quietly(grpo, grpo_options(work / "warm", out, seed, sizes, ["accuracy", "format"], sizes.grpo_steps))
     minutes = (time.perf_counter() - begin) / 60
@@ -163,7 +165,7 @@ def grpo_options(start: Path, out: Path, seed: int, sizes: Sizes, rewards: list[
         steps=steps,
         lr=sizes.grpo_lr,
         batch_size=sizes.batch,
-        max_new_tokens=LONGEST,
+        max_new_tokens=MAX_ANSWER_TOKENS,
         seed=seed,
         eval_every=0,
         eval_questions=8,
@@ -175,17 +177,20 @@ def grpo_options(start: Path, out: Path, seed: int, sizes: Sizes, rewards: list[
 
 
 def measure(folder: Path, task: Task, sizes: Sizes) -> dict:
-    """pass@1 on held-out questions, of samples at temperature 1 and greedily; the share of samples that think, and how
-    many of them and of the others are right; MTP's drafts on the greedy answers.
+    """Measures a model on held-out questions.
+
+    - pass@1 of samples at temperature 1, and of greedy answers;
+    - the share of samples with a thought, and the share of right answers with and without one;
+    - the share of MTP drafts that are accepted in the greedy answers.
     """
     engine = Engine.load(folder, "cpu", "fp32", draft=1, sequences=128)
     problems = task.problems(sizes.problems, seed=1000, held_out=True)
-    greedy, sampled = generate_answers(engine, problems, sizes.samples, 1.0, LONGEST, seed=0)
+    greedy, sampled = generate_answers(engine, problems, sizes.samples, 1.0, MAX_ANSWER_TOKENS, seed=0)
     score = score_answers(task, problems, greedy, sampled, [1])
     right: dict[bool, list[float]] = {True: [], False: []}
     for problem, answers in zip(problems, sampled, strict=True):
         for each in answers:
-            right[not each.text.startswith(STRAIGHT)].append(task.accuracy(problem, each.text))
+            right[not each.text.startswith(NO_THOUGHT)].append(task.accuracy(problem, each.text))
     return {
         "pass1": round(score.pass_at[1][0], 4),
         "greedy": round(score.greedy[0], 4),
@@ -203,8 +208,8 @@ def shown(measured: dict) -> str:
 
 
 def chat_drafts(checkpoint: str, work: Path, sizes: Sizes) -> dict:
-    """Fine-tunes on chitchat; the share of drafts that hold in answers to held-out openings, before and after, and the
-    loss on what the assistant says.
+    """Fine-tunes on chitchat. Measures the loss on the assistant's turns, and the share of drafts that are accepted in
+    answers to held-out openings, before and after.
     """
     out = work / "chat"
     say(f"chitchat: {sizes.chat_steps} steps of fine-tuning")
@@ -222,7 +227,7 @@ def chat_drafts(checkpoint: str, work: Path, sizes: Sizes) -> dict:
 
 
 def chat_acceptance(folder: str | Path) -> float:
-    """Of greedy answers to the openings of held-out conversations."""
+    """Returns the share of drafts accepted in greedy answers to the openings of held-out conversations."""
     engine = Engine.load(folder, "cpu", "fp32", draft=1, sequences=128)
     _, held_out = load_conversations(load_source("chitchat"), engine.tokenizer)
     openings = []
@@ -234,7 +239,7 @@ def chat_acceptance(folder: str | Path) -> float:
 
 
 def quietly(verb, config) -> None:
-    """A run without its lines."""
+    """Runs a verb without its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         verb(config)
 
@@ -244,7 +249,7 @@ def say(line: str) -> None:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Share of right answers and their length over GRPO's steps, a line for each seed."""
+    """Plots the share of right answers and their length over the steps of GRPO, one line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,12 +263,12 @@ def draw(result: dict, path: Path) -> None:
         right.plot(steps, length, color=f"C{seed}")
         held_out = [result["before"]["pass1"], result["after"][seed]["pass1"]]
         left.plot([0, steps[-1]], held_out, "o", color=f"C{seed}")
-    paid = [result[when]["pass1"] for when in ("before", "after_format_alone")]
+    format_alone = [result[when]["pass1"] for when in ("before", "after_format_alone")]
     ends = [0, result["sizes"]["control_steps"]]
-    left.plot(ends, paid, "x:", color="gray", label="paid for the format alone, held out")
+    left.plot(ends, format_alone, "x:", color="gray", label="rewarded for the format alone, held out")
     left.set_ylabel("right answers (dots: held out)")
     left.set_ylim(0, 1)
-    right.set_ylabel("tokens an answer")
+    right.set_ylabel("tokens per answer")
     for axes in (left, right):
         axes.set_xlabel("GRPO step")
         axes.grid(alpha=0.3)

@@ -36,7 +36,7 @@ def test_demonstrations_are_right_and_half_of_them_add_up(grpo, tmp_path):
 @pytest.mark.slow
 def test_a_run_at_toy_size(grpo, small_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(grpo, "LONGEST", 8)
+    monkeypatch.setattr(grpo, "MAX_ANSWER_TOKENS", 8)
     talks = dict(islice(json.loads(loading.chitchat_file().read_bytes()).items(), 300))
     (tmp_path / "talks.json").write_text(json.dumps(talks))
     monkeypatch.setattr(loading, "chitchat_file", lambda: tmp_path / "talks.json")

@@ -214,7 +214,7 @@ def test_packing_by_hand(tokenizer, tmp_path):
 
 
 def texts_in(dataset, tokenizer):
-    """The split's documents again, from its rows alone."""
+    """Recovers the split's documents from its rows alone."""
     stream = torch.cat([row["input_ids"] for row in dataset])[: dataset.n_tokens].tolist()
     return [text for text in tokenizer.decode(stream).replace("<|eos|>", "").split("<|bos|>") if text]
 

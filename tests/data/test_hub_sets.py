@@ -1,4 +1,4 @@
-"""The hub's named sets on files of their schemas, mixtures, and rows that cannot be read."""
+"""Tests the hub's named sets on files with their schemas, mixtures, and rows that cannot be read."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def everything_is_said_again():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """`hub(id, rows, configuration)` makes that set loadable: in the hub's place stand folders of Parquet files."""
+    """`hub(id, rows, configuration)` makes that set loadable: folders of Parquet files replace the hub."""
     import datasets
 
     folders = {}
@@ -401,7 +401,7 @@ def test_a_connection_that_breaks(hub, monkeypatch):
 
 
 def test_offline(tmp_path):
-    """The library reads its switch when it is imported, hence a process of its own."""
+    """The library reads HF_HUB_OFFLINE when it is imported, so the test needs a process of its own."""
     code = "from moonwhale.data.loading import load_source\nload_source('tinystories')"
     places = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | places)
@@ -436,7 +436,7 @@ def test_mixture_keeps_to_the_weights_all_along():
         assert [mixed[i] for i in given] == [f"{name}{i}" for i in range(len(given))], "in its own order"
         for n in range(len(mixed)):
             assert abs(sum(i < n for i in given[: n + 1]) - weight * n) <= 1.5
-    assert 995 <= len(mixed) <= 1005, "it ends with a, whose 700 are 70 %"
+    assert 995 <= len(mixed) <= 1005, "it ends with a: its 700 documents are 70 %"
 
 
 def test_mixture_ends_with_its_first_exhausted_part_and_says_so(caplog):

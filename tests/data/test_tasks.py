@@ -1,4 +1,4 @@
-"""Tasks: questions that stay on their side, right and wrong answers, demonstrations, and specs that cannot be."""
+"""Tests tasks: the split of their questions, right and wrong answers, demonstrations, and impossible specs."""
 
 import json
 

@@ -24,7 +24,7 @@ def vowels(completions, **_):
 
 @pytest.fixture
 def batch(small_checkpoint, tmp_path, monkeypatch):
-    """`batch(objective)`: a trainer, a batch that it drew and scored, and what each answer was paid."""
+    """`batch(objective)` returns a trainer and a batch of answers that it drew and scored."""
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     (tmp_path / "task.jsonl").write_text(
         "".join(json.dumps({"question": f"{i}+{i}", "answer": str(2 * i)}) + "\n" for i in range(20))
@@ -51,10 +51,10 @@ def batch(small_checkpoint, tmp_path, monkeypatch):
         trainer.current_gradient_accumulation_steps = 1
         model.train()
         inputs = trainer._prepare_inputs([data[i // GROUP] for i in range(GROUP * QUESTIONS)])
-        for row in range(0, GROUP * QUESTIONS, 3):  # answers of several lengths, which this model does not give
+        for row in range(0, GROUP * QUESTIONS, 3):  # answers of several lengths; this model's own all have the same
             inputs["completion_mask"][row, 3 + row :] = 0
         inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
-        generator = torch.Generator().manual_seed(0)  # as if the answers were a step old
+        generator = torch.Generator().manual_seed(0)  # so that the old policy differs from the current one
         with torch.no_grad():
             old = trainer._get_per_token_logps_and_entropies(model, *whole(inputs), inputs["completion_ids"].shape[1])[
                 0
@@ -76,7 +76,7 @@ def whole(inputs):
 
 
 def paper_loss(model, inputs, rewards, epsilon, beta, kl="k3", average="answers"):
-    """−J of arXiv 2501.12948 eq. 1-3, with the old policy's and the reference's log-probabilities as given."""
+    """Computes −J of arXiv 2501.12948 eq. 1-3 from given log-probabilities of the old policy and the reference."""
     rewards = torch.tensor(rewards).view(-1, GROUP)
     advantages = ((rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
     terms = []
@@ -100,7 +100,7 @@ def gradients(model, loss):
 
 
 def compare(trainer, inputs, **formula):
-    """The largest relative difference in the loss and in any gradient."""
+    """Returns the largest relative difference in the loss and in any gradient."""
     model = trainer.model
     rewards = list(trainer._logs["rewards"]["vowels"])
     order = reorder(trainer, inputs)
@@ -108,14 +108,14 @@ def compare(trainer, inputs, **formula):
     mine = gradients(model, ours)
     theirs = paper_loss(model, order, rewards, trainer.epsilon_low, trainer.beta, **formula)
     wanted = gradients(model, theirs)
-    main = [n for n in mine if not n.startswith("model.layers.2.")]  # the MTP module's have no part in this loss
+    main = [n for n in mine if not n.startswith("model.layers.2.")]  # this loss has no MTP term
     assert wanted.keys() >= set(main) and len(main) > 20
     apart = [((mine[n] - wanted[n]).norm() / wanted[n].norm().clamp(min=1e-6)).item() for n in main]
     return max([abs(ours.item() - theirs.item()) / abs(theirs.item()), *apart])
 
 
 def reorder(trainer, inputs):
-    """The batch in the order in which the answers were drawn, groups together; TRL shuffles them."""
+    """Returns the batch in the order in which the answers were drawn, by groups. TRL shuffles them."""
     texts = [c[0]["content"] for c in trainer._logs["completion"]]
     decoded = trainer.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
     prompts = [p[-1]["content"] for p in trainer._logs["prompt"]]
@@ -131,7 +131,7 @@ def reorder(trainer, inputs):
 @pytest.mark.parametrize(("objective", "average"), [("r1", "answers"), ("trl", "tokens")])
 def test_loss_and_gradients_are_the_papers(batch, objective, average):
     trainer, inputs = batch(objective, **({"beta": 0.05} if objective == "r1" else {}))
-    assert inputs["completion_mask"].sum(1).unique().numel() > 1  # else both averages would be the same
+    assert inputs["completion_mask"].sum(1).unique().numel() > 1  # with equal lengths both averages would be the same
     assert compare(trainer, inputs, average=average) < 1e-5
 
 
@@ -167,10 +167,10 @@ def test_mtp_learns_along_and_steers_nothing(batch):
 
 
 def test_mtp_losses_are_the_models_own(batch):
-    """The same cross-entropy that the model's forward gives for its MTP modules."""
+    """`mtp_losses` returns the cross-entropy that the model's forward gives for its MTP modules."""
     trainer, inputs = batch("r1")
     model, (ids, mask) = copy.deepcopy(trainer.model), whole(inputs)
-    del model.forward  # TRL's
+    del model.forward  # TRL has replaced it on the instance
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, : inputs["prompt_ids"].shape[1]] = -100
     with torch.no_grad():

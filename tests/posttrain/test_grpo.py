@@ -1,4 +1,4 @@
-"""GRPO runs at toy size: they learn what is rewarded, go on where they stopped, and say what they cannot do."""
+"""Tests GRPO at toy size: runs learn what is rewarded, resume where they stopped, and refuse impossible options."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from moonwhale.train import muonclip_trainer
 
 @pytest.fixture
 def options(small_checkpoint, tmp_path, monkeypatch):
-    """`options(**changes)`: those of a run of seconds. It rewards the letter e, which a random model can learn."""
+    """`options(**changes)` returns the options of a run of seconds. It rewards the letter e, which is easy to learn."""
     rows = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(120)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "letters.py").write_text(
@@ -105,7 +105,7 @@ def test_a_failing_reward_stops_the_run_with_one_line(options, tmp_path):
 
 
 def test_nothing_is_drawn_from_weights_that_are_not_finite(options, monkeypatch):
-    """Of a GPU, which is not looked at in each step."""
+    """On a GPU the loss is not checked in each step, so drawing answers has to check it."""
     from moonwhale.posttrain.grpo_trainer import MTPGRPOTrainer
 
     def compute_loss(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Recipes and rejection sampling: checked before they begin, carried out in order, gone on with."""
+"""Tests recipes and rejection sampling: checked before they start, run in order, resumed."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def folder(small_checkpoint, tmp_path, monkeypatch):
 
 @pytest.fixture
 def clever(monkeypatch):
-    """An engine whose answers are right three times out of four, twice in the same words."""
+    """An engine with three right answers out of four, two of which are the same text."""
 
     class Clever(engine.Engine):
         def as_completed(self, prompts, **options):

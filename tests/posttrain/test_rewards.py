@@ -1,4 +1,4 @@
-"""Rewards: what they pay, and what they say when a user's own one fails."""
+"""Tests the values of rewards, and the messages when a user's own reward fails."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what is labelled, how rows are packed, and whole runs at toy size."""
+"""Tests supervised fine-tuning: the labels, the packing of rows, and whole runs at toy size."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def chats(tmp_path_factory):
 
 @pytest.fixture
 def options(small_checkpoint, chats, tmp_path, tmp_path_factory, monkeypatch):
-    """`options(**changes)`: those of a run of a second."""
+    """`options(**changes)` returns the options of a run of about a second."""
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     given = {
         "checkpoint": str(small_checkpoint), "data": str(chats), "out": str(tmp_path / "run"), "context": 48,
@@ -91,7 +91,7 @@ def test_held_out_is_what_pretraining_holds_out(small_tokenizer, chats, tmp_path
 
 
 def test_packed_rows_keep_conversations_apart(small_checkpoint, chats, tmp_path):
-    """The loss of packed rows is that of the conversations one by one, MTP's too."""
+    """Packed rows have the same loss as the conversations one by one, for the MTP modules too."""
     model, tokenizer = open_checkpoint(small_checkpoint)
     train, _ = load_conversations(load_source(str(chats)), tokenizer, tmp_path)
     rows, split = pack(train, 64)
@@ -111,7 +111,10 @@ def test_packed_rows_keep_conversations_apart(small_checkpoint, chats, tmp_path)
     assert (packed.targets == counts).all() and counts.min() > 10
     nll = sum(out.losses * out.targets for out in single)
     torch.testing.assert_close(packed.losses * packed.targets, nll, rtol=1e-5, atol=1e-4)
-    mixed = {**batch, "position_ids": torch.arange(64).expand(4, 64)}  # the mutant: one long conversation a row
+    mixed = {
+        **batch,
+        "position_ids": torch.arange(64).expand(4, 64),
+    }  # a plausible bug: each row as one long conversation
     with torch.no_grad():
         assert (model(**mixed).losses - packed.losses).abs().max() > 1e-2
 
