@@ -1,29 +1,29 @@
-// The chat page. Talks to the server it came from and to nothing else; conversations stay in localStorage.
+// The chat page. It talks only to the server that sent it, and keeps conversations in localStorage.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const DEFAULTS = { system: "", temperature: 0.8, top_p: 1, min_p: 0.05, top_k: 0, repetition_penalty: 1, max_tokens: 256, seed: "", key: "" };
 const state = { model: "", conversations: load("conversations", []), current: null, settings: { ...DEFAULTS, ...load("settings", {}) }, busy: null };
 
-function load(name, otherwise) {
-  try { return JSON.parse(localStorage.getItem(`moonwhale.${name}`)) ?? otherwise; } catch { return otherwise; }
+function load(name, fallback) {
+  try { return JSON.parse(localStorage.getItem(`moonwhale.${name}`)) ?? fallback; } catch { return fallback; }
 }
 function save() {
   try {
     localStorage.setItem("moonwhale.conversations", JSON.stringify(state.conversations));
     localStorage.setItem("moonwhale.settings", JSON.stringify(state.settings));
-  } catch { status("This browser keeps nothing: the conversations end with the page."); }
+  } catch { status("This browser does not store data: conversations are lost when you leave the page."); }
 }
 function status(text) { $("status").textContent = text; }
 function element(tag, attributes = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), attributes);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), attributes);
+  node.append(...children);
+  return node;
 }
 
 // --- conversations ---------------------------------------------------------------------------------------------------
 
-function begin() {
+function startConversation() {
   state.current = { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", messages: [] };
   show();
 }
@@ -34,16 +34,17 @@ function select(conversation) {
   $("text").focus();
 }
 function remove(conversation) {
-  state.conversations = state.conversations.filter((one) => one !== conversation);
+  state.conversations = state.conversations.filter((other) => other !== conversation);
   save();
-  if (conversation === state.current) begin(); else show();
+  if (conversation === state.current) startConversation(); else show();
 }
 function show() {
-  $("conversations").replaceChildren(...state.conversations.map((one) => {
-    const open = element("button", { className: "title", textContent: one.title, onclick: () => select(one) });
-    open.setAttribute("aria-current", one === state.current);
-    const bin = element("button", { textContent: "✕", onclick: () => remove(one) });
-    bin.setAttribute("aria-label", `Delete “${one.title}”`);
+  $("conversations").replaceChildren(...state.conversations.map((conversation) => {
+    const { title } = conversation;
+    const open = element("button", { className: "title", textContent: title, onclick: () => select(conversation) });
+    open.setAttribute("aria-current", conversation === state.current);
+    const bin = element("button", { textContent: "✕", onclick: () => remove(conversation) });
+    bin.setAttribute("aria-label", `Delete “${title}”`);
     return element("li", {}, open, bin);
   }));
   const { messages } = state.current;
@@ -52,19 +53,19 @@ function show() {
   $("messages").scrollTop = $("messages").scrollHeight;
 }
 function bubble(message, index) {
-  const who = { user: "You", assistant: "Moonwhale" }[message.role];
-  const made = element("article", { className: `message ${message.role}` });
-  made.append(element("h3", { textContent: who }), element("p", { textContent: message.content }));
-  if (message.role === "assistant") made.append(facts(message, index));
-  return made;
+  const author = { user: "You", assistant: "Moonwhale" }[message.role];
+  const node = element("article", { className: `message ${message.role}` });
+  node.append(element("h3", { textContent: author }), element("p", { textContent: message.content }));
+  if (message.role === "assistant") node.append(facts(message, index));
+  return node;
 }
 function facts(message, index) {
   const row = element("div", { className: "facts" });
   if (message.facts) row.append(element("span", { textContent: message.facts }));
   if (message.content) {
-    const look = element("button", { type: "button", className: "quiet", textContent: "X-ray" });
-    look.onclick = () => xray(state.current.messages.slice(0, index + 1));
-    row.append(look);
+    const button = element("button", { type: "button", className: "quiet", textContent: "X-ray" });
+    button.onclick = () => xray(state.current.messages.slice(0, index + 1));
+    row.append(button);
   }
   return row;
 }
@@ -76,15 +77,17 @@ function headers() {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 async function call(path, body, signal) {
-  const answer = await fetch(path, body ? { method: "POST", headers: headers(), body: JSON.stringify(body), signal } : { headers: headers() });
-  if (!answer.ok) {
-    const message = await answer.json().then((said) => said.error.message, () => `the server answered ${answer.status}`);
+  const post = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
+  const response = await fetch(path, body ? post : { headers: headers() });
+  if (!response.ok) {
+    const message = await response.json().then(({ error }) => error.message, () => `the server answered ${response.status}`);
     throw new Error(message);
   }
-  return answer;
+  return response;
 }
-async function* events(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+// Yields the server-sent events of a response. A read may end in the middle of an event.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -99,10 +102,10 @@ async function* events(answer) {
     }
   }
 }
-function request() {
+function requestBody() {
   const { system, key, seed, ...numbers } = state.settings;
-  const said = state.current.messages.map(({ role, content }) => ({ role, content }));
-  const messages = system ? [{ role: "system", content: system }, ...said] : said;
+  const turns = state.current.messages.map(({ role, content }) => ({ role, content }));
+  const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
   return { model: state.model, messages, ...numbers, ...(seed === "" ? {} : { seed: Number(seed) }) };
 }
 
@@ -114,12 +117,12 @@ async function ask(text) {
   }
   const question = { role: "user", content: text };
   conversation.messages.push(question);
-  const body = { ...request(), stream: true, stream_options: { include_usage: true } };
+  const body = { ...requestBody(), stream: true, stream_options: { include_usage: true } };
   const answer = { role: "assistant", content: "" };
   conversation.messages.push(answer);
   show();
   state.busy = new AbortController();
-  working(true);
+  setBusy(true);
   const shown = $("messages").lastElementChild.querySelector("p");
   const start = performance.now();
   let reason = "", tokens = 0;
@@ -137,39 +140,41 @@ async function ask(text) {
       }
     }
     const speed = tokens / ((performance.now() - start) / 1000);
-    answer.facts = `${tokens} tokens, ${speed.toFixed(0)} a second${reason === "length" ? ", cut at the longest answer" : ""}`;
+    answer.facts = `${tokens} tokens, ${speed.toFixed(0)} per second${reason === "length" ? ", cut off at the longest answer" : ""}`;
     status("");
   } catch (error) {
     if (error.name === "AbortError") answer.facts = "stopped";
     else fail(conversation, [question, answer], error);
   }
-  if (!answer.content) conversation.messages = conversation.messages.filter((one) => one !== answer);
-  working(false);
+  if (!answer.content) conversation.messages = conversation.messages.filter((message) => message !== answer);
+  setBusy(false);
   save();
   if (state.current === conversation && !$("messages").querySelector(".error")) show();
   $("text").focus();
 }
-function fail(conversation, unsaid, error) {
-  conversation.messages = conversation.messages.filter((one) => !unsaid.includes(one));
-  if (!conversation.messages.length) state.conversations = state.conversations.filter((one) => one !== conversation);
+// Shows an error, takes the unanswered messages back, and returns the question to the message box.
+function fail(conversation, unanswered, error) {
+  conversation.messages = conversation.messages.filter((message) => !unanswered.includes(message));
+  if (!conversation.messages.length) state.conversations = state.conversations.filter((other) => other !== conversation);
   show();
-  const offline = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
-  $("messages").append(element("p", { className: "message error", textContent: offline, role: "alert" }));
-  if (!$("text").value) $("text").value = unsaid[0].content;
+  // fetch raises a TypeError if it cannot connect.
+  const text = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
+  $("messages").append(element("p", { className: "message error", textContent: text, role: "alert" }));
+  if (!$("text").value) $("text").value = unanswered[0].content;
 }
-function working(yes) {
-  $("send").hidden = yes;
-  $("stop").hidden = !yes;
-  if (yes) status("Writing…"); else { state.busy = null; if ($("status").textContent === "Writing…") status(""); }
+function setBusy(busy) {
+  $("send").hidden = busy;
+  $("stop").hidden = !busy;
+  if (busy) status("Writing…"); else { state.busy = null; if ($("status").textContent === "Writing…") status(""); }
 }
 
 // --- X-ray -----------------------------------------------------------------------------------------------------------
 
 async function xray(messages) {
-  status("Looking inside…");
+  status("Looking inside the model…");
   try {
-    const said = messages.map(({ role, content }) => ({ role, content }));
-    const { url } = await (await call("xray", { model: state.model, messages: said })).json();
+    const turns = messages.map(({ role, content }) => ({ role, content }));
+    const { url } = await (await call("xray", { model: state.model, messages: turns })).json();
     $("xray-frame").src = url;
     $("xray").hidden = false;
     $("close-xray").focus();
@@ -177,14 +182,14 @@ async function xray(messages) {
   } catch (error) { status(error.message); }
 }
 
-// --- what the user does ----------------------------------------------------------------------------------------------
+// --- the user's actions ----------------------------------------------------------------------------------------------
 
 function closeMenu() {
   $("sidebar").classList.remove("open");
   $("menu").setAttribute("aria-expanded", "false");
 }
 $("menu").onclick = () => $("menu").setAttribute("aria-expanded", $("sidebar").classList.toggle("open"));
-$("new").onclick = () => { begin(); closeMenu(); $("text").focus(); };
+$("new").onclick = () => { startConversation(); closeMenu(); $("text").focus(); };
 $("stop").onclick = () => state.busy?.abort();
 $("close-xray").onclick = () => { $("xray").hidden = true; $("text").focus(); };
 $("composer").onsubmit = (event) => {
@@ -230,6 +235,6 @@ async function connect() {
   } catch (error) { status(error instanceof TypeError ? "The server does not answer." : error.message); }
 }
 
-begin();
+startConversation();
 connect();
 $("text").focus();
