@@ -1,11 +1,11 @@
-"""Does the server hold: 64 streaming clients for two minutes, and ten thousand requests that make no sense?
+"""Does the server withstand 64 streaming clients for two minutes, and ten thousand malformed requests?
 
     python benchmarks/serve.py CHECKPOINT
 
-Starts `moonwhale serve` in a process of its own. One client, then many, each asking again as soon as it has its answer,
-count the tokens they get and what goes wrong; the server's memory is sampled meanwhile. Then malformed requests:
-schemathesis makes some from the server's own OpenAPI description, the others are sensible requests with one part
-broken. None may get a 5xx, hang, or tell a path of this machine or a traceback.
+The script starts `moonwhale serve` in its own process. First one client, then many send a request as soon as they have
+the previous answer. They count tokens and errors, and the script samples the server's memory. Then come malformed
+requests: schemathesis makes some from the server's OpenAPI description; the others are valid requests with a broken
+part. None of them may get a 5xx, hang, or see a traceback or a path of this machine.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ SLOW = 20.0  # seconds after which a request counts as hanging
 
 @contextlib.contextmanager
 def serving(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """The server's address, and its process."""
+    """Yields the server's URL and its process."""
     command = [sys.executable, "-m", "moonwhale", "serve", str(checkpoint), "--port", "0", "--name", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -49,7 +49,7 @@ def serving(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 
 async def ask(url: str, number: int, tokens: int) -> int:
-    """One streamed answer; how many tokens came. Raises for anything but a whole one."""
+    """Streams one answer and returns its number of tokens. Raises an error if the answer is not complete."""
     address = urlsplit(url)
     body = {"model": "model", "messages": [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]}
     body |= {"max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}, "seed": number}
@@ -67,17 +67,17 @@ async def ask(url: str, number: int, tokens: int) -> int:
 
 
 async def load(url: str, process: psutil.Process, clients: int, seconds: float, tokens: int) -> dict:
-    """So many clients for so long."""
+    """Runs a number of clients for some seconds. Each client sends one request after another."""
     start, numbers, memory = time.perf_counter(), itertools.count(), []
     done = {"tokens": 0, "answers": 0, "errors": 0}
 
     async def client() -> None:
         while time.perf_counter() - start < seconds:
             try:
-                got = await ask(url, next(numbers), tokens)  # not added at once: others add while this one waits
-                done["tokens"] += got
+                received = await ask(url, next(numbers), tokens)  # `+=` here would miss what others add meanwhile
+                done["tokens"] += received
                 done["answers"] += 1
-            except Exception as error:  # whatever it is, it counts
+            except Exception as error:  # any failure counts
                 done["errors"] += 1
                 print(f"error: {error!r}"[:400], file=sys.stderr)
 
@@ -122,7 +122,7 @@ FIELDS += ["stream", "stream_options", "logprobs", "top_logprobs", "repetition_p
 
 
 def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
-    """Method, path, body and headers of a request with something wrong."""
+    """Returns the method, path, body and headers of a broken request."""
     chat = draw.random() < 0.6
     path = "/v1/chat/completions" if chat else "/v1/completions"
     body: dict = {"model": "model", "max_tokens": 1}
@@ -133,7 +133,7 @@ def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
         message = {"role": draw.choice(["user", "robot", None, 3]), "content": draw.choice(WRONG)}
         body["messages"] = [message, *([] if draw.random() < 0.5 else [draw.choice(WRONG)])]
     data = json.dumps(body).encode()
-    if draw.random() < 0.25:  # cut, or with a byte that is no JSON and no UTF-8
+    if draw.random() < 0.25:  # truncated, or with a random byte
         at = draw.randrange(len(data))
         data = data[:at] + (b"" if draw.random() < 0.5 else bytes([draw.randrange(256)]) + data[at + 1 :])
     headers = {"content-type": draw.choice(["application/json"] * 6 + ["text/plain", "application/xml", "x"])}
@@ -144,7 +144,7 @@ def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
 
 
 def malformed(url: str, count: int, seed: int = 0) -> dict:
-    """`count` broken requests; what must not come of them."""
+    """Sends `count` broken requests, and counts statuses, server errors, hangs and leaks."""
     draw, found = random.Random(seed), {"server_errors": 0, "hangs": 0, "leaks": 0, "statuses": {}}
     with httpx.Client(base_url=url, timeout=SLOW) as client:
         for _ in range(count):
@@ -154,7 +154,7 @@ def malformed(url: str, count: int, seed: int = 0) -> dict:
 
 
 def from_schema(url: str, count: int) -> dict:
-    """The same for requests that schemathesis makes of the OpenAPI description, valid and not."""
+    """Does the same with valid and invalid requests that schemathesis makes from the OpenAPI description."""
     import schemathesis
     from hypothesis import HealthCheck, given, settings
     from hypothesis.errors import Unsatisfiable
@@ -177,11 +177,11 @@ def from_schema(url: str, count: int) -> dict:
 
 
 def note(found: dict, send) -> None:
-    """Sends a request and adds what came of it."""
+    """Sends a request and adds its result to `found`."""
     try:
         answer = send()
     except Exception as error:
-        # Not even sent (a header or path no client lets through) is no fault of the server's; no answer is.
+        # A request that the client refuses to send (a header or a path) says nothing about the server. A timeout does.
         if "timeout" in type(error).__name__.lower() or "timed out" in str(error):
             found["hangs"] += 1
         return
@@ -196,13 +196,13 @@ def note(found: dict, send) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="what a run wrote with --out")
-    parser.add_argument("--clients", type=int, default=64, help="streaming at a time (64)")
-    parser.add_argument("--seconds", type=float, default=120, help="for so long (120)")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer, at most (64)")
-    parser.add_argument("--malformed", type=int, default=10_000, help="requests that make no sense (10000)")
+    parser.add_argument("--clients", type=int, default=64, help="clients that stream at a time (64)")
+    parser.add_argument("--seconds", type=float, default=120, help="how long they run (120)")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer, in tokens (64)")
+    parser.add_argument("--malformed", type=int, default=10_000, help="malformed requests (10000)")
     arguments = parser.parse_args(argv)
     with serving(arguments.checkpoint) as (url, process):
-        asyncio.run(load(url, process, arguments.clients, 3, arguments.tokens))  # warm
+        asyncio.run(load(url, process, arguments.clients, 3, arguments.tokens))  # warm-up
         one = asyncio.run(load(url, process, 1, arguments.seconds / 6, arguments.tokens))
         many = asyncio.run(load(url, process, arguments.clients, arguments.seconds, arguments.tokens))
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""`moonwhale eval`: its figures against the same ones counted by hand, and mistakes in one line each."""
+"""Tests `moonwhale eval`: its figures equal those counted by hand, and every mistake gives one line."""
 
 import json
 import math
@@ -47,13 +47,13 @@ def questions(tmp_path):
 
 
 def run(capsys, *argv) -> str:
-    """What `moonwhale eval` prints."""
+    """Returns what `moonwhale eval` prints."""
     assert cli.main(["eval", *map(str, argv)]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys, *argv) -> str:
-    """The one line in which it says what is wrong."""
+    """Returns the one line that says what is wrong."""
     assert cli.main(["eval", *map(str, argv)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("moonwhale: error: ") and len(line) < 400
@@ -64,7 +64,7 @@ def refused(capsys, *argv) -> str:
 
 
 def by_hand(model, tokenizer, rows):
-    """Bits, bytes and, for the next token and the one after it, [right, all], token by token from fp64 logits."""
+    """Returns bits, bytes and, for the next token and the one after it, [right, all]. Counts fp64 logits by token."""
     bits, n_bytes, hits, head = 0.0, 0, [[0, 0], [0, 0]], model.lm_head.weight.double()
     for row in rows:
         ids, positions = row["input_ids"], row["position_ids"]
@@ -79,7 +79,7 @@ def by_hand(model, tokenizer, rows):
                     hits[depth][1] += 1
                     if depth == 0:
                         bits -= float(logits[at].log_softmax(-1)[ids[to]]) / math.log(2)
-                        n_bytes += len(tokenizer.decode([ids[to]], skip_special_tokens=True))  # all of it is ASCII
+                        n_bytes += len(tokenizer.decode([ids[to]], skip_special_tokens=True))  # the text is ASCII
     return bits, n_bytes, hits
 
 
@@ -93,13 +93,13 @@ def test_text_is_scored_as_by_hand(small_model, small_tokenizer, text_folder):
     assert score.losses[0] == pytest.approx(bits * math.log(2) / hits[0][1], rel=1e-5)
     assert score.perplexity == pytest.approx(2 ** (bits / hits[0][1]), rel=1e-4)
     assert score.accuracies == pytest.approx([right / n for right, n in hits])
-    # The mistakes to avoid: bits for all bytes of the text, predicted or not, and documents that see one another.
+    # Plausible bugs: to divide by all bytes, predicted or not; to let documents attend to each other.
     assert score.bits_per_byte != pytest.approx(bits / rows.n_bytes, rel=1e-3)
     blind = [row | {"position_ids": torch.arange(48)} for row in rows]
     assert score.losses[0] != pytest.approx(score_text(small_model, blind, small_tokenizer).losses[0], rel=1e-3)
 
 
-def test_trainings_own_last_evaluation_comes_out_again(tiny_run, text_folder, tmp_path, capsys):
+def test_the_text_score_equals_trainings_last_evaluation(tiny_run, text_folder, tmp_path, capsys):
     config = tiny_run()
     pretrain.train(config)
     logged = log_history(newest_checkpoint(config.out))
@@ -171,7 +171,7 @@ def test_answers_are_scored_as_by_hand():
     assert (score.well_formed, score.cut_off, score.mean_tokens) == pytest.approx((2 / 6, 1 / 6, 18 / 6))
 
 
-def test_answers_are_those_that_the_engine_gives_alone(engine):
+def test_answers_equal_those_that_the_engine_gives_alone(engine):
     problems = [Problem(question, answer, {}) for question, answer in QUESTIONS[:2]]
     greedy, sampled = tasks.generate_answers(engine, problems, samples=3, temperature=1.5, max_new_tokens=8, seed=7)
     for i, problem in enumerate(problems):
@@ -214,7 +214,7 @@ def test_counts_of_guesses_are_summed():
 
 @torch.no_grad()
 def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, text_folder):
-    """Whatever the length of an answer: module 1's guess for token n stands in its state at n - 2, told token n - 1."""
+    """Module 1 guesses token n from its state at n - 2 and the embedding of token n - 1, for any answer length."""
     texts = [path.read_text() for path in sorted(text_folder.iterdir())][:30]
     rows = pack_all(Source("given", "thirty", lambda: iter(texts)), small_tokenizer, 48)
     completions = continue_text(engine, rows)
@@ -250,7 +250,7 @@ CHOICES = ["moon", "whale sang back", "sang", "the moon"]
 
 @pytest.fixture
 def harness_folder(tmp_path):
-    """`whales`, a task of 16 questions with four answers."""
+    """Returns a folder with `whales`, a task of 16 questions with four choices."""
     pytest.importorskip("lm_eval")
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -267,7 +267,7 @@ def harness_folder(tmp_path):
 
 @torch.no_grad()
 def choose(model, tokenizer, question: str, with_bos: bool = True) -> tuple[int, int]:
-    """The likeliest choice, and the likeliest for its length in characters."""
+    """Returns the likeliest choice, and the likeliest one per character."""
     sums = []
     for choice in CHOICES:
         start, ids = (
@@ -302,7 +302,7 @@ def test_lm_eval_scores_as_by_hand(small_checkpoint, small_model, small_tokenize
     assert "whales (12 examples)" in out and f"{found['acc']:.4f} ±" in out
 
 
-def test_prompts_that_lm_eval_cuts_are_told(small_checkpoint, harness_folder, capsys, caplog):
+def test_truncated_prompts_give_a_warning(small_checkpoint, harness_folder, capsys, caplog):
     given = [small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder]
     run(capsys, *given)
     assert not caplog.records
@@ -310,9 +310,9 @@ def test_prompts_that_lm_eval_cuts_are_told(small_checkpoint, harness_folder, ca
     rows[3]["q"] *= 20
     (harness_folder / "whales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(capsys, *given)
-    (told,) = (record.getMessage() for record in caplog.records)
-    # Of its four choices, those of one token are scored together.
-    assert re.fullmatch("`lm_eval`: [34] prompts or more lost their beginnings, to fit a context of 96", told)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    # lm-eval scores choices of one token together.
+    assert re.fullmatch("`lm_eval`: [34] prompts or more lost their beginnings, to fit a context of 96", warning)
 
 
 def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, capsys):
@@ -321,7 +321,7 @@ def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, cap
     original = TaskManager.__init__
 
     def quick(self, *args, include_defaults=True, **options):
-        original(self, *args, include_defaults=False, **options)  # its own 14,000 tasks take ten seconds to read
+        original(self, *args, include_defaults=False, **options)  # reading its own 14,000 tasks takes ten seconds
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskManager, "__init__", quick)

@@ -1,4 +1,4 @@
-"""The chat page and the X-ray in headless Chromium, on a desktop and on a phone, by mouse and by keys."""
+"""Tests the chat page and the X-ray in headless Chromium, at desktop and phone sizes, by mouse and keyboard."""
 
 import shutil
 
@@ -44,7 +44,9 @@ def page(request, browser, server):
     page.wait_for_selector("#model:has-text('tiny')")
     yield page
     context.close()
-    refused = "Failed to load resource: the server responded with a status of 400"  # which the page tells as its own
+    refused = (
+        "Failed to load resource: the server responded with a status of 400"  # which the page shows as an error message
+    )
     assert not [trouble for trouble in troubles if refused not in trouble]
 
 
@@ -71,7 +73,7 @@ def test_a_conversation(page):
     say(page, "And again")
     assert page.locator(".message").count() == 4
 
-    page.reload()  # kept in the browser
+    page.reload()  # the browser keeps conversations
     if page.is_visible("#menu"):
         page.click("#menu")
     page.click("#conversations .title")
@@ -103,7 +105,7 @@ def test_stop(page, small_engine, server, monkeypatch):
     assert server.comes_to_rest()
 
 
-def test_an_error_is_said_and_nothing_is_lost(page):
+def test_an_error_is_shown_and_the_message_stays(page):
     set_option(page, "max_tokens", "5")
     page.fill("#text", "word " * 400)
     page.press("#text", "Enter")
@@ -113,7 +115,7 @@ def test_an_error_is_said_and_nothing_is_lost(page):
     assert page.evaluate("document.querySelectorAll('#conversations li').length") == 0
 
 
-def test_everything_has_a_name_and_fits(page):
+def test_every_control_has_a_label_and_fits(page):
     set_option(page, "max_tokens", "5")
     say(page, "Wide-as-a-whale" * 3)
     nameless = page.evaluate(

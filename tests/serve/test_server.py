@@ -1,4 +1,4 @@
-"""The server as its clients see it: OpenAI's own Python client, raw HTTP, and a browser."""
+"""Tests the server through its clients: OpenAI's Python client, raw HTTP, and a browser's requests."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-# What OpenAI's client gets
+# OpenAI's client
 
 
 def test_models(client):
@@ -44,7 +44,7 @@ def test_models(client):
         client.models.retrieve("gpt-4")
 
 
-def test_a_chat_is_the_engines(client, engine):
+def test_a_chat_equals_the_engines_answer(client, engine):
     said = client.chat.completions.create(model=NAME, messages=HELLO, temperature=0, max_tokens=12)
     (alone,) = engine.generate([HELLO], temperature=0, max_new_tokens=12)
     assert said.choices[0].message.content == alone.text
@@ -55,7 +55,7 @@ def test_a_chat_is_the_engines(client, engine):
     assert said.usage.total_tokens == said.usage.prompt_tokens + said.usage.completion_tokens
 
 
-def test_a_stream_joined_is_the_whole(client):
+def test_a_stream_equals_the_whole_answer(client):
     options = {"model": NAME, "messages": HELLO, "temperature": 1.0, "seed": 5, "max_completion_tokens": 20}
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
@@ -124,14 +124,14 @@ def test_text_parts_are_joined(client):
     assert one.choices[0].message.content == other.choices[0].message.content
 
 
-# What is refused
+# Requests that the server refuses
 
 
 BAD = {
     "unknown model": ({"model": "x"}, 404, "no model 'x' here", "model"),
     "no model": ({"model": None}, 400, "model: ", "model"),
     "no messages": ({"messages": []}, 400, "messages: ", "messages"),
-    "a role nobody has": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "messages.0.role"),
+    "an unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "messages.0.role"),
     "messages of the wrong type": ({"messages": "hello"}, 400, "messages: ", "messages"),
     "a picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
@@ -141,14 +141,14 @@ BAD = {
     ),
     "a negative limit": ({"max_tokens": -1}, 400, "max_tokens: ", "max_tokens"),
     "half a token": ({"max_tokens": 1.5}, 400, "max_tokens: ", "max_tokens"),
-    "too hot": ({"temperature": 3}, 400, "temperature: ", "temperature"),
+    "a high temperature": ({"temperature": 3}, 400, "temperature: ", "temperature"),
     "a temperature in words": ({"temperature": "hot"}, 400, "temperature: ", "temperature"),
     "an empty stop string": ({"stop": ""}, 400, "a stop string must not be empty", "stop"),
     "stops of the wrong type": ({"stop": [1]}, 400, "stop", "stop"),
     "an unknown field": ({"tools": []}, 400, "tools: this server does not know this field", "tools"),
     "a penalty it does not have": ({"presence_penalty": 1}, 400, "presence_penalty: ", "presence_penalty"),
-    "alternatives to nothing": ({"top_logprobs": 2}, 400, "set logprobs to true", None),
-    "usage of no stream": ({"stream_options": {}}, 400, "set stream to true", "stream_options"),
+    "top_logprobs without logprobs": ({"top_logprobs": 2}, 400, "set logprobs to true", None),
+    "stream options without a stream": ({"stream_options": {}}, 400, "set stream to true", "stream_options"),
     "half a surrogate pair": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "not valid UTF-8", None),
     "a prompt over the context": ({"messages": [{"role": "user", "content": "sang " * 500}]}, 400, "shorten it", None),
     "too many choices": ({"n": 1000}, 400, "n: ", "n"),
@@ -174,7 +174,7 @@ def test_bad_requests_are_openais_errors(server, what):
     ("body", "message"),
     [(b"{", "not JSON"), (b'"hello"', "the body: "), (b"\xff\xfe{}", ""), (b"", "the body"), (b"[" * 9000, "")],
 )
-def test_a_body_that_is_no_request(server, body, message):
+def test_a_body_that_is_not_a_request(server, body, message):
     headers = {"content-type": "application/json"}
     assert_error(httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers), 400, message)
 
@@ -204,14 +204,14 @@ def test_a_large_body_is_refused_unread(server):
     assert_error(answer, 413, "larger than 20,000 bytes")
 
 
-def test_a_body_that_never_ends_is_given_up(server):
+def test_a_body_that_never_ends_is_a_408(server):
     with socket.create_connection(server.listener.getsockname()) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         slow.settimeout(10)
         assert b" 408 " in slow.recv(4096).partition(b"\r\n")[0]
 
 
-# Load, and clients that go away
+# Load, and clients that disconnect
 
 
 async def _many(url, n, **options):
@@ -222,14 +222,14 @@ async def _many(url, n, **options):
         )
 
 
-def test_clients_beside_each_other_get_what_they_would_alone(server, client):
+def test_concurrent_clients_get_the_same_answers_as_alone(server, client):
     together = asyncio.run(_many(server.url, 6, max_tokens=25))
     for i, said in enumerate(together):
         alone = client.chat.completions.create(model=NAME, messages=HELLO, seed=i, max_tokens=25)
         assert said.choices[0].message.content == alone.choices[0].message.content
 
 
-def test_a_full_queue_says_so(server, engine, monkeypatch):
+def test_a_full_queue_is_a_429(server, engine, monkeypatch):
     step = engine.scheduler.step
     monkeypatch.setattr(engine.scheduler, "step", lambda: (time.sleep(0.02), step()))
     monkeypatch.setattr(engine.scheduler, "slots", 1)
@@ -241,7 +241,7 @@ def test_a_full_queue_says_so(server, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(server, engine, monkeypatch, stream):
+def test_a_client_that_disconnects_frees_its_slot(server, engine, monkeypatch, stream):
     step = engine.scheduler.step
     monkeypatch.setattr(engine.scheduler, "step", lambda: (time.sleep(0.05), step()))
     body = json.dumps({"model": NAME, "messages": HELLO, "max_tokens": 80, "stream": stream, "seed": 1}).encode()
@@ -258,7 +258,7 @@ def test_a_client_that_goes_away_frees_its_slot(server, engine, monkeypatch, str
 
 def test_an_answer_that_takes_too_long_ends(engine, small_checkpoint, monkeypatch):
     step = engine.scheduler.step
-    # Longer than there is time for: an answer of a few tokens would else be in time.
+    # One step takes longer than the limit, so that even a short answer is too slow.
     monkeypatch.setattr(engine.scheduler, "step", lambda: (time.sleep(0.8), step()))
     with Running(create_app(engine, NAME, small_checkpoint, Limits(answer=0.5))) as server:
         assert_error(server.post(max_tokens=80), 408, "took more than 0.5 seconds")
@@ -267,7 +267,7 @@ def test_an_answer_that_takes_too_long_ends(engine, small_checkpoint, monkeypatc
         assert server.comes_to_rest()
 
 
-def test_a_model_that_breaks_is_an_error_and_the_next_request_is_not(server, engine, monkeypatch):
+def test_a_model_failure_is_a_503_and_the_next_request_succeeds(server, engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.scheduler, "_verify", lambda depth: 1 / 0)
         assert_error(server.post(max_tokens=5), 503, "the model had to stop")
@@ -287,7 +287,7 @@ def test_metrics_count(server):
 # The page and the X-ray
 
 
-def test_pages_load_nothing_from_elsewhere(server):
+def test_pages_load_only_from_this_server(server):
     page = httpx.get(server.url)
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -305,10 +305,10 @@ def test_an_xray_of_a_conversation(server):
         assert_error(httpx.post(server.url + "/xray", json={"model": NAME, "messages": bad}), 400, message)
 
 
-# Who may ask
+# Access
 
 
-def test_the_key_is_asked_for(engine, small_checkpoint):
+def test_requests_need_the_api_key(engine, small_checkpoint):
     with Running(create_app(engine, NAME, small_checkpoint, api_key="sesame")) as server:
         assert_error(server.post(), 401, "no valid API key")
         wrong, right = (openai.OpenAI(base_url=server.url + "/v1", api_key=key) for key in ("x", "sesame"))
@@ -319,13 +319,13 @@ def test_the_key_is_asked_for(engine, small_checkpoint):
         assert httpx.get(server.url + "/metrics").status_code == 401
 
 
-def test_other_names_of_this_machine_are_refused(engine, small_checkpoint):
+def test_other_host_names_are_refused(engine, small_checkpoint):
     with Running(create_app(engine, NAME, small_checkpoint, hosts={"127.0.0.1"})) as server:
         assert server.health()["status"] == "ok"
         assert_error(httpx.get(server.url + "/health", headers={"host": "evil.example"}), 403, "localhost only")
 
 
-# The command
+# The command line
 
 
 @pytest.mark.parametrize(
