@@ -1,15 +1,17 @@
-"""How fast does a token come: beside transformers, with a growing context, and with drafts from the MTP modules?
+"""How fast is decoding: compared with transformers, with a growing context, and with drafts from the MTP modules?
 
     python benchmarks/decode.py [CHECKPOINT]
 
-Batch 1 on the `seed_190m` shapes beside `generate` of transformers' DeepseekV3 on the same weights, in bf16, with the
-experts implementation that is fastest; ours in bf16 and with int8 weights, MoBA as the preset says. The prompt is in
-the cache of either before the clock starts: only tokens that follow are timed.
+Transformers: batch size 1 on the `seed_190m` shapes, compared with `generate` of transformers' DeepseekV3 on the same
+weights, in bf16, with its fastest experts implementation. Ours runs in bf16 and with int8 weights, with the preset's
+MoBA. The prompt is in both caches before the clock starts, so only the following tokens are timed.
 
-MoBA: the same shapes with MoBA in every block, at 4 k and at 32 k tokens of context, beside full attention on latents.
+MoBA: the same shapes with MoBA in every block, at 4 k and at 32 k tokens of context, compared with full attention on
+latents.
 
-Drafts and what 16 and 8 bits cost need a trained model with MTP modules: CHECKPOINT, as `make demo` leaves it in
-runs/demo. Prompts are beginnings of held-out conversations of its data, and bits per byte are of their whole text.
+Drafts, and the cost of 16 and 8 bits, need a trained model with MTP modules: CHECKPOINT, as `make demo` leaves it in
+runs/demo. The prompts are the beginnings of held-out conversations of its data. Bits per byte are those of their whole
+text.
 """
 
 import itertools
@@ -36,13 +38,13 @@ from moonwhale.presets import PRESETS
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 CONTEXTS = (128, 1024)
-TOKENS = 8  # timed at a time
-ROW = 256  # tokens of a row of held-out text
-STEP = 16  # of it that are scored at a time
+TOKENS = 8  # tokens that are timed together
+ROW = 256  # tokens in a row of held-out text
+STEP = 16  # tokens of a row that are scored together
 
 
 def seed_model(context: int, **changes) -> MoonwhaleForCausalLM:
-    """The seed's shapes in bf16, without its MTP modules, every weight drawn."""
+    """Make a model with the shapes of `seed_190m` in bf16, without MTP modules, and with random weights."""
     torch.manual_seed(0)
     shapes = PRESETS["seed_190m"].model | {"num_nextn_predict_layers": 0, "max_position_embeddings": context}
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes | changes)).eval()
@@ -61,7 +63,7 @@ def transformers_model(ours: MoonwhaleForCausalLM, experts: str) -> DeepseekV3Fo
 
 
 class Theirs:
-    """`generate` from a prompt whose cache is there."""
+    """Transformers' `generate` from a prompt (1, T) that is in its cache."""
 
     def __init__(self, model: DeepseekV3ForCausalLM, prompt: Tensor):
         self.model, self.prompt, self.cache = model, prompt, DynamicCache(config=model.config)
@@ -81,7 +83,7 @@ class Theirs:
 
 
 class Ours:
-    """The decoder's steps from prompts (B, T) whose latents are there."""
+    """The decoder's steps from prompts (B, T) that are in its cache."""
 
     def __init__(self, decoder: Decoder, prompt: Tensor):
         self.decoder, self.prompt, self.cache = decoder, prompt, decoder.cache()
@@ -98,7 +100,7 @@ class Ours:
 
 
 def filled(decoder: Decoder, context: int) -> Ours:
-    """Steps after a context of that length, whose entries are drawn: reading them is what takes time."""
+    """Return steps after a context of this length. Its entries are random, since reading them is what takes time."""
     ours = Ours(decoder, torch.zeros(1, 2, dtype=torch.long))
     ours.length = context
     ours.cache.resize(1, context + TOKENS)
@@ -108,8 +110,8 @@ def filled(decoder: Decoder, context: int) -> Ours:
     return ours
 
 
-def beside_transformers(rounds: int) -> dict:
-    """Milliseconds a token of each contender at each context, and the ratios."""
+def against_transformers(rounds: int) -> dict:
+    """Measure milliseconds per token of each contender at each context, and the ratios."""
     ours = seed_model(2048)
     decoders = {"bf16": Decoder(ours), "int8": Decoder(ours, int8=True)}
     models = {f"transformers, {experts}": transformers_model(ours, experts) for experts in EXPERTS}
@@ -129,7 +131,7 @@ def beside_transformers(rounds: int) -> dict:
 
 
 def with_moba(rounds: int, short: int, long: int) -> dict:
-    """How MoBA's time a token grows from one context to the other, and how full attention's compares at the longer."""
+    """Measure how MoBA's time per token grows with the context, and compare full attention at the longer one."""
     moba = Decoder(seed_model(long + TOKENS, moba_full_attention_layers=None))
     full = Decoder(seed_model(long + TOKENS, moba_topk=0))
     contenders = {"short": filled(moba, short), "long": filled(moba, long), "long, full": filled(full, long)}
@@ -143,7 +145,7 @@ def with_moba(rounds: int, short: int, long: int) -> dict:
 
 
 def cache_sizes() -> dict:
-    """Bytes a token leaves in the cache: ours as counted and as allocated, and plain attention's of the same heads."""
+    """Bytes per token in the cache: ours as counted and as allocated, and those of multi-head attention."""
     found = {}
     for preset in ("demo", "seed_190m"):
         config = MoonwhaleConfig(**PRESETS[preset].model | {"num_nextn_predict_layers": 0})
@@ -158,13 +160,13 @@ def cache_sizes() -> dict:
 
 
 def held_out(tokenizer, context: int, rows: int) -> list[list[int]]:
-    """Rows of ids from the built-in conversations, of those that training leaves out."""
+    """Return rows of ids from the built-in conversations that training leaves out."""
     _, aside = pack_split(load_source("chitchat"), tokenizer, context)
     return [aside[row]["input_ids"].tolist() for row in range(min(rows, len(aside)))]
 
 
 def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
-    """Tokens for each run of the main model, and the speed of drafting where it pays beside never drafting."""
+    """Measure tokens per forward of the main model, and the speed of drafting relative to no drafts."""
     model, tokenizer = open_checkpoint(folder)
     beginnings = [row[:64] for row in held_out(tokenizer, ROW, prompts)]
     engines = {"off": Engine(model, tokenizer, draft=0), "auto": Engine(model, tokenizer)}
@@ -176,14 +178,14 @@ def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
     turns = itertools.count()
 
     def draw() -> list[list[int]]:
-        """The next two dozen of the beginnings."""
+        """Return the next 24 beginnings."""
         return [beginnings[next(turns) % len(beginnings)] for _ in range(24)]
 
     contenders = {
         name: lambda some, engine=engine: [engine.generate([ids], **greedy) for ids in some]
         for name, engine in engines.items()
     }
-    seconds = timed_rounds(contenders, draw, 4 * rounds)["seconds"]  # short ones
+    seconds = timed_rounds(contenders, draw, 4 * rounds)["seconds"]  # these rounds are short
     depths = range(model.config.num_nextn_predict_layers)
     accepted = [[a.acceptance[depth] for a in answers if len(a.acceptance) > depth] for depth in depths]
     return {
@@ -196,7 +198,7 @@ def with_drafts(folder: Path, rounds: int, prompts: int) -> dict:
 
 @torch.inference_mode()
 def bits_per_byte(folder: Path, rows: int) -> dict:
-    """Of held-out text, by the decoder itself, with weights in 32, 16 and 8 bits."""
+    """Score held-out text with the decoder, with weights in 32, 16 and 8 bits."""
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)):
         model, tokenizer = open_checkpoint(folder, dtype)
@@ -205,7 +207,7 @@ def bits_per_byte(folder: Path, rows: int) -> dict:
         for row in held_out(tokenizer, ROW, rows):
             ids, cache = torch.tensor([row]), decoder.cache()
             cache.resize(1, len(row))
-            pieces = [  # short enough to be computed as steps are
+            pieces = [  # short enough to run as steps
                 decoder.head(decoder.run(piece, cache, decoder.place(cache, 0, [i * STEP], piece.shape[1])))
                 for i, piece in enumerate(ids.split(STEP, dim=1))
             ]
@@ -219,13 +221,13 @@ def bits_per_byte(folder: Path, rows: int) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", type=Path, help="a trained model with MTP modules, for the drafts")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (9)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (9)")
     parser.add_argument("--prompts", type=int, default=48, help="held-out beginnings to continue (48)")
     parser.add_argument("--long", type=int, default=32_768, help="MoBA's longer context (32768)")
     arguments = parser.parse_args(argv)
     tuned = tune_allocator()
     with torch.inference_mode():
-        result = beside_transformers(arguments.rounds)
+        result = against_transformers(arguments.rounds)
         result |= with_moba(arguments.rounds, arguments.long // 8, arguments.long)
     result |= cache_sizes()
     if arguments.checkpoint:

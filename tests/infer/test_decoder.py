@@ -1,4 +1,4 @@
-"""Inference's forward against the model's: the same hidden states, however tokens are cut and whatever lies beside."""
+"""The decoder compared with the model: the same hidden states, for any division of tokens and any other sequences."""
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ def tokens(*shape, seed=0):
 
 @pytest.fixture(autouse=True, params=["native", "pytorch", "pytorch, long"])
 def way(request, monkeypatch):
-    """How steps are run: compiled, or in PyTorch. There, at these lengths, they read everything or only the chosen
-    blocks, as it comes; "long" is the latter throughout.
+    """How steps run: compiled, or in PyTorch. In PyTorch they read all entries or only the chosen blocks, depending on
+    the length. "long" always reads the chosen blocks only.
     """
     if request.param == "native":
         if reason := build.unavailable_reason():
@@ -61,7 +61,7 @@ def _as_if_long(self, q, cache, placement, chooses):
 
 
 def run(decoder, ids, cuts, cache=None, slot=0, start=0):
-    """Hidden states (1, T, hidden) of ids (1, T), run in calls of those lengths."""
+    """Return hidden states (1, T, hidden) of ids (1, T), run in calls of these lengths."""
     cache, out, at = cache or decoder.cache(), [], 0
     cache.resize(max(cache.slots, slot + 1), max(cache.length, start + ids.shape[1]))
     for length in cuts:
@@ -79,9 +79,9 @@ def hidden_of(model, ids):
 @torch.inference_mode()
 def test_the_decoder_is_the_model(model, cuts, monkeypatch):
     ids = tokens(1, 45)
-    for many in (32, 2):  # the second: pieces of any length are expanded
+    for many in (32, 2):  # with 2, pieces of any length are expanded
         if many == 2 and model.config.moba_topk and any(n % 4 for n in cuts[:-1]):
-            continue  # pieces that are expanded begin with a block
+            continue  # expanded pieces must begin with a block
         monkeypatch.setattr(decoder_module, "EXPAND_FROM_TOKENS", many)
         torch.testing.assert_close(run(Decoder(model), ids, cuts), hidden_of(model, ids), atol=2e-5, rtol=1e-4)
 
@@ -93,7 +93,7 @@ def test_rows_of_different_lengths_do_not_see_each_other(model):
     cache.resize(4, 40)
     for tensor in (*cache.keys, *cache.values, *cache.means):
         if tensor is not None:
-            tensor.fill_(torch.nan if tensor.dim() == 0 else 50.0)  # what nobody wrote means nothing
+            tensor.fill_(torch.nan if tensor.dim() == 0 else 50.0)  # unwritten entries must not matter
     for slot, n in enumerate(lengths):
         run(decoder, ids[slot : slot + 1, :n], [n], cache, slot + 1)
     for step in range(3):
@@ -114,7 +114,7 @@ def test_a_rejected_draft_leaves_no_trace(model):
     at = 9
     while at < 24:
         wrong = tokens(1, 4, seed=at)
-        wrong[0, 0] = ids[0, at]  # then three guesses, of which none holds
+        wrong[0, 0] = ids[0, at]  # followed by three drafts that are all rejected
         got = decoder.run(wrong, cache, decoder.place(cache, 0, [at], 4))
         torch.testing.assert_close(got[0, 0], hidden_of(model, ids[:, : at + 1])[0, -1], atol=2e-5, rtol=1e-4)
         at += 1
@@ -152,7 +152,7 @@ def test_the_mtp_chain_is_the_models(model):
 
 @torch.inference_mode()
 def test_a_step_reads_only_the_chosen_blocks(tiny_model):
-    """However long the context: topk blocks of each of 3 heads. What is nowhere read may be anything."""
+    """A step reads topk blocks for each of 3 heads, however long the context. Other entries may hold anything."""
     decoder, ids = Decoder(tiny_model(**MOBA, num_hidden_layers=1)), tokens(1, 61)
     cache = decoder.cache()
     cache.resize(1, 64)
@@ -164,7 +164,7 @@ def test_a_step_reads_only_the_chosen_blocks(tiny_model):
         if run(decoder, ids[:, 60:], [1], cache, start=60).isnan().any():
             poisoned.append(block)
         cache.keys[0].copy_(before)
-    assert 2 <= len(poisoned) + 1 <= 3 * (2 - 1) + 1  # and its own block, the last, which has this token alone
+    assert 2 <= len(poisoned) + 1 <= 3 * (2 - 1) + 1  # and the last block, which holds only this token
 
 
 @torch.inference_mode()
@@ -233,21 +233,21 @@ def test_mutants_are_caught(tiny_model, monkeypatch, way):
         torch.testing.assert_close(run(Decoder(model), ids, cuts), hidden_of(model, ids), atol=2e-5, rtol=1e-4)
 
     check()
-    with monkeypatch.context() as patch:  # no block's mean is ever written
+    with monkeypatch.context() as patch:  # block means are never written
         patch.setattr(decoder_module.DecoderAttention, "_write_entries", _without_means)
         patch.setattr(decoder_module.DecoderAttention, "_over_all_entries", _as_if_long)
         caught(check)
-    with monkeypatch.context() as patch:  # a token rotated as if it were the first
+    with monkeypatch.context() as patch:  # every token is rotated as if it were the first
         right = decoder_module.rotation_table
         patch.setattr(decoder_module, "rotation_table", lambda c, p, d: right(c, p * 0, d))
         caught(check)
-    with monkeypatch.context() as patch:  # a step takes the full attention
+    with monkeypatch.context() as patch:  # a step takes full attention
         patch.setattr(decoder_module.DecoderAttention, "_over_chosen_blocks", _everything)
         patch.setattr(
             decoder_module.DecoderAttention, "_over_all_entries", lambda *args: _over_all_entries(*args[:-1], False)
         )
         caught(check)
-    with monkeypatch.context() as patch:  # the gate takes the worst
+    with monkeypatch.context() as patch:  # the gate takes the worst blocks
         right_choice = decoder_module.DecoderAttention._choose
         patch.setattr(decoder_module.DecoderAttention, "_choose", lambda self, gates, s: right_choice(self, -gates, s))
         caught(check)

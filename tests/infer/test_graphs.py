@@ -1,5 +1,7 @@
-"""Steps as CUDA graphs. On a CPU one is emulated: a tape of a run's operations, which knows of other runs only what the
-same tensors hold, and on which nothing may be read, or made from numbers that Python knows.
+"""Steps as CUDA graphs. On a CPU a tape of operations emulates a graph.
+
+Between replays only the contents of tensors may change. During capture nothing may be read back, and no tensor may be
+made from Python numbers.
 """
 
 import copy
@@ -24,15 +26,17 @@ has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVI
 
 
 class RefusesNumbers(TorchFunctionMode):
-    """Copies from Python's memory, which a graph cannot wait for."""
+    """Refuses tensors made from Python numbers, which a graph would repeat unchanged."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), "numbers of Python's on the tape"
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), (
+            "a tensor made from Python numbers is on the tape"
+        )
         return function(*args, **(kwargs or {}))
 
 
 class Tape(TorchDispatchMode):
-    """Operations in their order, with the tensors that they read and the ones that they wrote."""
+    """Records operations in order, with the tensors that they read and wrote."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +63,7 @@ def capture(function, pool):
 
 @pytest.fixture
 def taped(monkeypatch):
-    """`taped(model)`: its decoder as on a GPU, with tapes for graphs of which there are many."""
+    """`taped(model)` is the model's decoder as on a GPU, with tapes as graphs, captured at the first step."""
     monkeypatch.setattr(bindings, "supports", lambda weight: False)
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "MIN_CONTEXT_BOUND", 8)
@@ -84,7 +88,7 @@ def taped(monkeypatch):
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @torch.inference_mode()
 def test_steps_of_graphs_are_the_models(changes, tiny_model, taped):
-    """Three sequences of different lengths, and a slot beside them that rows are rounded up to."""
+    """Three sequences of different lengths, and one padding row."""
     model = tiny_model(num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes)
     decoder, lengths, cuts = taped(model), [2, 17, 9], [1, 3, 1, 2, 3, 3, 1, 1]
     ids = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -100,12 +104,12 @@ def test_steps_of_graphs_are_the_models(changes, tiny_model, taped):
         for i, n in enumerate(at):
             torch.testing.assert_close(got[i], want[i, n : n + cut], atol=2e-5, rtol=1e-4)
         at = [n + cut for n in at]
-    assert len(decoder.graphs._captured) < len(cuts), "some have served again"
+    assert len(decoder.graphs._captured) < len(cuts), "some graphs are replayed"
 
 
 def both(model, taped, draft, monkeypatch, **options):
-    """What the same requests come to by a decoder as it is, and by one with graphs."""
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)  # of the longest prompt, while the others are running
+    """Return what the same requests generate with a plain decoder and with one that has graphs."""
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)  # so that the longest prompt is prefilled while the others run
     depth = Drafting(len(model.model.mtp_modules), draft)
     return [run(Scheduler(decoder, 10**8, 8, depth), mixed(**options)) for decoder in (Decoder(model), taped(model))]
 
@@ -135,8 +139,8 @@ def test_few_sizes_serve_all():
 
 
 @torch.inference_mode()
-def test_no_expert_is_asked_for_where_rows_are_rounded_up(model, taped):
-    """85 rows of 3 tokens are few, and the 88 of a graph too many to go through all experts."""
+def test_no_expert_is_chosen_where_rows_are_rounded_up(model, taped):
+    """85 rows of 3 tokens are few enough to run all experts, but the 88 rows of a graph are too many."""
     decoder, plain = taped(model), Decoder(model)
     tokens = torch.arange(85 * 3).view(85, 3) % 61
     found = []
@@ -177,7 +181,7 @@ def test_a_cache_of_another_size_is_captured_anew(model, taped):
 
 def test_a_tape_that_knows_its_positions_is_caught(model, taped, monkeypatch):
     monkeypatch.setattr(graphs, "BufferedPlacement", lambda like, *_: like)
-    with pytest.raises(AssertionError, match=r"numbers of Python's"):
+    with pytest.raises(AssertionError, match=r"made from Python numbers"):
         both(model, taped, 0, monkeypatch)
 
 
@@ -191,8 +195,8 @@ def test_positions_that_stay_are_caught(model, taped, monkeypatch):
     assert got != want
 
 
-def test_rows_that_are_none_and_write_are_caught(model, taped, monkeypatch):
-    """At their slots' beginning, where a prompt that is being read has its entries."""
+def test_padding_rows_that_overwrite_entries_are_caught(model, taped, monkeypatch):
+    """They write to the beginning of their slots, where a prompt that is being prefilled has its entries."""
     right = graphs.CapturedStep._fill
 
     def fill(self, tensors, placement):

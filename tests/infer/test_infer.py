@@ -1,4 +1,4 @@
-"""The engine against transformers' own generation and against itself; streaming; conversations; the two commands."""
+"""The engine compared with transformers' generation and with itself; streaming; chat sessions; the two commands."""
 
 import builtins
 import io
@@ -41,12 +41,12 @@ def folder(small_checkpoint):
 
 
 def greedily(model, ids, **options):
-    """What `generate` of transformers adds to one row of ids."""
+    """Return the tokens that transformers' `generate` adds to one row of ids."""
     out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, **options)
     return out[0, len(ids) :].tolist()
 
 
-# The same tokens as other ways of getting them
+# The same tokens as other implementations
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -104,7 +104,7 @@ def test_the_seed_decides(engine):
     first, again, other = sampled(3), sampled(3), sampled(4)
     assert [c.token_ids for c in first] == [c.token_ids for c in again]
     assert first[0].token_ids != other[0].token_ids
-    assert first[0].token_ids != first[1].token_ids, "rows have generators of their own"
+    assert first[0].token_ids != first[1].token_ids, "each row has its own generator"
     assert sampled(None)[0].token_ids != sampled(None)[0].token_ids
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
 
@@ -125,7 +125,7 @@ def test_the_narrowest_choice_is_greedy(engine, options):
     [
         ({}, lambda p: p > 0),
         ({"top_k": 5}, lambda p: p >= p.sort().values[-5]),
-        ({"top_p": 0.6}, lambda p: p.cumsum(0).sub(p) < 0.6),  # p comes sorted, the likeliest first
+        ({"top_p": 0.6}, lambda p: p.cumsum(0).sub(p) < 0.6),  # p comes sorted, the most likely first
         ({"min_p": 0.2}, lambda p: p >= 0.2 * p.max()),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_bare_string_is_no_batch(engine):
 
 
 def pieces_of(tokenizer, ids, stop=()):
-    """Pieces that a stream gives for ids, and whether a stop string ended it."""
+    """Return the pieces of text for ids, and whether a stop string ended them."""
     stream, pieces = TextStream(TokenBytes(tokenizer), stop), []
     for id in ids:
         stopped = stream.push(id)
@@ -333,7 +333,7 @@ def test_a_stream_left_half_way_keeps_what_it_has(engine):
     assert 1 <= len(stream.completion().token_ids) < 25
 
 
-# ChatSessions
+# Chat sessions
 
 
 def test_a_conversation_remembers(engine):

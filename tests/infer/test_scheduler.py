@@ -1,4 +1,4 @@
-"""Continuous batching and drafts: what comes out is what would have come out alone and without them."""
+"""Continuous batching and drafts: a request generates what it would generate alone and without drafts."""
 
 import random
 
@@ -19,7 +19,7 @@ V = 61
 
 
 class Silent:
-    """In place of text."""
+    """Stands in for a TextStream."""
 
     text = ""
 
@@ -63,7 +63,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def certain(tiny_model):
-    """Of a model that holds every token equally likely, whatever the context, each guess holds."""
+    """A model to which all tokens are always equally likely, so that every draft is accepted."""
     model = tiny_model(max_position_embeddings=256, **MOBA)
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -91,7 +91,7 @@ def test_drafts_change_no_sample(options, model):
     assert all(other == without for other in others)
 
 
-def test_who_runs_beside_changes_nothing(model):
+def test_other_requests_in_the_batch_change_nothing(model):
     options = {"temperature": 1.0}
     together = run(scheduler_of(model, 2), mixed(**options))
     in_turns = run(scheduler_of(model, 2, sequences=1), mixed(**options))
@@ -131,7 +131,7 @@ def test_certain_guesses_save_forwards(certain):
     for options in ({}, {"temperature": 1.0}):
         (one,) = (ones := [request(tokens(5), tokens=31, **options)])
         run(scheduler_of(certain, 2), ones)
-        assert one.forwards == 11  # the prompt's gives one token, each of the others three
+        assert one.forwards == 11  # the prompt's forward gives one token, each of the others three
         assert one.drafted == one.accepted == [10, 10]
 
 
@@ -187,14 +187,14 @@ SMALL, DRAWN = 7, 3000
 
 
 def chi_square(tiny_model, draft) -> float:
-    """How unlikely pairs of sampled tokens would be, were they of the model's own distribution: chi-square over its
-    degrees of freedom, about 1.
+    """Return the chi-square of pairs of sampled tokens against the model's own distribution, divided by its degrees of
+    freedom. It is about 1 if they agree.
     """
     model = tiny_model(vocab_size=SMALL, num_nextn_predict_layers=2, max_position_embeddings=64)
     to, prompt = scheduler_of(model, draft, sequences=250), [1, 2, 3, 4]
     ones = [request(prompt, tokens=4, seed=i, vocabulary=SMALL, temperature=1.0) for i in range(DRAWN)]
     run(to, ones)
-    # The second and third token: both can come from a guess.
+    # The second and the third token can both come from a draft.
     seen = torch.zeros(SMALL, SMALL)
     for one in ones:
         seen[one.token_ids[1], one.token_ids[2]] += 1
@@ -216,7 +216,7 @@ def test_sampling_with_drafts_keeps_the_distribution(tiny_model):
 
 
 def test_mutant_guesses_that_are_believed(tiny_model, monkeypatch):
-    """Taking a guess for the model's own choice, the classical mistake."""
+    """A plausible bug: a draft is taken for the model's own choice."""
     right = scheduler.choose
 
     def believing(logits, rows, ahead=0):
@@ -230,7 +230,7 @@ def test_mutant_guesses_that_are_believed(tiny_model, monkeypatch):
 
 
 def test_mutant_noise_that_is_used_twice(tiny_model, monkeypatch):
-    """A draw whose noise is that of the token before depends on it."""
+    """A draw with the previous token's noise depends on that token."""
     right, kept = Noise.of, {}
     monkeypatch.setattr(sampling.Noise, "of", lambda self, n: kept.setdefault(id(self), right(self, n)))
     assert chi_square(tiny_model, draft=2) > 1.6
@@ -240,7 +240,7 @@ def test_mutant_noise_that_is_used_twice(tiny_model, monkeypatch):
 
 
 def settled(seconds, held, modules=2, cycles=200):
-    """The depth chosen most once cycles take seconds[depth] and `held` of the guesses hold."""
+    """Return the depth that is chosen most if cycles take seconds[depth] and `held` of the drafts are accepted."""
     drafting, chosen = Drafting(modules), []
     for _ in range(cycles):
         depth = drafting.depth(1)
@@ -260,7 +260,7 @@ def test_drafting_goes_as_deep_as_pays():
 
 
 def simulated(seconds, acceptance, cycles, hiccups=()):
-    """The depths that are chosen if cycles take seconds[depth], and the tokens per second relative to no drafts.
+    """Return the depths that are chosen if cycles take seconds[depth], and the tokens per second relative to no drafts.
 
     In a hiccup the machine takes three times as long.
     """

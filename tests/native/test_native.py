@@ -1,4 +1,4 @@
-"""Steps in C++ compared with their naive twin in PyTorch; tests/infer/test_decoder.py compares both with the model."""
+"""Steps in C++ compared with their plain twin in PyTorch. tests/infer/test_decoder.py compares both with the model."""
 
 import copy
 import ctypes
@@ -14,7 +14,7 @@ from moonwhale.native import bindings, build
 from moonwhale.native.packed_linear import PackedLinear
 from moonwhale.native.structures import STRUCTURES
 
-SHAPES = {  # wide enough for whole vectors and for what is left behind them
+SHAPES = {  # widths of several whole vectors and a rest
     "hidden_size": 48,
     "num_attention_heads": 5,
     "q_lora_rank": 40,
@@ -46,7 +46,7 @@ def tokens(*shape, seed=0):
 
 
 def read(decoder, rows=1):
-    """A cache with a prompt in each of some slots."""
+    """Return a cache with a prompt in each of `rows` slots."""
     cache = decoder.cache()
     cache.resize(rows, PROMPT + 16)
     for i in range(rows):
@@ -55,7 +55,7 @@ def read(decoder, rows=1):
 
 
 def steps(decoder, cache, lengths=(1, 2, 3, 1)):
-    """Hidden states of spans after the prompt, and all that is in the cache then."""
+    """Return hidden states of steps of these lengths after the prompt, and the cache's tensors after them."""
     at, out = PROMPT, []
     for n in lengths:
         out.append(decoder.run(tokens(1, n, seed=at), cache, decoder.place(cache, 0, [at], n)))
@@ -83,7 +83,7 @@ def test_steps_are_those_of_pytorch(model, monkeypatch, int8):
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 @torch.inference_mode()
 def test_steps_with_fewer_bits_are_nearer_to_exact_ones_than_pytorchs(model, monkeypatch, int8):
-    """Exact: the same weights, bf16 as they are, and everything else in fp32."""
+    """Exact steps use the same bf16 weights, with everything else in fp32."""
     model = model.to(torch.bfloat16)
     compiled, naive = Decoder(model, int8=int8), in_pytorch(model, monkeypatch, int8=int8)
     exact = in_pytorch(copy.deepcopy(model).float(), monkeypatch, int8=int8)
@@ -100,8 +100,8 @@ def test_steps_with_fewer_bits_are_nearer_to_exact_ones_than_pytorchs(model, mon
 
 
 @torch.inference_mode()
-def test_a_token_is_the_same_to_the_last_bit_whatever_is_beside_it(model):
-    """Threads, other sequences, tokens verified with it: none of it shows."""
+def test_a_token_is_the_same_to_the_last_bit_in_any_batch(model):
+    """The number of threads, other sequences and other tokens of the same sequence change nothing."""
     decoder = Decoder(model.to(torch.bfloat16))
     cache, threads = read(decoder, rows=5), torch.get_num_threads()
     new = torch.cat([tokens(1, 3, seed=10 + i) for i in range(5)])
@@ -152,7 +152,7 @@ def test_a_compiler_that_fails_says_why(tmp_path):
 
 
 def compiled_from(sources, folder, monkeypatch, machine=None):
-    """Has decoders use steps built of other sources or for another machine, in little time."""
+    """Let decoders use steps compiled from other sources or for another machine, with fewer optimizations."""
     flags = ["-O1" if flag == "-O3" else flag for flag in build.FLAGS if not machine or not flag.startswith("-m")]
     monkeypatch.setattr(build, "FLAGS", flags + (machine or []))
     build.compile_steps("c++", sources, folder)
@@ -162,7 +162,7 @@ def compiled_from(sources, folder, monkeypatch, machine=None):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86-64's vectors")
-@pytest.mark.parametrize("machine", [["-mavx2", "-mfma"], ["-march=x86-64"]], ids=["AVX2", "no vectors of ours"])
+@pytest.mark.parametrize("machine", [["-mavx2", "-mfma"], ["-march=x86-64"]], ids=["AVX2", "no intrinsics"])
 @torch.inference_mode()
 def test_other_machines_vectors(model, monkeypatch, tmp_path, machine):
     for dtype in (torch.float32, torch.bfloat16):
@@ -176,13 +176,17 @@ def test_other_machines_vectors(model, monkeypatch, tmp_path, machine):
 
 
 MUTANTS = {
-    "the gate takes the worst": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
-    "no block's mean is ever written": ("attention.h", "if (cache.means) average(keys);", ""),
-    "a step takes the full attention": ("attention.h", "return w.topk && position", "return false && position"),
-    "a token rotated as if it were the first": ("attention.h", "p.cos + position * half", "p.cos + 0 * half"),
-    "pieces added as if their scales were one": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
-    "a gate without its bias": ("experts.h", "scores[i] + w.bias[i] > scores[j] + w.bias[j]", "scores[i] > scores[j]"),
-    "the last few numbers of a sum are lost": ("products.h", "sum(total[o][r]) + rest", "sum(total[o][r])"),
+    "the gate takes the worst blocks": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
+    "block means are never written": ("attention.h", "if (cache.means) average(keys);", ""),
+    "a step takes full attention": ("attention.h", "return w.topk && position", "return false && position"),
+    "every token is rotated as if it were the first": ("attention.h", "p.cos + position * half", "p.cos + 0 * half"),
+    "pieces are merged without their scales": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
+    "experts are chosen without the bias": (
+        "experts.h",
+        "scores[i] + w.bias[i] > scores[j] + w.bias[j]",
+        "scores[i] > scores[j]",
+    ),
+    "the rest after whole vectors is lost": ("products.h", "sum(total[o][r]) + rest", "sum(total[o][r])"),
 }
 
 

@@ -96,7 +96,7 @@ class Engine:
         memory: int | None = None,
         sequences: int = 64,
     ):
-        """Prepare a model in evaluation mode.
+        """Lay out a model's weights for inference.
 
         Args:
             int8: store the weights in 8 bits.
