@@ -1,4 +1,8 @@
-"""What the benchmarks share: timing that notices a busy machine, where they ran, and the files of their results."""
+"""Shared parts of the benchmarks: timing that notices a busy machine, the environment, result files and pictures.
+
+Each benchmark answers one question. Its last line of output is one JSON object, which is also written to
+results/NAME.json, with `environment` (the machine and the versions) among its keys.
+"""
 
 import argparse
 import json
@@ -7,7 +11,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,27 +25,30 @@ from transformers import DeepseekV3Config
 from moonwhale.model import MoonwhaleConfig
 
 ROOT = Path(__file__).parent.parent
-QUIET = 0.1  # cores that other processes may use in a round that counts
+QUIET = 0.1  # cores that other processes may use during a valid round
 
 
 def options(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the option that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the result goes")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result")
     return parser
 
 
 def timed_rounds(
     contenders: dict[str, Callable], draw: Callable[[], object], rounds: int, limit: int | None = None
 ) -> dict:
-    """Times `contender(draw())`: every round draws once and runs all contenders in turn, forwards and backwards by
-    turns.
+    """Times `contender(draw())`. Each round draws once and runs all contenders, in alternating order.
 
-    A round counts if other processes used at most 0.1 of a core meanwhile; else it is repeated, up to `limit` rounds in
-    all (three times `rounds`). Where even that finds too few quiet ones, the quietest count, and `busiest` shows it.
+    A round is valid if other processes used at most 0.1 of a core during it. An invalid round is repeated, up to
+    `limit` rounds in total (by default three times `rounds`). If there are too few valid rounds even then, the quietest
+    ones are used, which `busiest` shows.
 
     Returns:
-        seconds: the median of each contender; rounds: how many count; discarded: how many do not; busiest: cores that
-        others used in the worst round that counts.
+        seconds: the median of each contender.
+        rounds: the number of rounds used.
+        discarded: the number of rounds not used.
+        busiest: the most cores that other processes used during a round that is used.
     """
     seen, given = [], draw()
     for contender in contenders.values():  # the first run allocates and compiles
@@ -52,11 +60,11 @@ def timed_rounds(
             start = time.perf_counter()
             contenders[name](given)
             seconds[name] = time.perf_counter() - start
-        wall, own, everybody = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
-        seen.append((max(0.0, everybody - own) / wall, seconds))
+        wall, own, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
+        seen.append((max(0.0, total - own) / wall, seconds))
     kept = sorted(seen, key=lambda round: round[0])[:rounds]
     discarded = len(seen) - len(kept)
-    print(f"{len(kept)} rounds count, {discarded} discarded for what others did meanwhile", file=sys.stderr)
+    print(f"{len(kept)} rounds used, {discarded} discarded because of other processes", file=sys.stderr)
     return {
         "seconds": {name: median(seconds[name] for _, seconds in kept) for name in contenders},
         "rounds": len(kept),
@@ -66,21 +74,21 @@ def timed_rounds(
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
-    """Now: the clock, processor time of this process, and of everybody (what the hypervisor took away included)."""
+    """Returns the clock, and the processor time of this process and of all processes, stolen time included."""
     own, all_ = psutil.Process().cpu_times(), psutil.cpu_times()._asdict()
     counted_twice = ("guest", "guest_nice")  # already in user and nice
-    everybody = sum(spent for name, spent in all_.items() if name not in ("idle", "iowait", *counted_twice))
-    return time.perf_counter(), own.user + own.system, everybody
+    total = sum(spent for name, spent in all_.items() if name not in ("idle", "iowait", *counted_twice))
+    return time.perf_counter(), own.user + own.system, total
 
 
 def deepseek_config(ours: MoonwhaleConfig, **changes) -> DeepseekV3Config:
-    """transformers' configuration of the same dimensions."""
+    """Returns transformers' configuration with the same dimensions."""
     names = {f.name for f in fields(DeepseekV3Config)} & {f.name for f in fields(MoonwhaleConfig)}
     return DeepseekV3Config(**{name: getattr(ours, name) for name in names} | changes)
 
 
 def environment(dtype: str, allocator_tuned: bool) -> dict:
-    """Where a figure comes from."""
+    """Describes the machine and the versions behind a figure."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -102,7 +110,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit checked out, "+" if its sources were changed since; None outside of git."""
+    """Returns the commit checked out, with "+" if sources have changed since, or None outside of git."""
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
         changed = subprocess.call(["git", "diff", "--quiet", "HEAD", "--", "src", "benchmarks/*.py"], cwd=ROOT)
@@ -112,10 +120,29 @@ def _commit() -> str | None:
 
 
 def write(folder: Path, name: str, result: dict, **curves) -> None:
-    """Writes folder/name.json, a line for each key, and prints the result as one line, without the curves."""
+    """Writes folder/name.json, one line per key, and prints the result without the curves as one line."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in (result | curves).items()]
     unfinished = folder / f".{name}.json"
     unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     os.replace(unfinished, folder / f"{name}.json")
     print(json.dumps(result))
+
+
+@contextmanager
+def picture(path: Path, rows: int = 1, columns: int = 1, **figure_options) -> Iterator[tuple]:
+    """Yields a new figure and its axes, and writes the figure to the SVG file `path` at the end.
+
+    Equal contents give equal bytes: the file has no date and no random ids.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(rows, columns, layout="constrained", **figure_options)
+        yield figure, axes
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)

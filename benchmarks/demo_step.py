@@ -1,11 +1,18 @@
-"""Is a training step of the demo model at least 1.3 times as fast as that of transformers' DeepseekV3 of its shapes?
+"""Is a training step of the demo model at least 1.3 times as fast as one of transformers' DeepseekV3 with its shapes?
 
     python benchmarks/demo_step.py
 
-Forward and backward with labels, MTP off on both sides, since transformers trains none. Ours attends as the preset
-says (MoBA) and fully; theirs with sdpa and with each of its experts that can train here. With full attention both hold
-the same weights, and their losses are compared before anything is timed. Every round has tokens of its own: the numbers
-of tokens an expert gets then vary as in training, and kernels that are compiled for a shape pay for it.
+A step is a forward and backward pass with labels. MTP is off on both sides, since transformers does not train it. Our
+model runs with MoBA, as in the preset, and with full attention. transformers runs with sdpa and each of its experts
+implementations that can train on a CPU. All models have the same weights. With full attention, the losses of both sides
+must agree before anything is timed. Each round has new tokens, so the number of tokens per expert varies as in
+training, and kernels that are compiled for one shape pay for it.
+
+Keys of the answer (results/demo_step.json), for DTYPE fp32 and bf16 (autocast):
+    vs_transformers_DTYPE: tokens/s with MoBA, divided by those of the fastest transformers contender.
+    full_attention_vs_transformers_DTYPE: the same with full attention.
+    DTYPE: tokens_per_second of each contender, and the rounds used, discarded and busiest (see common.timed_rounds).
+    rows, context: rows of a batch, tokens per row.
 """
 
 import torch
@@ -21,7 +28,7 @@ EXPERTS = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for e
 
 
 def models() -> dict[str, torch.nn.Module]:
-    """The contenders, on weights of one seed."""
+    """Builds the contenders with the same weights."""
     torch.manual_seed(0)
     shapes = PRESETS["demo"].model | {"num_nextn_predict_layers": 0}
     full = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes | {"moba_topk": 0}))
@@ -37,7 +44,7 @@ def models() -> dict[str, torch.nn.Module]:
 
 
 def check_same(contenders: dict[str, torch.nn.Module], tokens: torch.Tensor) -> None:
-    """All but MoBA's must compute one function, so that only speed differs."""
+    """Checks that all models with full attention compute the same loss, so that only their speed differs."""
     ours = contenders["moonwhale, full attention"](tokens, labels=tokens).losses[0]
     for name, model in contenders.items():
         if name.startswith("transformers"):
@@ -56,8 +63,8 @@ def step(model: torch.nn.Module, dtype: torch.dtype):
 
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="rounds that count, for each dtype (15)")
-    parser.add_argument("--rows", type=int, help="rows of a batch (the preset's batch size)")
+    parser.add_argument("--rounds", type=int, default=15, help="valid rounds per dtype (15)")
+    parser.add_argument("--rows", type=int, help="rows per batch (the preset's batch size)")
     arguments = parser.parse_args(argv)
     context, rows = PRESETS["demo"].train["context"], arguments.rows or PRESETS["demo"].train["batch_size"]
 

@@ -1,6 +1,6 @@
-"""A plain dense GPT-2-shaped language model, the baseline of the benchmarks: nothing in it is Moonwhale's.
+"""A dense language model with GPT-2's architecture, the baseline of the benchmarks. It uses no moonwhale code.
 
-Learned positions, LayerNorm without bias before each sublayer, multi-head attention through torch's fused kernel, a
+It has learned positions, LayerNorm without bias before each sublayer, multi-head attention with torch's fused kernel, a
 GELU MLP, and an output head tied to the token embedding.
 """
 
@@ -31,7 +31,7 @@ class _Block(nn.Module):
 
 
 class DenseLM(nn.Module):
-    """`layers` blocks of `width` with `heads` attention heads and an MLP of width `inner`, over `context` positions."""
+    """A model of `layers` blocks with `heads` attention heads, an MLP of width `inner`, and `context` positions."""
 
     def __init__(self, vocab_size: int, layers: int, width: int, heads: int, inner: int, context: int):
         assert width % heads == 0, f"{heads} heads do not divide a width of {width}"
@@ -43,14 +43,14 @@ class DenseLM(nn.Module):
         self._initialize(layers)
 
     def _initialize(self, layers: int) -> None:
-        """GPT-2's: normal of 0.02, less where 2 * `layers` sublayers add to the residual stream."""
+        """Initializes as GPT-2: normal with σ 0.02, smaller for the 2 * `layers` outputs into the residual stream."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_residual else 0.02)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of `tokens` (B, T), 0-d, in nats; position i predicts `labels`[:, i + 1], but not a -100."""
+        """Returns the mean loss in nats. Position i of `tokens` (B, T) predicts labels[:, i + 1] unless it is -100."""
         hidden = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             hidden = block(hidden)
@@ -59,7 +59,7 @@ class DenseLM(nn.Module):
 
 
 def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """`model`'s parameters as two groups for torch.optim.AdamW: matrices decay, norms' gains do not."""
+    """Splits the parameters into two groups for torch.optim.AdamW: matrices with weight decay, norms without."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -68,7 +68,7 @@ def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def cosine_decay(progress: float, warmup: float, floor: float) -> float:
-    """Share of the peak rate: a linear rise in the first `warmup`, and a cosine's fall to `floor` in the rest."""
+    """Returns the share of the peak learning rate: linear warm-up, then a cosine decay to `floor`."""
     if progress < warmup:
         return progress / warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2

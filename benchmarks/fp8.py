@@ -1,13 +1,23 @@
-"""Does training in DeepSeek-V3's FP8, emulated, end at bf16's loss? And what does an outlier do to other scales?
+"""Does training in DeepSeek-V3's FP8, emulated, reach bf16's loss? How much does an outlier cost with other scales?
 
     python benchmarks/fp8.py TEXT
 
-One model learns the same rows of TEXT from the same weights, in bf16 and with its linear layers and experts in FP8 by
-tiles. The paper's claim (§3.3) is a loss within 0.25 % of bf16's. The last 5 % of the text are held out.
+The same model learns the same rows of TEXT from the same weights, in bf16 and with its linear layers and experts in FP8
+with tiles. The paper claims a loss within 0.25 % of bf16's (§3.3). The last 5 % of the text are held out.
 
-Then the beginning of the same run with an outlier: one feature that enters each product is 2^16 times as large, and its
-weights that much smaller, which changes nothing in exact arithmetic, and not a bit in bf16. By tiles it costs its
-neighbours their precision; the mutant, with one scale for a tensor, loses it everywhere. Draws docs/fp8.svg too.
+Then the first steps of the run are repeated with an outlier: one input feature of each product is 2^16 times as large,
+and its weights are smaller by the same factor. This changes nothing in exact arithmetic, and no bit in bf16. With
+tiles, the outlier costs only its neighbours their precision. With one scale per tensor, as in the mutant, it costs all
+others. The script also draws docs/fp8.svg.
+
+Keys of the answer (results/fp8.json), losses in nats per token:
+    relative_loss_error: the larger absolute value of relative_training_error and relative_held_out_error, which are the
+        differences of FP8's training and held-out loss from bf16's, divided by bf16's.
+    final_loss, held_out_loss: of "bf16" and "tiles"; the final loss is the mean training loss of the last fifth.
+    outlier, outlier_steps, outlier_loss: the factor, the steps, and the final loss in bf16 (without an outlier), with
+        tiles and with one scale per tensor.
+    steps, seconds, seed, text, model: optimizer steps, duration of each run, seed, name of the text, shapes.
+    curves: the training loss of each step of each run.
 """
 
 import sys
@@ -17,12 +27,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from common import ROOT, environment, options, write
+from common import ROOT, environment, options, picture, write
 from moonwhale import fp8
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
@@ -53,10 +61,10 @@ MODEL = {
 }
 RATE, WARMUP, DECAY, NORM, ROWS = 6e-3, 0.03, 0.5, 1.0, 4
 OUTLIER = 2**16
-LAST = 0.2  # part of a run whose mean training loss is its final one
+LAST = 0.2  # share of a run whose mean training loss is its final loss
 HELD_OUT_ROWS = 128
-SMOOTHED = 10  # steps of a point in the picture
-STYLES = {  # colour, and what the picture calls it
+SMOOTHED = 10  # steps per point of the picture
+STYLES = {  # colour, and label in the picture
     "bf16": ("#d97706", "bf16"),
     "tiles": ("#2563eb", "FP8 by tiles, as DeepSeek-V3"),
     "outlier, tiles": ("#60a5fa", "the same with an outlier"),
@@ -66,7 +74,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def with_outlier(product: Product) -> Product:
-    """The same product, the first feature of whose `x` is an outlier."""
+    """Wraps a product so that the first feature of `x` is an outlier; the exact result stays the same."""
 
     def spoiled(x: Tensor, weight: Tensor, ends: Tensor | None = None) -> Tensor:
         factor = x.new_ones(x.shape[-1])
@@ -77,7 +85,7 @@ def with_outlier(product: Product) -> Product:
 
 
 def build(which: str, seed: int) -> MoonwhaleForCausalLM:
-    """The model of a run; all runs of a seed begin with the same weights."""
+    """Builds the model of a run. All runs with the same seed start from the same weights."""
     torch.manual_seed(seed)
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**MODEL))
     if which != "bf16":
@@ -90,13 +98,13 @@ def build(which: str, seed: int) -> MoonwhaleForCausalLM:
 
 
 def one_scale() -> patch:
-    """The mutant: every tile is the whole matrix."""
+    """Patches in the mutant: every tile is the whole matrix."""
     quantise = fp8.quantise
     return patch.object(fp8, "quantise", lambda x, rows, columns: quantise(x, *x.shape[-2:]))
 
 
 def train(data: Data, which: str, steps: int, stop: int, seed: int = 0) -> dict:
-    """The first `stop` steps of a run of `steps`: the training loss of each, the held-out one, and the seconds."""
+    """Runs the first `stop` steps of a schedule of `steps`; returns their losses, the held-out loss and the seconds."""
     model = build(which, seed).train()
     optimizer = MuonClip(param_groups(model, lr=RATE))
     attach_hooks(optimizer, model)
@@ -122,26 +130,26 @@ def train(data: Data, which: str, steps: int, stop: int, seed: int = 0) -> dict:
 
 @torch.no_grad()
 def score(model: MoonwhaleForCausalLM, rows: Tensor) -> float:
-    """Mean loss of rows (n, CONTEXT) in nats per token."""
+    """Returns the mean loss of rows (n, CONTEXT) in nats per token."""
     with torch.autocast("cpu", torch.bfloat16):
         parts = [model(part, labels=part, logits_to_keep=1).losses[0].item() * len(part) for part in rows.split(16)]
     return sum(parts) / len(rows)
 
 
 def final(losses: list[float]) -> float:
-    """The mean of the last of some training losses."""
+    """Returns the mean of the last training losses."""
     last = losses[-max(1, round(LAST * len(losses))) :]
     return round(sum(last) / len(last), 4)
 
 
 def summary(runs: dict[str, dict]) -> dict:
-    """What the runs say, losses in nats per token. Errors are those of FP8 beside bf16, as parts of bf16's loss."""
+    """Returns the answer's figures. Losses are in nats per token, errors relative to bf16's loss."""
     plain, tiles = runs["bf16"], runs["tiles"]
     stop = len(runs["outlier, tiles"]["losses"])
     training = final(tiles["losses"]) / final(plain["losses"]) - 1
     held_out = tiles["held_out"] / plain["held_out"] - 1
     return {
-        "relative_loss_error": round(max(abs(training), abs(held_out)), 5),  # the worse of the two
+        "relative_loss_error": round(max(abs(training), abs(held_out)), 5),
         "steps": len(plain["losses"]),
         "relative_training_error": round(training, 5),
         "relative_held_out_error": round(held_out, 5),
@@ -156,10 +164,8 @@ def summary(runs: dict[str, dict]) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Training losses of the whole runs, and of those with an outlier beside them."""
-    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2), layout="constrained")
+    """Draws the training losses of the whole runs, and of the runs with an outlier next to them."""
+    with picture(path, 1, 2, figsize=(10, 4), width_ratios=(3, 2)) as (_, axes):
         stop = result["outlier_steps"]
         for name, (colour, label) in STYLES.items():
             losses = torch.tensor(result["curves"][name])
@@ -172,27 +178,24 @@ def draw(result: dict, path: Path) -> None:
             ax.set(xlabel="optimizer step", ylabel="training loss, nats per token")
             ax.grid(alpha=0.25)
             ax.legend(frameon=False, fontsize=8)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def _smoothed(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps, and the mean loss of the SMOOTHED before each."""
+    """Returns steps, and the mean loss of the SMOOTHED steps up to each."""
     means = losses.unfold(0, SMOOTHED, SMOOTHED).mean(-1)
     return SMOOTHED * torch.arange(1, len(means) + 1), means
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("text", metavar="TEXT", help="what to learn: .txt or .txt.xz, its paragraphs are documents")
+    parser.add_argument("text", metavar="TEXT", help="training text, .txt or .txt.xz; its paragraphs are documents")
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps in bf16 and in FP8 (500)")
-    parser.add_argument("--outlier-steps", type=int, default=100, help="the first of them, with an outlier (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the rows (0)")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "fp8.svg", help="where the picture goes")
+    parser.add_argument("--outlier-steps", type=int, default=100, help="steps with an outlier (100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the rows (0)")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "fp8.svg", help="file of the picture")
     arguments = parser.parse_args(argv)
     if not SMOOTHED <= arguments.outlier_steps <= arguments.steps:
-        parser.error(f"--outlier-steps: give {SMOOTHED} to {arguments.steps}, as many as --steps at most")
-    matplotlib.use("Agg")
+        parser.error(f"--outlier-steps: give {SMOOTHED} to {arguments.steps}, at most as many as --steps")
 
     allocator_tuned = tune_allocator()
     try:

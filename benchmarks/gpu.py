@@ -1,12 +1,24 @@
-"""How fast are training, MoBA and decoding on one NVIDIA GPU, beside transformers, nanochat and SDPA's flash kernel?
+"""How fast are training, MoBA and decoding on one NVIDIA GPU, compared with transformers, nanochat and flash attention?
 
     python benchmarks/gpu.py [--only mfu,moba,...] [--nanochat FOLDER]
 
-Parts are run one after another and written as they come, so that what a machine's time did not suffice for can follow
-with --only. A training step is forward and backward of the seed's shapes with labels, under bf16 autocast, each model
-compiled; the fastest way counts where transformers has several. MoBA is `attention` as the model calls it, its gate and
-the largest logits of QK-clip included; it has to give what a dense mask gives before it is timed. Decoding is greedy
-steps of one sequence and of 64 after prompts of the context's length.
+The parts run one after another, and each result is written at once. Parts for which there was no time can follow later
+with --only. A training step is a forward and backward pass with labels, with the seed model's shapes, under bf16
+autocast, and compiled. If transformers has several implementations, the fastest one is compared. MoBA is `attention`
+as the model calls it, including its gate and QK-clip's largest logits. Its result must equal that of a dense mask
+before it is timed. Decoding is greedy steps of one sequence and of 64 after prompts of the context's length.
+
+Keys of the answer (results/gpu.json):
+    mfu: FLOP/s of a training step with MTP divided by the GPU's peak in bf16 (tokens_per_second_with_mtp,
+        peak_gigabytes_with_mtp).
+    vs_transformers, vs_nanochat: tokens/s without MTP divided by the other's (tokens_per_second, peak_gigabytes,
+        active_parameters).
+    max_logit_share: the extra time of a step for finding the largest logits, as a share (max_logit_seconds).
+    moba_8k, moba_32k, moba_128k: seconds of flash attention divided by those of MoBA, forward and backward, for the
+        slower of two settings (`moba` has both). moba_error: the largest relative difference from a dense mask.
+    fp8_vs_bf16: seconds of a step of `large` in bf16 divided by those in FP8 (fp8_seconds, why_no_fp8).
+    decode_1, decode_64: milliseconds of transformers divided by ours with CUDA graphs (decode_milliseconds, per step).
+    gpu, rows, context: the GPU's name and the batch. failed: the error of each part that failed.
 """
 
 import json
@@ -37,13 +49,16 @@ from moonwhale.train.pretrain import compile_blocks
 from train import EXPERTS, active, build
 
 BF16 = torch.bfloat16
-SETTINGS = {"128_top8": (128, 8), "512_top3": (512, 3)}  # keys of a block, blocks
+SETTINGS = {"128_top8": (128, 8), "512_top3": (512, 3)}  # keys per block, blocks per query
 LENGTHS = {"8k": 8192, "32k": 32_768, "128k": 131_072}
-HEADS, KEY_WIDTH, VALUE_WIDTH = 12, 96, 64  # the seed's
+HEADS, KEY_WIDTH, VALUE_WIDTH = 12, 96, 64  # those of the seed model
 
 
 class Bench:
-    """Where and how long: `rows` of `context` tokens a step, the median of `rounds` after a few to warm up."""
+    """Times functions on a device: the median of `rounds` calls after three warm-up calls.
+
+    A training step has `rows` rows of `context` tokens.
+    """
 
     def __init__(self, device: torch.device, rows: int = 16, context: int = 1024, rounds: int = 10):
         self.device, self.rows, self.context, self.rounds = device, rows, context, rounds
@@ -51,19 +66,19 @@ class Bench:
     def seconds(self, function: Callable[[], object]) -> float:
         taken = []
         for _ in range(self.rounds + 3):
-            self._wait()
+            self._synchronize()
             start = time.perf_counter()
             function()
-            self._wait()
+            self._synchronize()
             taken.append(time.perf_counter() - start)
         return median(taken[3:])
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
     def training(self, model: nn.Module, rows: int, context: int) -> tuple[float, float]:
-        """Seconds of a step, and gigabytes of memory at its peak, weights and gradients included."""
+        """Returns the seconds of a step and its peak memory in gigabytes, weights and gradients included."""
         tokens = torch.randint(model.config.vocab_size, (rows, context), device=self.device)
 
         def step() -> None:
@@ -72,7 +87,7 @@ class Bench:
             out.loss.backward()
             model.zero_grad(set_to_none=True)
 
-        torch._dynamo.reset()  # a few models' graphs are as many as it keeps
+        torch._dynamo.reset()  # it keeps the graphs of only a few models
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         seconds = self.seconds(step)
@@ -87,7 +102,7 @@ class Bench:
 
 
 def mfu(bench: Bench, _) -> dict:
-    """The whole seed model, its MTP modules included: its share of the peak by active FLOPs."""
+    """Measures the whole seed model with its MTP modules, as a share of the GPU's peak FLOP/s."""
     shapes = PRESETS["seed_190m"].model
     seconds, peak = bench.training(bench.ours("moonwhale with MTP", shapes, bench.context), bench.rows, bench.context)
     speed = bench.rows * bench.context / seconds
@@ -101,7 +116,7 @@ def mfu(bench: Bench, _) -> dict:
 
 
 def peers(bench: Bench, nanochat: Path | None) -> dict:
-    """Tokens a second of ours without MTP modules, which no peer has, over each peer's."""
+    """Compares the tokens/s of our model with those of each peer. MTP is off, since no peer has it."""
     shapes, context, speeds, peaks = PRESETS["seed_190m"].model, bench.context, {}, {}
 
     def measure(name: str, model: nn.Module) -> None:
@@ -119,7 +134,7 @@ def peers(bench: Bench, nanochat: Path | None) -> dict:
                 if compiled and bench.device.type == "cuda":
                     model.compile()
                 measure(name, model)
-            except RuntimeError as error:  # a peer that can't is left out, by name
+            except RuntimeError as error:  # leave out a peer that cannot run, and report it
                 speeds[name] = None
                 print(f"{name}: left out, {str(error).splitlines()[0]}", file=sys.stderr)
     if nanochat:
@@ -135,8 +150,10 @@ def peers(bench: Bench, nanochat: Path | None) -> dict:
 
 
 class Nanochat(nn.Module):
-    """The model in a checkout of nanochat, compiled, as wide and as deep as ours: a layer's parameters are 12 times the
-    square of its width, at the seed's width as many as are active in a block of ours.
+    """The model in a checkout of nanochat, compiled, with the width and the depth of ours.
+
+    A layer has 12 times the square of its width parameters. At the seed model's width, this is the number of active
+    parameters in one of our blocks.
     """
 
     def __init__(self, folder: Path, shapes: dict, context: int, device: torch.device):
@@ -160,7 +177,7 @@ class Nanochat(nn.Module):
 
 
 def max_logits(bench: Bench, _) -> dict:
-    """What finding the largest logits costs: a step with them over one without."""
+    """Measures the cost of finding the largest logits: a step with them, divided by one without."""
     shapes, right = PRESETS["seed_190m"].model, flex._flex
 
     def without(q, k, v, scale, mask):
@@ -180,7 +197,7 @@ def max_logits(bench: Bench, _) -> dict:
 
 
 def moba(bench: Bench, _) -> dict:
-    """MoBA's forward and backward against SDPA's flash kernel, at both settings; the slower of the two is the key."""
+    """Compares MoBA's forward and backward pass with SDPA's flash kernel at both settings; the slower one counts."""
     scale, result, table = KEY_WIDTH**-0.5, {}, {}
     result["moba_error"] = max(error(bench, *setting, scale) for setting in SETTINGS.values())
     for case, length in LENGTHS.items():
@@ -208,20 +225,23 @@ def moba(bench: Bench, _) -> dict:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
 ) -> Tensor:
-    """MoBA's output by the way that the model would take here."""
+    """Computes MoBA's output as the model would on this device."""
     way = flex.attention if flex.serves(q, documents) else moba_attention
     return way(q, k, v, scale, documents, block_size, topk)[0]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Full attention by the flash kernel, whose values have to be as wide as its keys."""
+    """Computes full attention with the flash kernel, which needs values as wide as the keys."""
     wide = F.pad(v, (0, KEY_WIDTH - VALUE_WIDTH))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
         return F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)[..., :VALUE_WIDTH]
 
 
 def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
-    """The largest relative difference of output and gradients, long contexts' way, from a dense mask in fp32."""
+    """Returns the largest relative difference of the output and gradients from a dense mask in fp32.
+
+    It checks both ways of MoBA, for short and for long contexts.
+    """
     length = block_size * (topk + 5)
     documents, widths = (
         Documents.from_inputs(1, length, bench.device, None, None),
@@ -250,7 +270,7 @@ def error(bench: Bench, block_size: int, topk: int, scale: float) -> float:
 
 
 def fp8_step(bench: Bench, _) -> dict:
-    """A step of `large` in DeepSeek's blockwise FP8 over one in bf16."""
+    """Compares a step of `large` in DeepSeek's blockwise FP8 with one in bf16."""
     shapes, emulate = PRESETS["large"].model, bench.device.type == "cpu"
     if not emulate and (why := precision_unsupported_reason(bench.device, "fp8-blockwise")):
         return {"fp8_vs_bf16": None, "why_no_fp8": why}
@@ -267,7 +287,7 @@ def fp8_step(bench: Bench, _) -> dict:
 
 @torch.inference_mode()
 def decode(bench: Bench, _) -> dict:
-    """Steps of one sequence and of many, as graphs and started one by one, beside transformers' `generate`."""
+    """Compares decoding steps of 1 and 64 sequences, with and without CUDA graphs, with transformers' `generate`."""
     ours, result, table = seed_model(2 * bench.context).to(bench.device), {}, {}
     peers = {experts: transformers_model(ours, experts).to(bench.device) for experts in EXPERTS}
     for rows in (1, 64):
@@ -295,8 +315,8 @@ PARTS = {"mfu": mfu, "moba": moba, "peers": peers, "max_logits": max_logits, "fp
 def main(argv: list[str] | None = None) -> int:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, as A,B ({','.join(PARTS)})")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch of 1,024 tokens each (16)")
-    parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="a checkout of nanochat, one of the peers")
+    parser.add_argument("--rows", type=int, default=16, help="rows of 1,024 tokens per batch (16)")
+    parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="checkout of nanochat, one of the peers")
     arguments = parser.parse_args(argv)
     chosen = arguments.only.split(",")
     if unknown := [name for name in chosen if name not in PARTS]:
@@ -312,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(bench: Bench, gpu: str, chosen: list[str], nanochat: Path | None, results: Path) -> None:
-    """Runs the parts and adds each to gpu.json, if that is of the same GPU."""
+    """Runs the parts and writes each result. Results in gpu.json are kept if they are from the same GPU."""
     file = results / "gpu.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     result = before if before.get("gpu") == gpu else {}
@@ -323,7 +343,7 @@ def run(bench: Bench, gpu: str, chosen: list[str], nanochat: Path | None, result
         failed.pop(name, None)
         try:
             result |= PARTS[name](bench, nanochat)
-        except Exception as error:  # the others may still tell something in the time that a GPU is there
+        except Exception as error:  # use the remaining GPU time for the other parts
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"{name}: {time.perf_counter() - start:.0f} s {failed.get(name, '')}", file=sys.stderr)
         write(results, "gpu", result | {"environment": environment("bf16 autocast", False)})

@@ -1,9 +1,18 @@
-"""How much faster is MoBA than full attention, its gating included, at 1 k, 16 k and 32 k tokens?
+"""How much faster is MoBA, including its gate, than full attention at 1 k, 16 k and 32 k tokens?
 
-Full attention is torch's `scaled_dot_product_attention` in its fastest form here: values padded to the width of the
-keys, without which it falls back to a kernel that stores all scores. MoBA is `moba_attention` as the model calls it,
-which also finds the largest logit of each query for QK-clip. Both see the same fresh queries, keys and values in each
-round: at 1 k as many heads as the seed has, at the longer lengths two, since each head costs seconds there.
+    python benchmarks/moba.py
+
+Full attention is torch's `scaled_dot_product_attention` in its fastest form on a CPU. For this, values are padded to
+the width of the keys; otherwise torch falls back to a kernel that stores all scores. MoBA is `moba_attention` as the
+model calls it, which also finds the largest logit of each query for QK-clip. Both get the same new queries, keys and
+values in each round. At 1 k tokens there are as many heads as in the seed model, at the longer lengths two, since each
+head takes seconds there.
+
+Keys of the answer (results/moba.json), for CASE 1k, 16k and 32k:
+    fwd_CASE, fwdbwd_CASE: seconds of full attention divided by those of MoBA, in bf16, for the forward pass, and for
+        the forward and backward pass; fwd_CASE_fp32 and fwdbwd_CASE_fp32 are the same in fp32.
+    heads, topk: attention heads of each case, and MoBA's blocks per query, its own included.
+    timings: the seconds of each contender, and the rounds used, discarded and busiest.
 """
 
 import torch
@@ -14,13 +23,13 @@ from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention
 from moonwhale.precision import tune_allocator
 
-CASES = {"1k": (1024, 128, 12), "16k": (16_384, 256, 2), "32k": (32_768, 512, 2)}  # tokens, keys of a block, heads
+CASES = {"1k": (1024, 128, 12), "16k": (16_384, 256, 2), "32k": (32_768, 512, 2)}  # tokens, keys per block, heads
 TOPK, KEY_WIDTH, VALUE_WIDTH = 3, 96, 64  # the seed's widths
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def contenders(length: int, block_size: int) -> dict:
-    """Both kinds of attention, forward only and with the backward pass, on (q, k, v, gradient)."""
+    """Returns both kinds of attention, without and with the backward pass, as functions of (q, k, v, gradient)."""
     documents, scale = Documents.from_inputs(1, length, torch.device("cpu"), None, None), KEY_WIDTH**-0.5
 
     def full(q, k, v):
@@ -54,8 +63,8 @@ def contenders(length: int, block_size: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, for each case and dtype (5)")
-    parser.add_argument("--shrink", type=int, default=1, help="divides the lengths and blocks, to try it out (1)")
+    parser.add_argument("--rounds", type=int, default=5, help="valid rounds per case and dtype (5)")
+    parser.add_argument("--shrink", type=int, default=1, help="divisor of lengths and blocks, for a quick trial (1)")
     arguments = parser.parse_args(argv)
     tuned, generator, result, details = tune_allocator(), torch.Generator().manual_seed(1), {}, {}
     for name, dtype in DTYPES.items():

@@ -1,14 +1,19 @@
-"""What does MuonClip cost of a training step, and how many of AdamW's tokens does it need to reach AdamW's loss?
+"""What share of a training step does MuonClip take, and how many of AdamW's tokens does it need to reach AdamW's loss?
 
     python benchmarks/optimizer.py [TEXT]
     python benchmarks/optimizer.py --cost-only
 
-Cost: a step of the `seed_190m` shapes on 8,192 tokens of 1,024 a row, as the trainer does it (micro-batches, bf16
-autocast where it pays, the gradient's norm clipped), and after it MuonClip's whole step: Newton-Schulz, its AdamW part,
-QK-clip and the router's bias. `qkclip_share` counts the largest scores, which softmax needs too, and the clip. Every
-round has tokens of its own, and what is compared runs in the same round.
+Cost: the script times a step of the `seed_190m` shapes on 8,192 tokens in rows of 1,024, as the trainer computes it
+(micro-batches, bf16 autocast where it is faster, clipped gradient norm). Then it times MuonClip's whole step:
+Newton-Schulz, the AdamW part, QK-clip and the router's bias. Each round has new tokens; the compared parts run in the
+same round.
 
-Tokens: see optimizer_race.py. Either half can run by itself; the file of results then keeps the other's figures.
+Tokens: see optimizer_race.py. Each half can run alone; the result file then keeps the other half's figures.
+
+Keys of the answer (results/optimizer.json), in addition to those of optimizer_race.py:
+    muonclip_share: the seconds of MuonClip's step, divided by those of the whole training step.
+    qkclip_share: the same for QK-clip, including the search for the largest scores, which softmax needs too.
+    cost: tokens per step, rows per micro-batch, the seconds of each part, and the environment.
 """
 
 import json
@@ -30,7 +35,7 @@ from moonwhale.presets import PRESETS
 from optimizer_race import race
 
 TOKENS, CONTEXT, TAU = 8192, 1024, 100.0
-BYTES_PER_PARAMETER, BYTES_PER_TOKEN = 24, 1e6  # what a step takes, roughly: weights to optimizer, and activations
+BYTES_PER_PARAMETER, BYTES_PER_TOKEN = 24, 1e6  # approximate memory: weights, gradients, optimizer state; activations
 
 
 def autocast():
@@ -39,33 +44,34 @@ def autocast():
 
 
 def score_tiles(model: MoonwhaleForCausalLM, tokens: Tensor) -> list[Tensor]:
-    """A tensor for each tile of scores that a forward pass of one micro-batch (rows, T) makes, shared by equal ones."""
+    """Returns one tensor per tile of scores in a forward pass of tokens (rows, T); tiles of equal shape share one."""
     tiles, of_shape, scores_of = [], {}, attention._scores
 
-    def noted(*args) -> Tensor:
+    def recorded(*args) -> Tensor:
         scores = scores_of(*args)
         tiles.append(of_shape.setdefault(scores.shape, scores))
         return scores
 
-    with mock.patch.object(attention, "_scores", noted), torch.no_grad(), autocast():
+    with mock.patch.object(attention, "_scores", recorded), torch.no_grad(), autocast():
         model(tokens, labels=tokens)
     return tiles
 
 
 def measure_logits(tiles: list[Tensor]) -> None:
-    """The largest score of each row: all that QK-clip can cost in attention, whose softmax needs it too. (Of these, the
-    largest is little work.)
+    """Finds the largest score of each row. This is an upper bound of QK-clip's cost in attention.
+
+    Softmax needs these maxima too, and the maximum over rows is little work.
     """
     for tile in tiles:
         tile.amax(-1).float()
 
 
 def cost(rounds: int, rows: int) -> dict:
-    """The shares of a step, and the seconds they come from; nothing where memory is too small."""
+    """Measures the shares of a step. Returns an empty dict if memory does not suffice."""
     tuned, config = tune_allocator(), MoonwhaleConfig(**PRESETS["seed_190m"].model)
     needed = BYTES_PER_PARAMETER * model_size(config).parameters + BYTES_PER_TOKEN * rows * CONTEXT
     if psutil.virtual_memory().available < needed:
-        print(f"cost: left out, a step takes about {needed / 1e9:.1f} GB, which are not free here", file=sys.stderr)
+        print(f"cost: left out, a step needs about {needed / 1e9:.1f} GB of free memory", file=sys.stderr)
         return {}
 
     torch.manual_seed(0)
@@ -79,7 +85,7 @@ def cost(rounds: int, rows: int) -> dict:
     tiles = score_tiles(model, draw()[0])
 
     def forward_backward(micro_batches: Tensor) -> None:
-        optimizer.zero_grad()  # here, so that a gradient is left for the optimizer
+        optimizer.zero_grad()  # before the step, so that the optimizer still finds the gradients
         for tokens in micro_batches:
             with autocast():
                 loss = model(tokens, labels=tokens).loss
@@ -114,15 +120,15 @@ def cost(rounds: int, rows: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("text", nargs="?", default="chitchat", help="the race's data, as of moonwhale train (chitchat)")
+    parser.add_argument("text", nargs="?", default="chitchat", help="the race's data, as in moonwhale train (chitchat)")
     half = parser.add_mutually_exclusive_group()
-    half.add_argument("--cost-only", action="store_true", help="the shares of a step only")
-    half.add_argument("--race-only", action="store_true", help="the tokens only")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the cost that count (3)")
-    parser.add_argument("--rows", type=int, default=4, choices=(1, 2, 4, 8), help="rows of a micro-batch (4)")
+    half.add_argument("--cost-only", action="store_true", help="measure only the shares of a step")
+    half.add_argument("--race-only", action="store_true", help="measure only the tokens")
+    parser.add_argument("--rounds", type=int, default=3, help="valid rounds of the cost (3)")
+    parser.add_argument("--rows", type=int, default=4, choices=(1, 2, 4, 8), help="rows per micro-batch (4)")
     parser.add_argument("--steps", type=int, default=250, help="steps of AdamW's runs, of 2,048 tokens (250)")
-    parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each (2)")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "optimizer.svg", help="where the picture goes")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, with one thread each (2)")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "optimizer.svg", help="file of the picture")
     arguments = parser.parse_args(argv)
 
     before = arguments.results / "optimizer.json"

@@ -1,11 +1,18 @@
-"""How many of AdamW's tokens does MuonClip need to reach AdamW's held-out loss? (Part of optimizer.py.)
+"""How many tokens does MuonClip need to reach AdamW's held-out loss, compared with AdamW? (Part of optimizer.py.)
 
-Both train the same model, with all its mechanisms, from the same weights on the same batches: one schedule (warm-up,
-constant, linear decay to zero, in parts of a run's own length), one clip of the gradient's norm, one weight decay on
-the same parameters, the router's bias updated for both. Each has its learning rate tuned with one seed on runs of equal
-length. Three further seeds then count: AdamW's run, and MuonClip's at several shorter lengths, each with the whole
-schedule, since a loss in the middle of a schedule is not what such a run would give. The tokens needed are where
-MuonClip's final loss, over the length of its run, crosses AdamW's.
+Both optimizers train the same model, with all its mechanisms, from the same weights on the same batches. They share the
+schedule (warm-up, constant, linear decay to zero, as shares of a run's length), the clipping of the gradient norm, the
+weight decay and its parameters, and the update of the router's bias. The learning rate of each is tuned with one seed
+on runs of equal length.
+
+Three other seeds give the result. For each, AdamW has one run, and MuonClip has runs of several shorter lengths, each
+with a complete schedule, since the loss in the middle of a schedule is not the final loss of a shorter run. The tokens
+needed are the length at which MuonClip's final loss crosses AdamW's.
+
+Keys that `race` adds to results/optimizer.json:
+    tokens_vs_adamw: MuonClip's tokens divided by AdamW's, median over seeds; tokens_vs_adamw_by_seed has each seed's.
+    race: the text, AdamW's tokens, the tuned rates, and the final loss of each rate tried (`tuning`).
+    runs: each run's optimizer, rate, seed, steps, and `held_out`: pairs of tokens and loss in nats per token.
 """
 
 import math
@@ -17,12 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from common import environment
+from common import environment, picture
 from moonwhale.data.packing import PackedDataset, TrainingData, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
@@ -49,7 +54,7 @@ MODEL = {
     "num_nextn_predict_layers": 1,
 }
 CONTEXT, ROWS, HELD_OUT_ROWS = 256, 8, 64
-WARMUP, DECAY, NORM = 0.05, 0.4, 1.0  # parts of a run; largest norm of the gradient
+WARMUP, DECAY, NORM = 0.05, 0.4, 1.0  # shares of a run; largest gradient norm
 RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muonclip": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 MOST_RATES = 8
 FRACTIONS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of AdamW's tokens
@@ -87,7 +92,7 @@ def make_optimizer(run: Run, model: MoonwhaleForCausalLM) -> torch.optim.Optimiz
 
 
 def train(text: str, run: Run) -> tuple[Run, list[list[float]]]:
-    """The run and its held-out losses, [tokens, nats a token], the last one after its last step."""
+    """Trains a run. Returns it with its held-out losses, [tokens, nats per token]; the last is that of the end."""
     rows, held_out = data(text).train, data(text).held_out
     torch.manual_seed(run.seed)
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**MODEL))
@@ -114,7 +119,7 @@ def train(text: str, run: Run) -> tuple[Run, list[list[float]]]:
 
 @torch.no_grad()
 def held_out_loss(model: MoonwhaleForCausalLM, rows: PackedDataset) -> float:
-    """Nats a token of the main head, over at most `HELD_OUT_ROWS` rows from all of the held-out text."""
+    """Returns the main head's loss in nats per token on up to `HELD_OUT_ROWS` rows, spread over the held-out text."""
     model.eval()
     some = torch.linspace(0, len(rows) - 1, min(HELD_OUT_ROWS, len(rows))).long().tolist()
     total = count = 0.0
@@ -124,29 +129,32 @@ def held_out_loss(model: MoonwhaleForCausalLM, rows: PackedDataset) -> float:
         total += (out.losses[0] * out.targets[0]).item()
         count += out.targets[0].item()
     mean = total / count
-    return round(mean, 4) if math.isfinite(mean) else math.inf  # a run that broke is the worst
+    return round(mean, 4) if math.isfinite(mean) else math.inf  # a diverged run ranks last
 
 
-def alone() -> None:
-    """One thread a process: what is compared is tokens, so that runs may share the machine."""
+def start_process() -> None:
+    """Limits a process to one thread. Tokens are compared, not time, so runs may share the machine."""
     torch.set_num_threads(1)
     tune_allocator()
 
 
 def play(text: str, runs: list[Run], processes: int, what: str) -> dict[Run, list[list[float]]]:
-    """All runs, the longest first, `processes` at a time; their losses do not depend on each other or on the time."""
-    data(text)  # tokenized once, before several processes want it
+    """Trains all runs, the longest first, `processes` at a time. Losses do not depend on each other or on time."""
+    data(text)  # tokenize once, before several processes need it
     runs = sorted(runs, key=lambda run: -run.steps)
     if processes == 1:
-        alone()
+        start_process()
         return dict(tqdm(map(partial(train, text), runs), what, len(runs), unit="run"))
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, alone) as pool:
+    with context.Pool(processes, start_process) as pool:
         return dict(tqdm(pool.imap_unordered(partial(train, text), runs), what, len(runs), unit="run"))
 
 
 def tune(text: str, steps: int, processes: int) -> dict[str, dict[float, float]]:
-    """The final loss for each rate tried, by optimizer; a range whose best value is at its edge is extended."""
+    """Returns the final loss for each learning rate tried, by optimizer.
+
+    If the best rate is at the edge of the range, the range is extended.
+    """
     losses = {name: {} for name in RATES}
     todo = [Run(name, rate, TUNING_SEED, steps) for name, rates in RATES.items() for rate in rates]
     while todo:
@@ -158,7 +166,7 @@ def tune(text: str, steps: int, processes: int) -> dict[str, dict[float, float]]
             if min(tried) < best < max(tried):
                 continue
             if len(tried) == MOST_RATES:
-                sys.exit(f"{NAMES[name]}: the best rate, {best:g}, is at the edge of all that were tried: {tried}")
+                sys.exit(f"{NAMES[name]}: the best rate, {best:g}, is at the edge of all rates tried: {tried}")
             further = best / 2 if best == min(tried) else best * 2
             print(f"{NAMES[name]}: the best rate, {best:g}, is at the edge; trying {further:g}", file=sys.stderr)
             todo.append(Run(name, further, TUNING_SEED, steps))
@@ -166,9 +174,10 @@ def tune(text: str, steps: int, processes: int) -> dict[str, dict[float, float]]
 
 
 def crossing(losses: dict[float, float], target: float) -> float:
-    """Where the final losses by fraction of tokens first reach the target, linearly in between.
+    """Returns the fraction of tokens at which the final losses first reach the target, interpolated linearly.
 
-    The smallest fraction, hence an upper bound, if that reaches it already; infinite if none does.
+    If the smallest fraction already reaches the target, it is returned as an upper bound. If none does, the result is
+    infinite.
     """
     points = sorted(losses.items())
     if points[0][1] <= target:
@@ -179,7 +188,8 @@ def crossing(losses: dict[float, float], target: float) -> float:
     return math.inf
 
 
-def race(text: str, steps: int, processes: int, picture: Path) -> dict:
+def race(text: str, steps: int, processes: int, path: Path) -> dict:
+    """Tunes both optimizers, trains all runs, draws them to `path`, and returns the answer's keys."""
     tried = tune(text, steps, processes)
     best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
     lengths = {round(fraction * steps): fraction for fraction in FRACTIONS}
@@ -193,7 +203,7 @@ def race(text: str, steps: int, processes: int, picture: Path) -> dict:
         ends = {part: curves[Run("muonclip", best["muonclip"], seed, n)][-1][1] for n, part in lengths.items()}
         needed[str(seed)] = crossing(ends, target)
     runs = [{**run._asdict(), "held_out": curves[run]} for run in todo]
-    draw(runs, picture)
+    draw(runs, path)
     return {
         "tokens_vs_adamw": _figure(median(needed.values())),
         "tokens_vs_adamw_by_seed": {seed: _figure(fraction) for seed, fraction in needed.items()},
@@ -209,16 +219,13 @@ def race(text: str, steps: int, processes: int, picture: Path) -> dict:
 
 
 def _figure(value: float) -> float | None:
-    """For JSON, which has no infinity."""
+    """Rounds a figure for JSON, which has no infinity."""
     return round(value, 4) if math.isfinite(value) else None
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    """AdamW's runs as lines; for MuonClip where each run of another length ends, joined by seed."""
-    matplotlib.use("Agg")
-    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    """Draws AdamW's runs as lines, and the ends of MuonClip's runs of different lengths, joined by seed."""
+    with picture(path, figsize=(7, 4.2)) as (figure, ax):
         for seed in SEEDS:
             label = dict.fromkeys(NAMES) if seed != SEEDS[0] else NAMES
             (adamw,) = (run["held_out"] for run in runs if run["optimizer"] == "adamw" and run["seed"] == seed)
@@ -236,5 +243,3 @@ def draw(runs: list[dict], path: Path) -> None:
             fontsize=9,
             color="#4b5563",
         )
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)

@@ -1,14 +1,27 @@
-"""Which model knows held-out text best after equal time: ours whole, a dense one with AdamW, or nanochat?
+"""Which model predicts held-out text best after equal time: moonwhale, a dense model with AdamW, or nanochat?
 
     python benchmarks/quality.py TEXT [--nanochat FOLDER] [--tune]
 
-The contenders train one after another on the same rows of the same training text, with the same tokenizer, threads,
-precision and allocator. Only their training steps are on the clock: building, compiling and scoring are not. Schedules
-follow the share of the time that is spent, so that each contender ends its own. The text's last 5 % are held out; the
-5 % before them choose the learning rates (`--tune`: of four that are tried for a quarter of the time, the better of the
-best two after all of it), and nobody trains on either. Draws docs/quality.svg too.
+The contenders train one after another on the same rows of the same text, with the same tokenizer, threads, precision
+and allocator. Only training steps are timed; building, compiling and scoring are not. Schedules follow the share of the
+time that has passed, so that each contender completes its own.
+
+The last 5 % of the text are held out. The 5 % before them choose the learning rates. With `--tune`, four rates are
+tried for a quarter of the time, the best two are run for the whole time, and the better one counts. No contender trains
+on either part. The script also draws docs/quality.svg.
+
+Keys of the answer (results/quality.json), most with one value per contender ("ours", "dense", "nanochat"):
+    vs_dense, vs_nanochat: our bits per byte divided by the other's; below 1 is better.
+    why_no_nanochat: the reason if nanochat is missing.
+    bits_per_byte, tuning_bits_per_byte: on the held-out text, and on the text that chooses learning rates.
+    tokens, tokens_per_second, seconds, parameters, active_parameters: of the training run.
+    others, busiest: cores that other processes used, on average and in the busiest fiftieth of the run.
+    rates, finals: tuning_bits_per_byte of each learning rate, in the trials and after the whole time.
+    recipes, models, text, context, vocabulary, train_tokens, held_out_tokens: the settings and the data.
+    curves: (seconds, tokens, training loss in bits per byte) at 50 points of each run.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -21,13 +34,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import ROOT, _cpu_seconds, environment, options, write
+from common import ROOT, _cpu_seconds, environment, options, picture, write
 from dense import DenseLM, adamw_groups, cosine_decay
 from moonwhale.costs import model_size
 from moonwhale.data.chat import encode_documents
@@ -79,23 +90,25 @@ OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 DENSE = {"vocab_size": VOCABULARY, "layers": 4, "width": 256, "heads": 4, "inner": 1024, "context": CONTEXT}
 DENSE_RECIPE = {"rows": 16, "lr": 2e-3, "warmup": 0.02, "floor": 0.1, "weight_decay": 0.1, "grad_clip": 1.0}
 DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-# Full attention, heads of 64 and the plain warm-up are what its runs/runcpu.sh takes, the rest scripts/base_train.py's.
+# Full attention, heads of 64 and the linear warm-up are from nanochat's runs/runcpu.sh, the rest from its
+# scripts/base_train.py.
 NANOCHAT = {"vocab_size": VOCABULARY, "sequence_len": CONTEXT, "n_layer": 4, "n_embd": 256, "window_pattern": "L"}
 NANOCHAT |= {"n_head": 4, "n_kv_head": 4}
 NANOCHAT_LR = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, "scalar_lr": 0.5}
-NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies all of its own rates
+NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies all learning rates of nanochat
 NANOCHAT_RATES = (4.0, 8.0, 16.0, 32.0)
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
-WARM_UP = 3  # steps that do not count
-POINTS = 50  # of a training curve
-TOLD = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
-TOLD += ("active_parameters", "others", "busiest")
+WARM_UP = 3  # untimed steps
+POINTS = 50  # points per training curve
+REPORTED = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
+REPORTED += ("active_parameters", "others", "busiest")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Token ids, int64. train (n,), the stream to cut rows from; tuning and held_out (rows, CONTEXT);
-    lengths (V,), bytes of each token.
+    """Token ids (int64): the training stream `train` (n,), and the rows `tuning` and `held_out` (rows, CONTEXT).
+
+    `lengths` (V,) holds the bytes of each token.
     """
 
     train: Tensor
@@ -105,7 +118,10 @@ class Data:
 
 
 def load(text: str) -> Data:
-    """The documents of a source (see `load_source`; a text's are its paragraphs), 90 % of the bytes to train on."""
+    """Loads and splits the documents of a source (see `load_source`). 90 % of the bytes are for training.
+
+    The documents of a text are its paragraphs.
+    """
     documents = []
     for document in load_source(text):
         documents += re.split(r"\n\s*\n", document) if isinstance(document, str) else [document]
@@ -116,7 +132,7 @@ def load(text: str) -> Data:
     tokenizer = train_tokenizer((t for document in parts[0] for t in texts_of(document)), VOCABULARY)
     ids = [np.concatenate([[], *encode_documents(tokenizer, part)]).astype(np.int64) for part in parts]
     if min(map(len, ids)) < CONTEXT:
-        raise UserError(f"{text}: 5 % of it are less than a row of {CONTEXT} tokens (give a longer text of paragraphs)")
+        raise UserError(f"{text}: 5 % of it are less than a row of {CONTEXT} tokens (give a longer text)")
     device = choose().device
     train, tuning, held_out, lengths = (torch.from_numpy(a).to(device) for a in (*ids, byte_lengths(tokenizer)))
     return Data(train, _rows(tuning), _rows(held_out), lengths)
@@ -127,11 +143,12 @@ def _rows(stream: Tensor) -> Tensor:
 
 
 def race(step: Callable[[int, float], Tensor], seconds: float) -> dict:
-    """Calls `step(number, share of the time that is spent)` until its calls took `seconds`, or its loss is no number.
+    """Calls `step(number, share of the time that has passed)` for `seconds`, or until its loss is not finite.
 
     Returns:
-        seconds and steps: what they took; curve: (seconds, steps, mean loss) up to each of POINTS points of time;
-        others, busiest: cores that other processes used, on the mean and between two of these points.
+        seconds, steps: the time and the number of the calls.
+        curve: (seconds, steps, mean loss) at each of POINTS points in time.
+        others, busiest: cores that other processes used, on average, and at most between two of these points.
     """
     spent, steps, losses, curve, disturbances, first = 0.0, 0, [], [], [], _cpu_seconds()
     last = first
@@ -153,14 +170,16 @@ def race(step: Callable[[int, float], Tensor], seconds: float) -> dict:
 
 
 def _others(before: tuple[float, float, float], now: tuple[float, float, float]) -> float:
-    wall, own, everybody = (b - a for a, b in zip(before, now, strict=True))
-    return max(0.0, everybody - own) / wall
+    """Returns the cores that other processes used between two results of `_cpu_seconds`."""
+    wall, own, total = (b - a for a, b in zip(before, now, strict=True))
+    return max(0.0, total - own) / wall
 
 
 @torch.no_grad()
 def bits_per_byte(mean_loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor) -> float:
-    """Of the tokens of rows (n, T) that stand for text, all but each row's first. `mean_loss(tokens, labels)` is in
-    nats over labels[:, 1:] that are not -100.
+    """Returns the bits per byte of rows (n, T). Control tokens and the first token of each row are not scored.
+
+    `mean_loss(tokens, labels)` returns the mean in nats over those labels[:, 1:] that are not -100.
     """
     nats = n_bytes = 0
     for tokens in rows.split(16):
@@ -177,14 +196,14 @@ def _autocast() -> torch.autocast:
 
 
 def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, step, mean_loss) -> dict:
-    """Trains by `step(number, progress, tokens (rows, CONTEXT)) -> loss`, and scores."""
+    """Trains with `step(number, progress, tokens (rows, CONTEXT)) -> loss`, then scores the model."""
     draw = torch.Generator().manual_seed(seed)
 
     def tokens() -> Tensor:
         starts = torch.randint(len(data.train) - CONTEXT + 1, (rows, 1), generator=draw)
         return data.train[starts + torch.arange(CONTEXT)]
 
-    # Kernels are compiled and memory is taken in steps that do not count, and leave no trace.
+    # Untimed steps compile kernels and allocate memory; their effect on the model is undone.
     weights = copy.deepcopy(model.state_dict())
     model.train()
     for _ in range(WARM_UP):
@@ -200,7 +219,7 @@ def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, s
     run["tokens"] = run["steps"] * rows * CONTEXT
     run["tokens_per_second"] = round(run["tokens"] / run["seconds"])
     run["parameters"] = run["active_parameters"] = sum(p.numel() for p in model.parameters())
-    bits = len(data.train) / data.lengths[data.train].sum().item() / math.log(2)  # per byte, of a nat per token
+    bits = len(data.train) / data.lengths[data.train].sum().item() / math.log(2)  # per byte, for one nat per token
     run["curve"] = [(round(at, 2), n * rows * CONTEXT, round(loss * bits, 4)) for at, n, loss in run["curve"]]
     return run
 
@@ -213,7 +232,7 @@ def _descend(model, optimizer, loss: Tensor, grad_clip: float) -> None:
 
 
 def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = RECIPE, seed: int = 0) -> dict:
-    """What `race` tells of our model with all its mechanisms, its bits per byte, and its size."""
+    """Trains our model with all its mechanisms. Returns the result of `race`, the bits per byte and the sizes."""
     torch.manual_seed(seed)
     net = MoonwhaleForCausalLM(MoonwhaleConfig(**model)).to(choose().device)
     optimizer = MuonClip(param_groups(net, lr=recipe["lr"], weight_decay=recipe["weight_decay"]))
@@ -241,14 +260,14 @@ def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = R
 
 
 def linear_decay(progress: float, warmup: float, decay: float, floor: float) -> float:
-    """Share of the peak rate: a linear rise in the first `warmup`, and a linear fall to `floor` in the last `decay`."""
+    """Returns the share of the peak learning rate: linear warm-up, constant, then linear decay to `floor`."""
     if progress < warmup:
         return progress / warmup
     return min(1.0, floor + (1 - floor) * (1 - progress) / decay)
 
 
 def train_dense(data: Data, seconds: float, recipe: dict = DENSE_RECIPE, seed: int = 0) -> dict:
-    """The same of `DenseLM` with AdamW, as nanoGPT trains its models."""
+    """Does the same with `DenseLM` and AdamW, as nanoGPT trains its models."""
     torch.manual_seed(seed)
     model = DenseLM(**DENSE).to(choose().device)
     optimizer = torch.optim.AdamW(adamw_groups(model, recipe["weight_decay"]), betas=(0.9, 0.95), fused=True)
@@ -268,7 +287,7 @@ def train_dense(data: Data, seconds: float, recipe: dict = DENSE_RECIPE, seed: i
 
 
 def train_nanochat(data: Data, seconds: float, folder: Path, recipe: dict = NANOCHAT_RECIPE, seed: int = 0) -> dict:
-    """The same of the model and optimizer in the checkout `folder`, run as its scripts/base_train.py does."""
+    """Does the same with nanochat's model and optimizer in the checkout `folder`, as its scripts/base_train.py does."""
     choice = choose()
     os.environ.setdefault("NANOCHAT_DTYPE", "bfloat16" if choice.autocast else "float32")
     sys.path.insert(0, str(folder))
@@ -278,10 +297,11 @@ def train_nanochat(data: Data, seconds: float, folder: Path, recipe: dict = NANO
         torch.manual_seed(seed)
         with torch.device("meta"):
             model = GPT(GPTConfig(**NANOCHAT))
-            reference = GPT(GPTConfig(**NANOCHAT | {"n_layer": 12, "n_embd": 768}))  # which its rates are tuned for
+            reference = GPT(GPTConfig(**NANOCHAT | {"n_layer": 12, "n_embd": 768}))  # its rates are for this size
         model.to_empty(device=choice.device)
         model.init_weights()
-        # Rates grow with the root of the batch, and a smaller model, to be trained on less, gets more weight decay.
+        # Learning rates grow with the square root of the batch. A smaller model, trained on fewer tokens, gets more
+        # weight decay.
         batch = math.sqrt(recipe["rows"] * CONTEXT / 2**19)
         sizes = [m.num_scaling_params() for m in (reference, model)]
         horizon, own_horizon = (size["transformer_matrices"] + size["lm_head"] for size in sizes)
@@ -314,7 +334,7 @@ def train_nanochat(data: Data, seconds: float, folder: Path, recipe: dict = NANO
 
 
 def nanochat_schedule(number: int, progress: float, warmdown: float = 0.65) -> tuple[float, float, float]:
-    """Shares of the peak learning rate and of the weight decay around Muon's momentum."""
+    """Returns the share of the peak learning rate, Muon's momentum, and the share of the weight decay."""
     left = min(1.0, (1 - progress) / warmdown)
     factor = (number + 1) / 40 if number < 40 else 0.05 + 0.95 * left
     momentum = 0.85 + 0.12 * number / 400 if number < 400 else 0.90 + 0.07 * left
@@ -322,28 +342,24 @@ def nanochat_schedule(number: int, progress: float, warmdown: float = 0.65) -> t
 
 
 def draw(result: dict, path: Path) -> None:
-    """Training losses against the seconds spent, each labelled with what its model reached on held-out text."""
-    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    """Draws the training losses against the time, each labelled with the model's bits per byte on held-out text."""
     curves, last = result["curves"], -math.inf
     top = max(loss for curve in curves.values() for _, _, loss in curve[len(curve) // 10 :])
     bottom = min(loss for curve in curves.values() for _, _, loss in curve)
-    with plt.rc_context(style):
-        figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    with picture(path, figsize=(8, 4.2)) as (_, ax):
         for name, curve in sorted(curves.items(), key=lambda item: item[1][-1][2]):
             ax.plot([at for at, _, _ in curve], [loss for _, _, loss in curve], color=COLOURS[name], linewidth=1.6)
-            last = max(curve[-1][2], last + 0.06 * (top - bottom))  # no label on another
+            last = max(curve[-1][2], last + 0.06 * (top - bottom))  # keeps labels apart
             label = f"{name}: {result['bits_per_byte'][name]:.3f} held out"
             ax.annotate(
                 label, (curve[-1][0], last), (6, 0), textcoords="offset points", va="center", color=COLOURS[name]
             )
         ax.set(xlabel="seconds of training", ylabel="training loss, bits per byte", ylim=(bottom - 0.05, top))
         ax.grid(alpha=0.25)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def tried(train: Callable[[float, dict], dict], recipe: dict, rates: Iterable[float], seconds: float) -> dict:
-    """What `train` tells of each learning rate, the best one on the tuning rows first."""
+    """Runs `train` with each learning rate and returns the results, the best one on the tuning rows first."""
     runs = {rate: train(seconds, recipe | {"lr": rate}) for rate in rates}
 
     def order(rate: float) -> tuple[bool, float]:
@@ -353,39 +369,21 @@ def tried(train: Callable[[float, dict], dict], recipe: dict, rates: Iterable[fl
     return {rate: runs[rate] for rate in sorted(runs, key=order)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = options(__doc__.splitlines()[0])
-    parser.add_argument("text", metavar="TEXT", help="what to learn: .txt or .txt.xz, its paragraphs are documents")
-    parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="a checkout of nanochat, the third contender")
-    parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows of its steps (as many as ours)")
-    parser.add_argument("--seconds", type=float, default=240, help="of training, each (240)")
-    parser.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
-    parser.add_argument("--tune-seconds", type=float, default=60, help="of training, to find the best two (60)")
-    parser.add_argument("--only", choices=COLOURS, help="train one contender, print what comes out, write nothing")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.svg", help="where the picture goes")
-    arguments = parser.parse_args(argv)
-    folder, why = arguments.nanochat, compile_unsupported_reason(choose().device)
-    if folder is None:
-        why = "no checkout of nanochat was given (--nanochat FOLDER)"
-    elif not (folder / "nanochat" / "gpt.py").is_file():
-        parser.error(f"--nanochat: no nanochat/gpt.py in {folder} (give a checkout of nanochat)")
-    if arguments.only == "nanochat" and why:
-        parser.error(f"--only nanochat: {why}")
-    matplotlib.use("Agg")
+def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tuple[dict, dict, dict, dict]:
+    """Trains the named contenders, with tuned learning rates if `arguments.tune`.
 
-    allocator_tuned = tune_allocator()
-    try:
-        data = load(arguments.text)
-    except UserError as error:
-        parser.error(str(error))
+    Returns, by contender: the best run, its recipe, and the tuning bits per byte of the rates in the trials and at the
+    end.
+    """
     theirs = NANOCHAT_RECIPE | ({"rows": arguments.nanochat_batch} if arguments.nanochat_batch else {})
+    folder = arguments.nanochat
     contenders = {
         "ours": (RECIPE, OUR_RATES, lambda seconds, recipe: train_ours(data, seconds, recipe=recipe)),
         "dense": (DENSE_RECIPE, DENSE_RATES, lambda seconds, recipe: train_dense(data, seconds, recipe)),
         "nanochat": (theirs, NANOCHAT_RATES, lambda seconds, recipe: train_nanochat(data, seconds, folder, recipe)),
     }
     runs, recipes, rates, finals = {}, {}, {}, {}
-    for name in [arguments.only] if arguments.only else [n for n in contenders if n != "nanochat" or not why]:
+    for name in names:
         recipe, candidates, train = contenders[name]
         best = [recipe["lr"]]
         if arguments.tune:
@@ -396,7 +394,36 @@ def main(argv: list[str] | None = None) -> None:
         finals[name] = {rate: run["tuning_bits_per_byte"] for rate, run in found.items()}
         rate, runs[name] = next(iter(found.items()))
         recipes[name] = recipe | {"lr": rate}
-        print(f"{name}: {json.dumps({key: runs[name][key] for key in TOLD})}", file=sys.stderr)
+        print(f"{name}: {json.dumps({key: runs[name][key] for key in REPORTED})}", file=sys.stderr)
+    return runs, recipes, rates, finals
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("text", metavar="TEXT", help="training text, .txt or .txt.xz; its paragraphs are documents")
+    parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="checkout of nanochat, the third contender")
+    parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows per step of nanochat (those of ours)")
+    parser.add_argument("--seconds", type=float, default=240, help="seconds of training of each contender (240)")
+    parser.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
+    parser.add_argument("--tune-seconds", type=float, default=60, help="seconds of training of each trial (60)")
+    parser.add_argument("--only", choices=COLOURS, help="train one contender, print its result, write nothing")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.svg", help="file of the picture")
+    arguments = parser.parse_args(argv)
+    folder, why = arguments.nanochat, compile_unsupported_reason(choose().device)
+    if folder is None:
+        why = "no checkout of nanochat was given (--nanochat FOLDER)"
+    elif not (folder / "nanochat" / "gpt.py").is_file():
+        parser.error(f"--nanochat: no nanochat/gpt.py in {folder} (give a checkout of nanochat)")
+    if arguments.only == "nanochat" and why:
+        parser.error(f"--only nanochat: {why}")
+
+    allocator_tuned = tune_allocator()
+    try:
+        data = load(arguments.text)
+    except UserError as error:
+        parser.error(str(error))
+    names = [arguments.only] if arguments.only else [n for n in COLOURS if n != "nanochat" or not why]
+    runs, recipes, rates, finals = compete(names, data, arguments)
     if arguments.only:
         print(json.dumps({key: value for key, value in runs[arguments.only].items() if key != "curve"}))
         return
@@ -404,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {"vs_dense": _ratio(runs, "dense"), "vs_nanochat": None if why else _ratio(runs, "nanochat")}
     if why:
         result["why_no_nanochat"] = why
-    result |= {key: {name: run[key] for name, run in runs.items()} for key in TOLD}
+    result |= {key: {name: run[key] for name, run in runs.items()} for key in REPORTED}
     result |= {"rates": rates, "finals": finals, "recipes": recipes}
     result["models"] = {"ours": MODEL, "dense": DENSE, "nanochat": NANOCHAT}
     result |= {"text": Path(arguments.text).name, "context": CONTEXT, "vocabulary": VOCABULARY}

@@ -24,12 +24,10 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import psutil
 import torch
 
-from common import ROOT, environment, options, timed_rounds, write
+from common import ROOT, environment, options, picture, timed_rounds, write
 from moonwhale.costs import flops_per_token, model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.precision import choose, tune_allocator
@@ -162,14 +160,12 @@ def quadratic_share(coefficients: list[float], length: int) -> float:
 
 def draw(result: dict, path: Path) -> None:
     """Draws speed above memory, with one column for each quantity that grows. The fits of the seconds are dashed."""
-    style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     columns = {
         "tokens of context, one row": result["context"],
         f"rows of {CONTEXT}": {"MoBA": result["batch"]},
         "routed experts": {"MoBA": result["experts"]},
     }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 3, figsize=(10, 5.2), sharex="col", layout="constrained")
+    with picture(path, 2, 3, figsize=(10, 5.2), sharex="col") as (_, axes):
         for (top, bottom), (what, curves) in zip(axes.T, columns.items(), strict=True):
             for name, points in curves.items():
                 done, colour = measured(points), COLOURS[name]
@@ -189,8 +185,6 @@ def draw(result: dict, path: Path) -> None:
         axes[0, 0].legend(frameon=False)
         axes[0, 0].set_ylabel("tokens/s")
         axes[1, 0].set_ylabel("peak memory, GB")
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,7 +192,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps per point (3)")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for scale.md and scale.svg")
     arguments = parser.parse_args(argv)
-    matplotlib.use("Agg")
     shapes, steps = PRESETS[PRESET].model, arguments.steps
 
     kinds = {"MoBA": shapes, "full attention": shapes | {"moba_topk": 0}}

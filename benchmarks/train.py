@@ -1,16 +1,31 @@
-"""How fast is a training step of the seed's shapes, and how much memory does it need?
+"""How fast is a training step of the seed model's shapes, and how much memory does it need?
 
     python benchmarks/train.py
 
-A step is forward and backward with labels. Its peers, interleaved in one run: transformers' DeepseekV3 of the same
-dimensions with sdpa (in fp32 as by default, under bf16 autocast, and with bf16 weights, each with every experts
-implementation that can train here, of which the fastest counts), and a dense GPT of as many active parameters. Neither
-has MTP modules, so ours goes without for the comparison: MoBA as the preset says, fp32 weights, bf16 autocast where the
-CPU is fast in it. With full attention and equal weights ours and theirs must give one loss, or nothing is timed. The
-whole model, its MTP modules included, is held against the fastest matrix product seen in the same rounds.
+A step is a forward and backward pass with labels. All contenders are interleaved in one run:
 
-Memory is the peak of one step in a process of its own, weights and gradients included, less what the process held
-before it built the model; no allocator is tuned there. The timed steps all run with ours.
+- moonwhale with MoBA as in the preset, fp32 weights, and bf16 autocast if the CPU is fast in it. MTP is off, since the
+  other contenders have none.
+- transformers' DeepseekV3 with the same dimensions and sdpa: in fp32 (its default), under bf16 autocast, and with bf16
+  weights. Each runs with every experts implementation that can train on a CPU; the fastest one is compared.
+- a dense GPT with as many active parameters.
+- moonwhale with its MTP modules, compared with the fastest matrix product measured in the same rounds.
+
+With full attention and equal weights, moonwhale and transformers must give the same loss before anything is timed.
+
+Memory is the peak of one step in a process of its own, weights and gradients included, minus the memory of the process
+before it built the model. The allocator is not tuned there; all timed steps use the tuned one.
+
+Keys of the answer (results/train.json):
+    vs_transformers_MODE: tokens/s divided by those of transformers in MODE fp32, autocast or bf16;
+        vs_transformers_fp32_same_dtype compares moonwhale in fp32 with transformers in fp32.
+    vs_dense: tokens/s divided by those of the dense GPT.
+    ceiling_share: FLOP/s with MTP divided by those of the fastest matrix product (ceiling_gflops, 10^9 FLOP/s).
+    memory_vs_transformers, memory_vs_transformers_fp32: peak memory divided by that of the smallest transformers
+        contender, under autocast and in fp32.
+    tokens_per_second, peak_megabytes: of each contender; null if memory does not suffice.
+    flops_per_token_with_mtp, active_parameters, dense, rows, context: the work, the sizes and the shapes.
+    rounds, discarded, busiest: see common.timed_rounds.
 """
 
 import resource
@@ -36,18 +51,18 @@ from moonwhale.presets import PRESETS
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EXPERTS = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for every token
-MODES = {"fp32": (FP32, FP32), "autocast": (FP32, BF16), "bf16": (BF16, BF16)}  # of weights, of products
+MODES = {"fp32": (FP32, FP32), "autocast": (FP32, BF16), "bf16": (BF16, BF16)}  # dtypes of weights and products
 
 
 class Contender(NamedTuple):
-    kind: str  # what `build` makes of it
+    kind: str  # argument of `build`
     weights: torch.dtype
-    products: torch.dtype  # autocast, where it differs from the weights'
+    products: torch.dtype  # uses autocast if it differs from `weights`
     experts: str | None = None
 
 
 def contenders(dtype: torch.dtype) -> dict[str, Contender]:
-    """Who takes part; ours and the dense peer compute in `dtype`."""
+    """Returns the contenders. Our models and the dense GPT compute in `dtype`."""
     kinds = ("moonwhale", "moonwhale with MTP", "dense")
     ours = {kind: Contender(kind, FP32, dtype) for kind in kinds}
     ours["moonwhale, fp32"] = Contender("moonwhale", FP32, FP32)
@@ -60,7 +75,7 @@ def contenders(dtype: torch.dtype) -> dict[str, Contender]:
 
 
 def build(kind: str, shapes: dict, context: int) -> nn.Module:
-    """A model of freshly drawn fp32 weights; only the one "with MTP" has MTP modules."""
+    """Builds a model with newly drawn fp32 weights. Only "moonwhale with MTP" has MTP modules."""
     torch.manual_seed(0)
     whole = MoonwhaleConfig(**shapes)
     config = MoonwhaleConfig(**shapes | {"num_nextn_predict_layers": 0})
@@ -72,7 +87,7 @@ def build(kind: str, shapes: dict, context: int) -> nn.Module:
 
 
 def dense_shapes(config: MoonwhaleConfig, context: int) -> dict:
-    """A DenseLM like `config`, through as many of whose parameters a token goes: `inner`, a multiple of 32, decides."""
+    """Returns the shapes of a DenseLM with as many active parameters as `config`. `inner` is a multiple of 32."""
     shapes = {
         "vocab_size": config.vocab_size,
         "layers": config.num_hidden_layers,
@@ -86,18 +101,20 @@ def dense_shapes(config: MoonwhaleConfig, context: int) -> dict:
 
 
 def active(config: MoonwhaleConfig) -> int:
-    """Parameters that a token goes through, without the embedding."""
+    """Returns the active parameters without the embedding."""
     return model_size(config).active_parameters - model_size(config).embedding
 
 
 def dense_active(shapes: dict) -> int:
-    """The same of a DenseLM: its embedding is its head, and so counts, but not its positions."""
+    """Returns the same for a DenseLM. Its embedding is also its head and is counted; its positions are not."""
     with torch.device("meta"):
         model = DenseLM(**shapes)
     return sum(p.numel() for p in model.parameters()) - model.positions.weight.numel()
 
 
 def step(model: nn.Module, contender: Contender) -> Callable[[torch.Tensor], None]:
+    """Returns a function that runs one training step on tokens (rows, T)."""
+
     def run(tokens: torch.Tensor) -> None:
         if contender.experts:
             model.set_experts_implementation(contender.experts)
@@ -110,7 +127,7 @@ def step(model: nn.Module, contender: Contender) -> Callable[[torch.Tensor], Non
 
 
 def peak_memory(contender: Contender, shapes: dict, rows: int, context: int) -> int:
-    """Bytes that building a model and one step of it add to this process, at their peak."""
+    """Returns the peak bytes that building a model and one step add to this process."""
     before = psutil.Process().memory_info().rss
     model = build(contender.kind, shapes, context).to(contender.weights).train()
     step(model, contender)(torch.randint(shapes["vocab_size"], (rows, context)))
@@ -118,14 +135,15 @@ def peak_memory(contender: Contender, shapes: dict, rows: int, context: int) -> 
 
 
 def peak_of_process() -> int:
-    """Bytes of memory this process held at most. (Not getrusage's figure, in which the parent's may live on.)"""
+    """Returns this process's peak memory in bytes. (getrusage may report the parent's peak instead.)"""
     (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(peak.split()[1])
 
 
 def fresh(name: str, function: Callable, *arguments):
-    """What `function(*arguments)` returns in a new process that may take the memory now available and no more; where
-    that is too little, says so about `name` and returns None.
+    """Runs `function(*arguments)` in a new process that is limited to the available memory, and returns its result.
+
+    If memory does not suffice, prints a line with `name` and returns None.
     """
     free = psutil.virtual_memory().available
     limit = (resource.RLIMIT_DATA, (free, free))
@@ -137,12 +155,12 @@ def fresh(name: str, function: Callable, *arguments):
     except RuntimeError as error:
         if not any(sign in str(error) for sign in ("allocate memory", "bad_alloc")):
             raise
-    print(f"{name}: left out, {free / 1e9:.1f} GB of memory are too little", file=sys.stderr)
+    print(f"{name}: left out, {free / 1e9:.1f} GB of memory do not suffice", file=sys.stderr)
     return None
 
 
 def shared(who: dict[str, Contender], shapes: dict, context: int) -> dict[str, nn.Module]:
-    """The contenders' models, all but the dense one on the same weights, which are in memory once for each dtype."""
+    """Builds the models. All except the dense one share their weights, which are in memory once per dtype."""
     weights, models = build("moonwhale with MTP", shapes, context).state_dict(), {}
     for contender in who.values():
         if (key := contender[:2]) not in models:
@@ -155,7 +173,7 @@ def shared(who: dict[str, Contender], shapes: dict, context: int) -> dict[str, n
 
 @torch.no_grad()
 def check_same(theirs: nn.Module, shapes: dict, tokens: torch.Tensor) -> None:
-    """Ours with full attention and theirs in fp32 must compute one function, so that only speed differs."""
+    """Checks that our model with full attention computes the same loss as theirs, so that only speed differs."""
     ours = build("moonwhale", shapes | {"moba_topk": 0}, tokens.shape[1]).train()
     ours.load_state_dict(theirs.state_dict(), assign=True)
     loss = ours(tokens, labels=tokens).losses[0]
@@ -165,17 +183,18 @@ def check_same(theirs: nn.Module, shapes: dict, tokens: torch.Tensor) -> None:
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
+    """Divides two figures; None if one is missing."""
     return round(above / below, 3) if above and below else None
 
 
 def best(figures: dict[str, float | None], mode: str, of: Callable) -> float | None:
-    """The `of` (max or min) of transformers' figures in a mode."""
+    """Returns the `of` (max or min) of transformers' figures in a mode."""
     found = [figures[f"transformers {mode}, {experts}"] for experts in EXPERTS]
     return of((figure for figure in found if figure is not None), default=None)
 
 
 def memory_of(who: dict[str, Contender], shapes: dict, rows: int, context: int) -> dict[str, float | None]:
-    """Megabytes that a step of each takes in a process of its own; None where there are not enough."""
+    """Measures the megabytes of a step in a process of its own; None if memory does not suffice."""
     found = {}
     for name, contender in who.items():
         peak = fresh(name, peak_memory, contender, shapes, rows, context)
@@ -186,15 +205,15 @@ def memory_of(who: dict[str, Contender], shapes: dict, rows: int, context: int) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (5)")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a batch (2)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a row (1024)")
+    parser.add_argument("--rounds", type=int, default=5, help="valid rounds (5)")
+    parser.add_argument("--rows", type=int, default=2, help="rows per batch (2)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens per row (1024)")
     arguments = parser.parse_args(argv)
     rows, context, shapes = arguments.rows, arguments.context, PRESETS["seed_190m"].model
     precision, generator, ceilings = choose("cpu"), torch.Generator().manual_seed(1), []
 
     def draw() -> torch.Tensor:
-        print("the next round", file=sys.stderr)
+        print("next round", file=sys.stderr)
         return torch.randint(shapes["vocab_size"], (rows, context), generator=generator)
 
     def product(_) -> None:
@@ -210,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         if memory[name] <= free:
             timed[name] = step(model, who[name])
         else:
-            print(f"{name}: not timed, {free:.0f} MB of memory are too little beside the others", file=sys.stderr)
+            print(f"{name}: not timed, {free:.0f} MB of memory do not suffice next to the others", file=sys.stderr)
     timing = timed_rounds(timed | {"product": product}, draw, arguments.rounds)
     seconds = timing.pop("seconds")
     speeds = {name: round(rows * context / seconds[name], 1) if name in timed else None for name in who}

@@ -97,7 +97,7 @@ def test_an_outlier_changes_no_bit_of_bf16_and_spoils_one_scale_for_all(benchmar
 def test_what_cannot_be_trained(benchmark, tmp_path, capsys):
     text = tmp_path / "short.txt"
     text.write_text("One.\n\nTwo.\n\nThree.")
-    for options, said in ([], "less than a row of 16 tokens"), (["--outlier-steps", "900"], "`outlier_steps`: give"):
+    for options, said in ([], "less than a row of 16 tokens"), (["--outlier-steps", "900"], "--outlier-steps: give"):
         with pytest.raises(SystemExit, match="2"):
             benchmark.main([str(text), *options])
         assert said in capsys.readouterr().err
