@@ -78,7 +78,7 @@ def draw(config, name: str) -> Sheet:
     total = f"{millions(size.parameters)} parameters, of which a token uses {millions(size.active_parameters)}"
     parts = {"embedding": size.embedding, "head": size.head}
     parts |= {f"{config.num_hidden_layers} blocks": blocks, "MTP modules": size.mtp}
-    parts = " · ".join(f"{part} {millions(size)}" for part, size in parts.items() if size)
+    parts = " · ".join(f"{part} {millions(count)}" for part, count in parts.items() if count)
     sheet.text(0.4, 9.8, f"moonwhale {name}", 16, ha="left", weight="bold")
     sheet.text(WIDTH - 0.4, 9.95, total, 10.5, ha="right")
     sheet.text(WIDTH - 0.4, 9.73, parts, 8.8, GRAY, ha="right")
