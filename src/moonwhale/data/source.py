@@ -133,7 +133,7 @@ def texts_of(document: Document) -> list[str]:
 
 
 def digest(*parts: object) -> str:
-    """Returns the SHA-256 hex digest of values whose `repr` describes them completely."""
+    """Returns the SHA-256 hex digest of values. The `repr` of each must describe it completely."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

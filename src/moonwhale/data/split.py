@@ -21,7 +21,7 @@ def document_hash(document: Document) -> int:
 
 
 def held_out_mask(hashes: np.ndarray, share: float = HELD_OUT_SHARE) -> np.ndarray:
-    """Marks the documents (n,) whose hash is among the lowest `share` of all possible hashes.
+    """Marks the documents (n,) with a hash among the lowest `share` of all possible hashes.
 
     A document and its copies thus stay on one side, whatever the order, the tokenizer and the other documents are.
     `hashes` (n,) uint64 must contain at least two different ones; each side gets at least one document.
@@ -32,5 +32,8 @@ def held_out_mask(hashes: np.ndarray, share: float = HELD_OUT_SHARE) -> np.ndarr
 
 
 def split_position(n_tokens: int, share: float = HELD_OUT_SHARE) -> int:
-    """Returns where to cut a single document of at least four tokens, whose end is held out: two tokens at least."""
+    """Returns where to cut a single document, to hold out its end. Both parts get at least two tokens.
+
+    The document has at least four tokens.
+    """
     return min(max(round(n_tokens * (1 - share)), 2), n_tokens - 2)

@@ -1,4 +1,4 @@
-"""Tasks whose answers a rule can check: questions, right answers, demonstrations of how to answer, and scores.
+"""Tasks with answers that a rule can check: questions, right answers, demonstrations, and scores.
 
 A completion has DeepSeek-R1's form (arXiv 2501.12948 §2.2): `<think>…</think>`, then `<answer>…</answer>`.
 """

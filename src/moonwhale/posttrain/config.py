@@ -42,13 +42,13 @@ class PostTrainOptions:
     seed: int = option(0, "seed of all random draws", group="run")
 
     batch_size: int = option(8, "rows per micro-batch on each device", group="optimization")
-    lr: float = option(1e-3, "peak learning rate on AdamW's scale, for Muon and AdamW alike", group="optimization")
+    lr: float = option(1e-3, "peak learning rate, on AdamW's scale, for both Muon and AdamW", group="optimization")
     warmup_steps: int = option(10, "steps in which the learning rate rises to its peak", group="optimization")
-    weight_decay: float = option(0.0, "decoupled weight decay, on matrices", group="optimization")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices", group="optimization")
     momentum: float = option(0.95, "momentum of Muon", group="optimization")
-    grad_clip: float = option(1.0, "maximum gradient norm; 0 = off", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off", group="optimization")
     qk_clip_tau: float = option(
-        100.0, "maximum attention logit that QK-clip allows a head; 0 = off", group="optimization"
+        100.0, "attention logit above which QK-clip scales a head down; 0 turns it off", group="optimization"
     )
     bias_update_speed: float = option(
         0.0,
@@ -56,20 +56,18 @@ class PostTrainOptions:
         group="optimization",
     )
 
-    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
+    device: str = option("auto", "cpu, cuda or mps; auto takes the fastest", group="device", suggestions=DEVICES)
     precision: str = option(
-        "auto", f"precision of the matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
+        "auto", f"precision of matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, more time", group="device"
-    )
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
 
-    eval_every: int = option(50, "steps between evaluations; 0 = only at the end", group="reports and checkpoints")
-    save_every: int = option(50, "steps between checkpoints; 0 = only at the end", group="reports and checkpoints")
+    eval_every: int = option(50, "steps between evaluations; 0: only at the end", group="reports and checkpoints")
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end", group="reports and checkpoints")
     keep_checkpoints: int = option(2, "number of newest checkpoints to keep", group="reports and checkpoints")
     log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
     report_to: list[str] = option(
-        ["tensorboard"], "reporters of transformers' Trainer, or none", group="reports and checkpoints"
+        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
     )
 
     def __post_init__(self):

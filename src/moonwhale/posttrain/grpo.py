@@ -46,7 +46,7 @@ class GRPOOptions(PostTrainOptions):
     verb: ClassVar[str] = "grpo"
 
     task: str = option("chain_sum", TASK_HELP, group="task")
-    questions: int = option(10_000, "number of training questions to draw from the task", group="task")
+    questions: int = option(10_000, "training questions to draw from the task", group="task")
     rewards: list[str] = option(["accuracy", "format"], REWARDS_HELP, group="task")
 
     objective: str = option(
@@ -64,7 +64,7 @@ class GRPOOptions(PostTrainOptions):
 
     batch_size: int = option(64, "answers per micro-batch on each device", group="optimization")
     lr: float = option(
-        1e-4, "learning rate after warm-up, on AdamW's scale, for Muon and AdamW alike", group="optimization"
+        1e-4, "learning rate after warm-up, on AdamW's scale, for both Muon and AdamW", group="optimization"
     )
     steps: int = option(200, "optimizer steps", group="optimization")
 

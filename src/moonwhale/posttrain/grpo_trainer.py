@@ -23,7 +23,7 @@ class MTPGRPOConfig(MuonClipArgumentsMixin, GRPOConfig):
 
 
 class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
-    """GRPO (arXiv 2402.03300 §4.1; DeepSeek-R1 §2.2), whose loss TRL computes.
+    """Trains by GRPO (arXiv 2402.03300 §4.1; DeepSeek-R1 §2.2) with TRL's loss.
 
     It differs from TRL's trainer in this:
 

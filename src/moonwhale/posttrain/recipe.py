@@ -71,7 +71,7 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
         raise UserError(f"{where}: {verb} needs an `out`, where it writes")
     cls = STAGES[verb][0]
     given = options.check(cls, given, where)
-    if verb != "sample":  # whose output is one file, written at its end
+    if verb != "sample":  # its output is a single file, written at the end
         given["resume"] = (Path(given["out"]) / run_folder.RUN_FILE).exists()
     return verb, resolve(given) if verb == "train" else cls(**given)
 

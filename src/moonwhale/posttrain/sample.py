@@ -27,13 +27,13 @@ class SampleOptions:
 
     checkpoint: str | None = option(None, "folder of the model that answers", group="positional")
     task: str = option("chain_sum", TASK_HELP, group="task")
-    questions: int = option(1000, "number of training questions to ask", group="task")
+    questions: int = option(1000, "training questions to ask", group="task")
     out: str | None = option(None, "new .jsonl file for the conversations", group="answers")
     samples: int = option(4, "answers drawn for each question", group="answers")
     temperature: float = option(1.0, "sampling temperature", group="answers")
     max_new_tokens: int = option(256, "maximum length of an answer", group="answers")
     seed: int = option(0, "seed of the questions and the answers", group="answers")
-    device: str = option("auto", "cpu, cuda, mps, or the best there is", group="device", suggestions=DEVICES)
+    device: str = option("auto", "cpu, cuda or mps; auto takes the fastest", group="device", suggestions=DEVICES)
     precision: str = option(
         "auto", "precision of the weights: auto, fp32, bf16 or int8", group="device", suggestions=PRECISIONS
     )

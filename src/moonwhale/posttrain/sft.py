@@ -38,7 +38,7 @@ class SFTOptions(PostTrainOptions):
     steps: int | None = option(None, "optimizer steps, in place of --epochs", group="optimization")
     accumulation: int = option(1, "micro-batches per optimizer step", group="optimization")
     lora_rank: int = option(
-        0, "train adapters of this rank (peft) in place of the weights; 0 = off", group="optimization"
+        0, "train adapters of this rank (peft) in place of the weights; 0 turns it off", group="optimization"
     )
 
     eval_rows: int = option(64, "held-out rows per evaluation", group="reports and checkpoints")
