@@ -1,7 +1,7 @@
 """Draws the architecture from a preset's configuration: `python docs/draw_architecture.py [PRESET] [OUT]`.
 
-Writes docs/architecture.svg, or OUT (.svg or .png). Every number in it is read from the configuration or counted from
-it, and the widths of latents and heads are drawn to scale, so the picture changes when the model does.
+The picture goes to docs/architecture.svg, or to OUT (.svg or .png). Every number in it comes from the configuration,
+and the widths of latents and heads are drawn to scale, so the picture changes with the model.
 """
 
 import sys
@@ -19,7 +19,7 @@ from moonwhale.presets import get_preset
 
 PRESET = "seed_190m"
 PICTURE = Path(__file__).with_name("architecture.svg")
-WIDTH, HEIGHT = 10.0, 10.3  # inches, which are the axes' units too
+WIDTH, HEIGHT = 10.0, 10.3  # inches, which are also the units of the axes
 
 INK, GRAY, LIGHT, PALE = "#1f2937", "#6b7280", "#e5e7eb", "#f3f4f6"
 BLUE, AMBER, GREEN, PINK, VIOLET = "#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed"
@@ -27,14 +27,16 @@ FILL = {BLUE: "#dbeafe", AMBER: "#fef3c7", GREEN: "#d1fae5", PINK: "#fce7f3", VI
 
 
 class Sheet:
-    """Boxes, words and arrows on a page measured in inches from its lower left corner."""
+    """A page for boxes, text and arrows. Coordinates are inches from its lower left corner."""
 
     def __init__(self):
         self.figure = plt.figure(figsize=(WIDTH, HEIGHT), facecolor="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
         self.axes.axis("off")
-        self.box(0.02, 0.02, WIDTH - 0.04, HEIGHT - 0.04, color=LIGHT, fill="white")  # on dark pages, too
+        self.box(
+            0.02, 0.02, WIDTH - 0.04, HEIGHT - 0.04, color=LIGHT, fill="white"
+        )  # a white background, also on dark pages
 
     def box(self, x, y, w, h, text="", color=GRAY, dashed=False, size=9.0, fill=None):
         style = f"round,pad=0,rounding_size={min(0.07, w / 3, h / 3)}"
@@ -48,11 +50,11 @@ class Sheet:
         style = {"fontsize": size, "color": color, "fontweight": weight, "rotation": rotation, "ha": ha, "va": va}
         lines, step = text.split("\n"), 1.35 * size / 72  # points to inches
         y += step * (len(lines) - 1) * (0.5 if va == "center" else 1)
-        for i, line in enumerate(lines):  # one by one, so that each is centred in any font
+        for i, line in enumerate(lines):  # line by line, so that each is centred in any font
             self.axes.text(x, y - i * step, line, **style)
 
     def arrow(self, *points, color=GRAY):
-        """Through all points, with straight lines; a head at the last."""
+        """Draws straight lines through all points, with an arrow head at the last."""
         xs, ys = zip(*points, strict=True)
         style = {"color": color, "linewidth": 1.1}
         self.axes.plot(xs[:-1], ys[:-1], **style, solid_joinstyle="round")
@@ -67,12 +69,13 @@ class Sheet:
 
 
 def millions(number: int) -> str:
-    """Three digits."""
+    """Formats a number in millions with three digits."""
     number /= 1e6
     return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} M"
 
 
 def draw(config, name: str) -> Sheet:
+    """Draws the model of a configuration."""
     sheet, size = Sheet(), model_size(config)
     blocks = size.parameters - size.embedding - size.head - size.mtp
     total = f"{millions(size.parameters)} parameters, of which a token uses {millions(size.active_parameters)}"
@@ -98,14 +101,14 @@ def draw(config, name: str) -> Sheet:
 
 def _chain(sheet: Sheet, config) -> None:
     modules, margin, width, gap = len(config.mtp_blocks), 0.75, 2.55, 0.62
-    bottom, top = 5.15, 8.95  # of the embeddings and of the heads
-    row, norm, space, join = 0.34, 0.24, 0.14, 0.5  # heights of the boxes, and between them
+    bottom, top = 5.15, 8.95  # y of the embeddings and of the heads
+    row, norm, space, join = 0.34, 0.24, 0.14, 0.5  # heights of the boxes, and the space between them
     sheet.box(0.4, 4.75, WIDTH - 0.8, 4.82, color=LIGHT, fill="#f9fafb")
 
     first, norm_y = bottom + row + 2 * space, top - row - norm - 1.3 * space
     step = min(0.42, (norm_y - 2 * space - first) / config.num_hidden_layers)
     narrow = min(width, (WIDTH - 0.75 - margin - width) / max(modules, 1) - gap)
-    x, index, hidden = margin, 0, None  # where the previous column's hidden state leaves it
+    x, index, hidden = margin, 0, None  # hidden: where the arrow from the previous column starts
     for k, blocks in enumerate([config.num_hidden_layers, *config.mtp_blocks]):
         w = narrow if k else width
         middle, y = x + w / 2, first
@@ -136,7 +139,7 @@ def _chain(sheet: Sheet, config) -> None:
 
 
 def _bar(sheet: Sheet, config, index: int, x, y, w, h) -> None:
-    """One block: its attention and what follows it."""
+    """Draws one block: its attention and its feed-forward network or experts."""
     moba, size = config.is_moba_layer(index), 8.6 if h > 0.2 else 7.2
     follows = f"{config.num_experts_per_tok} of {config.n_routed_experts} + {config.n_shared_experts} experts"
     if index < config.first_k_dense_replace:
@@ -161,7 +164,7 @@ def _latent_attention(sheet: Sheet, config, x, y, w, h) -> None:
 
     unit = min(
         inner / hidden, (inner - 0.4) / ((q_rank or 0) + rank + rope)
-    )  # inches a number, of a whole token's vectors
+    )  # inches per value, for vectors of a whole token
     sheet.box(left, low, hidden * unit, bar, f"hidden  {hidden}", GRAY)
     widths = [(q_rank or 0) * unit, rank * unit, rope * unit]
     space = (inner - sum(widths)) / 2
@@ -175,7 +178,7 @@ def _latent_attention(sheet: Sheet, config, x, y, w, h) -> None:
     if not labels[2]:
         sheet.text(begins[2] - 0.05, mid + bar / 2, str(rope), 8.8, PINK, ha="right", va="center")
 
-    unit = (inner - 0.75) / (2 * (nope + rope) + value)  # of one head's vectors
+    unit = (inner - 0.75) / (2 * (nope + rope) + value)  # inches per value, for vectors of one head
     queries, values = left, left + (nope + rope) * unit + 0.34
     keys = left + inner - 0.07 - (nope + rope) * unit
     for depth in (0.07, 0.035, 0.0):  # other heads behind the first
@@ -209,7 +212,7 @@ def _block_attention(sheet: Sheet, config, x, y, w, h) -> None:
     sheet.card(x, y, w, h, "Mixture of block attention", VIOLET, note)
     blocks = -(-context // size)
     side, left, bottom = w - 0.55, x + 0.36, y + 0.92
-    rows = -(-32 // blocks)  # queries drawn of each block
+    rows = -(-32 // blocks)  # queries drawn per block
     cell, line, top = side / blocks, side / blocks / rows, bottom + side
 
     def paint(points, color):
@@ -217,7 +220,7 @@ def _block_attention(sheet: Sheet, config, x, y, w, h) -> None:
 
     for query in range(blocks * rows):
         own, down = query // rows, top - query * line
-        gates = [(i * 37 + query * 23) % 61 for i in range(own)]  # for example
+        gates = [(i * 37 + query * 23) % 61 for i in range(own)]  # an arbitrary example
         best = sorted(range(own), key=gates.__getitem__)[: topk - 1] if topk else range(own)
         for i in range(own):
             a, b = left + i * cell, left + (i + 1) * cell
@@ -249,7 +252,7 @@ def _experts(sheet: Sheet, config, x, y, w, h) -> None:
     lines = max(2, -(-experts // 8))
     columns = -(-experts // lines)
     across, tall = routed / columns, min(0.3, 0.8 / lines)
-    picked = {i * experts // chosen for i in range(chosen)}  # for example
+    picked = {i * experts // chosen for i in range(chosen)}  # an arbitrary example
     for i in range(experts):
         at = left + i % columns * across + 0.02, bank + (lines - 1 - i // columns) * tall + 0.02
         color, fill = (AMBER, FILL[AMBER]) if i in picked else ("#d1d5db", "white")
@@ -266,20 +269,21 @@ def _experts(sheet: Sheet, config, x, y, w, h) -> None:
 
 
 def configuration(name: str) -> MoonwhaleConfig:
+    """Returns the configuration of a preset, with its context as the longest position."""
     preset = get_preset(name)
     return MoonwhaleConfig(**{"max_position_embeddings": preset.train["context"]} | preset.model)
 
 
 STYLE = {
     "svg.hashsalt": "moonwhale",  # the same ids each time
-    "svg.fonttype": "none",  # words stay words, which readers can search and tests can read
+    "svg.fonttype": "none",  # text stays text, so that readers can search it and tests can read it
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # the second where the first is missing: as wide
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # the second has the same widths
 }
 
 
 def save(config, name: str, path: Path) -> None:
-    """Draws into an .svg (the same bytes each time) or a .png."""
+    """Draws a model into an .svg or a .png file. Equal models give equal bytes in an .svg."""
     with plt.rc_context(STYLE):
         figure = draw(config, name).figure
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
