@@ -1,4 +1,4 @@
-"""The command line: a verb names a function, and only that function's module is imported."""
+"""The command line. A verb names a function, and only that function's module is imported."""
 
 import logging
 import os
@@ -12,44 +12,54 @@ from moonwhale.errors import UserError, did_you_mean, with_option_names
 VERBS = {
     "train": ("moonwhale.train.pretrain:main", "train a model on text"),
     "sft": ("moonwhale.posttrain.sft:main", "fine-tune a model on conversations"),
-    "grpo": ("moonwhale.posttrain.grpo:main", "train a model by rewards for checkable answers"),
-    "sample": ("moonwhale.posttrain.sample:main", "keep a model's own right answers, to fine-tune on"),
-    "recipe": ("moonwhale.posttrain.recipe:main", "carry out several stages of training, from a file"),
-    "generate": ("moonwhale.infer.commands:main_generate", "continue a text, or answer one"),
+    "grpo": ("moonwhale.posttrain.grpo:main", "train a model by rewards for answers that can be checked"),
+    "sample": ("moonwhale.posttrain.sample:main", "collect a model's own right answers for fine-tuning"),
+    "recipe": ("moonwhale.posttrain.recipe:main", "run several stages of training from a file"),
+    "generate": ("moonwhale.infer.commands:main_generate", "continue a text, or answer a message"),
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
-    "serve": ("moonwhale.serve.commands:main", "answer over HTTP: OpenAI's API and a chat page"),
-    "eval": ("moonwhale.evaluate.commands:main", "measure a model: text, tasks, multiple choice"),
-    "xray": ("moonwhale.inspect.commands:main_xray", "draw what happened inside a model, as a page"),
-    "data": ("moonwhale.data.commands:main_data", "tokenise a data set and look at it"),
-    "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or look at one"),
+    "serve": ("moonwhale.serve.commands:main", "serve a model over HTTP: OpenAI's API and a chat page"),
+    "eval": ("moonwhale.evaluate.commands:main", "measure a model on text, tasks and multiple choice"),
+    "xray": ("moonwhale.inspect.commands:main_xray", "show what happens inside a model, as an HTML page"),
+    "data": ("moonwhale.data.commands:main_data", "tokenize a data set and show it"),
+    "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or see how one splits a text"),
     "export": ("moonwhale.export.commands:main", "write a checkpoint in another format"),
-    "info": ("moonwhale.inspect.commands:main_info", "count what a preset or a checkpoint costs"),
-    "plan": ("moonwhale.planning.plan:main", "lay a run out over many GPUs, and count what it costs"),
-    "doctor": ("moonwhale.inspect.commands:main_doctor", "say what this machine can do, and why not more"),
+    "info": (
+        "moonwhale.inspect.commands:main_info",
+        "count the parameters, FLOPs and memory of a preset or a checkpoint",
+    ),
+    "plan": ("moonwhale.planning.plan:main", "find the best layout of a run over many GPUs"),
+    "doctor": (
+        "moonwhale.inspect.commands:main_doctor",
+        "report what this machine supports, and why it does not support the rest",
+    ),
 }
 
 
 class _OptionNames(logging.Formatter):
-    """Prints a warning as one line, its fields spelled as options."""
+    """Formats a warning as one line that spells fields as options."""
 
     def format(self, record: logging.LogRecord) -> str:
         return with_option_names(record.getMessage())
 
 
 def usage() -> str:
+    """Return the text of `moonwhale --help`."""
     verbs = "\n".join(f"  {verb:<11}{summary}" for verb, (_, summary) in VERBS.items())
     return (
         "usage: moonwhale VERB [options]\n\n"
         "A small language model with MLA, MoBA, DeepSeekMoE, multi-token prediction and MuonClip.\n\n"
         f"verbs:\n{verbs}\n\n"
         "`moonwhale VERB --help` lists a verb's options; `moonwhale --version` prints the version.\n"
-        'eval "$(moonwhale --completion)" in bash or zsh completes verbs, options and their values at TAB.\n'
-        "MOONWHALE_DEBUG=1 in the environment shows where an error came from."
+        'After eval "$(moonwhale --completion)", bash and zsh complete verbs, options and their values at TAB.\n'
+        "With MOONWHALE_DEBUG=1 in the environment, an error shows its traceback."
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb and returns its exit status: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output."""
+    """Run one verb and return its exit status.
+
+    0 is success, 2 bad input, 130 an interrupt, and 141 means that the reader has closed the output.
+    """
     debug = os.environ.get("MOONWHALE_DEBUG") == "1"
     handler = logging.StreamHandler()
     handler.setFormatter(_OptionNames())
@@ -64,14 +74,15 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # Writers of other libraries report a full disk as exceptions of their own, so the text decides.
+        # Each library raises its own exception for a full disk, so the message decides.
         no_space = "No space left on device" in str(error)
         if debug or not (no_space or isinstance(error, UserError)):
             raise
-        return _fail(f"error: {error}" + (": free some, or give another --out" if no_space else ""), 2)
+        return _fail(f"error: {error}" + (": free some, or give another `out`" if no_space else ""), 2)
 
 
 def _run(argv: list[str]) -> int:
+    """Run the verb, or the option in its place, that `argv` begins with."""
     verb, *rest = argv or ["--help"]
     try:
         if verb in VERBS:
@@ -89,14 +100,16 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"unknown {kind} {verb!r}{did_you_mean(verb, VERBS)}; see `moonwhale --help`")
         return 0
     finally:
-        sys.stdout.flush()  # a closed pipe must show here, where it is handled, not at interpreter exit
+        sys.stdout.flush()  # a closed pipe must raise here, where `main` handles it, not at the interpreter's exit
 
 
 def _function(verb: str) -> Callable[[list[str]], int | None]:
+    """Import the function of a verb."""
     module, function = VERBS[verb][0].split(":")
     return getattr(import_module(module), function)
 
 
 def _fail(message: str, status: int) -> int:
+    """Print a message as one line and return the status."""
     print("moonwhale: " + with_option_names(message).replace("\n", " "), file=sys.stderr)
     return status

@@ -56,7 +56,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-HAND_OVER = "--hand-over-the-parser"
+HAND_OVER = "--hand-over-the-parser"  # makes a verb's parser raise ParserHandedOver
 
 
 class ParserHandedOver(Exception):

@@ -1,4 +1,4 @@
-"""Named sizes. A preset sets model fields and run options; a YAML file and the command line override both."""
+"""Named model sizes. A preset sets model fields and run options; a YAML file and the command line override both."""
 
 import runpy
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from moonwhale.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Preset:
-    """`model` holds fields of `MoonwhaleConfig`, `train` those of `TrainConfig`; what is missing keeps its default."""
+    """One named size. A field that it does not set keeps its default."""
 
     summary: str
-    model: dict
-    train: dict
+    model: dict  # fields of MoonwhaleConfig
+    train: dict  # fields of TrainConfig
 
 
 PRESETS = {
     "demo": Preset(
-        summary="every mechanism at work on a CPU in minutes",
+        summary="a CPU and some minutes, with every mechanism",
         model={
             "vocab_size": 2048,
             "hidden_size": 256,
@@ -31,12 +31,12 @@ PRESETS = {
             "v_head_dim": 32,
             "moba_block_size": 64,
             "moba_topk": 2,
-            "moba_full_attention_layers": [1, 3],  # every other block; not compared with fewer
-            "n_routed_experts": 8,  # 16 learn less in as many minutes: each sees too few tokens
+            "moba_full_attention_layers": [1, 3],  # every other block; fewer were not tried
+            "n_routed_experts": 8,  # 16 are worse after the same time: each expert sees too few tokens
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 96,
-            "bias_update_speed": 0.01,  # a short run: at V3's 0.001 the experts would be uneven to its end
-            "num_nextn_predict_layers": 1,  # as V3 has; a second one takes a quarter of the time and costs 3 % here
+            "bias_update_speed": 0.01,  # in so short a run, V3's 0.001 would never balance the experts
+            "num_nextn_predict_layers": 1,  # as in V3; a second one takes a quarter of the time and costs 3 %
             "mtp_num_blocks": 1,
         },
         train={
@@ -44,9 +44,9 @@ PRESETS = {
             "batch_size": 8,
             "tokens_per_step": 4096,
             "steps": 350,
-            "lr": 6e-3,  # of 3e-3, 6e-3 and 1.2e-2, best on held-out text after equal time (benchmarks/quality.py)
+            "lr": 6e-3,  # the best of 3e-3, 6e-3 and 1.2e-2 on held-out text after equal time (benchmarks/quality.py)
             "warmup_steps": 10,
-            "decay_fraction": 0.5,  # better than 0.8; momentum warmed up from 0.85 made no difference
+            "decay_fraction": 0.5,  # better than 0.8; warming the momentum up from 0.85 made no difference
             "log_every": 25,
             "eval_every": 175,
             "save_every": 175,
@@ -89,7 +89,7 @@ PRESETS = {
         },
     ),
     "seed_190m": Preset(
-        summary="the seed: 12 MoE blocks, 4 of them in two MTP modules; one data-centre GPU",
+        summary="one data-center GPU: 12 MoE blocks, 4 of them in two MTP modules",
         model={
             "vocab_size": 50_304,
             "hidden_size": 768,
@@ -125,7 +125,7 @@ PRESETS = {
         },
     ),
     "large": Preset(
-        summary="900 M, with the latent of 512 and rotary width of 64 that fast MLA decoding kernels are made for",
+        summary="the widths of fast MLA decoding kernels: latent 512, rotary 64; 900 M parameters",
         model={
             "vocab_size": 50_304,
             "hidden_size": 1280,
@@ -164,7 +164,7 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name, or a UserError that lists them."""
+    """Return the preset of that name, or raise a UserError that lists the presets."""
     if name not in PRESETS:
         raise UserError(f"`preset`: {name!r} is none of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

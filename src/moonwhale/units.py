@@ -1,8 +1,8 @@
-"""Numbers and bytes as people read them."""
+"""Format numbers and bytes for people."""
 
 
 def si(number: float) -> str:
-    """Three digits and a unit: 7.11 M."""
+    """Format a number with three digits and a unit prefix: 7.11 M."""
     power = 0
     while number >= 999.5 and power < 6:
         number, power = number / 1000, power + 1
@@ -11,5 +11,5 @@ def si(number: float) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """The same of bytes: 7.11 MB."""
+    """Format a number of bytes the same way: 7.11 MB."""
     return si(number) + "B" if number >= 999.5 else f"{number:.0f} B"
