@@ -1,27 +1,34 @@
-"""Does training over several processes compute what one process does, outlive their deaths, and how much of a step do
-the pipeline's schedules leave idle?
+"""Does training over several processes compute what one process does, survive their deaths, save checkpoints in little
+memory, and how much of a step do the pipeline's schedules leave idle?
 
-    python benchmarks/parallel.py [bubble] [equality] [memory] [kills]
+    python benchmarks/parallel.py [bubble] [equality] [memory] [saving] [kills]
 
-Each part writes its own keys into results/parallel.json and leaves those of the others; none given means all.
+Each part writes its own keys into results/parallel.json and keeps those of the other parts. Without arguments all parts
+run.
 
-**equality**, **memory** and **kills** are runs of `moonwhale train` at toy size, in parallel_runs.py.
-`max_gradient_error` and `max_loss_error` compare with one process, relative, over all LAYOUTS. `max_memory_error`
-compares what each rank holds in a step with what `moonwhale plan` says. `kills_survived` counts how often a rank was
-killed (kill -9) and the run, which torchrun starts again, still ended with the undisturbed one's weights and logs, bit
-for bit. Up to a quarter of an hour each on two cores.
+**equality**, **memory**, **saving** and **kills** run `moonwhale train` at toy size, in parallel_runs.py.
 
-**bubble** needs a quiet machine for three minutes. Stages that sleep: a forward pass F takes one unit for each half of
-a rank's share of the model, the backward pass as long for its inputs and as long again for its weights (W), so B = 2 F.
-What each rank did when is recorded, by processes that talk over gloo as in training. The bubble is the time from the
-first rank's start to the last one's end, less what a rank works. Formulas (DeepSeek-V3, table 2; a V over P ranks is
-one over 2 P stages), where two chunks that overlap take as long as one after the other, as they do here:
+- `max_gradient_error` and `max_loss_error` compare all LAYOUTS with one process, relative.
+- `max_memory_error` compares what each rank holds in a step with the prediction of `moonwhale plan`.
+- `peak_rank0_over_share` is the memory that rank 0 needs at most while it saves a checkpoint, relative to its own share
+  of weights and optimizer state, for the worst of SAVED_LAYOUTS on four processes. The extra memory is the rise of the
+  process's resident memory during the save. Linux only.
+- `kills_survived` counts how often a rank was killed (kill -9) and the run, which torchrun restarts, still ended with
+  the weights and logs of an undisturbed run, bit for bit.
+
+Each takes up to a quarter of an hour on two cores.
+
+**bubble** needs a quiet machine for three minutes. Its stages sleep: a forward pass F takes one unit for each half of a
+rank's share of the model. The backward pass takes as long for the inputs and as long again for the weights (W), so
+B = 2 F. The processes talk over gloo, as in training, and record when each rank did what. The bubble is the time from
+the first rank's start to the last one's end, minus the time that a rank works. The formulas are those of DeepSeek-V3,
+table 2, where a V over P ranks has 2 P stages. Two chunks that overlap take as long as one after the other, as here:
 
     1F1B        (P - 1) (F + B)
     DualPipe    (P/2 - 1) (F + B + B - 3 W)
     DualPipeV   (P - 1) (F + B + B - 3 W), of half stages
 
-Draws docs/schedules.svg from the recorded events.
+It draws docs/schedules.svg from the recorded events.
 """
 
 import json
@@ -43,18 +50,18 @@ from common import ROOT, environment, options, write
 from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.schedules import EngineStage, build_engine
 from moonwhale.parallel.stages import StageSpec
-from parallel_runs import LAYOUTS, equality, kills, memory
+from parallel_runs import LAYOUTS, SAVED_LAYOUTS, equality, kills, memory, saving
 
 COST = {"F": 1, "B": 2, "I": 1, "W": 1}
 COLOURS = {"F": "#fbbf24", "B": "#22c55e", "I": "#38bdf8", "W": "#1d4ed8"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs only", "W": "backward, weights only"}
-STEPS = 3  # of each schedule, of which the shortest counts: what else the machine does can only make one longer
-LIMIT = 300  # seconds a process may take
-PARTS = ("bubble", "equality", "memory", "kills")
+STEPS = 3  # of each schedule; the shortest counts, since other work of the machine only makes steps longer
+LIMIT = 300  # seconds for a process
+PARTS = ("bubble", "equality", "memory", "saving", "kills")
 
 
 class Toy(nn.Module):
-    """A stage of one parameter."""
+    """A stage with one parameter."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +72,7 @@ class Toy(nn.Module):
 
 
 class Sleeping(EngineStage):
-    """A stage whose work is to sleep: `unit` seconds for a forward pass."""
+    """A stage that sleeps instead of computing: `unit` seconds for a forward pass."""
 
     unit = 0.0
 
@@ -78,12 +85,12 @@ class Sleeping(EngineStage):
 
 
 def unit_of(schedule: str) -> int:
-    """Half stages that a stage of this schedule is."""
+    """Return how many half stages a stage of this schedule is."""
     return 2 // SCHEDULES[schedule].stages_per_rank
 
 
 def formula(schedule: str, ranks: int, f: float, b: float, w: float) -> float | None:
-    """The bubble, in what the times of a stage's passes are given in."""
+    """Return the bubble by formula, in the unit of the times f, b and w of a stage's passes."""
     return {
         "1f1b": (ranks - 1) * (f + b),
         "dualpipe": (ranks / 2 - 1) * (f + b + b - 3 * w),
@@ -92,25 +99,26 @@ def formula(schedule: str, ranks: int, f: float, b: float, w: float) -> float | 
 
 
 def rank_main(rank: int, ranks: int, schedules: list[str], micro_batches: int, unit: float, folder: str) -> None:
-    """One process: runs every schedule, the first step of each to warm up, and leaves its events in `folder`."""
+    """Run every schedule in one process, the first step of each to warm up, and write its events to `folder`."""
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=LIMIT))
     recorded = {}
     for schedule in schedules:
-        where, kind = stage_ranks(schedule, ranks), SCHEDULES[schedule]
-        copy, number = ranks * kind.stages_per_rank, torch.empty((), device="meta", requires_grad=True)
+        holders, properties = stage_ranks(schedule, ranks), SCHEDULES[schedule]
+        num_stages = ranks * properties.stages_per_rank
+        number = torch.empty((), device="meta", requires_grad=True)
         stages = []
-        for index in (i for i, place in enumerate(where) if place == rank):
-            part = StageSpec(index % copy, copy, 0, 0)
-            half = index // copy if kind.bidirectional else None
+        for index in (i for i, holder in enumerate(holders) if holder == rank):
+            spec = StageSpec(index % num_stages, num_stages, 0, 0)
+            half = index // num_stages if properties.bidirectional else None
             stage = Sleeping(
                 Toy(),
-                part,
+                spec,
                 index,
-                len(where),
+                len(holders),
                 torch.device("cpu"),
                 half=half,
-                input_args=() if part.is_first else number,
+                input_args=() if spec.is_first else number,
                 output_args=number,
             )
             stages.append(stage)
@@ -131,13 +139,13 @@ def rank_main(rank: int, ranks: int, schedules: list[str], micro_batches: int, u
 
 
 def span(step: list[list[tuple]]) -> tuple[float, float]:
-    """When a step's first rank began and its last one ended."""
+    """Return when a step's first rank began and its last one ended."""
     events = [event for rank in step for event in rank]
     return min(begin for *_, begin, _ in events), max(end for *_, end in events)
 
 
 def record(ranks: int, schedules: list[str], micro_batches: int, unit: float) -> dict[str, list[list[tuple]]]:
-    """Events of each rank by schedule, of the step least disturbed, in units from its begin."""
+    """Return each rank's events by schedule, of the least disturbed step, in units from its begin."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, schedules, micro_batches, unit, folder)
         running = mp.start_processes(rank_main, arguments, ranks, join=False, start_method="forkserver")
@@ -166,8 +174,9 @@ def record(ranks: int, schedules: list[str], micro_batches: int, unit: float) ->
 
 
 def bubble(events: list[list[tuple]], schedule: str) -> dict:
-    """How long a rank is idle on average, in units and as part of the step, beside what the formula makes of the times
-    that the passes really took.
+    """Return the mean idle time of a rank, in units and as a part of the step, and the same by formula.
+
+    The formula gets the times that the passes really took.
     """
     _, step = span(events)
     took = {kind: [end - begin for rank in events for k, _, _, begin, end in rank if k == kind] for kind in COST}
@@ -181,7 +190,7 @@ def bubble(events: list[list[tuple]], schedule: str) -> dict:
 
 
 def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
-    """A row for each rank, a box for each piece of work with the number of its micro-batch, time in units."""
+    """Draw a row for each rank and a box with the micro-batch's number for each pass; time is in units."""
     style = {
         "svg.hashsalt": "moonwhale",
         "svg.fonttype": "none",
@@ -194,7 +203,9 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
         size = (11, 1.1 + sum(0.5 + 0.32 * len(events) for events in recorded.values()))
         figure, axes = plt.subplots(len(recorded), 1, figsize=size, sharex=True, layout="constrained")
         for axis, (schedule, events) in zip(axes, recorded.items(), strict=True):
-            second = max(stage_ranks(schedule, len(events))) + 1  # stages from here on are a rank's second ones
+            second = (
+                max(stage_ranks(schedule, len(events))) + 1
+            )  # from this number on, a stage is its rank's second one
             for row, rank in enumerate(events):
                 for kind, stage, number, begin, end in rank:
                     box = [(begin, end - begin)]
@@ -216,7 +227,7 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
 
 
 def bubbles(ranks: int, micro_batches: int, unit: float, picture: Path) -> dict:
-    """Every schedule's bubble beside its formula; draws the picture."""
+    """Compare every schedule's bubble with its formula, and draw the picture."""
     recorded = record(ranks, list(SCHEDULES), micro_batches, unit)
     found = {schedule: bubble(events, schedule) for schedule, events in recorded.items()}
     for schedule, figures in found.items():
@@ -237,14 +248,18 @@ def bubbles(ranks: int, micro_batches: int, unit: float, picture: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = options(" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "schedules.svg", help="where it is drawn")
-    parser.add_argument("--ranks", type=int, default=4, help="of the bubble's pipeline")
-    parser.add_argument("--micro-batches", type=int, default=10, help="of the bubble's step")
-    parser.add_argument("--unit", type=float, default=0.15, help="seconds of half a stage's forward pass")
-    parser.add_argument("--layouts", default="; ".join(LAYOUTS), help="of equality and memory")
-    parser.add_argument("--steps", type=int, default=20, help="of the losses compared")
-    parser.add_argument("--runs", type=int, default=5, help="in which ranks are killed")
-    parser.add_argument("--kills", type=int, default=4, help="in each of these runs")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "schedules.svg", help="file of the drawing")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks of the bubble's pipeline")
+    parser.add_argument("--micro-batches", type=int, default=10, help="micro-batches of the bubble's step")
+    parser.add_argument("--unit", type=float, default=0.15, help="seconds of the forward pass of half a stage")
+    parser.add_argument(
+        "--layouts", default="; ".join(LAYOUTS), help="layouts of equality and memory, separated by '; '"
+    )
+    parser.add_argument("--saved-layouts", default="; ".join(SAVED_LAYOUTS), help="layouts of saving")
+    parser.add_argument("--width", type=int, default=512, help="hidden size of the model that is saved")
+    parser.add_argument("--steps", type=int, default=20, help="steps whose losses are compared")
+    parser.add_argument("--runs", type=int, default=5, help="runs in which ranks are killed")
+    parser.add_argument("--kills", type=int, default=4, help="kills in each of these runs")
     given = parser.parse_args(argv)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
@@ -255,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
             result = equality(given.layouts.split("; "), given.steps)
         elif part == "memory":
             result = memory(given.layouts.split("; "))
+        elif part == "saving":
+            result = saving(given.saved_layouts.split("; "), given.width)
         else:
             result = kills(given.runs, given.kills)
         path = given.results / "parallel.json"

@@ -1,13 +1,21 @@
-"""One process of benchmarks/parallel_runs.py: `moonwhale train`, as it is, with a look at what it computes and holds.
+"""One process of benchmarks/parallel_runs.py: `moonwhale train`, with measurements of what it computes and holds.
 
     torchrun … benchmarks/parallel_rank.py FOLDER [options of moonwhale train]
 
-Leaves FOLDER/RANK.pt, of the first step: {"grads": the gradients by name; "bytes": what this process holds of weights,
-gradients and optimizer state, and at most at once for backward passes; "sent": the bytes it sends to "pipeline"
-neighbours, and to "reduce" over a ring}.
+Writes FOLDER/RANK.pt with these entries:
+
+- "grads": the gradients of the first step, by name.
+- "bytes": what this process holds in the first step: weights, gradients, optimizer state, and the most activations that
+  autograd keeps for backward passes at once.
+- "sent": the bytes that it sends in the first step to "pipeline" neighbours, and to "reduce" gradients in a ring.
+- "saving": of the newest checkpoint, "share", the bytes of its weights and optimizer state, and "extra", the memory
+  that it needs in addition at most while it saves them. Only in runs with a PipelineTrainer, on Linux.
 """
 
+import ctypes
+import gc
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,114 +31,139 @@ from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
 from moonwhale.parallel.fsdp import full_tensor
 from moonwhale.train.mtp_trainer import MTPTrainer
+from moonwhale.train.pipeline_trainer import PipelineTrainer
 
 
-class Held:
-    """A tensor that autograd keeps for the backward pass, while it does; `most` is their largest sum so far in bytes,
-    each storage once, parameters left out.
+class SavedTensor:
+    """A tensor that autograd keeps for the backward pass, for as long as it does.
+
+    `peak` is the largest sum of these tensors so far, in bytes. Each storage counts once, and parameters do not count.
     """
 
-    uses, parameters, now, most = Counter(), frozenset(), 0, 0
+    uses, parameters, now, peak = Counter(), frozenset(), 0, 0
 
     def __init__(self, tensor: Tensor):
         self.tensor, self.storage = tensor, tensor.untyped_storage().data_ptr()
-        if not Held.uses[self.storage] and self.storage not in Held.parameters:
-            Held.now += tensor.untyped_storage().nbytes()
-            Held.most = max(Held.most, Held.now)
-        Held.uses[self.storage] += 1
+        if not SavedTensor.uses[self.storage] and self.storage not in SavedTensor.parameters:
+            SavedTensor.now += tensor.untyped_storage().nbytes()
+            SavedTensor.peak = max(SavedTensor.peak, SavedTensor.now)
+        SavedTensor.uses[self.storage] += 1
 
     def __del__(self):
-        Held.uses[self.storage] -= 1
-        if not Held.uses[self.storage] and self.storage not in Held.parameters:
-            Held.now -= self.tensor.untyped_storage().nbytes()
+        SavedTensor.uses[self.storage] -= 1
+        if not SavedTensor.uses[self.storage] and self.storage not in SavedTensor.parameters:
+            SavedTensor.now -= self.tensor.untyped_storage().nbytes()
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def here(tensors) -> int:
-    """Bytes of what this process has of some tensors."""
+def local_bytes(tensors) -> int:
+    """Return the bytes that this process holds of some tensors; other values count nothing."""
     return sum(t.numel() * t.element_size() for t in map(local, (t for t in tensors if isinstance(t, Tensor))))
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    return local_bytes(value for state in states for value in state.values())
+
+
 class Sent:
-    """Counts what leaves this process, while `torch.distributed` is asked through it."""
+    """Counts the bytes that leave this process through `isend` and `all_reduce` of torch.distributed."""
 
     total, isend, reduce = Counter(), dist.isend, dist.all_reduce
 
     @staticmethod
-    def isend_(tensor, *args, **kwargs):
-        Sent.total["pipeline"] += here([tensor])
+    def counted_isend(tensor, *args, **kwargs):
+        Sent.total["pipeline"] += local_bytes([tensor])
         return Sent.isend(tensor, *args, **kwargs)
 
     @staticmethod
-    def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    def counted_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
         ranks = dist.get_world_size(group)
-        Sent.total["reduce"] += here([tensor]) * 2 * (ranks - 1) // ranks
+        Sent.total["reduce"] += local_bytes([tensor]) * 2 * (ranks - 1) // ranks
         return Sent.reduce(tensor, op, group, async_op)
 
 
-class Look(TrainerCallback):
-    """Writes down the first step."""
+class Measurements(TrainerCallback):
+    """Records the first step, and writes all measurements to `path`."""
 
     def __init__(self, path: Path):
         self.path, self.seen = path, {}
-        self.watch = torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda saved: saved.tensor)
 
     def on_step_begin(self, args, state, control, model, **kwargs):
         if state.global_step == 0:
-            Held.parameters = frozenset(local(p).untyped_storage().data_ptr() for p in model.parameters())
-            self.watch.__enter__()
+            SavedTensor.parameters = frozenset(local(p).untyped_storage().data_ptr() for p in model.parameters())
+            self.hooks.__enter__()
             Sent.total.clear()
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step == 0:
-            self.watch.__exit__()
+            self.hooks.__exit__()
             self.seen["sent"] = dict(Sent.total)
             grads = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             self.seen["grads"] = {name: grad.clone() for name, grad in grads.items()}
-            held = here(p.grad for p in model.parameters())
-            self.seen["bytes"] = {"weights": here(model.parameters()), "gradients": held, "activations": Held.most}
+            self.seen["bytes"] = {
+                "weights": local_bytes(model.parameters()),
+                "gradients": local_bytes(p.grad for p in model.parameters()),
+                "activations": SavedTensor.peak,
+            }
 
     def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
         if state.global_step == 0:
-            states = getattr(optimizer, "optimizer", optimizer).state.values()
-            self.seen["bytes"]["optimizer"] = here(value for state in states for value in state.values())
-            torch.save(self.seen, self.path)
+            self.seen["bytes"]["optimizer"] = state_bytes(optimizer)
+            self.write()
+
+    def write(self) -> None:
+        torch.save(self.seen, self.path)
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Return this process's resident memory, now or at most since `reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", status)[1])
+
+
+def reset_peak() -> None:
+    """Give unused memory back to the system, and start the peak of the resident memory anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main(folder: str, argv: list[str]) -> int:
-    muonclip._fast_dtype = lambda device: torch.float32  # rounding must stay rounding
-    dist.all_reduce = Sent.all_reduce
-    dist.isend = dist.distributed_c10d.isend = Sent.isend_  # torch compares what it is given with its own
-    path = Path(folder) / f"{os.environ.get('RANK', 0)}.pt"
-    build = MTPTrainer.__init__
+    muonclip._fast_dtype = lambda device: torch.float32  # so that rounding errors stay small
+    dist.all_reduce = Sent.counted_all_reduce
+    # torch compares the function in a P2POp with its own
+    dist.isend = dist.distributed_c10d.isend = Sent.counted_isend
+    measurements = Measurements(Path(folder) / f"{os.environ.get('RANK', 0)}.pt")
+    init_trainer, init_model = MTPTrainer.__init__, MoonwhaleForCausalLM.__init__
+    save = PipelineTrainer._save_checkpoint
 
-    def watched(self, *args, **kwargs):
-        build(self, *args, **kwargs)
-        self.add_callback(Look(path))
+    def measured_trainer(self, *args, **kwargs):
+        init_trainer(self, *args, **kwargs)
+        self.add_callback(measurements)
 
-    MTPTrainer.__init__ = watched
-    make = MoonwhaleForCausalLM.__init__
-
-    def drawn(self, config):
-        make(self, config)
-        for p in self.parameters():  # what begins at zero would hide the gradients of what is before it
+    def drawn_model(self, config):
+        init_model(self, config)
+        for p in self.parameters():  # weights that start at zero would hide the gradients of earlier layers
             if p.device.type != "meta" and not p.any():
                 torch.nn.init.normal_(p, std=0.02)
 
-    MoonwhaleForCausalLM.__init__ = drawn
+    def measured_save(self, *args, **kwargs):
+        reset_peak()
+        before = resident_bytes()
+        save(self, *args, **kwargs)
+        share = local_bytes(self.model.state_dict().values()) + state_bytes(self.optimizer)
+        measurements.seen["saving"] = {"share": share, "extra": resident_bytes(peak=True) - before}
+        measurements.write()
+
+    MTPTrainer.__init__, MoonwhaleForCausalLM.__init__ = measured_trainer, drawn_model
+    if sys.platform == "linux":
+        PipelineTrainer._save_checkpoint = measured_save
     return cli.main(["train", *argv])
-
-
-def forked(told: dict[str, str], folder: str, argv: list[str]) -> None:
-    """The same in a process that was forked from one with everything imported, instead of started by torchrun."""
-    os.environ |= told
-    with open(f"{folder}/said{told.get('RANK', 0)}.txt", "w") as said:
-        for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
-        sys.exit(main(folder, argv))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What benchmarks/parallel.py finds out by real runs of `moonwhale train`, on CPUs: do several processes compute what
-one does, does a run outlive the death of a process, and what does a process hold in memory?
+"""The parts of benchmarks/parallel.py that run `moonwhale train`, on CPUs.
+
+Do several processes compute what one does? Does a run survive the death of a process? How much memory does a process
+need, in a step and while it saves a checkpoint?
 """
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import parallel_rank
 from common import environment
+from forked_processes import ForkedProcess, finish, rank_variables
 from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.costs import saved_moba_probabilities
@@ -31,7 +32,7 @@ from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
 MODEL = {
     "vocab_size": 300,
     "hidden_size": 32,
-    "num_hidden_layers": 8,  # a block for each of the most stages
+    "num_hidden_layers": 8,  # at least one for each stage of the largest pipeline
     "num_attention_heads": 2,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -52,7 +53,7 @@ MODEL = {
 RUN = {
     "context": 32,
     "batch_size": 2,
-    "tokens_per_step": 512,  # 8 micro-batches, which four ranks of DualPipe need
+    "tokens_per_step": 512,  # 8 micro-batches, the least for DualPipe on four ranks
     "lr": 1e-3,
     "warmup_steps": 1,
     "qk_clip_tau": 2e-3,  # low enough to clip
@@ -66,7 +67,7 @@ RUN = {
     "precision": "fp32",
     "model": MODEL,
 }
-# Processes, and what they are told
+# The number of processes, and the options `parallel.FIELD`
 LAYOUTS = {
     "pp 2, dualpipev": (2, {"pp": 2, "schedule": "dualpipev"}),
     "pp 2, dualpipe": (2, {"pp": 2, "schedule": "dualpipe"}),
@@ -81,65 +82,54 @@ LAYOUTS = {
     "fsdp 2": (2, {"fsdp": True}),
     "pp 2 x fsdp 2": (4, {"pp": 2, "fsdp": True, "schedule": "dualpipev"}),
 }
+SAVED_LAYOUTS = {
+    "pp 4, dualpipev": LAYOUTS["pp 4, dualpipev"],
+    "pp 2 x ep 2": LAYOUTS["pp 2 x ep 2"],
+    "ep 4": (4, {"ep": 4}),
+    "fsdp 4": (4, {"fsdp": True}),
+}
 KILLED = ("pp 2, dualpipev", "pp 2, dualpipe")
 SIZE = {"context": 256, "tokens_per_step": 4096, "model": MODEL | {"hidden_size": 128, "moe_intermediate_size": 64}}
 HELD = ("weights", "gradients", "optimizer", "activations")
-LIMIT = 300  # seconds that a run may take, and once more for each kill
+LIMIT = 300  # seconds for a run, and again for each kill
 
 
 class Run:
-    """A run of `moonwhale train` in a folder `out`, told what `run` says; what parallel_rank.py leaves of each process,
-    and what it prints, stands beside it.
+    """A run of `moonwhale train` with the options `run`, in a folder `out`.
+
+    What parallel_rank.py measures in each process, and what it prints, is in the folder `seen` next to it.
     """
 
     def __init__(self, out: Path, run: dict):
         self.out, self.seen = out, Path(f"{out}-seen")
         self.seen.mkdir(parents=True)
         self.argv = ["--config", str(self.seen / "run.yaml"), "--out", str(out)]
-        self.told = {"OMP_NUM_THREADS": "1", "MOONWHALE_CACHE": str(out.parent / "cache")}
+        self.variables = {"OMP_NUM_THREADS": "1", "MOONWHALE_CACHE": str(out.parent / "cache")}
         options.write_yaml(self.seen / "run.yaml", run, "a benchmark's run")
 
     def together(self, processes: int) -> list[dict]:
-        """Carries it out in processes that are forked from one with everything imported: as torchrun's, but there at
-        once. Returns what each saw.
-        """
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        place |= {"WORLD_SIZE": str(processes)}
-        ranks = [place | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)] if processes > 1 else [{}]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # where the preloaded module is found
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parallel_rank"])
-        started = [
-            context.Process(
-                target=parallel_rank.forked, args=(self.told | rank, str(self.seen), self.argv), daemon=True
+        """Carry it out in forked processes instead of torchrun's, and return what each measured."""
+        ranks = [
+            ForkedProcess(
+                self.seen / f"said{rank}.txt",
+                self.variables | variables,
+                parallel_rank.main,
+                str(self.seen),
+                self.argv,
             )
-            for rank in ranks
+            for rank, variables in enumerate(rank_variables(processes))
         ]
-        for process in started:
-            process.start()
-        end = time.monotonic() + LIMIT
-        while any(process.is_alive() for process in started) and time.monotonic() < end:
-            if any(process.exitcode for process in started):
-                break
-            time.sleep(0.05)
-        for process in started:
-            process.kill()
-            process.join()
-        if any(process.exitcode for process in started):
-            said = "".join(path.read_text() for path in sorted(self.seen.glob("said*.txt")))
-            raise RuntimeError(f"{[process.exitcode for process in started]}: {said[-3000:]}")
-        return [torch.load(self.seen / f"{r}.pt", weights_only=True) for r in range(processes)]
+        finish(ranks, LIMIT)
+        return [torch.load(self.seen / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
     def history(self) -> list[dict]:
-        """What was logged, without the times."""
+        """Return what was logged, without the times."""
         logs = log_history(newest_checkpoint(self.out))
         return [{k: v for k, v in log.items() if not re.search("second|runtime|mfu", k)} for log in logs]
 
 
-class Disturbed:
-    """A run under torchrun, whose processes are killed now and then."""
+class DisturbedRun:
+    """A run under torchrun, some of whose processes are killed."""
 
     def __init__(self, run: Run, processes: int, restarts: int):
         self.run, self.deadline = run, time.monotonic() + LIMIT * (1 + restarts)
@@ -154,13 +144,13 @@ class Disturbed:
         with self.said.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *launcher, script, str(run.seen), *run.argv],
-                env=os.environ | run.told,
+                env=os.environ | run.variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
 
     def steps(self) -> list[int]:
-        """The steps that were logged so far, those after a restart again."""
+        """Return the steps that were logged so far; those that a restart repeats are listed again."""
         return [int(number) for number in re.findall(r"^step +(\d+)  loss", self.said.read_text(), re.MULTILINE)]
 
     def kill(self, rank: int) -> None:
@@ -174,10 +164,10 @@ class Disturbed:
         return self.process.poll() is not None or time.monotonic() > self.deadline
 
     def end(self) -> None:
-        """Waits for the end; whatever then still runs is stopped.
+        """Wait for the end, and stop what still runs then.
 
         Raises:
-            RuntimeError: it failed or took too long, with what it said.
+            RuntimeError: if it failed or took too long, with what it printed.
         """
         while not self.is_over():
             time.sleep(0.05)
@@ -190,7 +180,7 @@ class Disturbed:
 
 
 def write_text(folder: Path, steps: int) -> str:
-    """Documents of few words, which fill more rows than so many steps need: an epoch's last step may be short."""
+    """Write documents of few words that fill more rows than the steps need: an epoch's last step may be short."""
     rows = 2 * steps * RUN["tokens_per_step"] // RUN["context"]
     draw, words = random.Random(0), ["the", "a", "whale", "moon", "sea", "sings", "swims", "rises", "over", "under"]
     folder.mkdir()
@@ -199,8 +189,8 @@ def write_text(folder: Path, steps: int) -> str:
     return str(folder)
 
 
-def put_together(seen: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """Every rank's gradients by name. Where ranks share a tensor's first dimension, they have it in their order."""
+def assemble(seen: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Return the gradients of all ranks, by name. Shards of a tensor's first dimension are in the ranks' order."""
     found = {}
     for name, expected in like.items():
         parts = [grads[name] for grads in seen if name in grads]
@@ -212,28 +202,28 @@ def put_together(seen: list[dict[str, torch.Tensor]], like: dict[str, torch.Tens
 
 
 def gradient_error(seen: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> float:
-    """The largest relative error of a parameter's gradient on any rank."""
+    """Return the largest relative error of a parameter's gradient on any rank."""
     if unknown := set().union(*seen) - set(expected):
         raise RuntimeError(f"one process has no gradient of {', '.join(sorted(unknown))}")
     if zero := [name for name, grad in expected.items() if not grad.any()]:
         raise RuntimeError(f"nothing to compare: the gradient of {', '.join(zero)} is zero")
     errors = [
         float((grad - expected[name]).norm() / expected[name].norm().clamp(min=1e-12))
-        for name, grads in put_together(seen, expected).items()
+        for name, grads in assemble(seen, expected).items()
         for grad in grads
     ]
     return max(errors)
 
 
 def loss_error(history: list[dict], expected: list[dict]) -> float:
-    """The largest relative error of a logged loss."""
+    """Return the largest relative error of a logged loss."""
     pairs = [(a, b) for a, b in zip(history, expected, strict=True) if "loss_main" in b]
     names = [name for name in pairs[0][1] if name == "loss" or name.startswith("loss_")]
     return max(abs(a[name] - b[name]) / max(abs(b[name]), 1e-6) for a, b in pairs for name in names)
 
 
 def equality(layouts: list[str], steps: int) -> dict:
-    """Gradients of the first step and losses of `steps`, several processes' beside one's."""
+    """Compare gradients of the first step and losses of `steps` steps with those of one process."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         data = write_text(Path(folder, "data"), steps)
@@ -259,7 +249,7 @@ def equality(layouts: list[str], steps: int) -> dict:
 
 
 def memory(layouts: list[str]) -> dict:
-    """What each rank holds and sends in a step, beside what `moonwhale plan` makes of it."""
+    """Compare what each rank holds and sends in a step with the prediction of `moonwhale plan`."""
     found, errors = {}, []
     with tempfile.TemporaryDirectory() as folder:
         run = RUN | SIZE | {"data": write_text(Path(folder, "data"), 20), "steps": 1}
@@ -277,7 +267,7 @@ def memory(layouts: list[str]) -> dict:
 
 
 def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) -> list[dict[str, int]]:
-    """What `moonwhale plan` says of every process."""
+    """Return the prediction of `moonwhale plan` for every process."""
     pp, schedule = parallel.get("pp", 1), parallel.get("schedule", "1f1b")
     micro_batches = run["tokens_per_step"] // run["context"] // run["batch_size"] // (processes // pp)
     layout = ParallelLayout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
@@ -290,12 +280,33 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
 
 
+def saving(layouts: list[str], width: int) -> dict:
+    """Measure rank 0's peak memory while it saves, relative to its share of weights and optimizer state.
+
+    Args:
+        width: hidden size of the model, which decides how large the shares are.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = MODEL | {"hidden_size": width, "moe_intermediate_size": width, "n_routed_experts": 8}
+        # The first checkpoint also loads libraries; the second one counts
+        run = RUN | {"data": write_text(Path(folder, "data"), 2), "steps": 2, "save_every": 1, "model": model}
+        for name in layouts:
+            processes, parallel = SAVED_LAYOUTS[name]
+            ranks = Run(Path(folder, name), run | {"parallel": parallel}).together(processes)
+            found[name] = [rank["saving"] for rank in ranks]
+            print(f"{name:<24}{found[name]}", file=sys.stderr)
+    peaks = [1 + ranks[0]["extra"] / ranks[0]["share"] for ranks in found.values()]
+    about = {"layouts": found, "width": width, "environment": environment("fp32", False)}
+    return {"peak_rank0_over_share": round(max(peaks), 3), "saving": about}
+
+
 def kills(runs: int, each: int, steps: int = 12) -> dict:
-    """Kills a random rank at a random moment of `each` random steps of every run."""
+    """Kill a random rank at a random moment of `each` random steps of every run."""
     draw, survived, found = random.Random(0), 0, []
     with tempfile.TemporaryDirectory() as folder:
         run = RUN | {"data": write_text(Path(folder, "data"), steps), "steps": steps, "save_every": 2, "eval_every": 4}
-        run |= {"tokens_per_step": 256, "model": MODEL | {"num_hidden_layers": 4}}  # enough for two ranks
+        run |= {"tokens_per_step": 256, "model": MODEL | {"num_hidden_layers": 4}}  # suffices for two ranks
         undisturbed = {}
         for i in range(runs):
             name = KILLED[i % len(KILLED)]
@@ -303,7 +314,7 @@ def kills(runs: int, each: int, steps: int = 12) -> dict:
             if name not in undisturbed:
                 undisturbed[name] = Run(Path(folder, name), run | {"parallel": parallel})
                 undisturbed[name].together(processes)
-            disturbed = Disturbed(Run(Path(folder, f"{name} {i}"), run | {"parallel": parallel}), processes, each)
+            disturbed = DisturbedRun(Run(Path(folder, f"{name} {i}"), run | {"parallel": parallel}), processes, each)
             killed = kill_at(disturbed, sorted(draw.sample(range(1, steps), each)), processes, draw)
             disturbed.end()
             equal = same_end(disturbed.run, undisturbed[name])
@@ -314,16 +325,16 @@ def kills(runs: int, each: int, steps: int = 12) -> dict:
     return {"kills_survived": survived, "kills": about | {"environment": environment("fp32", False)}}
 
 
-def kill_at(disturbed: Disturbed, moments: list[int], processes: int, draw: random.Random) -> list[dict]:
-    """Kills a rank some time after each of some steps was logged. Returns who died, and after which step."""
+def kill_at(disturbed: DisturbedRun, moments: list[int], processes: int, draw: random.Random) -> list[dict]:
+    """Kill a rank some time after each of these steps was logged. Return which rank, and after which step."""
     killed, known = [], 0
     for moment in moments:
         while not any(step >= moment for step in disturbed.steps()[known:]):
             if disturbed.is_over():
                 disturbed.end()
-                raise RuntimeError(f"it never came to step {moment}: {disturbed.said.read_text()[-3000:]}")
+                raise RuntimeError(f"it never reached step {moment}: {disturbed.said.read_text()[-3000:]}")
             time.sleep(0.02)
-        time.sleep(draw.random())  # about a step's time
+        time.sleep(draw.random())  # about as long as a step
         rank = draw.randrange(processes)
         disturbed.kill(rank)
         logged = disturbed.steps()
@@ -333,7 +344,7 @@ def kill_at(disturbed: Disturbed, moments: list[int], processes: int, draw: rand
 
 
 def same_end(run: Run, other: Run) -> bool:
-    """Whether two runs ended with the same weights and the same logs, bit for bit."""
+    """Whether two runs end with the same weights and the same logs, bit for bit."""
     a, b = (load_file(each.out / "model.safetensors") for each in (run, other))
     return (
         a.keys() == b.keys()

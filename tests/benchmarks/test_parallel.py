@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_memory_beside_the_plan(parallel, tmp_path):
         assert measured["weights"] == planned["weights"]
         assert measured["pipeline"] == pytest.approx(planned["pipeline"], rel=1e-3)
     assert result["max_memory_error"] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+def test_memory_while_saving(parallel, tmp_path):
+    parallel.main(["saving", "--saved-layouts", "fsdp 4", "--width", "128", "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "parallel.json").read_text())
+    (ranks,) = result["saving"]["layouts"].values()
+    assert len(ranks) == 4 and all(rank["share"] > 1e6 for rank in ranks)
+    assert result["peak_rank0_over_share"] == pytest.approx(1 + ranks[0]["extra"] / ranks[0]["share"], abs=1e-3)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from conftest import TINY
-from forked import Forked, finish
+from forked import ForkedProcess, finish
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim import muonclip
 from moonwhale.optim.muon_distributed import DistributedMuonClip, equal_shares, newton_schulz_cost
@@ -82,7 +82,7 @@ def main(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("muon")
-    finish([Forked(folder / f"{rank}.out", {}, main, rank, folder) for rank in range(RANKS)], 120)
+    finish([ForkedProcess(folder / f"{rank}.out", {}, main, rank, folder) for rank in range(RANKS)], 120)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import (
 
 import pipeline_ranks
 from conftest import TINY
-from forked import Forked, finish
+from forked import ForkedProcess, finish
 from moonwhale.costs import flops_per_token, forward_flops
 from moonwhale.errors import UserError
 from moonwhale.parallel.expert_parallel import AllToAll
@@ -49,7 +49,7 @@ def launch(tmp_path_factory):
         folder = tmp_path_factory.mktemp("ranks")
         torch.save(cases, folder / "cases.pt")
         ranks = range(n_ranks)
-        finish([Forked(folder / f"{r}.out", {}, pipeline_ranks.main, r, n_ranks, folder) for r in ranks], 480)
+        finish([ForkedProcess(folder / f"{r}.out", {}, pipeline_ranks.main, r, n_ranks, folder) for r in ranks], 480)
         return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in ranks]
 
     return launch

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from forked import Forked, finish, start
+from forked import ForkedProcess, finish, start
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import pretrain
@@ -151,7 +151,7 @@ def hooks_of(rank: int, store: Path) -> None:
 
 
 def test_hooks_reduce_over_ranks(tmp_path):
-    ranks = [Forked(tmp_path / f"{rank}.out", {}, hooks_of, rank, tmp_path / "store") for rank in range(2)]
+    ranks = [ForkedProcess(tmp_path / f"{rank}.out", {}, hooks_of, rank, tmp_path / "store") for rank in range(2)]
     finish(ranks, 60)
     first, second = (json.loads(rank.out.read_text().splitlines()[-1]) for rank in ranks)
     assert first == second

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from forked import Forked
+from forked import ForkedProcess
 from moonwhale import cli
 from moonwhale.checkpoint import (
     find_damage,
@@ -169,7 +169,7 @@ def test_kill_9(tiny_run, tmp_path, where):
     reference, config = tiny_run(**options, out=str(tmp_path / "whole")), tiny_run(**options)
     pretrain.train(reference)
     write_run_file(config, tmp_path / "run.yaml")
-    process = Forked(tmp_path / "said.out", {}, hanging, where, str(tmp_path / "run.yaml"))
+    process = ForkedProcess(tmp_path / "said.out", {}, hanging, where, str(tmp_path / "run.yaml"))
     process.until("NOW")
     process.kill()
     assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-3"]

@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from moonwhale.parallel.process_groups import run_on_all
 
 OPTIMIZER, SETTINGS = "optimizer", "optimizer.pt"
-# Files that a rank writes its optimizer state in. torch serializes one file at a time in memory, so a save needs about
-# an eighth of the state in addition.
-FILES = 8
 
 
 def save_weights(
@@ -79,6 +80,20 @@ def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), chunk.offsets[0]
 
 
+class _ShardWriter(dcp.HuggingFaceStorageWriter):
+    """Writes a rank's shards to one file, without copies of CPU tensors. torch's writer copies each file twice."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future:
+        shards = {item.index.fqn: planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
+        offsets = {item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in plan.items}
+        if shards:
+            path = Path(self.path, f"shard-{plan.storage_data['shard_index']:05}.safetensors")
+            save_file(shards, path, {"format": "pt", CUSTOM_METADATA_KEY: json.dumps(offsets)})
+        done = Future()
+        done.set_result([WriteResult(item.index, shards[item.index.fqn].nbytes, None) for item in plan.items])
+        return done
+
+
 def save_optimizer(
     folder: Path, optimizer: torch.optim.Optimizer, shards: Mapping[str, Tensor], group: dist.ProcessGroup
 ) -> None:
@@ -90,13 +105,7 @@ def save_optimizer(
     Raises:
         Exception: on every rank, the error of the first that could not write.
     """
-    known: list[dict[str, int]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(known, {name: value.numel() for name, value in shards.items()}, group=group)
-    numbers = {name: number for rank in known for name, number in rank.items()}
-    by_size = sorted(numbers, key=lambda name: (-numbers[name], name))
-    writer = dcp.HuggingFaceStorageWriter(
-        str(folder / OPTIMIZER), {name: 1 + i % FILES for i, name in enumerate(by_size)}, save_distributed=True
-    )
+    writer = _ShardWriter(str(folder / OPTIMIZER), save_distributed=True)
     try:
         dcp.save(dict(shards), storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:  # no Exception: callers could not handle it like any other
