@@ -317,6 +317,10 @@ def test_requests_need_the_api_key(engine, small_checkpoint):
         assert right.models.list().data
         assert httpx.get(server.url + "/health").status_code == httpx.get(server.url).status_code == 200
         assert httpx.get(server.url + "/metrics").status_code == 401
+        # The browser sends no key for the page's files.
+        assert httpx.get(server.url + "/page.js").status_code == httpx.get(server.url + "/page.css").status_code == 200
+        body = {"model": NAME, "messages": [*HELLO, {"role": "assistant", "content": "The whale sang."}]}
+        assert httpx.post(server.url + "/xray", json=body).status_code == 401
 
 
 def test_other_host_names_are_refused(engine, small_checkpoint):

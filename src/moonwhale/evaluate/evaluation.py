@@ -42,7 +42,7 @@ class Inputs:
 def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     """Measures what `config` asks for, and prints each result as soon as it is there.
 
-    Returns all results, ready for JSON: "text", "lm_eval", "drafts_text", "task" and "drafts_task", as far as asked.
+    Returns the results, ready for JSON. Their keys are "text", "lm_eval", "drafts_text", "task" and "drafts_task".
 
     Raises:
         UserError: one line, for anything that the user can put right.

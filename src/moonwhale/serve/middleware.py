@@ -9,11 +9,12 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moonwhale.serve import page
 from moonwhale.serve.errors import APIError, large_body, missing_api_key, slow_body, wrong_host
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics
 
-NO_KEY_NEEDED = {"/", "/health", "/favicon.ico"}
+NO_KEY_NEEDED = {*page.FILES, "/health", "/favicon.ico"}  # a browser loads the page before it can send the key
 
 
 class RequestCounter:

@@ -135,7 +135,7 @@ def usage(requests: list[Request], num_choices: int) -> dict:
 def event(body: dict) -> str:
     """Encodes a body as a server-sent event.
 
-    sse-starlette and FastAPI's EventSourceResponse would write this line for us, but add a task and a ping to each
-    stream, and the former replaces uvicorn's signal handler.
+    sse-starlette runs several tasks per stream, which takes a fifth more CPU time per token with 64 streams, and it
+    replaces uvicorn's signal handler. FastAPI's EventSourceResponse is only for endpoints that always stream.
     """
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -52,7 +52,7 @@ class XrayEndpoints:
 
     @cached_property
     def _model(self):
-        """The model as it was trained, opened at the first X-ray. The engine's own copy has no hooks for it."""
+        """The model as it was trained, opened at the first X-ray. The engine keeps only its decoder."""
         return open_checkpoint(self.folder)[0]
 
     def _draw(self, messages: list[dict]) -> str:
