@@ -77,7 +77,7 @@ def text_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     """`tiny_run(**options)`: the options of a run of a second, every mechanism in it, two micro-batches a step."""
-    from moonwhale.train.config import resolve
+    from moonwhale.train.config import TrainConfig
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     # Two MTP modules, and no block with full attention
@@ -101,7 +101,7 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     }
 
     def tiny_run(**changes):
-        return resolve({**options, "model": model | changes.pop("model", {}), **changes})
+        return TrainConfig.resolve({**options, "model": model | changes.pop("model", {}), **changes})
 
     return tiny_run
 

@@ -10,12 +10,12 @@ from moonwhale.costs import model_size
 from moonwhale.errors import UserError
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.presets import PRESETS, get_preset, model_fields
-from moonwhale.train.config import TrainConfig, build_model_config, resolve
+from moonwhale.train.config import TrainConfig, build_model_config
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_a_run_that_can_start(name):
-    config = resolve({"preset": name})
+    config = TrainConfig.resolve({"preset": name})
     assert config.gradient_accumulation_steps() * config.batch_size * config.context == config.tokens_per_step
     model = build_model_config(config)
     assert model.max_position_embeddings == config.context
@@ -32,7 +32,7 @@ def test_presets_set_the_same_options(name):
 
 
 def test_seed_has_the_documented_figures():
-    model = build_model_config(resolve({"preset": "seed_190m"}))
+    model = build_model_config(TrainConfig.resolve({"preset": "seed_190m"}))
     counts = model_size(model)
     assert counts.parameters_per_block == pytest.approx(9.45e6, rel=0.005)
     assert counts.active_parameters_per_block == pytest.approx(7.08e6, rel=0.005)
@@ -41,13 +41,13 @@ def test_seed_has_the_documented_figures():
     assert model.first_k_dense_replace == 0
     assert (model.vocab_size, model.hidden_size, model.num_attention_heads) == (50_304, 768, 12)
     assert not model.tie_word_embeddings
-    run = resolve({"preset": "seed_190m"})
+    run = TrainConfig.resolve({"preset": "seed_190m"})
     assert (run.context, run.tokens_per_step) == (1024, 491_520)
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("demo", 5e6, 8e6), ("small", 50e6, 60e6), ("large", 0.7e9, 1e9)])
 def test_sizes(name, low, high):
-    assert low <= model_size(build_model_config(resolve({"preset": name}))).parameters <= high
+    assert low <= model_size(build_model_config(TrainConfig.resolve({"preset": name}))).parameters <= high
 
 
 def test_large_has_the_widths_of_mla_kernels():

@@ -315,6 +315,20 @@ def require(config: object, name: str, ok: bool, fix: str) -> None:
         raise UserError(f"`{name}`: {getattr(config, name)!r} is impossible: {fix}")
 
 
+def require_at_least_one(config: object, *names: str) -> None:
+    """Raise a UserError if one of the options `names` is below 1. None passes."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, value is None or value >= 1, "it must be at least 1")
+
+
+def require_not_negative(config: object, *names: str) -> None:
+    """Raise a UserError if one of the options `names` is below 0. None passes."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, value is None or value >= 0, "it must not be negative")
+
+
 def positive(text: str, name: str) -> int:
     """Read the value of the option `name` as a whole number of at least 1, or raise a UserError."""
     value = convert(text, int, name, from_text=True)

@@ -524,10 +524,10 @@ def test_what_is_a_mixture(tmp_path, monkeypatch):
 
 
 def test_a_mixture_in_yaml(tmp_path):
-    from moonwhale.train.config import resolve
+    from moonwhale.train.config import TrainConfig
 
     (tmp_path / "run.yaml").write_text("data: tinystories=0.7,openorca=0.3\ndata_documents: 90\n")
-    config = resolve({}, str(tmp_path / "run.yaml"))
+    config = TrainConfig.resolve({}, str(tmp_path / "run.yaml"))
     assert parse_mixture(config.data) == {"tinystories": 0.7, "openorca": 0.3} and config.data_documents == 90
 
 

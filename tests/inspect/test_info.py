@@ -13,7 +13,7 @@ from moonwhale.inspect.commands import main_info
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import build_model_config, resolve
+from moonwhale.train.config import TrainConfig, build_model_config
 
 SMALL = {
     "vocab_size": 96,
@@ -74,7 +74,7 @@ def check(config) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counts_of_presets_are_those_of_the_model(name):
-    check(build_model_config(resolve({"preset": name})))
+    check(build_model_config(TrainConfig.resolve({"preset": name})))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,7 +139,7 @@ def test_cache_is_latent():
 
 
 def test_activations_are_roughly_those_that_autograd_keeps():
-    config, kept = build_model_config(resolve({"preset": "demo"})), {}
+    config, kept = build_model_config(TrainConfig.resolve({"preset": "demo"})), {}
     model = MoonwhaleForCausalLM(config).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

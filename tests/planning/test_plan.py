@@ -16,7 +16,7 @@ from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, stages_
 from moonwhale.parallel.stages import partition, prune_
 from moonwhale.planning import plan
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout, idle_over_busy, in_flight
-from moonwhale.train.config import build_model_config, parse, resolve
+from moonwhale.train.config import TrainConfig, build_model_config, parse
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"num_hidden_layers": 8, "num_nextn_predict_layers": 2, "mtp_num_blocks": [1, 2], "first_k_dense_replace": 1}
@@ -122,7 +122,7 @@ def test_what_is_sent_by_hand(tiny_config):
 
 @pytest.mark.parametrize("gpus", [1, 8, 12, 64])
 def test_every_layout_would_start(gpus):
-    run = resolve({"preset": "seed_190m", "model": {"num_hidden_layers": 16}})
+    run = TrainConfig.resolve({"preset": "seed_190m", "model": {"num_hidden_layers": 16}})
     config = build_model_config(run)
     layouts, layout_costs = list(plan.layouts(run, gpus, config)), LayoutCosts(config, run.context)
     assert layouts and len(set(layouts)) == len(layouts)
@@ -154,10 +154,12 @@ def test_the_command(capsys):
     assert result["memory"] == 0.5 and not any(p["fits"] for p in result["layouts"])
     needs = [p["memory"]["memory"] for p in result["layouts"]]
     assert needs == sorted(needs)
-    fits = plan.rank(resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.5})
+    fits = plan.rank(TrainConfig.resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.5})
     seconds = [p["seconds"] for p in fits]
     assert all(p["fits"] for p in fits) and seconds == sorted(seconds)
-    slow = plan.rank(resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.25})
+    slow = plan.rank(
+        TrainConfig.resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.25}
+    )
     assert slow[0]["seconds"] > seconds[0]
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint
 from moonwhale.errors import UserError
-from moonwhale.posttrain import config as post
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
 from moonwhale.train import muonclip_trainer
+from moonwhale.train.run_options import parse_run
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_resumed_is_uninterrupted(options, tmp_path):
     grpo(part)
     shutil.rmtree(Path(part.out, "checkpoint-4"))
     Path(part.out, "model.safetensors").unlink()
-    grpo(post.parse(GRPOOptions, ["--out", part.out, "--resume"], ""))
+    grpo(parse_run(GRPOOptions, ["--out", part.out, "--resume"]))
     ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

@@ -17,10 +17,10 @@ from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.split import document_hash
 from moonwhale.errors import UserError
-from moonwhale.posttrain import config as post
 from moonwhale.posttrain.sft import SFTOptions, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
 from moonwhale.train import run_folder
+from moonwhale.train.run_options import parse_run
 
 CHAT = [
     {"role": "user", "content": "moon?"},
@@ -152,7 +152,7 @@ def test_resumed_is_uninterrupted(options, tmp_path):
     sft(part)
     for name in ("model.safetensors", "config.json", "loss.png"):
         Path(part.out, name).unlink()
-    again = post.parse(SFTOptions, ["--out", part.out, "--resume"], "")
+    again = parse_run(SFTOptions, ["--out", part.out, "--resume"])
     sft(again)  # killed after its last checkpoint
     assert Path(part.out, "model.safetensors").exists()
     sft(again)  # ended

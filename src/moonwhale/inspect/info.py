@@ -6,7 +6,7 @@ from pathlib import Path
 from moonwhale.costs import flops_per_token, inference_bytes, model_size, one_device_training_bytes
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import TrainConfig, build_model_config, resolve
+from moonwhale.train.config import TrainConfig, build_model_config
 from moonwhale.units import in_bytes, si
 
 
@@ -19,7 +19,7 @@ def find_config(target: str, overrides: dict) -> tuple:
         UserError: `target` is neither a preset nor a readable checkpoint, or the model is impossible.
     """
     if target in PRESETS:
-        run = resolve({"preset": target, **overrides})
+        run = TrainConfig.resolve({"preset": target, **overrides})
         return build_model_config(run), run
     if not Path(target).is_dir():
         raise UserError(

@@ -11,7 +11,7 @@ from moonwhale.options import positive
 from moonwhale.parallel.options import divisors
 from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.presets import PRESETS
-from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config, resolve
+from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config
 from moonwhale.units import in_bytes, si
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         for name in ("context", "batch_size", "tokens_per_step")
         if getattr(arguments, name) is not None
     }
-    run = resolve(given | {"preset": arguments.preset} | overrides)
+    run = TrainConfig.resolve(given | {"preset": arguments.preset} | overrides)
     plans = rank(run, gpus, figures)
     shown = plans[: positive(arguments.layouts, "`layouts`")]
     if arguments.json:

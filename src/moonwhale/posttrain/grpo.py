@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from moonwhale.data.tasks import TASK_HELP, Problem, load_task
 from moonwhale.errors import UserError
-from moonwhale.options import option, require
+from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.posttrain import progress
-from moonwhale.posttrain.config import PostTrainOptions, check, open_model, parse
+from moonwhale.posttrain.config import PostTrainOptions, open_model
 from moonwhale.posttrain.rewards import BUILTIN_REWARDS, load_rewards
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import run_folder
-from moonwhale.train.run import Run, already_finished, carry_out, common_trainer_arguments, finish
+from moonwhale.train.run import Run, common_trainer_arguments, execute
+from moonwhale.train.run_options import parse_run
 
 if typing.TYPE_CHECKING:
     from datasets import Dataset
@@ -75,14 +76,11 @@ class GRPOOptions(PostTrainOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least_one = ("questions", "questions_per_step", "iterations", "max_new_tokens", "steps", "eval_questions")
-        for name in at_least_one:
-            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        require_at_least_one(self, "questions", "questions_per_step", "iterations")
+        require_at_least_one(self, "max_new_tokens", "steps", "eval_questions")
+        require_not_negative(self, "show", "beta", "epsilon")
         require(self, "group_size", self.group_size >= 2, "an answer is compared with at least one other")
         require(self, "temperature", self.temperature > 0, "at 0 all answers of a group would be the same")
-        require(self, "show", self.show >= 0, "it must not be negative")
-        for name in ("beta", "epsilon"):
-            require(self, name, (getattr(self, name) or 0) >= 0, "it must not be negative")
         self.gradient_accumulation_steps()
         if self.questions < self.questions_per_step:
             raise UserError(
@@ -106,7 +104,7 @@ class GRPOOptions(PostTrainOptions):
 
 def main(argv: list[str]) -> None:
     description = "Train a model by rewards for its own answers to questions that a rule can check (GRPO)."
-    grpo(parse(GRPOOptions, argv, description, OBJECTIVES_HELP))
+    grpo(parse_run(GRPOOptions, argv, description=description, epilog=OBJECTIVES_HELP))
 
 
 def grpo(config: GRPOOptions) -> None:
@@ -119,12 +117,7 @@ def grpo(config: GRPOOptions) -> None:
         UserError: an option, the task or the checkpoint is at fault. The message is one line.
         KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    checkpoint = check(config)
-    if already_finished(config, checkpoint, progress.plot_rewards):
-        return
-    run = build(config)
-    trainer = carry_out(run, checkpoint)
-    finish(run, trainer)
+    execute(config, build, progress.plot_rewards)
 
 
 def build(config: GRPOOptions) -> Run:

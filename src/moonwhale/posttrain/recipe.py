@@ -8,7 +8,7 @@ from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean, one_line
 from moonwhale.posttrain import grpo, sample, sft
 from moonwhale.train import pretrain, run_folder
-from moonwhale.train.config import TrainConfig, resolve
+from moonwhale.train.config import TrainConfig
 
 # For each verb: the class that checks its options, and the function that runs it.
 STAGES = {
@@ -71,9 +71,10 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
         raise UserError(f"{where}: {verb} needs an `out`, where it writes")
     cls = STAGES[verb][0]
     given = options.check(cls, given, where)
-    if verb != "sample":  # its output is a single file, written at the end
-        given["resume"] = (Path(given["out"]) / run_folder.RUN_FILE).exists()
-    return verb, resolve(given) if verb == "train" else cls(**given)
+    if verb == "sample":  # its output is a single file, written at the end
+        return verb, cls(**given)
+    given["resume"] = (Path(given["out"]) / run_folder.RUN_FILE).exists()
+    return verb, cls.resolve(given)
 
 
 def is_done(verb: str, config) -> bool:

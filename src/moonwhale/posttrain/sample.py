@@ -12,9 +12,7 @@ from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_
 from moonwhale.errors import UserError
 from moonwhale.infer.commands import DEVICES, PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.options import option, require
-
-AT_LEAST_ONE = ("questions", "samples")
+from moonwhale.options import option, require_at_least_one
 
 
 @dataclass
@@ -43,8 +41,7 @@ class SampleOptions:
             raise UserError("CHECKPOINT: name the folder of the model that answers")
         if self.out is None or not self.out.endswith(".jsonl"):
             raise UserError(f"`out`: {self.out!r} is not a .jsonl file: name one for the conversations")
-        for name in AT_LEAST_ONE:
-            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        require_at_least_one(self, "questions", "samples")
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
 
 

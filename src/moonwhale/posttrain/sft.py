@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
-from moonwhale.options import option, require
-from moonwhale.posttrain.config import PostTrainOptions, check, open_model, parse
+from moonwhale.options import option, require, require_at_least_one, require_not_negative
+from moonwhale.posttrain.config import PostTrainOptions, open_model
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
-from moonwhale.train.run import Run, already_finished, carry_out, common_trainer_arguments, finish
+from moonwhale.train.run import Run, common_trainer_arguments, execute
+from moonwhale.train.run_options import parse_run
 
 if typing.TYPE_CHECKING:
     from datasets import Dataset
@@ -45,18 +46,17 @@ class SFTOptions(PostTrainOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("accumulation", "eval_rows", "steps", "data_documents"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
+        require_at_least_one(self, "accumulation", "eval_rows", "steps", "data_documents")
+        require_not_negative(self, "lora_rank")
         require(self, "context", self.context is None or self.context >= 2, "a row needs at least 2 tokens")
         require(self, "epochs", self.epochs > 0, "it must be above 0")
-        require(self, "lora_rank", self.lora_rank >= 0, "it must not be negative")
 
 
 def main(argv: list[str]) -> None:
     description = (
         "Fine-tune a model on conversations. The loss is on what the assistant says; the MTP modules are trained too."
     )
-    sft(parse(SFTOptions, argv, description))
+    sft(parse_run(SFTOptions, argv, description=description))
 
 
 def sft(config: SFTOptions) -> None:
@@ -67,12 +67,7 @@ def sft(config: SFTOptions) -> None:
         UserError: an option, the data or the checkpoint is at fault. The message is one line.
         KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    checkpoint = check(config)
-    if already_finished(config, checkpoint, progress.plot_loss):
-        return
-    run = build(config)
-    trainer = carry_out(run, checkpoint)
-    finish(run, trainer)
+    execute(config, build, progress.plot_loss)
 
 
 def build(config: SFTOptions) -> Run:

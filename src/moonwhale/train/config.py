@@ -10,19 +10,14 @@ from dataclasses import dataclass
 from moonwhale import options
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.errors import UserError
-from moonwhale.options import option, require
+from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.parallel.options import ParallelOptions
 from moonwhale.presets import PRESETS, get_preset, model_fields
-from moonwhale.processes import restarted
-from moonwhale.train import run_folder
+from moonwhale.train.run_options import RunOptions, parse_run
 
 if typing.TYPE_CHECKING:
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "tf32", "bf32", "bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
-AT_LEAST_ONE = ("context", "batch_size", "tokens_per_step", "steps", "eval_rows", "keep_checkpoints", "log_every")
-NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau", "eval_every", "save_every")
 MODEL_FIELDS = model_fields()
 MODEL_HELP = "fields of MoonwhaleConfig that differ from its defaults"
 
@@ -35,19 +30,13 @@ class ModelOverrides:
 
 
 @dataclass
-class TrainConfig:
-    """The options of a run. Learning rates are per optimizer step; lengths are in tokens.
-
-    Raises:
-        UserError: names the option, its value and the fix.
-    """
+class TrainConfig(RunOptions):
+    """The options of pretraining. Lengths are in tokens."""
 
     verb: typing.ClassVar[str] = "train"
 
     preset: str = option("demo", "size of the model, and options that suit it", group="run", choices=tuple(PRESETS))
     out: str | None = option(None, "the run's folder (runs/PRESET)", group="run")
-    resume: bool = option(False, "resume from the newest undamaged checkpoint in --out", group="run")
-    seed: int = option(0, "seed of the weights and of the shuffling", group="run")
 
     data: str = option("chitchat", DATA_HELP, group="data")
     data_split: str | None = option(None, "split of a hub set (train)", group="data")
@@ -62,45 +51,24 @@ class TrainConfig:
     )
     context: int = option(1024, "tokens per row", group="data")
 
-    batch_size: int = option(8, "rows per micro-batch on each device", group="optimization")
     tokens_per_step: int = option(
         8192, "tokens per optimizer step; micro-batches are accumulated to reach it", group="optimization"
     )
     steps: int = option(1000, "optimizer steps", group="optimization")
-    lr: float = option(2e-3, "peak learning rate, on AdamW's scale, for both Muon and AdamW", group="optimization")
     schedule: str = option(
         "wsd", "wsd: warm-up, plateau, decay; cosine: warm-up, cosine", group="optimization", choices=("wsd", "cosine")
     )
-    warmup_steps: int = option(100, "steps in which the learning rate rises to its peak", group="optimization")
     decay_fraction: float = option(0.2, "fraction of the steps in which wsd decays", group="optimization")
     min_lr_ratio: float = option(0.0, "final learning rate, relative to the peak", group="optimization")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices", group="optimization")
-    momentum: float = option(0.95, "momentum of Muon", group="optimization")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off", group="optimization")
-    qk_clip_tau: float = option(
-        100.0, "attention logit above which QK-clip scales a head down; 0 turns it off", group="optimization"
-    )
     mtp_loss_weight_final: float | None = option(
         None,
         "weight λ of the MTP loss in the last --decay-fraction of the steps (model.mtp_loss_weight)",
         group="optimization",
     )
 
-    device: str = option("auto", "cpu, cuda or mps; auto takes the fastest", group="device", suggestions=DEVICES)
-    precision: str = option(
-        "auto", f"precision of matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
-    )
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
     compile: bool = option(False, "compile the model with torch.compile", group="device")
 
-    eval_every: int = option(100, "steps between evaluations; 0: only at the end", group="reports and checkpoints")
     eval_rows: int = option(64, "held-out rows per evaluation", group="reports and checkpoints")
-    save_every: int = option(200, "steps between checkpoints; 0: only at the end", group="reports and checkpoints")
-    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", group="reports and checkpoints")
-    log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
-    report_to: list[str] = option(
-        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
-    )
 
     parallel: dict = option(
         {}, "how the model is spread over several processes", group="several processes", fields=ParallelOptions
@@ -108,22 +76,17 @@ class TrainConfig:
     model: dict = option({}, MODEL_HELP, group="model configuration", fields=MODEL_FIELDS)
 
     def __post_init__(self):
-        self.out = self.out or default_out(self.preset)
+        super().__post_init__()
         self._check_ranges()
         self._check_compile()
         self.gradient_accumulation_steps()
         self.micro_batches_per_replica()
 
     def _check_ranges(self) -> None:
-        for name in AT_LEAST_ONE:
-            require(self, name, getattr(self, name) >= 1, "it must be at least 1")
-        for name in NOT_NEGATIVE:
-            require(self, name, getattr(self, name) >= 0, "it must not be negative")
-        require(self, "lr", self.lr > 0, "it must be above 0")
-        require(self, "momentum", 0 <= self.momentum < 1, "it lies in [0, 1)")
+        require_at_least_one(self, "context", "tokens_per_step", "steps", "eval_rows")
+        require_not_negative(self, "mtp_loss_weight_final")
         for name in ("decay_fraction", "min_lr_ratio"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
-        require(self, "mtp_loss_weight_final", (self.mtp_loss_weight_final or 0) >= 0, "it must not be negative")
         decay_steps = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
         without_decay = self.steps - decay_steps
         minus_decay = f" less {decay_steps} of decay" if decay_steps else ""
@@ -139,6 +102,27 @@ class TrainConfig:
             raise UserError("`compile`: experts on several ranks can't be compiled: leave it out")
         if self.parallelism.fsdp:
             raise UserError("`compile`: compiled blocks don't gather their weights: leave it or `parallel.fsdp` out")
+
+    @classmethod
+    def default_out(cls, given: dict) -> str:
+        return os.path.join("runs", given.get("preset", cls.preset))
+
+    @classmethod
+    def resolve(cls, given: dict, path: str | None = None) -> typing.Self:
+        """Merges the options: defaults, then the preset, then the YAML file at `path`, then `given`, a dict by name.
+
+        Raises:
+            UserError: `given` names another preset than the file, or an option is impossible.
+        """
+        in_file = options.read_yaml(path, cls) if path else {}
+        if "preset" in in_file and given.get("preset", in_file["preset"]) != in_file["preset"]:
+            raise UserError(
+                f"`preset`: {given['preset']!r} contradicts {path}, whose values come from preset "
+                f"{in_file['preset']!r}: leave `preset` out, or take `preset` and the values it should decide out of "
+                "the file"
+            )
+        preset = get_preset(given.get("preset", in_file.get("preset", cls.preset)))
+        return cls(**options.merge(preset.train, {"model": preset.model}, in_file, given))
 
     @property
     def parallelism(self) -> ParallelOptions:
@@ -176,48 +160,18 @@ class TrainConfig:
         return self.parallelism.micro_batches_per_replica(count, replicas, self.batch_size * self.context, description)
 
 
-def default_out(preset: str) -> str:
-    """The folder of a run without `out`."""
-    return os.path.join("runs", preset)
-
-
 def parse(argv: list[str]) -> TrainConfig:
-    """Reads the arguments of `moonwhale train`. A resumed run without `--config` takes its own run.yaml."""
+    """Reads the arguments of `moonwhale train`."""
     demo = PRESETS["demo"]
-    preset_decides = {*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)}
-    parser = options.Parser(
-        prog="moonwhale train",
+    return parse_run(
+        TrainConfig,
+        argv,
+        preset_decides={*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)},
         usage="%(prog)s [options]",
         description="Train a model on text. Options come from the preset, the --config file and the command line: a "
         "later source wins.",
         epilog="`moonwhale info PRESET --model.FIELD VALUE` counts what a model costs.",
     )
-    options.add_options(parser, TrainConfig, preset_decides)
-    parser.add_argument("--config", metavar="YAML", help="file with options; each run writes one, run.yaml")
-    given, rest = options.read_argv(parser, TrainConfig, argv)
-    path = rest.config
-    if restarted():
-        given["resume"] = True
-    if given.get("resume") and path is None:
-        given.setdefault("out", default_out(given.get("preset", TrainConfig.preset)))
-        path = run_folder.find_run_file(given["out"])
-    return resolve(given, path)
-
-
-def resolve(given: dict, path: str | None = None) -> TrainConfig:
-    """Merges the options: defaults, then the preset, then the YAML file at `path`, then `given`, a dict by name.
-
-    Raises:
-        UserError: `given` names another preset than the file, or an option is impossible.
-    """
-    in_file = options.read_yaml(path, TrainConfig) if path else {}
-    if "preset" in in_file and given.get("preset", in_file["preset"]) != in_file["preset"]:
-        raise UserError(
-            f"`preset`: {given['preset']!r} contradicts {path}, whose values come from preset {in_file['preset']!r}: "
-            "leave `preset` out, or take `preset` and the values it should decide out of the file"
-        )
-    preset = get_preset(given.get("preset", in_file.get("preset", TrainConfig.preset)))
-    return TrainConfig(**options.merge(preset.train, {"model": preset.model}, in_file, given))
 
 
 def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":

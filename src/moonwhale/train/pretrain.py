@@ -9,8 +9,8 @@ from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.processes import is_main_process, print_once, world_size
 from moonwhale.train import progress, run_folder
-from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse, resolve
-from moonwhale.train.run import Run, already_finished, carry_out, check_run, common_trainer_arguments, finish
+from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
+from moonwhale.train.run import Run, common_trainer_arguments, execute
 
 DATA_FILE = "data.txt"
 
@@ -35,20 +35,10 @@ def train(config: TrainConfig) -> None:
         UserError: one line, for anything the user can put right.
         KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    checkpoint = check(config)
-    if already_finished(config, checkpoint, progress.plot_loss):
-        return
-    run = build(config)
-    trainer = carry_out(run, checkpoint)
-    finish(run, trainer)
-
-
-def check(config: TrainConfig) -> Path | None:
-    """Checks how the run is spread over processes, and its folder. Returns the checkpoint to resume from."""
     parallelism = config.parallelism
     if parallelism.splits_model:
         config.micro_batches_per_replica(parallelism.replicas(world_size()))
-    return check_run(config, lambda run_file: resolve({}, run_file))
+    execute(config, build, progress.plot_loss)
 
 
 def build(config: TrainConfig) -> Run:

@@ -1,14 +1,4 @@
-"""The stages of a training run, shared by `moonwhale train`, `sft` and `grpo`: check, build, carry out, finish.
-
-Each verb calls them in this order:
-
-    checkpoint = check(config)               # its own, with `check_run`: reports mistakes before torch is imported
-    if already_finished(config, checkpoint, plot):
-        return
-    run = build(config)                      # its own: data, model, and how to make the trainer
-    trainer = carry_out(run, checkpoint)
-    finish(run, trainer)
-"""
+"""The stages of a training run, shared by `moonwhale train`, `sft` and `grpo`: check, build, carry out, finish."""
 
 import os
 import typing
@@ -20,6 +10,7 @@ from pathlib import Path
 from moonwhale.errors import UserError
 from moonwhale.processes import is_main_process, print_once
 from moonwhale.train import run_folder
+from moonwhale.train.run_options import RunOptions
 
 if typing.TYPE_CHECKING:
     from transformers import Trainer
@@ -45,7 +36,7 @@ class Run:
     publish: writes the trained model into the run's folder.
     """
 
-    config: typing.Any  # TrainConfig, SFTOptions or GRPOOptions
+    config: RunOptions
     choice: "ComputeSettings"  # device and precision
     make_trainer: Callable[..., "Trainer"]
     log_line: Callable[[dict], str | None]
@@ -58,7 +49,24 @@ class Run:
         return Path(self.config.out)
 
 
-def check_run(config, read_run_file: Callable[[str], object]) -> Path | None:
+def execute(config: RunOptions, build: Callable[[RunOptions], Run], plot: Callable[[list[dict], Path], None]) -> None:
+    """Carries out the run that `config` describes, or goes on with it. Mistakes are reported before torch is imported.
+
+    Args:
+        build: prepares the data, the model, and how to make the trainer.
+        plot: the run's `Run.plot`.
+    """
+    checkpoint = check_run(config)
+    if already_finished(config, checkpoint, plot):
+        return
+    run = build(config)
+    trainer = carry_out(run, checkpoint)
+    if is_main_process():
+        run.publish(trainer, run.out)
+    print_once(run.summarize(trainer.state.log_history))
+
+
+def check_run(config: RunOptions) -> Path | None:
     """Checks the run's folder, silences the libraries, and finds the checkpoint to resume from.
 
     Returns:
@@ -68,7 +76,7 @@ def check_run(config, read_run_file: Callable[[str], object]) -> Path | None:
         UserError: see `run_folder.check_folder`; or every checkpoint is damaged.
     """
     if is_main_process():
-        run_folder.check_folder(config, read_run_file)
+        run_folder.check_folder(config)
     if not config.resume:
         silence_libraries()
         return None
@@ -100,7 +108,7 @@ def silence_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def already_finished(config, checkpoint: Path | None, plot: Callable[[list[dict], Path], None]) -> bool:
+def already_finished(config: RunOptions, checkpoint: Path | None, plot: Callable[[list[dict], Path], None]) -> bool:
     """Whether `checkpoint` was written after the run's last step.
 
     If so, its model is copied into the run's folder again, since a run may be killed before or during that.
@@ -157,14 +165,7 @@ def carry_out(run: Run, checkpoint: Path | None) -> "Trainer":
     return trainer
 
 
-def finish(run: Run, trainer: "Trainer") -> None:
-    """Writes the trained model into the run's folder and prints the summary."""
-    if is_main_process():
-        run.publish(trainer, run.out)
-    print_once(run.summarize(trainer.state.log_history))
-
-
-def common_trainer_arguments(config, choice: "ComputeSettings", max_steps: int) -> dict:
+def common_trainer_arguments(config: RunOptions, choice: "ComputeSettings", max_steps: int) -> dict:
     """TrainingArguments for the options that all verbs share."""
     on_cuda = choice.device.type == "cuda"
     return {

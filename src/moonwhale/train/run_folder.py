@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from moonwhale import options
@@ -27,10 +26,8 @@ FREE_TO_CHANGE = {
 }
 
 
-def check_folder(config, read_run_file: Callable[[str], object]) -> None:
+def check_folder(config) -> None:
     """Checks that `config.out` is a new folder, or that of the run that `config` resumes.
-
-    read_run_file: returns the configuration in the run.yaml at the given path.
 
     Raises:
         UserError: the folder holds other files, or a run that would be overwritten; or an option that affects training
@@ -46,7 +43,7 @@ def check_folder(config, read_run_file: Callable[[str], object]) -> None:
     if not config.resume:
         raise UserError(f"`out`: {out} already holds a run: go on with it by `resume`, or name another folder")
     now = options_that_affect_training(config)
-    before = options_that_affect_training(read_run_file(str(run_file)))
+    before = options_that_affect_training(config.resolve({}, str(run_file)))
     for name in now | before:
         if now.get(name) != before.get(name):
             raise UserError(

@@ -1,0 +1,97 @@
+"""The options that `moonwhale train`, `sft` and `grpo` share: their defaults, their checks, and how they are read."""
+
+import dataclasses
+import typing
+from collections.abc import Container
+from dataclasses import dataclass
+
+from moonwhale import options
+from moonwhale.options import option, require, require_at_least_one, require_not_negative
+from moonwhale.processes import restarted
+from moonwhale.train import run_folder
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "tf32", "bf32", "bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
+
+
+@dataclass
+class RunOptions:
+    """The options of every run. Learning rates are per optimizer step.
+
+    Raises:
+        UserError: an option is impossible. The message names the option, its value and the fix.
+    """
+
+    verb: typing.ClassVar[str]
+
+    out: str | None = option(None, "the run's folder", group="run")
+    resume: bool = option(False, "resume from the newest undamaged checkpoint in --out", group="run")
+    seed: int = option(0, "seed of all random draws", group="run")
+
+    batch_size: int = option(8, "rows per micro-batch on each device", group="optimization")
+    lr: float = option(2e-3, "peak learning rate, on AdamW's scale, for both Muon and AdamW", group="optimization")
+    warmup_steps: int = option(100, "steps in which the learning rate rises to its peak", group="optimization")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", group="optimization")
+    momentum: float = option(0.95, "momentum of Muon", group="optimization")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off", group="optimization")
+    qk_clip_tau: float = option(
+        100.0, "attention logit above which QK-clip scales a head down; 0 turns it off", group="optimization"
+    )
+
+    device: str = option("auto", "cpu, cuda or mps; auto takes the fastest", group="device", suggestions=DEVICES)
+    precision: str = option(
+        "auto", f"precision of matrix products: {', '.join(PRECISIONS)}", group="device", suggestions=PRECISIONS
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", group="device")
+
+    eval_every: int = option(100, "steps between evaluations; 0: only at the end", group="reports and checkpoints")
+    save_every: int = option(200, "steps between checkpoints; 0: only at the end", group="reports and checkpoints")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", group="reports and checkpoints")
+    log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
+    report_to: list[str] = option(
+        ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
+    )
+
+    def __post_init__(self):
+        self.out = self.out or self.default_out(vars(self))
+        require_at_least_one(self, "batch_size", "keep_checkpoints", "log_every")
+        require_not_negative(self, "seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau")
+        require_not_negative(self, "eval_every", "save_every")
+        require(self, "lr", self.lr > 0, "it must be above 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "it must be in [0, 1)")
+
+    @classmethod
+    def default_out(cls, given: dict) -> str | None:
+        """The run's folder if `given`, options by name, has no `out`. None if they do not decide it."""
+        raise NotImplementedError
+
+    @classmethod
+    def resolve(cls, given: dict, path: str | None = None) -> typing.Self:
+        """Merges the options: defaults, then the YAML file at `path`, then `given`, a dict by name."""
+        return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
+
+
+def with_default(name: str, default):
+    """The option `name` of RunOptions with another default, to be declared again by a subclass."""
+    return dataclasses.field(default=default, metadata=RunOptions.__dataclass_fields__[name].metadata)
+
+
+Options = typing.TypeVar("Options", bound=RunOptions)
+
+
+def parse_run(cls: type[Options], argv: list[str], preset_decides: Container[str] = (), **parser_settings) -> Options:
+    """Reads the arguments of the verb that has the options `cls`. A resumed run without `--config` takes its run.yaml.
+
+    preset_decides: see `options.add_options`.
+    parser_settings: arguments of `options.Parser`.
+    """
+    parser = options.Parser(prog=f"moonwhale {cls.verb}", **parser_settings)
+    options.add_options(parser, cls, preset_decides)
+    parser.add_argument("--config", metavar="YAML", help="file with options; each run writes one, run.yaml")
+    given, rest = options.read_argv(parser, cls, argv)
+    path = rest.config
+    if restarted():
+        given["resume"] = True
+    if given.get("resume") and path is None:
+        path = run_folder.find_run_file(given.setdefault("out", cls.default_out(given)))
+    return cls.resolve(given, path)
