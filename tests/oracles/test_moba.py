@@ -472,8 +472,8 @@ def test_mutant_gradients_of_queries_that_only_fill_a_chunk(monkeypatch):
         chunks = right(*args)
         return dataclasses.replace(chunks, empty=torch.zeros_like(chunks.empty))
 
-    right = moba.Chunks.exact
-    monkeypatch.setattr(moba.Chunks, "exact", of)
+    right = moba.Chunks.line_up
+    monkeypatch.setattr(moba.Chunks, "line_up", of)
     caught(assert_naive, ROWS["ragged"], 2)
 
 

@@ -187,13 +187,12 @@ def _lined_up(
 ) -> tuple[Tensor, Tensor]:
     """Compute the same in two parts, merged by their log-sum-exp: own blocks, and queries lined up by chosen block."""
     own_out, own_lse, own_max = _masked(q, k, v, scale, table, None)
-    chunks = Chunks.with_static_shapes(chosen, table.count, FLEX_TILE)
-    place, missing, empty = chunks.place, chunks.missing, chunks.empty.view(-1, 1)
-    pair_at = torch.zeros(len(empty) + 1, dtype=torch.long, device=q.device)  # missing pairs go to the extra place
-    pair_at.scatter_(0, place.masked_fill(missing, len(empty)).flatten(), torch.arange(place.numel(), device=q.device))
+    chunks = Chunks.line_up(chosen, table.count, FLEX_TILE, static_shapes=True)
+    place, missing = chunks.place, chunks.missing
 
     def to_queries(rows: Tensor) -> Tensor:
-        return _Take.apply(rows, place.flatten(), pair_at[:-1, None], empty).unflatten(0, place.shape)
+        taken = _Take.apply(rows, place.flatten(), chunks.pair.view(-1, 1), chunks.empty.view(-1, 1))
+        return taken.unflatten(0, place.shape)
 
     queries = _Take.apply(q.flatten(0, 2), chunks.query.flatten(), place, missing)  # (C * tile, D)
     far_k, far_v = (table.take(x).flatten(0, 2) for x in (k, v))  # (B * H * count * S, D)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import attend, attend_backward, attend_forward
 from .documents import BlockTable, Documents, needs_static_shapes
+from .groups import line_up
 
 MAX_CHUNK_WIDTH = 256  # queries per chunk
 CHUNK_COUNT_MULTIPLE = 16  # a CPU's kernel library compiles a product for every new shape, so keep the shapes few
@@ -69,83 +70,36 @@ class Chunks:
 
     Queries are numbered through all B * H * S slots, blocks through all B * H * count. "Place" is the position of a
     (query, chosen block) pair among the C * W places.
-
-    Attributes:
-        query: (C, W) the query at each place, 0 where the chunk is not full.
-        empty: (C, W) where the chunk is not full.
-        block: (C,) the block of each chunk.
-        place: (B * H * S, n) the place of each pair, 0 for a missing pair.
-        missing: (B * H * S, n) pairs that do not exist, since the query chose fewer than n blocks.
     """
 
-    query: Tensor
-    empty: Tensor
-    block: Tensor
-    place: Tensor
-    missing: Tensor
+    pair: Tensor  # (C, W) the index of the pair at each place, 0 where the chunk is not full
+    query: Tensor  # (C, W) the query of that pair
+    empty: Tensor  # (C, W) where the chunk is not full
+    block: Tensor  # (C,) the block of each chunk
+    place: Tensor  # (B * H * S, n) the place of each pair, 0 for a missing pair
+    missing: Tensor  # (B * H * S, n) pairs that do not exist, since the query chose fewer than n blocks
 
     @classmethod
-    def exact(cls, chosen: Tensor, count: int, width: int) -> "Chunks | None":
+    def line_up(cls, chosen: Tensor, count: int, width: int, static_shapes: bool) -> "Chunks | None":
         """Line up `chosen` (B, H, S, n), the result of `choose_blocks` among `count` blocks, in as few chunks as
         possible. Return None if no query chose a block.
+
+        With `static_shapes`, read no value: allocate the largest number of chunks that can be needed.
         """
-        missing, n_blocks = (chosen < 0).view(-1, chosen.shape[3]), chosen.shape[0] * chosen.shape[1] * count
-        block, pair = _sort_pairs(chosen, count)
-        n_pairs = block.numel() - int(missing.sum())
-        if not n_pairs:
+        n = chosen.shape[3]
+        missing = chosen < 0
+        first_blocks = torch.arange(0, chosen.shape[0] * chosen.shape[1] * count, count, device=chosen.device)
+        n_blocks = len(first_blocks) * count
+        block = chosen + first_blocks.view(*chosen.shape[:2], 1, 1)
+        block = block.masked_fill_(missing, n_blocks).flatten()
+        pair, place, ends = line_up(block, n_blocks, width, static_shapes, CHUNK_COUNT_MULTIPLE * width)
+        if not len(pair):
             return None
-        block, pair = block[:n_pairs], pair[:n_pairs]  # missing pairs come last
-        ends, place = _place_pairs(block, n_blocks, width)
-        n_chunks = -(-int(ends[-1]) // CHUNK_COUNT_MULTIPLE) * CHUNK_COUNT_MULTIPLE
-        query = torch.full((n_chunks, width), -1, device=chosen.device)
-        query.view(-1)[place] = pair // chosen.shape[3]
-        return cls._build(query, ends, pair, place, missing)
-
-    @classmethod
-    def with_static_shapes(cls, chosen: Tensor, count: int, width: int) -> "Chunks":
-        """Do the same without reading a value: allocate the largest number of chunks that can be needed."""
-        missing, n_blocks = (chosen < 0).view(-1, chosen.shape[3]), chosen.shape[0] * chosen.shape[1] * count
-        block, pair = _sort_pairs(chosen, count)
-        ends, place = _place_pairs(block, n_blocks, width)
-        n_chunks = len(pair) // width + n_blocks
-        query = torch.full((n_chunks * width + 1,), -1, device=chosen.device)  # missing pairs go to the extra place
-        query[torch.where(block < n_blocks, place, n_chunks * width)] = pair // chosen.shape[3]
-        return cls._build(query[:-1].view(n_chunks, width), ends, pair, place, missing)
-
-    @classmethod
-    def _build(cls, query: Tensor, ends: Tensor, pair: Tensor, place: Tensor, missing: Tensor) -> "Chunks":
-        chunk = torch.arange(len(query), device=query.device)
-        block = torch.searchsorted(ends, chunk, right=True).clamp_(max=len(ends) - 1)
-        place_of_pair = torch.zeros(missing.numel(), dtype=torch.long, device=query.device)
-        place_of_pair[pair] = place
-        place_of_pair = place_of_pair.view(missing.shape).masked_fill_(missing, 0)
-        return cls(query.clamp(min=0), query < 0, block, place_of_pair, missing)
-
-
-def _sort_pairs(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sort all (query, block) pairs of `chosen` (B, H, S, n) by block.
-
-    Returns:
-        the block of each pair in that order, B * H * count for a missing pair, and the pair's index in `chosen`.
-    """
-    heads = chosen.shape[0] * chosen.shape[1]
-    first_block = torch.arange(heads, device=chosen.device)[:, None] * count
-    block = (chosen.view(heads, -1) + first_block).flatten()
-    return block.masked_fill((chosen < 0).flatten(), heads * count).sort(stable=True)
-
-
-def _place_pairs(block: Tensor, n_blocks: int, width: int) -> tuple[Tensor, Tensor]:
-    """Give each pair a place in chunks of `width`. `block` is sorted; pairs of block `n_blocks` are missing ones.
-
-    Returns:
-        the chunk where each block's chunks end (n_blocks,), and the place of each pair.
-    """
-    last = torch.searchsorted(block, torch.arange(n_blocks + 1, device=block.device), right=True)
-    sizes = last.diff(prepend=last.new_zeros(1))  # pairs of each block, then the missing ones
-    chunks = -(-sizes[:-1] // width)
-    ends = chunks.cumsum(0)
-    shift = F.pad((ends - chunks) * width, (0, 1)) - (last - sizes)  # from a pair's rank to its place
-    return ends, torch.arange(len(block), device=block.device) + shift[block]
+        first_places = torch.arange(0, len(pair), width, device=chosen.device)
+        block_of_chunk = torch.searchsorted(ends, first_places, right=True).clamp_(max=n_blocks - 1)
+        empty, pair = (pair < 0).view(-1, width), pair.clamp(min=0).view(-1, width)
+        missing = missing.view(-1, n)
+        return cls(pair, pair // n, empty, block_of_chunk, place.view(-1, n).masked_fill_(missing, 0), missing)
 
 
 class _MoBA(torch.autograd.Function):
@@ -211,8 +165,7 @@ class _MoBA(torch.autograd.Function):
 def _line_up(q: Tensor, k: Tensor, table: BlockTable, n: int) -> Chunks | None:
     """Choose `n` earlier blocks for every query, and line the queries up by block."""
     width = min(MAX_CHUNK_WIDTH, max(table.size, 64))  # a chunk copies its block, so let it have about as many queries
-    line_up = Chunks.with_static_shapes if needs_static_shapes(q.device) else Chunks.exact
-    return line_up(choose_blocks(q, k, table, n), table.count, width)
+    return Chunks.line_up(choose_blocks(q, k, table, n), table.count, width, needs_static_shapes(q.device))
 
 
 def _gather(chunks: Chunks, table: BlockTable, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .documents import needs_static_shapes
+from .groups import line_up
 
 EXPERT_ROW_MULTIPLE = 64  # each expert's rows are padded to a multiple, so that shapes of products are few
 
@@ -98,7 +99,7 @@ class Experts(nn.Module):
         """Send x (N, hidden) through each token's experts `index` (N, K), weighting their outputs by `gates` (N, K)."""
         if self.product is None:
             return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
-        token, row_of_pair, ends = line_up(index, len(self.down_proj), self.row_multiple)
+        token, row_of_pair, ends = line_up_by_expert(index, len(self.down_proj), self.row_multiple)
         pairs = x.repeat_interleave(index.shape[1], 0)  # (N * K, hidden)
         rows = x.new_zeros(len(token), x.shape[1]).index_copy(0, row_of_pair, pairs)  # (R, hidden)
         gate, up = self.product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
@@ -107,7 +108,7 @@ class Experts(nn.Module):
         return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1)
 
 
-def line_up(index: Tensor, n_experts: int, multiple: int = EXPERT_ROW_MULTIPLE) -> tuple[Tensor, Tensor, Tensor]:
+def line_up_by_expert(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the (token, expert) pairs of `index` (N, K) into rows by expert, and pad each expert's rows to a multiple.
 
     Padding keeps the shapes of the products few. For bf16 on a CPU a kernel library compiles a kernel for each shape
@@ -115,42 +116,14 @@ def line_up(index: Tensor, n_experts: int, multiple: int = EXPERT_ROW_MULTIPLE) 
 
     Returns:
         the token of each row (R,), 0 for padding rows; the row of each pair (N * K,); the end of each expert's rows
-        (E,), int32.
+        (E,), int32. With static shapes, spare rows go to the last expert.
     """
-    arrange = _line_up_with_static_shapes if needs_static_shapes(index.device) else _line_up_exact
-    return arrange(index, n_experts, multiple)
-
-
-def _line_up_exact(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the rows that the choices need."""
-    order, row, ends = _sort_by_expert(index, n_experts, multiple)
-    return *_place_pairs(index, order, row, int(ends[-1])), ends.to(torch.int32)
-
-
-def _line_up_with_static_shapes(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the worst case; spare rows go to the last expert."""
-    order, row, ends = _sort_by_expert(index, n_experts, multiple)
-    n_rows = -(-(len(order) + n_experts * (multiple - 1)) // multiple) * multiple
-    ends = torch.cat([ends[:-1], ends.new_full((1,), n_rows)])
-    return *_place_pairs(index, order, row, n_rows), ends.to(torch.int32)
-
-
-def _sort_by_expert(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the pairs sorted by expert (N * K,), their rows (N * K,), and where each expert's padded rows end (E,)."""
-    expert, order = index.flatten().sort(stable=True)
-    last = torch.searchsorted(expert, torch.arange(n_experts, device=index.device), right=True)
-    sizes = last.diff(prepend=last.new_zeros(1))
-    padded = -(-sizes // multiple) * multiple
-    ends = padded.cumsum(0)
-    shift = (ends - padded) - (last - sizes)  # from a pair's rank to its row
-    return order, torch.arange(len(order), device=index.device) + shift[expert], ends
-
-
-def _place_pairs(index: Tensor, order: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the token of each of `n_rows` rows, and the row of each pair."""
-    token = torch.zeros(n_rows, dtype=torch.long, device=index.device)
-    token[row] = order // index.shape[1]
-    return token, torch.empty_like(order).scatter_(0, order, row)
+    static_shapes = needs_static_shapes(index.device)
+    pair, row_of_pair, ends = line_up(index.flatten(), n_experts, multiple, static_shapes)
+    if static_shapes:
+        ends[-1] = len(pair)
+    token = (pair // index.shape[1]).clamp(min=0)
+    return token, row_of_pair, ends.to(torch.int32)
 
 
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -183,7 +156,7 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate_up_proj, down_proj, index, gates):
-        token, row_of_pair, ends = line_up(index, len(down_proj))
+        token, row_of_pair, ends = line_up_by_expert(index, len(down_proj), EXPERT_ROW_MULTIPLE)
         weight = gates.new_zeros(len(token)).scatter_(0, row_of_pair, gates.flatten())  # 0 for padding rows
         weight = weight.to(x.dtype).unsqueeze(1)  # (R, 1)
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
