@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, MoonwhaleModel
-from moonwhale.model.modeling_moonwhale import MoonwhaleModelOutput, MoonwhaleOutput
+from moonwhale.model.outputs import MoonwhaleModelOutput, MoonwhaleOutput
 
 EVERYTHING = {
     "first_k_dense_replace": 1,

@@ -47,7 +47,7 @@ def attend_forward(
         the largest scaled logit of each query (N, Tq) in fp32.
     """
     out = v.new_empty(*q.shape[:2], v.shape[-1])
-    max_logit = q.new_empty(q.shape[:2], dtype=_at_least_fp32(q))
+    max_logit = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     lse = torch.empty_like(max_logit)
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
         heads, queries, keys = tile
@@ -91,10 +91,6 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _tiles(n_heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
     """Yield tiles as slices of heads, queries and keys. The last queries of some heads come first: they see all keys,
     so the backward pass can write their gradients of k and v where later tiles must add.
@@ -116,7 +112,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, document_ids: Tens
     scores = torch.baddbmm(
         q.new_empty(()), q[heads, queries], k[heads, keys].transpose(1, 2), beta=0, alpha=scale / LN2
     )
-    scores = scores.to(_at_least_fp32(q))  # (heads, queries, keys)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))  # (heads, queries, keys)
     if document_ids is not None:
         row = torch.arange(heads.start, heads.stop, device=q.device) // (len(q) // len(document_ids))
         of_queries = document_ids[row, -q.shape[1] :][:, queries, None]

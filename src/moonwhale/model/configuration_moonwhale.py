@@ -76,10 +76,8 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
     def _check(self) -> None:
         self._check_sizes()
         self._check_attention()
-        self._check_moba()
         self._check_experts()
         self._check_expert_groups()
-        self._check_mtp()
 
     def _require(self, ok: bool, field: str, fix: str) -> None:
         if not ok:
@@ -99,6 +97,11 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
             f"it lies between 0 and vocab_size={self.vocab_size}, or is null",
         )
         self._require(self.hidden_act == "silu", "hidden_act", "the experts' activation is SwiGLU's: silu")
+        self._require(
+            len(self.mtp_blocks) == self.num_nextn_predict_layers and all(n >= 1 for n in self.mtp_blocks),
+            "mtp_num_blocks",
+            f"give one number >= 1, or one for each of the num_nextn_predict_layers={self.num_nextn_predict_layers}",
+        )
 
     def _check_attention(self) -> None:
         self._require(
@@ -118,8 +121,6 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
             f"latent attention has as many key heads as query heads ({self.num_attention_heads})",
         )
         self._require(self.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
-
-    def _check_moba(self) -> None:
         self._require(
             _is_whole(self.moba_block_size, 1),
             "moba_block_size",
@@ -132,11 +133,6 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
         )
 
     def _check_experts(self) -> None:
-        self._require(
-            self.num_experts_per_tok <= self.n_routed_experts,
-            "num_experts_per_tok",
-            f"a token can't choose more than all n_routed_experts={self.n_routed_experts} experts",
-        )
         has_experts = self.first_k_dense_replace < self.num_blocks
         for field in ("hidden_size", "moe_intermediate_size") if has_experts else ():
             self._require(getattr(self, field) % 8 == 0, field, "experts' grouped products want a multiple of 8")
@@ -162,19 +158,10 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
         self._require(
             self.num_experts_per_tok <= self.topk_group * self.n_routed_experts // self.n_group,
             "num_experts_per_tok",
-            f"topk_group={self.topk_group} of n_group={self.n_group} groups hold fewer experts than that",
-        )
-
-    def _check_mtp(self) -> None:
-        self._require(
-            len(self.mtp_blocks) == self.num_nextn_predict_layers and all(n >= 1 for n in self.mtp_blocks),
-            "mtp_num_blocks",
-            f"give one number >= 1, or one for each of the num_nextn_predict_layers={self.num_nextn_predict_layers}",
+            f"topk_group={self.topk_group} of n_group={self.n_group} groups hold fewer experts than that, with "
+            f"n_routed_experts={self.n_routed_experts}",
         )
 
 
 def _is_whole(value, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-__all__ = ["MoonwhaleConfig"]

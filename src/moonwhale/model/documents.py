@@ -28,20 +28,13 @@ class BlockTable:
     The first token of a document always opens a block, so a block never spans two documents. Tokens fill a block from
     the front, and only the last block of a document may be partly empty. That is why neither padding nor packing needs
     a mask inside a block.
-
-    Attributes:
-        size: tokens per block.
-        count: blocks per row, the same for every row.
-        slot: (B, T) slot of each token, 0 for padding. None: token t is in slot t.
-        token: (B, count * size) token in each slot, 0 where the slot is empty. None: slot t holds token t.
-        first: (B or 1, count) for each block, the first block of the same document.
     """
 
-    size: int
-    count: int
-    slot: Tensor | None
-    token: Tensor | None
-    first: Tensor
+    size: int  # tokens per block
+    count: int  # blocks per row, the same for every row
+    slot: Tensor | None  # (B, T) slot of each token, 0 for padding. None: token t is in slot t
+    token: Tensor | None  # (B, count * size) token in each slot, 0 where it is empty. None: slot t holds token t
+    first: Tensor  # (B or 1, count) for each block, the first block of the same document
 
     def block_of(self, n_tokens: int) -> Tensor:
         """Return the block of each token, (B or 1, n_tokens)."""
@@ -78,18 +71,13 @@ class Documents:
 
     A row holds one document or several packed end to end, with or without padding. Attention, MoBA's blocks, RoPE's
     positions and the targets of the loss all follow from this one description.
-
-    Attributes:
-        document_ids: (B, T) index of the token's document within its row, -1 for padding.
-        positions: (B, T) position of the token within its document, 0 for the first one.
-        valid: (B, T) whether the token counts in statistics (expert loads, largest logits). False for padding.
-        one_per_row: every row is one document without padding, so causality is all the masking attention needs.
-            False means "not known to be", since finding out may force a host sync.
     """
 
-    document_ids: Tensor
-    positions: Tensor
-    valid: Tensor
+    document_ids: Tensor  # (B, T) index of the token's document within its row, -1 for padding
+    positions: Tensor  # (B, T) position of the token within its document, 0 for the first one
+    valid: Tensor  # (B, T) whether the token counts in statistics (expert loads, largest logits). False for padding
+    # Every row is one document without padding, so causality is all the masking attention needs. False means "not known
+    # to be", since finding out may force a host sync.
     one_per_row: bool
     _tables: dict[int, BlockTable] = field(default_factory=dict)
 
@@ -115,29 +103,23 @@ class Documents:
                 f"attention_mask has shape {tuple(attention_mask.shape)}, not {(batch, length)}: "
                 "give 0 for padding and 1 for a token"
             )
-        # Inference on CUDA reads the mask: one sync pays for the simpler attention of rows that are one document each.
+        document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
+        # Inference on CUDA reads values: one sync pays for the simpler attention of rows that are one document each.
         trains = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        build = cls._with_static_shapes if needs_static_shapes(device) and trains else cls._exact
-        return build(batch, length, device, attention_mask, position_ids)
+        static_shapes = needs_static_shapes(device) and trains
+        one_per_row = attention_mask is None and position_ids is None
+        if not one_per_row and not static_shapes:
+            one_per_row = not bool(document_ids.any())
 
-    @classmethod
-    def _exact(cls, batch, length, device, attention_mask, position_ids) -> "Documents":
-        """Find out whether each row is one document, and check the mask at once."""
-        document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
-        one_per_row = (attention_mask is None and position_ids is None) or not bool(document_ids.any())
-        may_be_wrong = attention_mask is not None and not one_per_row
-        if may_be_wrong and bool(_reopened(document_ids, real, starts, position_ids).any()):
-            raise ValueError(PADDING_BETWEEN_TOKENS)
+        if attention_mask is not None and not one_per_row:
+            reopened = starts[:, 1:] & ~real[:, :-1] & (document_ids[:, 1:] > 0)
+            if position_ids is not None:
+                reopened &= position_ids[:, 1:] != 0
+            if static_shapes:
+                torch._assert_async(~reopened.any(), PADDING_BETWEEN_TOKENS)
+            elif bool(reopened.any()):
+                raise ValueError(PADDING_BETWEEN_TOKENS)
         return cls(document_ids, positions, real, one_per_row)
-
-    @classmethod
-    def _with_static_shapes(cls, batch, length, device, attention_mask, position_ids) -> "Documents":
-        """Read no value: treat any mask or position ids as packing, and leave the check of the mask to the device."""
-        document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
-        if attention_mask is not None:
-            wrong = _reopened(document_ids, real, starts, position_ids).any()
-            torch._assert_async(~wrong, PADDING_BETWEEN_TOKENS)
-        return cls(document_ids, positions, real, attention_mask is None and position_ids is None)
 
     def with_successor(self, k: int) -> "Documents":
         """Return a copy in which a token is valid only if the k-th token after it is in the same document.
@@ -204,9 +186,3 @@ def _find_documents(
     document_ids = (starts.cumsum(1) - 1).masked_fill(~real, -1)
     first_token = torch.where(starts, index, 0).cummax(1).values
     return document_ids, (index - first_token).masked_fill(~real, 0), real, starts
-
-
-def _reopened(document_ids: Tensor, real: Tensor, starts: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Return where tokens go on after padding although no document starts there, (B, T - 1)."""
-    reopened = starts[:, 1:] & ~real[:, :-1] & (document_ids[:, 1:] > 0)
-    return reopened if position_ids is None else reopened & (position_ids[:, 1:] != 0)

@@ -76,20 +76,13 @@ class StaticBlockTable:
     """MoBA's blocks of S tokens, in shapes that only B and T decide.
 
     Only full blocks can be chosen, since a block that a later query sees is full. A row has at most T // S of them.
-
-    Attributes:
-        size: S.
-        own: (B, T) first token of each token's own block.
-        full_block: (B, T) index of the full block that a token is in, `count` if it is in none.
-        first: (B, count) first token of each full block, T where a row has fewer.
-        document_ids: (B, T).
     """
 
-    size: int
-    own: Tensor
-    full_block: Tensor
-    first: Tensor
-    document_ids: Tensor
+    size: int  # S
+    own: Tensor  # (B, T) first token of each token's own block
+    full_block: Tensor  # (B, T) index of the full block that a token is in, `count` if it is in none
+    first: Tensor  # (B, count) first token of each full block, T where a row has fewer
+    document_ids: Tensor  # (B, T)
 
     @property
     def count(self) -> int:

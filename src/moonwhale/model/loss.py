@@ -36,26 +36,20 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, labels, row_weight)
 
 
-def _rows_exact(ignored: Tensor, vocabulary: int) -> tuple[Tensor, int]:
+def _rows_to_compute(ignored: Tensor, vocabulary: int) -> tuple[Tensor, int]:
     """Return the rows with a target, filled up with ignored ones to a multiple of ROW_MULTIPLE, and rows per piece."""
+    if needs_static_shapes(ignored.device):  # all rows, since counting targets would read a value
+        return torch.arange(len(ignored), device=ignored.device), ROWS_PER_CHUNK  # a GPU takes a whole chunk
     n_targets = len(ignored) - int(ignored.sum())
     n_rows = -(-n_targets // ROW_MULTIPLE) * ROW_MULTIPLE
     return ignored.int().argsort(stable=True)[:n_rows], max(1, LOGITS_PER_PIECE // vocabulary)
-
-
-def _rows_with_static_shapes(ignored: Tensor) -> tuple[Tensor, int]:
-    """Return all rows, since counting targets would read a value, and rows per piece: a GPU takes a whole chunk."""
-    return torch.arange(len(ignored), device=ignored.device), ROWS_PER_CHUNK
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, row_weight):
         ignored = labels == IGNORE_INDEX
-        if needs_static_shapes(labels.device):
-            rows, rows_per_piece = _rows_with_static_shapes(ignored)
-        else:
-            rows, rows_per_piece = _rows_exact(ignored, len(weight))
+        rows, rows_per_piece = _rows_to_compute(ignored, len(weight))
         row_weight, labels = row_weight.masked_fill(ignored, 0.0), labels.clamp(min=0)
         head = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)

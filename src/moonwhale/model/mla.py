@@ -5,8 +5,6 @@ key, which all heads share. Only these two are cached. Training and prefill *exp
 Decoding *absorbs* the expansion into the queries and works on latents. Both give the same numbers.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,13 +17,6 @@ from .flex import serves as flex_serves
 from .moba import moba_attention, moba_mask
 from .norm import RMSNorm
 from .rope import rotate
-
-
-def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
-) -> tuple[Tensor, Tensor]:
-    """Call `attend` on all keys of each document. It has the signature of `moba_attention` and `flex_attention`."""
-    return attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
 
 
 class MultiheadLatentAttention(nn.Module):
@@ -103,11 +94,9 @@ class MultiheadLatentAttention(nn.Module):
         """
         q_nope, q_rope = self._queries(x).split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
-        latent, k_rope = (
-            self.kv_a_layernorm(latent).unsqueeze(1),
-            rotate(k_rope.unsqueeze(1), rotation, self.interleaved),
-        )
-        return q_nope, rotate(q_rope, rotation, self.interleaved), latent, k_rope
+        q_rope = rotate(q_rope, rotation, self.interleaved)
+        k_rope = rotate(k_rope.unsqueeze(1), rotation, self.interleaved)
+        return q_nope, q_rope, self.kv_a_layernorm(latent).unsqueeze(1), k_rope
 
     def _queries(self, x: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
@@ -124,16 +113,11 @@ class MultiheadLatentAttention(nn.Module):
             w_k = self._split_up()[0].flatten(0, 1)
             k_nope = self._by_head(F.linear(self._convolved(latent, documents).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, heads, T, nope + rope)
-        attention = self._attention_path(q, documents)
-        return attention(q, k, v, self.scale, documents, self.block_size, self.topk)
-
-    def _attention_path(self, q: Tensor, documents: Documents) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Choose the function that computes the expanded attention. All three have the same signature and results."""
-        if flex_serves(q, documents):  # data-independent shapes: torch.compile, and training on CUDA
-            return flex_attention
-        if self.topk:  # only the chosen blocks
-            return moba_attention
-        return full_attention  # tile by tile
+        if flex_serves(q, documents):
+            return flex_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
+        if self.topk:
+            return moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
+        return attend(q, k, v, self.scale, causal=True, document_ids=documents.ids_to_mask_by)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> Tensor:
         """Score and sum the latents themselves. W_UK moves to the query and W_UV behind the softmax, so that no key or

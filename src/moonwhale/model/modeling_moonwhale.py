@@ -1,7 +1,6 @@
 """The whole model: embedding, blocks, head and the chain of MTP modules, with its initialisation and its loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
 
 from .block import Block, BlockStatistics
 from .configuration_moonwhale import MoonwhaleConfig
@@ -20,60 +18,14 @@ from .mla import MultiheadLatentAttention
 from .moe import DeepseekMoE, Experts, Router
 from .mtp import MTPModule, prediction_targets
 from .norm import RMSNorm
+from .outputs import MoonwhaleModelOutput, MoonwhaleOutput
 from .rope import rotation_table
-
-
-@dataclass
-class MoonwhaleModelOutput(ModelOutput):
-    """Output of `MoonwhaleModel`.
-
-    Attributes:
-        last_hidden_state: (B, T, hidden) the main model's normed output.
-        past_key_values: the cache, if one was used.
-        hidden_states: the input of every block and the normed output, if they were asked for.
-        mtp_hidden_states: (B, T, hidden) the normed output of each MTP module, if they were run.
-        balance_loss: 0-d sum over all blocks, weighted by α.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    mtp_hidden_states: tuple[Tensor, ...] | None = None
-    balance_loss: Tensor | None = None
-
-
-@dataclass
-class MoonwhaleOutput(ModelOutput):
-    """Output of `MoonwhaleForCausalLM`. Everything about the loss needs labels.
-
-    Depth 0 is the main head, depth k is MTP module k.
-
-    Attributes:
-        loss: 0-d, to be differentiated: main + λ/D Σ MTP + balance.
-        logits: (B, T or logits_to_keep, V) of the main head. None in training mode with labels.
-        past_key_values: the cache, if one was used.
-        hidden_states: the input of every block and the normed output, if they were asked for.
-        losses: (1 + D,) mean cross-entropy of each depth over this batch, in nats.
-        accuracies: (1 + D,) share of targets that were the most likely token.
-        targets: (1 + D,) number of targets.
-        balance_loss: 0-d sum over all blocks, weighted by α.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    losses: Tensor | None = None
-    accuracies: Tensor | None = None
-    targets: Tensor | None = None
-    balance_loss: Tensor | None = None
 
 
 class MoonwhalePreTrainedModel(PreTrainedModel):
     """Initialisation, saving and loading, shared by the body and the language model."""
 
     config: MoonwhaleConfig
-    config_class = MoonwhaleConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block", "MTPModule")
@@ -92,9 +44,7 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
         if getattr(module, "starts_at_zero", False):  # set on output projections, see mla.py and moe.py
             init.zeros_(module.weight)
         std = self.config.initializer_range
-        if isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Router):
+        if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
@@ -156,8 +106,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         Args:
             input_ids: (B, T), or else `inputs_embeds` (B, T, hidden).
             attention_mask: (B, cached + T), 0 for padding.
-            position_ids: (B, T). Where they restart, a new document begins, which sees nothing of the one before. With
-                a cache, each row continues its one document.
+            position_ids: (B, T). Where they restart, a new document begins. With a cache, each row continues its one
+                document.
             documents: what `Documents.from_inputs` makes of the two, if it is known already.
             with_mtp: whether to run the MTP modules too. They use no cache.
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
@@ -178,9 +128,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch, length, _ = x.shape
         if documents is None:
-            documents = Documents.from_inputs(
-                batch, past + length, x.device, attention_mask, None if past else position_ids
-            )
+            starts = None if past else position_ids
+            documents = Documents.from_inputs(batch, past + length, x.device, attention_mask, starts)
         if position_ids is None:
             position_ids = documents.positions[:, past:]
         rotation = rotation_table(self.config, position_ids, x.dtype)
@@ -278,9 +227,8 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp_loss_weight = config.mtp_loss_weight  # λ; a schedule may lower it (V3 §4.2: 0.3, then 0.1)
         # Each rank collects its own statistics. DDP would overwrite them with those of rank 0.
-        self._ddp_params_and_buffers_to_ignore = [
-            n for n, _ in self.named_buffers() if n.endswith(("max_logit", "load"))
-        ]
+        statistics = [name for name, _ in self.named_buffers() if name.endswith(("max_logit", "load"))]
+        self._ddp_params_and_buffers_to_ignore = statistics
         self.post_init()
 
     def forward(
@@ -314,6 +262,8 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
                 next optimizer step. None: if there are labels and gradients are enabled.
         """
         has_loss = labels is not None
+        if collect_statistics is None:
+            collect_statistics = has_loss and torch.is_grad_enabled()
         if has_loss:
             _check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
             if documents is None:
@@ -329,9 +279,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             use_cache=False if has_loss else use_cache,
             documents=documents,
             with_mtp=has_loss,
-            collect_statistics=has_loss and torch.is_grad_enabled()
-            if collect_statistics is None
-            else collect_statistics,
+            collect_statistics=collect_statistics,
             **kwargs,
         )
         out = MoonwhaleOutput(past_key_values=body.past_key_values, hidden_states=body.hidden_states)
@@ -380,5 +328,3 @@ AutoModel.register(MoonwhaleConfig, MoonwhaleModel)
 AutoModelForCausalLM.register(MoonwhaleConfig, MoonwhaleForCausalLM)
 for name in ("MoonwhaleModel", "MoonwhaleForCausalLM"):  # DeepSeek's checkpoints store every expert by itself
     register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True)
-
-__all__ = ["MoonwhaleForCausalLM", "MoonwhaleModel"]

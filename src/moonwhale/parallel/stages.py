@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from moonwhale.costs import forward_flops
 from moonwhale.errors import UserError
 from moonwhale.model.documents import Documents
-from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleModelOutput, MoonwhaleOutput
+from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
 from moonwhale.model.mtp import prediction_targets
+from moonwhale.model.outputs import MoonwhaleModelOutput, MoonwhaleOutput
 from moonwhale.model.rope import rotation_table
 
 

@@ -19,7 +19,8 @@ from transformers.trainer import SCHEDULER_NAME
 from moonwhale.checkpoint import explain_full_disk
 from moonwhale.errors import UserError
 from moonwhale.model.loss import IGNORE_INDEX
-from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM, MoonwhaleOutput
+from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
+from moonwhale.model.outputs import MoonwhaleOutput
 from moonwhale.optim.muonclip import param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel.expert_parallel import AllToAll, expert_shards, expert_slices, shard_experts_
