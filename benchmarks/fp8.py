@@ -35,7 +35,7 @@ from moonwhale import fp8
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import tune_allocator
 from quality import CONTEXT, VOCABULARY, Data, linear_decay, load
 
@@ -107,7 +107,7 @@ def train(data: Data, which: str, steps: int, stop: int, seed: int = 0) -> dict:
     """Runs the first `stop` steps of a schedule of `steps`; returns their losses, the held-out loss and the seconds."""
     model = build(which, seed).train()
     optimizer = MuonClip(param_groups(model, lr=RATE))
-    StepHooks(optimizer, model)
+    attach_hooks(optimizer, model)
     draw, losses, start = torch.Generator().manual_seed(seed), [], time.perf_counter()
     with one_scale() if which.endswith("tensor") else nullcontext():
         for step in range(stop):

@@ -21,7 +21,7 @@ from common import ROOT, environment, options, picture, write
 from moonwhale.data.packing import PackedDataset, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 
 MODEL = {
     "vocab_size": 1024,
@@ -53,7 +53,7 @@ def train(data: PackedDataset, steps: int, tau: float | None) -> dict[str, list]
     torch.manual_seed(0)
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**MODEL)).train()
     optimizer = MuonClip(param_groups(model, lr=RATE))
-    hooks = StepHooks(optimizer, model, qk_clip_tau=tau)
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=tau)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
     order, logits, losses = torch.randperm(len(data)).tolist(), [], []
     for step in range(steps):

@@ -29,7 +29,7 @@ from common import ROOT, environment, options, timed_rounds, write
 from moonwhale.costs import model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, attention
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, tune_allocator
 from moonwhale.presets import PRESETS
 from optimizer_race import race
@@ -77,7 +77,7 @@ def cost(rounds: int, rows: int) -> dict:
     torch.manual_seed(0)
     model = MoonwhaleForCausalLM(config).train()
     optimizer = MuonClip(param_groups(model))
-    hooks = StepHooks(optimizer, model, TAU)
+    hooks = attach_hooks(optimizer, model, TAU)
 
     def draw() -> Tensor:
         return torch.randint(config.vocab_size, (TOKENS // (rows * CONTEXT), rows, CONTEXT))

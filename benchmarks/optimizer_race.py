@@ -31,7 +31,7 @@ from common import environment, picture
 from moonwhale.data.packing import PackedDataset, TrainingData, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import tune_allocator
 
 MODEL = {
@@ -87,7 +87,7 @@ def make_optimizer(run: Run, model: MoonwhaleForCausalLM) -> torch.optim.Optimiz
     else:
         groups = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    StepHooks(optimizer, model, qk_clip_tau=100.0 if run.optimizer == "muonclip" else None)
+    attach_hooks(optimizer, model, qk_clip_tau=100.0 if run.optimizer == "muonclip" else None)
     return optimizer
 
 

@@ -48,7 +48,7 @@ from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
 
 VOCABULARY, CONTEXT = 4096, 256
@@ -236,7 +236,7 @@ def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = R
     torch.manual_seed(seed)
     net = MoonwhaleForCausalLM(MoonwhaleConfig(**model)).to(choose().device)
     optimizer = MuonClip(param_groups(net, lr=recipe["lr"], weight_decay=recipe["weight_decay"]))
-    StepHooks(optimizer, net, qk_clip_tau=recipe["qk_clip_tau"])
+    attach_hooks(optimizer, net, qk_clip_tau=recipe["qk_clip_tau"])
     low, high = recipe["momentum"]
 
     def step(number: int, progress: float, tokens: Tensor) -> Tensor:

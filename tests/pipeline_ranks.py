@@ -17,7 +17,7 @@ from moonwhale.model.moe import Experts
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.optim.muon_distributed import DistributedMuonClip
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel import expert_parallel
 from moonwhale.parallel import pipeline as running
 from moonwhale.parallel.expert_parallel import AllToAll, DispatchPlan, ParallelExperts, expert_slices, shard_experts_
@@ -62,7 +62,7 @@ def optimizer_of(model, place=None):
     else:
         same, experts = place.replicate_group, place.expert_replicate_group
         optimizer = DistributedMuonClip(groups, group=same, experts=experts, newton_schulz_dtype=dtype)
-    return optimizer, StepHooks(optimizer, model, qk_clip_tau=0.3, group=same)
+    return optimizer, attach_hooks(optimizer, model, qk_clip_tau=0.3, group=same)
 
 
 def one_process(case: dict) -> list[dict]:

@@ -163,7 +163,7 @@ def test_snippets_run(document, snippet, folder, monkeypatch, capsys):
 
 
 def test_the_loop_of_the_snippet_learns(capsys):
-    (snippet,) = [block for block in fenced(read("docs/training.md"), "python") if "StepHooks" in block]
+    (snippet,) = [block for block in fenced(read("docs/training.md"), "python") if "attach_hooks" in block]
     exec(snippet, {})
     losses = [float(loss) for loss in re.findall(r"main ([\d.]+)", capsys.readouterr().out)]
     assert losses[-1] < 0.9 * losses[0]

@@ -16,7 +16,7 @@ from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.model.moe import Experts
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.presets import get_preset
 from moonwhale.train.pretrain import train
 
@@ -288,7 +288,7 @@ def losses(model, steps):
     """Of MuonClip's first steps on four rows, which the model then knows."""
     model = copy.deepcopy(model)
     optimizer = MuonClip(param_groups(model, lr=1e-2))
-    StepHooks(optimizer, model)
+    attach_hooks(optimizer, model)
     seen = []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16):

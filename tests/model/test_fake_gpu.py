@@ -20,7 +20,7 @@ from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
 from moonwhale.model import MoonwhaleForCausalLM, flex, moe
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 
 CUDA, MPS, META = 1, 13, 14  # c10::DeviceType
 SPARSE = {"moba_topk": 2, "moba_block_size": 8, "moba_full_attention_layers": [1], "num_nextn_predict_layers": 2}
@@ -83,7 +83,7 @@ def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, reci
     if recipe:
         fp8.convert(model, recipe, emulate=True)
     optimizer = MuonClip(param_groups(model, lr=1e-3))
-    hooks = StepHooks(optimizer, model, qk_clip_tau=1.0)
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=1.0)
     tokens = torch.zeros(2, 64, dtype=torch.long, device="cuda")
     number = torch.zeros(3, dtype=torch.long, device="cuda")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

@@ -14,7 +14,7 @@ from moonwhale.checkpoint import list_checkpoints, step_of
 from moonwhale.errors import UserError
 from moonwhale.model import documents, flex, loss, mla, moba, moe
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import muonclip_trainer, pretrain, run
 from moonwhale.train.mtp_trainer import MTPTrainer
 
@@ -43,7 +43,7 @@ def as_on_a_gpu(monkeypatch):
 def make_step(model):
     """Return a function that runs forward, backward and an optimizer step with its hooks."""
     optimizer = MuonClip(param_groups(model, lr=1e-3))
-    hooks = StepHooks(optimizer, model, qk_clip_tau=1.0)
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=1.0)
 
     def step():
         out = model(TOKENS, position_ids=DOCUMENTS, labels=TOKENS, num_items_in_batch=torch.tensor([100, 98, 96]))

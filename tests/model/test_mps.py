@@ -10,7 +10,7 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 
 TOKENS = torch.arange(80).view(2, 40) * 7 % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(23)], [*range(40)]])
@@ -48,7 +48,7 @@ def test_training_needs_nothing_that_mps_lacks(tiny_model, table, autocast):
     sparse = {"moba_topk": 2, "moba_block_size": 8, "num_nextn_predict_layers": 2, "moba_key_conv": 3}
     model = tiny_model(num_hidden_layers=3, first_k_dense_replace=1, moba_full_attention_layers=[1], **sparse).train()
     optimizer = MuonClip(param_groups(model, lr=1e-3))
-    hooks = StepHooks(optimizer, model, qk_clip_tau=1.0)
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=1.0)
     with LikeMPS(table):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = model(TOKENS, position_ids=DOCUMENTS, labels=TOKENS)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moonwhale.errors import UserError
 from moonwhale.optim.muonclip import MuonClip, newton_schulz, param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 
 LR, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.95, 4
 FP32 = torch.float32
@@ -392,7 +392,7 @@ class MoE(nn.Module):
 def hooked(*modules, tau=None, make_optimizer=lambda params: torch.optim.SGD(params, lr=0.0)):
     model = nn.ModuleList([*modules, nn.Linear(1, 1)])
     optimizer = make_optimizer(model.parameters())
-    return optimizer, StepHooks(optimizer, model, tau)
+    return optimizer, attach_hooks(optimizer, model, tau)
 
 
 def clip(attention):

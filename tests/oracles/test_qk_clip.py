@@ -10,7 +10,7 @@ from moonwhale.model.documents import Documents
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moba import moba_mask
 from moonwhale.model.rope import rotate, rotation_table
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 
 CHAIN = {"num_nextn_predict_layers": 2, "mtp_num_blocks": [2, 1]}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 1.0}
@@ -179,7 +179,7 @@ def test_the_same_batch_reaches_tau_after_a_step(overrides, trained):
     old = first.max_logit.clone()
     tau = old.sort().values[-2:].mean().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    hooks = StepHooks(optimizer, model, tau)
+    hooks = attach_hooks(optimizer, model, tau)
     optimizer.step()
     assert torch.equal(hooks.last["max_logits"][0], old) and hooks.last["max_logits"].shape == (5, 3)
     assert hooks.last["loads"].shape == (5, 6) and hooks.last["clipped_heads"] >= 1

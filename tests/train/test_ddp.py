@@ -18,7 +18,7 @@ from torch import nn
 
 from forked import ForkedProcess, finish, start
 from moonwhale.checkpoint import log_history, newest_checkpoint
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import pretrain
 from moonwhale.train.run_folder import write_run_file
 
@@ -143,7 +143,7 @@ def hooks_of(rank: int, store: Path) -> None:
     ]
     model = nn.ModuleList([*layers, nn.Linear(1, 1)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    hooks = StepHooks(optimizer, model, 1.0)
+    hooks = attach_hooks(optimizer, model, 1.0)
     optimizer.step()
     seen = {name: value.tolist() for name, value in hooks.last.items()}
     print(json.dumps(seen | {"at_update": layers[0].at_update}))

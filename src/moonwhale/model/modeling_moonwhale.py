@@ -106,7 +106,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         Args:
             input_ids: (B, T), or else `inputs_embeds` (B, T, hidden).
             attention_mask: (B, cached + T), 0 for padding.
-            position_ids: (B, T). A new document begins where they restart, unless the cache holds tokens already.
+            position_ids: (B, T). Where they restart, a new document begins. With a cache, each row continues its one
+                document.
             documents: what `Documents.from_inputs` makes of the two, if it is known already.
             with_mtp: whether to run the MTP modules too. They use no cache.
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
@@ -125,9 +126,10 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        batch, length, _ = x.shape
         if documents is None:
             starts = None if past else position_ids
-            documents = Documents.from_inputs(len(x), past + x.shape[1], x.device, attention_mask, starts)
+            documents = Documents.from_inputs(batch, past + length, x.device, attention_mask, starts)
         if position_ids is None:
             position_ids = documents.positions[:, past:]
         rotation = rotation_table(self.config, position_ids, x.dtype)

@@ -1,7 +1,7 @@
 """MuonClip (Kimi K2, arXiv 2507.20534 §2.1): Muon for matrices and AdamW for the rest. step_hooks.py adds QK-Clip.
 
     optimizer = MuonClip(param_groups(model, lr=3e-4, weight_decay=0.1))
-    hooks = StepHooks(optimizer, model, qk_clip_tau=100.0)
+    hooks = attach_hooks(optimizer, model, qk_clip_tau=100.0)
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by its nearest
 semi-orthogonal matrix before the step. All directions of the update then count alike, the rare ones too.
@@ -28,7 +28,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
 
 
-def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int = 5) -> Tensor:
     """Bring every matrix of a stack (n, A, B) close to its nearest semi-orthogonal matrix, U Vᵀ of its SVD.
 
     This is Muon's quintic iteration for all matrices at once. It computes and returns `dtype`, by default bf16 if the
@@ -40,7 +40,7 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     if tall:  # so that the Gram matrix is the smaller one of the two
         x = x.mT
-    for _ in range(5):
+    for _ in range(steps):
         gram = x @ x.mT  # (n, min(A, B), min(A, B))
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G²
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b G + c G²) x

@@ -13,7 +13,49 @@ from moonwhale.errors import UserError
 
 
 class StepHooks:
-    """Lets every step of `optimizer`, which may be any one, end with QK-Clip and the router-bias update of `model`.
+    """Applies QK-Clip and the router-bias update after each optimizer step, in any training loop (see `attach_hooks`).
+
+    `last` holds the statistics of the latest step, as tensors on the model's device so that no host sync is needed:
+    `max_logits` (layers, heads), −inf without a batch; `clipped_heads` (), the number of clipped heads; and `loads`
+    (layers, experts), tokens over all micro-batches and ranks. An entry is missing if the model has no such modules.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None, group=None):
+        if qk_clip_tau is not None and not qk_clip_tau > 0:
+            raise UserError(f"qk_clip_tau: {qk_clip_tau} is out of range (give a number above 0, or None for no clip)")
+        self.qk_clip_tau, self.group = qk_clip_tau, group
+        self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
+        self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
+        self.last: dict[str, Tensor] = {}
+        self._handle = optimizer.register_step_post_hook(self)
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.attentions:
+            logits = [attention.max_logit for attention in self.attentions]
+            _all_reduce(logits, "MAX", self.group)
+            self.last["max_logits"] = torch.stack(logits)
+            if self.qk_clip_tau is not None:
+                clipped = [attention.clip_qk_(self.qk_clip_tau) for attention in self.attentions]
+                self.last["clipped_heads"] = torch.stack(clipped).sum()
+            for logit in logits:
+                logit.fill_(-math.inf)
+        if self.moes:
+            loads = [moe.load for moe in self.moes]
+            _all_reduce(loads, "SUM", self.group)
+            self.last["loads"] = torch.stack(loads)
+            for moe in self.moes:
+                moe.update_bias_()
+                moe.load.zero_()
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def attach_hooks(
+    optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0, group=None
+) -> StepHooks:
+    """Let every step of `optimizer`, which may be any one, end with QK-Clip and the router-bias update of `model`.
 
     The hooks find modules by their methods:
 
@@ -28,50 +70,17 @@ class StepHooks:
 
     With `qk_clip_tau=None` logits are only recorded.
 
-    `last` holds the statistics of the latest step, as tensors on the model's device so that no host sync is needed:
-    `max_logits` (layers, heads), −inf without a batch; `clipped_heads` (), the number of clipped heads; and `loads`
-    (layers, experts), tokens over all micro-batches and ranks. An entry is missing if the model has no such modules.
-
     Raises:
         UserError: tau is not positive.
     """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0, group=None
-    ):
-        if qk_clip_tau is not None and not qk_clip_tau > 0:
-            raise UserError(f"qk_clip_tau: {qk_clip_tau} is out of range (give a number above 0, or None for no clip)")
-        self.qk_clip_tau, self.group = qk_clip_tau, group
-        self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
-        self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
-        self.last: dict[str, Tensor] = {}
-        self._handle = optimizer.register_step_post_hook(self)
-
-    @torch.no_grad()
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self.attentions:
-            logits = [attention.max_logit for attention in self.attentions]
-            self.last["max_logits"] = _all_reduce(logits, "MAX", self.group)
-            if self.qk_clip_tau is not None:
-                clipped = [attention.clip_qk_(self.qk_clip_tau) for attention in self.attentions]
-                self.last["clipped_heads"] = torch.stack(clipped).sum()
-            for logit in logits:
-                logit.fill_(-math.inf)
-        if self.moes:
-            loads = [moe.load for moe in self.moes]
-            self.last["loads"] = _all_reduce(loads, "SUM", self.group)
-            for moe in self.moes:
-                moe.update_bias_()
-                moe.load.zero_()
-
-    def remove(self) -> None:
-        self._handle.remove()
+    return StepHooks(optimizer, model, qk_clip_tau, group)
 
 
-def _all_reduce(buffers: list[Tensor], op: str, group) -> Tensor:
-    """Reduce buffers of equal shape in place over the ranks of `group`, and return a stack of them."""
-    stack = torch.stack(buffers)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(stack, getattr(dist.ReduceOp, op), group=group)
-        torch._foreach_copy_(buffers, list(stack))
-    return stack
+def _all_reduce(tensors: list[Tensor], op: str, group) -> None:
+    """Reduce tensors in place over the ranks of `group`, in one collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    flat = torch.cat(tensors)
+    dist.all_reduce(flat, getattr(dist.ReduceOp, op), group=group)
+    for tensor, reduced in zip(tensors, flat.split([len(t) for t in tensors]), strict=True):
+        tensor.copy_(reduced)

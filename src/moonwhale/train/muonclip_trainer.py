@@ -17,7 +17,7 @@ from moonwhale.errors import UserError
 from moonwhale.model.documents import needs_static_shapes
 from moonwhale.optim.muon_distributed import DistributedMuonClip
 from moonwhale.optim.muonclip import param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
 
@@ -95,7 +95,7 @@ class MuonClipTrainerMixin:
             args = self.args
             self.optimizer = self._make_optimizer(param_groups(self.model, args.learning_rate, args.weight_decay))
             if all(p.requires_grad for p in self.model.parameters()):
-                self._hooks = StepHooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
+                self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
         return self.optimizer
 
     def _make_optimizer(self, groups: list[dict]) -> DistributedMuonClip:

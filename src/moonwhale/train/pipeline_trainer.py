@@ -22,7 +22,7 @@ from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
 from moonwhale.model.outputs import MoonwhaleOutput
 from moonwhale.optim.muonclip import param_groups
-from moonwhale.optim.step_hooks import StepHooks
+from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.parallel.expert_parallel import AllToAll, expert_shards, expert_slices, shard_experts_
 from moonwhale.parallel.fsdp import full_tensor, shard_like
 from moonwhale.parallel.pipeline import Pipeline
@@ -119,7 +119,7 @@ class PipelineTrainer(MTPTrainer):
             groups = [g | {"params": [own[n] for n in g["params"] if n in own]} for g in self._group_names]
             self.optimizer = self._make_optimizer(groups)
             tau, replicas = self.args.qk_clip_tau or None, self.placement.replicate_group
-            self._hooks = StepHooks(self.optimizer, self.model, tau, replicas)
+            self._hooks = attach_hooks(self.optimizer, self.model, tau, replicas)
         return self.optimizer
 
     @property
