@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from moonwhale.errors import UserError
+from moonwhale.optim.step_hooks import attach_hooks
+
+__all__ = ["MuonClip", "attach_hooks", "newton_schulz", "param_groups"]
 
 # (a, b, c) of the iteration x → a x + b x³ + c x⁵, which acts on each singular value x by itself. Muon's author chose
 # them to maximise the slope a at zero, so that small singular values grow fast (3.4445⁵ = 485 times in five steps), as
