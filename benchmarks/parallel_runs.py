@@ -25,7 +25,6 @@ from common import environment
 from forked_processes import ForkedProcess, finish, rank_variables
 from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
-from moonwhale.costs import saved_moba_probabilities
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
 
@@ -273,11 +272,18 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     layout = ParallelLayout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
     layout_costs, blocks = LayoutCosts(config, run["context"], activation_bytes=4), range(config.num_blocks)
     saved = layout_costs.sizes.saved_activations
-    extra = [saved_moba_probabilities(config, i, run["context"]) for i in blocks]  # a plan is for GPUs; this is a CPU
+    extra = [_saved_moba_probabilities(config, i, run["context"]) for i in blocks]  # a plan is for GPUs; this is a CPU
     saved = tuple(map(sum, zip(saved, extra, strict=True)))
     layout_costs.sizes = replace(layout_costs.sizes, saved_activations=saved)
     costs = layout_costs.costs(layout)
     return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
+
+
+def _saved_moba_probabilities(config: MoonwhaleConfig, layer: int, context: int) -> int:
+    """Extra values per token that MoBA saves for backward on the CPU path."""
+    if not config.is_moba_layer(layer) or config.moba_topk * config.moba_block_size >= context:
+        return 0
+    return config.num_attention_heads * config.moba_topk * config.moba_block_size
 
 
 def saving(layouts: list[str], width: int) -> dict:

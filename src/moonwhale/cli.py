@@ -35,13 +35,6 @@ VERBS = {
 }
 
 
-class _OptionNames(logging.Formatter):
-    """Formats a warning as one line that spells fields as options."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return with_option_names(record.getMessage())
-
-
 def usage() -> str:
     """Return the text of `moonwhale --help`."""
     verbs = "\n".join(f"  {verb:<11}{summary}" for verb, (_, summary) in VERBS.items())
@@ -62,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     debug = os.environ.get("MOONWHALE_DEBUG") == "1"
     handler = logging.StreamHandler()
-    handler.setFormatter(_OptionNames())
+    handler.format = lambda record: with_option_names(record.getMessage())  # one line, fields spelled as options
     logging.basicConfig(handlers=[handler])
     try:
         return _run(sys.argv[1:] if argv is None else argv)

@@ -214,7 +214,7 @@ def _saved_activations(config, layer: int) -> int:
 
     They are the input and output of each norm, attention's queries, keys and values and twice its output, the inputs
     and outputs of the feed-forward networks, and a copy of the input for each chosen expert. MoBA's second pass over
-    the chosen blocks, `saved_moba_probabilities` and padding rows are not counted.
+    the chosen blocks, the probabilities that it saves on a CPU, and padding rows are not counted.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
@@ -223,10 +223,3 @@ def _saved_activations(config, layer: int) -> int:
         return norms + attention + 5 * config.intermediate_size
     inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
     return norms + attention + chosen * (hidden + 3 * inner) + 5 * config.n_shared_experts * inner
-
-
-def saved_moba_probabilities(config, layer: int, context: int) -> int:
-    """Extra values per token that MoBA saves for backward on the CPU path."""
-    if not config.is_moba_layer(layer) or config.moba_topk * config.moba_block_size >= context:
-        return 0
-    return config.num_attention_heads * config.moba_topk * config.moba_block_size

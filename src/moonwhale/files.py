@@ -71,4 +71,4 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
     reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return UserError(f"cannot write in {folder}: {reason} (free some space; `cache` moves what is built from data)")
+    return UserError(f"cannot write in {folder}: {reason} (free some space; MOONWHALE_CACHE moves the cache)")

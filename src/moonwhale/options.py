@@ -178,7 +178,7 @@ def add_options(
 
 
 def read_argv(parser: argparse.ArgumentParser, cls: type, argv: list[str]) -> tuple[dict, argparse.Namespace]:
-    """Read a command line. Returns the options of `cls` that it gives, typed, and the parser's other arguments.
+    """Read a command line. Returns the options of `cls` that it gives, typed, and all arguments as parsed.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type.
@@ -189,7 +189,6 @@ def read_argv(parser: argparse.ArgumentParser, cls: type, argv: list[str]) -> tu
         if not hasattr(arguments, entry.name):
             continue
         text = getattr(arguments, entry.name)
-        delattr(arguments, entry.name)
         outer, dot, key = entry.name.partition(".")
         holder, key = (values.setdefault(outer, {}), key) if dot else (values, outer)
         holder[key] = _convert(text, entry.field, entry.kind, f"`{entry.name}`", from_text=True)
@@ -329,9 +328,16 @@ def require_not_negative(config: object, *names: str) -> None:
         require(config, name, value is None or value >= 0, "it must not be negative")
 
 
-def positive(text: str, name: str) -> int:
-    """Read the value of the option `name` as a whole number of at least 1, or raise a UserError."""
-    value = convert(text, int, name, from_text=True)
-    if value < 1:
-        raise UserError(f"{name}: {value} is impossible: it must be at least 1")
-    return value
+def above_zero(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """Return an argparse `type` that reads a number of this kind above 0."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {NOUNS[kind]}") from None
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{value:g} is impossible: it must be above 0")
+        return value
+
+    return read

@@ -11,33 +11,22 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from moonwhale.errors import UserError
 
-
-class Precision(NamedTuple):
-    """What the name of a precision stands for."""
-
-    dtype: torch.dtype  # of matrix products
-    fp32_matmul: str  # for torch.set_float32_matmul_precision: "high" is TF32, "medium" is bf16
-    fp8: str | None  # recipe for `moonwhale.fp8.convert`
-
-
+# For each precision: the dtype of matrix products, the setting of torch.set_float32_matmul_precision ("high" is TF32,
+# "medium" is bf16), and the recipe of `moonwhale.fp8.convert`.
 PRECISIONS = {
-    "fp32": Precision(torch.float32, "highest", None),
-    "tf32": Precision(torch.float32, "high", None),
-    "bf32": Precision(torch.float32, "medium", None),
-    "bf16": Precision(torch.bfloat16, "highest", None),
-    "fp8-tensorwise": Precision(torch.bfloat16, "highest", "tensorwise"),
-    "fp8-rowwise": Precision(torch.bfloat16, "highest", "rowwise"),
-    "fp8-blockwise": Precision(torch.bfloat16, "highest", "blockwise"),
+    "fp32": (torch.float32, "highest", None),
+    "tf32": (torch.float32, "high", None),
+    "bf32": (torch.float32, "medium", None),
+    "bf16": (torch.bfloat16, "highest", None),
+    "fp8-tensorwise": (torch.bfloat16, "highest", "tensorwise"),
+    "fp8-rowwise": (torch.bfloat16, "highest", "rowwise"),
+    "fp8-blockwise": (torch.bfloat16, "highest", "blockwise"),
 }
-# Alternatives to an unsupported precision, nearest first.
-ALTERNATIVES = {"tf32": ("bf32", "bf16", "fp32"), "bf32": ("tf32", "bf16", "fp32"), "bf16": ("fp32",)}
-OTHER_ALTERNATIVES = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -97,19 +86,13 @@ def _choose_precision(device: torch.device, name: str) -> tuple[str, str]:
     slow_reason = bf16_slow_reason(device)
     if name == "auto":
         return ("fp32", f"fp32, since {slow_reason}") if slow_reason else ("bf16", f"bf16, since {_bf16_unit(device)}")
-    if name == "fp16":
-        nearest = _nearest_supported(device, OTHER_ALTERNATIVES)
-        raise UserError(f"`precision`: no fp16, whose small range needs a loss scale (give `precision` {nearest})")
-    if name not in PRECISIONS:
+    if name not in (*PRECISIONS, "fp16"):
         raise UserError(f"`precision`: unknown precision {name!r} (give auto, {', '.join(PRECISIONS)})")
     if reason := precision_unsupported_reason(device, name):
-        nearest = _nearest_supported(device, ALTERNATIVES.get(name, OTHER_ALTERNATIVES))
+        candidates = ("tf32", "bf32", "bf16", "fp32") if name in ("tf32", "bf32") else ("bf16", "fp32")
+        nearest = next(other for other in candidates if not precision_unsupported_reason(device, other))
         raise UserError(f"`precision`: no {name} on {device}, {reason} (give `precision` {nearest})")
     return name, f"{name} as asked" + (f", though {slow_reason}" if name == "bf16" and slow_reason else "")
-
-
-def _nearest_supported(device: torch.device, precisions: tuple[str, ...]) -> str:
-    return next(name for name in precisions if not precision_unsupported_reason(device, name))
 
 
 def device_unavailable_reason(kind: str) -> str:
@@ -122,7 +105,9 @@ def device_unavailable_reason(kind: str) -> str:
 
 
 def precision_unsupported_reason(device: torch.device, name: str) -> str:
-    """Return why a device cannot compute in one of `PRECISIONS`, or "" if it can."""
+    """Return why a device cannot compute in fp16 or in one of `PRECISIONS`, or "" if it can."""
+    if name == "fp16":
+        return "its small range needs a loss scale"
     if name == "tf32":
         if device.type != "cuda":
             return "TF32 is a mode of NVIDIA's tensor cores"

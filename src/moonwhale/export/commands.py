@@ -1,9 +1,6 @@
 """The command `moonwhale export`, which writes a checkpoint in another format."""
 
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -40,28 +37,14 @@ def main(argv: list[str]) -> None:
     import torch
 
     from moonwhale.checkpoint import quiet_loading
+    from moonwhale.files import new_folder
 
     writer, summary = FORMATS[args.to]
     module, function = writer.split(":")
     write = getattr(import_module(module), function)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    with _new_folder(out) as unfinished, quiet_loading():
+    with new_folder(out) as unfinished, quiet_loading():
         notes = write(Path(args.folder), unfinished, dtype)
     for note in notes:
         print(note, file=sys.stderr)
     print(f"written    {out}, {summary}")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder that is renamed to `out` at the end. An exception leaves nothing behind."""
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -55,19 +55,9 @@ def to_gguf(folder: Path, out: Path, dtype: torch.dtype) -> list[str]:
         notes.append(
             f"warning: llama.cpp normalizes latents with rms_norm_eps={config.rms_norm_eps}, this model with 1e-06"
         )
-    write_gguf(out / "model.gguf", folder, model, tokenizer, dtype)
-    return notes
 
-
-def write_gguf(path: Path, folder: Path, model, tokenizer, dtype: torch.dtype) -> None:
-    """Writes the main model, which is in fp32, to the file `path`, with matrices as `dtype`. MTP and MoBA are left out.
-
-    Raises:
-        UserError: llama.cpp cannot run the model or its tokenizer.
-    """
-    config = model.config
     _require_runnable(folder, config)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCH])
+    writer = gguf.GGUFWriter(out / "model.gguf", gguf.MODEL_ARCH_NAMES[ARCH])
     writer.add_name(folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if dtype == torch.bfloat16 else gguf.LlamaFileType.ALL_F32)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -85,6 +75,7 @@ def write_gguf(path: Path, folder: Path, model, tokenizer, dtype: torch.dtype) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return notes
 
 
 def _require_runnable(folder: Path, config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moonwhale.errors import UserError
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.options import Parser, add_options, positive, read_argv
+from moonwhale.options import Parser, above_zero, add_options, read_argv
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import ModelOverrides
 
@@ -23,8 +23,9 @@ def main_info(argv: list[str]) -> None:
     )
     target = parser.add_argument("target", metavar="PRESET_OR_FOLDER", help="a preset's name or a checkpoint's folder")
     target.suggestions = PRESETS
-    parser.add_argument("--context", metavar="N", help="tokens per row (the longest that the model is made for)")
-    parser.add_argument("--batch", metavar="N", default="1", help="rows at once (1)")
+    number = {"type": above_zero(int), "metavar": "N"}
+    parser.add_argument("--context", **number, help="tokens per row (the longest that the model is made for)")
+    parser.add_argument("--batch", **number, default=1, help="rows at once (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_options(parser, ModelOverrides, show=False)
     overrides, args = read_argv(parser, ModelOverrides, argv)
@@ -32,8 +33,7 @@ def main_info(argv: list[str]) -> None:
     from moonwhale.inspect.info import find_config, gather_figures, table
 
     config, run = find_config(args.target, overrides)
-    context = positive(args.context, "`context`") if args.context else config.max_position_embeddings
-    figures = gather_figures(config, context, positive(args.batch, "`batch`"), run)
+    figures = gather_figures(config, args.context or config.max_position_embeddings, args.batch, run)
     print(json.dumps(figures, indent=2) if args.json else table(args.target, figures))
 
 

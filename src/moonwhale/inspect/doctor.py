@@ -5,9 +5,17 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from functools import partial
 
+import psutil
+import torch
+from torch.nn import functional as F
+
+from moonwhale import precision
 from moonwhale.files import cache_folder
+from moonwhale.native import build
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Finding = dict  # {"ok": bool, "note": str}, and further figures for --json
 PACKAGES = {  # name: what it is for, and what to install
     "trl": ("SFT and GRPO", "trl"),
@@ -19,17 +27,13 @@ PACKAGES = {  # name: what it is for, and what to install
 
 def examine() -> dict[str, dict[str, Finding]]:
     """Returns the findings by section and name. It takes a second or two, since it measures matrix products."""
-    from moonwhale import precision
-
     choice = precision.choose()
     devices = _devices()
     usable = [kind for kind, finding in devices.items() if finding["ok"]]
     return {
         "software": _software(),
         "devices": devices,
-        "matrix products": {
-            f"{kind} {name}": finding for kind in usable for name, finding in _matrix_products(kind).items()
-        },
+        "matrix products": _matrix_products(usable),
         "default": {"auto": {"ok": True, "note": choice.reason}},
         **{f"precisions on {kind}": _precisions(kind) for kind in usable},
         f"kernels on {choice.device.type}": _kernels(choice.device),
@@ -48,21 +52,19 @@ def table(report: dict[str, dict[str, Finding]]) -> str:
     return "\n".join(lines[1:])
 
 
-def _software() -> dict[str, Finding]:
-    import torch
+def _finding(reason: str, note: str) -> Finding:
+    """Returns a finding. `reason` says why something does not work, and is "" if it does."""
+    return {"ok": not reason, "note": reason or note}
 
+
+def _software() -> dict[str, Finding]:
     versions = {name: importlib.metadata.version(name) for name in ("moonwhale", "torch", "transformers")}
     versions["torch"] = torch.__version__  # includes the CUDA version, which the package's own version omits
     versions |= {"python": platform.python_version(), "platform": platform.platform()}
-    return {name: {"ok": True, "note": version} for name, version in versions.items()}
+    return {name: _finding("", version) for name, version in versions.items()}
 
 
 def _devices() -> dict[str, Finding]:
-    import psutil
-    import torch
-
-    from moonwhale.precision import device_unavailable_reason
-
     units = {
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
@@ -71,57 +73,44 @@ def _devices() -> dict[str, Finding]:
     memory = psutil.virtual_memory().total / 2**30
     threads = torch.get_num_threads()
     note = f"{', '.join(features)}; {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} CPUs; {memory:.1f} GiB"
-    found = {"cpu": {"ok": True, "note": note, "features": features, "threads": threads}}
-    for kind in ("cuda", "mps"):
-        reason = device_unavailable_reason(kind)
-        found[kind] = {"ok": not reason, "note": reason or "Metal"}
-    if found["cuda"]["ok"]:
-        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        found["cuda"]["note"] = "; ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in gpus)
-    return found
+    no_cuda = precision.device_unavailable_reason("cuda")
+    gpus = [] if no_cuda else [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus_note = "; ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in gpus)
+    return {
+        "cpu": _finding("", note) | {"features": features, "threads": threads},
+        "cuda": _finding(no_cuda, gpus_note),
+        "mps": _finding(precision.device_unavailable_reason("mps"), "Metal"),
+    }
 
 
-def _matrix_products(kind: str) -> dict[str, Finding]:
-    """Measures the speed of a square matrix product on a device, in fp32 and bf16."""
-    import torch
-
-    from moonwhale.precision import bf16_slow_reason, measured_flops
-
-    device, findings = torch.device(kind), {}
-    for name, dtype, drawback in (("fp32", torch.float32, ""), ("bf16", torch.bfloat16, bf16_slow_reason(device))):
-        if failure := _failure(lambda dtype=dtype: measured_flops(device, dtype)):
-            findings[name] = {"ok": False, "note": failure}
-        else:
-            gflops = measured_flops(device, dtype) / 1e9  # cached
-            note = f"{gflops:,.0f} GFLOP/s measured" + (f" (not chosen: {drawback})" if drawback else "")
-            findings[name] = {"ok": True, "note": note, "gflops": round(gflops, 1)}
+def _matrix_products(kinds: list[str]) -> dict[str, Finding]:
+    """Measures the speed of a square matrix product on each device, in fp32 and bf16."""
+    findings = {}
+    for device in map(torch.device, kinds):
+        drawbacks = {"fp32": "", "bf16": precision.bf16_slow_reason(device)}
+        for name, drawback in drawbacks.items():
+            measure = partial(precision.measured_flops, device, DTYPES[name])
+            finding = _finding(_failure(measure), "")
+            if finding["ok"]:
+                gflops = measure() / 1e9  # cached
+                note = f"{gflops:,.0f} GFLOP/s measured" + (f" (not chosen: {drawback})" if drawback else "")
+                finding |= {"note": note, "gflops": round(gflops, 1)}
+            findings[f"{device.type} {name}"] = finding
     return findings
 
 
 def _precisions(kind: str) -> dict[str, Finding]:
     """Lists which values of `moonwhale train --precision` a device supports."""
-    import torch
-
-    from moonwhale.precision import PRECISIONS, bf16_slow_reason, precision_unsupported_reason
-
     device, findings = torch.device(kind), {}
-    for name in PRECISIONS:
-        reason = precision_unsupported_reason(device, name)
-        drawback = bf16_slow_reason(device) if name == "bf16" else ""
-        findings[name] = {
-            "ok": not reason,
-            "note": reason or "available" + (f", though {drawback}" if drawback else ""),
-        }
+    for name in precision.PRECISIONS:
+        drawback = precision.bf16_slow_reason(device) if name == "bf16" else ""
+        note = "available" + (f", though {drawback}" if drawback else "")
+        findings[name] = _finding(precision.precision_unsupported_reason(device, name), note)
     return findings
 
 
-def _kernels(device) -> dict[str, Finding]:
+def _kernels(device: torch.device) -> dict[str, Finding]:
     """Runs the experts' grouped product on a small input, and checks what compiled code needs."""
-    import torch
-    from torch.nn import functional as F
-
-    from moonwhale.native import build
-    from moonwhale.precision import compile_unsupported_reason
 
     def grouped_mm(dtype):
         def normal(*shape):
@@ -130,16 +119,15 @@ def _kernels(device) -> dict[str, Finding]:
         ends = torch.tensor([16, 48], device=device, dtype=torch.int32)
         F.grouped_mm(normal(48, 32), normal(2, 32, 16), offs=ends).square().sum().backward()
 
-    findings = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        failure = _failure(lambda dtype=dtype: grouped_mm(dtype))
-        findings[f"F.grouped_mm {name}"] = {"ok": not failure, "note": failure or "works, forward and backward"}
-    reason = compile_unsupported_reason(device)
-    findings["torch.compile"] = {"ok": not reason, "note": reason or "its compiler is installed (not run)"}
-    reason = (
-        build.unavailable_reason() if device.type == "cpu" else f"for CPUs; {device.type} uses PyTorch's operations"
-    )
-    findings["decoding steps in C++"] = {"ok": not reason, "note": reason or "compiled for this machine"}
+    findings = {
+        f"F.grouped_mm {name}": _finding(_failure(partial(grouped_mm, dtype)), "works, forward and backward")
+        for name, dtype in DTYPES.items()
+    }
+    reason = precision.compile_unsupported_reason(device)
+    findings["torch.compile"] = _finding(reason, "its compiler is installed (not run)")
+    on_cpu = device.type == "cpu"
+    reason = build.unavailable_reason() if on_cpu else f"for CPUs; {device.type} uses PyTorch's operations"
+    findings["decoding steps in C++"] = _finding(reason, "compiled for this machine")
     return findings
 
 
@@ -154,15 +142,14 @@ def _failure(action: Callable[[], object]) -> str:
 
 def _package(name: str, purpose: str, install: str) -> Finding:
     try:
-        return {"ok": True, "note": f"{importlib.metadata.version(name)}, for {purpose}"}
+        return _finding("", f"{importlib.metadata.version(name)}, for {purpose}")
     except importlib.metadata.PackageNotFoundError:
-        return {"ok": False, "note": f"not installed, for {purpose} only (pip install '{install}')"}
+        return _finding(f"not installed, for {purpose} only (pip install '{install}')", "")
 
 
 def _cache() -> Finding:
     folder = cache_folder().absolute()
     existing = next(f for f in (folder, *folder.parents) if f.exists())
     free = shutil.disk_usage(existing).free / 2**30
-    writable = os.access(existing, os.W_OK)
-    note = f"{folder}, {free:.1f} GiB free" if writable else f"{folder} is not writable (set MOONWHALE_CACHE)"
-    return {"ok": writable, "note": note, "free_gib": round(free, 1)}
+    reason = "" if os.access(existing, os.W_OK) else f"{folder} is not writable (set MOONWHALE_CACHE)"
+    return _finding(reason, f"{folder}, {free:.1f} GiB free") | {"free_gib": round(free, 1)}

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from moonwhale.checkpoint import read_config
 from moonwhale.costs import flops_per_token, inference_bytes, model_size, one_device_training_bytes
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.presets import PRESETS
@@ -25,13 +26,10 @@ def find_config(target: str, overrides: dict) -> tuple:
         raise UserError(
             f"{target!r} is neither a preset ({', '.join(PRESETS)}) nor a folder{did_you_mean(target, PRESETS)}"
         )
-
-    from moonwhale.checkpoint import read_config
-
     return read_config(Path(target), overrides.get("model")), None
 
 
-def gather_figures(config, context: int, batch: int, run: TrainConfig | None = None) -> dict:
+def gather_figures(config, context: int, batch: int, run: TrainConfig | None) -> dict:
     """Returns all figures of a configuration, ready for JSON. Bytes and FLOPs are plain numbers.
 
     `batch` is the number of rows of `context` tokens that are computed or cached at once.

@@ -6,6 +6,7 @@ and each MTP module's guess. The page draws only these numbers and needs only a 
 
 import base64
 import json
+from contextlib import ExitStack
 from importlib.resources import files
 
 import torch
@@ -17,7 +18,7 @@ from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.block import Block
 from moonwhale.model.mla import MultiheadLatentAttention
-from moonwhale.model.moe import Router
+from moonwhale.model.moe import DeepseekMoE, Router
 
 MAX_TOKENS = 512  # the file holds each head's attention between all tokens, so it grows quadratically
 TOP_TOKENS = 6  # tokens shown for each prediction
@@ -37,20 +38,32 @@ def record(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids:
     """Returns everything that `render` draws, as JSON values. Arrays of bytes are base64 strings."""
     if not 1 <= len(ids) <= MAX_TOKENS:
         raise UserError(f"the text has {len(ids):,} tokens: an X-ray shows from 1 to {MAX_TOKENS}")
-    recorder = _Recorder(model)
-    with recorder:
+    calls = {}  # inputs and output of each attention and each router
+
+    def keep(module, inputs, output):
+        calls[module] = inputs, output
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, MultiheadLatentAttention | Router):
+                hooks.enter_context(module.register_forward_hook(keep))
         body = model.model(torch.tensor([ids], device=model.device), use_cache=False, with_mtp=True)
     hidden = [body.last_hidden_state[0], *(h[0] for h in body.mtp_hidden_states)]
     predictions = [model.lm_head(h).float().softmax(-1) for h in hidden]
     text = [tokenizer.decode([id]) for id in ids]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
     return {
         "tokens": text,
         "prompt_tokens": prompt_tokens,
         "predictions": [_top_tokens(p, tokenizer) for p in predictions],
         "guesses": _guesses(predictions, ids, tokenizer),
         "layers": [
-            {"name": name, **_attention(recorder.attention[i]), **_experts(recorder.routing.get(i))}
-            for i, name in enumerate(_block_names(model))
+            {
+                "name": name,
+                **_attention(block.self_attn, *calls[block.self_attn][0][:3]),
+                **(_experts(calls[block.mlp.gate][1]) if isinstance(block.mlp, DeepseekMoE) else {}),
+            }
+            for name, block in zip(_block_names(model), blocks, strict=True)
         ],
         "facts": _facts(model),
     }
@@ -64,33 +77,6 @@ def render(recorded: dict) -> str:
     return template.replace("/*RECORDED*/null", data)
 
 
-class _Recorder:
-    """Forward hooks that keep the inputs of attention and the choices of routers, by the index of the block."""
-
-    def __init__(self, model: MoonwhaleForCausalLM):
-        self._model, self._hooks = model, []
-        self.attention: dict[int, tuple] = {}
-        self.routing: dict[int, tuple] = {}
-
-    def __enter__(self):
-        blocks = [module for module in self._model.modules() if isinstance(module, Block)]
-        for block in blocks:
-            attention: MultiheadLatentAttention = block.self_attn
-            self._record(attention, self.attention, attention.layer_idx, lambda m, inputs, _: (m, *inputs[:3]))
-            if isinstance(router := getattr(block.mlp, "gate", None), Router):
-                self._record(router, self.routing, attention.layer_idx, lambda _, __, routing: routing)
-
-    def _record(self, module, recorded: dict, index: int, select) -> None:
-        def hook(module, inputs, output):
-            recorded[index] = select(module, inputs, output)
-
-        self._hooks.append(module.register_forward_hook(hook))
-
-    def __exit__(self, *_):
-        for hook in self._hooks:
-            hook.remove()
-
-
 def _block_names(model: MoonwhaleForCausalLM) -> list[str]:
     """The names of all blocks, in the order of their indices."""
     main = [f"block {i}" for i in range(model.config.num_hidden_layers)]
@@ -102,9 +88,8 @@ def _block_names(model: MoonwhaleForCausalLM) -> list[str]:
     return main + chain
 
 
-def _attention(recorded: tuple) -> dict:
+def _attention(attention: MultiheadLatentAttention, x: Tensor, table, documents) -> dict:
     """Each head's attention between all tokens, the blocks it read, and its largest logit."""
-    attention, x, table, documents = recorded
     logits, mask = attention.logits(x, table, documents)  # (1, H, T, T)
     logits = logits.masked_fill(~mask, -torch.inf)
     probabilities, length = logits.softmax(-1)[0], x.shape[1]
@@ -122,10 +107,8 @@ def _attention(recorded: tuple) -> dict:
     return found
 
 
-def _experts(routing: tuple | None) -> dict:
-    """The experts that each token used, with their gates; an empty dict for a dense block."""
-    if routing is None:
-        return {}
+def _experts(routing: tuple) -> dict:
+    """The experts that each token used, with their gates."""
     _, index, gates = routing
     gates, order = gates.sort(-1, descending=True)
     return {

@@ -50,10 +50,6 @@ class RankCost:
     def memory(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations
 
-    @property
-    def sent(self) -> float:
-        return self.pipeline + self.reduce + self.experts
-
 
 def idle_over_busy(layout: ParallelLayout) -> float:
     """Return the bubble relative to the time that a rank computes, with B = 2 F = 2 W and no overlap.

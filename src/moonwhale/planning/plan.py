@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean
-from moonwhale.options import positive
+from moonwhale.options import above_zero
 from moonwhale.parallel.options import divisors
 from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.presets import PRESETS
@@ -41,56 +41,38 @@ def main(argv: list[str]) -> int:
         + "\n\nThe plan assumes that messages between pipeline ranks overlap with computation, and that gradients and\n"
         "tokens for experts do not, and use the network even inside a machine. More in docs/parallelism.md.",
     )
-    parser.add_argument("--gpus", metavar="N", required=True, help="number of GPUs")
-    parser.add_argument(
-        "--preset", metavar="NAME", default="demo", help=f"{', '.join(PRESETS)} (demo)"
-    ).suggestions = PRESETS
-    parser.add_argument("--context", metavar="N", help="tokens per row (the preset's)")
-    parser.add_argument("--batch-size", metavar="N", help="largest number of rows per micro-batch (the preset's)")
-    parser.add_argument("--tokens-per-step", metavar="N", help="tokens per optimizer step (the preset's)")
-    parser.add_argument(
-        "--gpu", metavar="NAME", default="h100", help="a GPU of the list below (h100)"
-    ).suggestions = GPUS
-    parser.add_argument("--memory", metavar="GB", help="memory of a GPU (that of --gpu)")
-    parser.add_argument("--flops", metavar="TFLOPS", help="peak of a GPU in bf16 (that of --gpu)")
-    parser.add_argument("--bandwidth", metavar="GBS", help="GB/s that a GPU sends to others (that of --gpu)")
-    parser.add_argument(
-        "--utilization",
-        metavar="FRACTION",
-        help=f"fraction of --flops that a busy GPU reaches ({UTILIZATION}, DeepSeek-V3's)",
-    )
-    parser.add_argument("--layouts", metavar="N", default="10", help="number of layouts to print (10)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add, count, figure = parser.add_argument, above_zero(int), above_zero(float)
+    add("--gpus", type=count, metavar="N", required=True, help="number of GPUs")
+    add("--preset", metavar="NAME", default="demo", help=f"{', '.join(PRESETS)} (demo)").suggestions = PRESETS
+    add("--context", type=count, metavar="N", help="tokens per row (the preset's)")
+    add("--batch-size", type=count, metavar="N", help="largest number of rows per micro-batch (the preset's)")
+    add("--tokens-per-step", type=count, metavar="N", help="tokens per optimizer step (the preset's)")
+    add("--gpu", metavar="NAME", default="h100", help="a GPU of the list below (h100)").suggestions = GPUS
+    add("--memory", type=figure, metavar="GB", help="memory of a GPU (that of --gpu)")
+    add("--flops", type=figure, metavar="TFLOPS", help="peak of a GPU in bf16 (that of --gpu)")
+    add("--bandwidth", type=figure, metavar="GBS", help="GB/s that a GPU sends to others (that of --gpu)")
+    reached = f"fraction of --flops that a busy GPU reaches ({UTILIZATION}, DeepSeek-V3's)"
+    add("--utilization", type=figure, metavar="FRACTION", help=reached)
+    add("--layouts", type=count, metavar="N", default=10, help="number of layouts to print (10)")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
     options.add_options(parser, ModelOverrides, show=False)
     overrides, arguments = options.read_argv(parser, ModelOverrides, argv)
     if arguments.gpu not in GPUS:
         near = did_you_mean(arguments.gpu, GPUS)
         raise UserError(f"`gpu`: {arguments.gpu!r} is none of {', '.join(GPUS)}{near}; `memory` and so on say the rest")
-    gpus = positive(arguments.gpus, "`gpus`")
     known = asdict(GPUS[arguments.gpu]) | {"utilization": UTILIZATION}
-    figures = {name: _number(getattr(arguments, name), f"`{name}`", value) for name, value in known.items()}
+    figures = {name: getattr(arguments, name) or value for name, value in known.items()}
     if figures["utilization"] > 1:
         raise UserError(f"`utilization`: {figures['utilization']:g} is impossible: it lies in (0, 1]")
-    given = {
-        name: positive(getattr(arguments, name), f"`{name}`")
-        for name in ("context", "batch_size", "tokens_per_step")
-        if getattr(arguments, name) is not None
-    }
+    names = ("context", "batch_size", "tokens_per_step")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     run = TrainConfig.resolve(given | {"preset": arguments.preset} | overrides)
-    plans = rank(run, gpus, figures)
-    shown = plans[: positive(arguments.layouts, "`layouts`")]
+    shown = rank(run, arguments.gpus, figures)[: arguments.layouts]
     if arguments.json:
-        print(json.dumps({"gpus": gpus, "preset": run.preset, **figures, "layouts": shown}, indent=2))
+        print(json.dumps({"gpus": arguments.gpus, "preset": run.preset, **figures, "layouts": shown}, indent=2))
     else:
-        print(report(run, gpus, arguments.gpu, figures, shown))
+        print(report(run, arguments.gpus, arguments.gpu, figures, shown))
     return 0
-
-
-def _number(text: str | None, name: str, default: float) -> float:
-    value = options.convert(text, float, name, from_text=True) if text is not None else default
-    if value <= 0:
-        raise UserError(f"{name}: {value:g} is impossible: it must be above 0")
-    return value
 
 
 def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
