@@ -36,7 +36,7 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     weights, n_blocks = model.state_dict(), config.num_hidden_layers
     modules = config.num_nextn_predict_layers
     if any(blocks > 1 for blocks in config.mtp_blocks):
-        weights = {name: weight for name, weight in weights.items() if _layer(name) < n_blocks}
+        weights = {name: weight for name, weight in weights.items() if layer_of(name) < n_blocks}
         notes.append(
             f"warning: MTP is left out: the format has one block per module, and this model has {config.mtp_blocks}"
         )
@@ -117,10 +117,10 @@ def _mtp_modules(folder: Path, n_layers: int) -> int:
     layers = {-1}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            layers |= set(map(_layer, file.keys()))
+            layers |= set(map(layer_of, file.keys()))
     return max(max(layers) + 1 - n_layers, 0)
 
 
-def _layer(name: str) -> int:
+def layer_of(name: str) -> int:
     """The layer that a weight belongs to; -1 for the embedding, the head and the last norm."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1

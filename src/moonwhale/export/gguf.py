@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
-from moonwhale.export.deepseek import without_moba
+from moonwhale.export.deepseek import layer_of, without_moba
 
 try:
     import gguf
@@ -215,7 +215,7 @@ def _tensors(model) -> Iterator[tuple[str, Tensor]]:
     config = model.config
     names = gguf.get_tensor_name_map(ARCH, config.num_hidden_layers)
     for ours, weight in model.state_dict().items():
-        if ours.startswith("model.layers.") and int(ours.split(".")[2]) >= config.num_hidden_layers:
+        if layer_of(ours) >= config.num_hidden_layers:
             continue  # an MTP module
         if ours == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp uses the embedding if the file has no head

@@ -57,10 +57,8 @@ def idle_over_busy(layout: ParallelLayout) -> float:
     The bubbles are those of DeepSeek-V3, table 2: (P - 1) (F + B) in 1F1B, (P/2 - 1) (F&B + B - 3W) in DualPipe, and in
     DualPipeV (P - 1) (F&B + B - 3W) of stages half as long. A rank computes M (F + B).
     """
-    p, bubbles = (
-        layout.pp,
-        {"1f1b": 3 * (layout.pp - 1), "dualpipe": 2 * (layout.pp / 2 - 1), "dualpipev": layout.pp - 1},
-    )
+    p = layout.pp
+    bubbles = {"1f1b": 3 * (p - 1), "dualpipe": 2 * (p / 2 - 1), "dualpipev": p - 1}
     return bubbles[layout.schedule] / (3 * layout.micro_batches) if p > 1 else 0.0
 
 
