@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import ROOT, environment, options, picture, write
+from moonwhale.data.loading import load_source
 from moonwhale.data.packing import PackedDataset, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "muonclip.svg", help="file of the picture")
     arguments = parser.parse_args(argv)
 
-    data = build_data("chitchat", vocab_size=MODEL["vocab_size"], context=CONTEXT).train
+    data = build_data(load_source("chitchat"), vocab_size=MODEL["vocab_size"], context=CONTEXT).train
     runs = {"without": train(data, arguments.steps, None), "with": train(data, arguments.steps, TAU)}
     draw(runs, arguments.picture)
     result = {"tau": TAU, "learning_rate": RATE, "steps": arguments.steps}

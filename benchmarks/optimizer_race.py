@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import environment, picture
+from moonwhale.data.loading import load_source
 from moonwhale.data.packing import PackedDataset, TrainingData, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
@@ -72,7 +73,7 @@ class Run(NamedTuple):
 
 @cache
 def data(text: str) -> TrainingData:
-    return build_data(text, vocab_size=MODEL["vocab_size"], context=CONTEXT)
+    return build_data(load_source(text), vocab_size=MODEL["vocab_size"], context=CONTEXT)
 
 
 def batch(rows: PackedDataset, indices: list[int]) -> dict[str, torch.Tensor]:

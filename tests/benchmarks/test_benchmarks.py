@@ -102,8 +102,8 @@ def test_demo_step_refuses_models_that_differ():
 def test_muonclip_at_work(tmp_path, capsys, monkeypatch, text_folder):
     muonclip_at_work = importlib.import_module("muonclip_at_work")
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
-    build_data = muonclip_at_work.build_data
-    monkeypatch.setattr(muonclip_at_work, "build_data", lambda _, **options: build_data(str(text_folder), **options))
+    load_source = muonclip_at_work.load_source
+    monkeypatch.setattr(muonclip_at_work, "load_source", lambda _: load_source(str(text_folder)))
     monkeypatch.setitem(muonclip_at_work.MODEL, "vocab_size", 320)
     monkeypatch.setattr(muonclip_at_work, "TAU", 0.05)
 

@@ -414,14 +414,16 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_build_data_trains_and_reuses_a_tokenizer(corpus, tmp_path, monkeypatch):
-    first = build_data(str(corpus), vocab_size=280, context=16, cache_dir=tmp_path)
+    first = build_data(load_source(str(corpus)), vocab_size=280, context=16, cache_dir=tmp_path)
     assert len(first.tokenizer) <= 280 and len(first.train) and len(first.held_out)
     folder = tmp_path / "mine"
     first.tokenizer.save_pretrained(folder)
     monkeypatch.setattr(shards, "encode_documents", None)
     monkeypatch.setattr("moonwhale.data.tokenizer.train_tokenizer", None)
     for tokenizer in (None, "train", str(folder)):
-        again = build_data(str(corpus), tokenizer=tokenizer, vocab_size=280, context=16, cache_dir=tmp_path)
+        again = build_data(
+            load_source(str(corpus)), tokenizer=tokenizer, vocab_size=280, context=16, cache_dir=tmp_path
+        )
         assert rows_of(again.train) == rows_of(first.train)
     packing.pack_split(load_source(str(corpus)), first.tokenizer, 32, cache_dir=tmp_path)  # one build for any context
 
@@ -432,7 +434,7 @@ def test_data_command(corpus, tmp_path, capsys):
     out = capsys.readouterr().out
     train, held_out = pack_split(
         load_source(str(corpus)),
-        build_data(str(corpus), vocab_size=280, context=16, cache_dir=tmp_path).tokenizer,
+        build_data(load_source(str(corpus)), vocab_size=280, context=16, cache_dir=tmp_path).tokenizer,
         16,
         cache_dir=tmp_path,
     )

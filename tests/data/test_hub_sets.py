@@ -537,7 +537,8 @@ def test_a_mixture_is_tokenized_and_kept_like_any_source(hub, tmp_path, capsys, 
     sizes = ["--data-documents", "50", "--vocab-size", "300", "--context", "32", "--cache", str(tmp_path / "built")]
     main_data(["--data", "tinystories=0.5,openorca=0.5", *sizes])
     assert "tinystories=0.5,openorca=0.5" in capsys.readouterr().out
-    data = build_data("tinystories=1,openorca=1", vocab_size=300, context=32, cache_dir=tmp_path / "built")
+    source = load_source("tinystories=1,openorca=1")
+    data = build_data(source, vocab_size=300, context=32, cache_dir=tmp_path / "built")
     assert data.train.n_documents + data.held_out.n_documents == 119
     assert caplog.text.count("skipped 1 of 60 rows of openorca") == 1, "both passes count it; it is said once"
 

@@ -266,7 +266,7 @@ def test_bits_per_byte_by_hand(tiny_run):
     config = tiny_run(steps=4)
     pretrain.train(config)
     tokenizer, model = AutoTokenizer.from_pretrained(config.out), MoonwhaleForCausalLM.from_pretrained(config.out)
-    held_out = build_data(config.data, vocab_size=300, context=config.context).held_out
+    held_out = build_data(config.load_source(), vocab_size=300, context=config.context).held_out
     nats = n_bytes = 0
     assert len(held_out) <= config.eval_rows
     for row in held_out:

@@ -3,15 +3,18 @@
 import argparse
 from pathlib import Path
 
-from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.data.source_options import SourceOptions
 from moonwhale.errors import UserError
-from moonwhale.options import Parser
+from moonwhale.options import Parser, add_options, read_argv
+
+CACHE_HELP = "folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)"
 
 
 def main_data(argv: list[str]) -> None:
     """Builds the token shards of a source, or reuses them, and prints what they hold."""
     parser = Parser(prog="moonwhale data", description="Tokenize a source once, and show what a model will train on.")
-    _add_source_options(parser)
+    add_options(parser, SourceOptions)
+    parser.add_argument("--cache", help=CACHE_HELP)
     parser.add_argument(
         "--tokenizer", default="train", help="deepseek, gpt2, a folder or a hub id; train: train a new one (train)"
     )
@@ -19,20 +22,17 @@ def main_data(argv: list[str]) -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens per row (1024)")
     parser.add_argument("--show", type=int, default=0, metavar="K", help="print K rows, spread over the training set")
     parser.add_argument("--verify", action="store_true", help="verify the checksum of every file, also of large ones")
-    args = parser.parse_args(argv)
+    given, args = read_argv(parser, SourceOptions, argv)
 
     from moonwhale.data.packing import build_data
 
     built = build_data(
-        data=args.data,
-        split=args.data_split,
-        columns=args.data_columns,
-        tokenizer=args.tokenizer,
+        SourceOptions(**given).load_source(),
+        args.tokenizer,
         vocab_size=args.vocab_size,
         context=args.context,
         cache_dir=args.cache,
         verify=args.verify,
-        limit=args.data_documents,
     )
     print(built.describe())
     rows = len(built.train)
@@ -47,44 +47,29 @@ def main_tokenizer(argv: list[str]) -> None:
     parser = Parser(prog="moonwhale tokenizer", description="Train a tokenizer, or see how one splits a text.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train byte-level BPE on a source")
-    _add_source_options(train)
+    add_options(train, SourceOptions)
+    train.add_argument("--cache", help=CACHE_HELP)
     train.add_argument("--vocab-size", type=int, default=4096, help="tokens, including control tokens (4096)")
     train.add_argument("--out", required=True, help="folder to write, which --tokenizer then takes")
     show = verbs.add_parser("show", help="print the tokens of a text")
     show.add_argument("tokenizer", help="deepseek, gpt2, a folder or a hub id")
     show.add_argument("text")
-    args = parser.parse_args(argv)
-    _train(args) if args.verb == "train" else _show(args)
+    given, args = read_argv(parser, SourceOptions, argv)
+    if args.verb == "train":
+        _train(SourceOptions(**given), args)
+    else:
+        _show(args)
 
 
-def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="chitchat", help=f"{DATA_HELP} (chitchat)")
-    parser.add_argument("--data-split", help="split of a hub set (train)")
-    parser.add_argument(
-        "--data-columns",
-        type=lambda names: names.split(","),
-        metavar="A,B",
-        help="columns of text, or the column of messages (by default, the first with a usual name)",
-    )
-    parser.add_argument(
-        "--data-documents",
-        type=int,
-        metavar="N",
-        help="read only the first N documents; a hub set is then streamed (by default, all are downloaded)",
-    )
-    parser.add_argument("--cache", help="folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)")
-
-
-def _train(args: argparse.Namespace) -> None:
+def _train(options: SourceOptions, args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"`out`: {out} already exists and is not an empty folder")
 
-    from moonwhale.data.loading import load_source
     from moonwhale.data.tokenizer import load_or_train_tokenizer
     from moonwhale.files import new_folder
 
-    source = load_source(args.data, args.data_split, args.data_columns, args.data_documents)
+    source = options.load_source()
     tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
     with new_folder(out) as building:
         tokenizer.save_pretrained(building)

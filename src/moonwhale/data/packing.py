@@ -9,7 +9,6 @@ permutation per epoch from `data_seed`), seed, epoch and step determine every ba
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.data.loading import load_source
 from moonwhale.data.shards import TokenShards, build_shards
 from moonwhale.data.source import Source
-from moonwhale.data.split import HELD_OUT_SHARE, held_out_mask, split_position
+from moonwhale.data.split import HELD_OUT_SHARE, held_out_mask
 from moonwhale.data.tokenizer import byte_lengths, load_or_train_tokenizer, load_tokenizer
 from moonwhale.errors import UserError
 
@@ -109,29 +107,25 @@ class TrainingData:
 
 
 def build_data(
-    data: str = "chitchat",
-    split: str | None = None,
-    columns: Sequence[str] | None = None,
+    source: Source,
     tokenizer: str | None = None,
-    vocab_size: int = 4096,
-    context: int = 1024,
+    *,
+    vocab_size: int,
+    context: int,
     cache_dir: str | Path | None = None,
     verify: bool = False,
-    limit: int | None = None,
 ) -> TrainingData:
-    """Builds the tokenizer and both splits from the values of the command line, or reuses them from the cache.
+    """Builds the tokenizer and both splits of a source, or reuses them from the cache.
 
     Args:
-        data, split, columns, limit: the source (see `load_source`).
         tokenizer: see `load_tokenizer`. None or "train" means one of `vocab_size`, trained on the source.
         context: tokens of a row.
         cache_dir: where everything built is kept.
         verify: whether to read the checksums of large shards too.
 
     Raises:
-        UserError: see `load_source`, `load_tokenizer`, `train_tokenizer` and `pack_split`.
+        UserError: see `load_tokenizer`, `train_tokenizer` and `pack_split`.
     """
-    source = load_source(data, split, columns, limit)
     if tokenizer in (None, "train"):
         loaded = load_or_train_tokenizer(source, vocab_size, cache_dir)
     else:
@@ -195,7 +189,7 @@ def _split_by_position(
     if n_tokens < 4:
         raise UserError(f"`data`: {shards.index['source']} is too short: {n_tokens} tokens in all")
     log.warning("only one distinct document: its last %.0f %% is held out", 100 * share)
-    cut = split_position(n_tokens, share)
+    cut = min(max(round(n_tokens * (1 - share)), 2), n_tokens - 2)  # both parts get at least two tokens
     held_out_bytes = int(byte_lengths(tokenizer)[shards[np.arange(cut, n_tokens)]].sum())
     parts = [(0, cut, n_bytes - held_out_bytes), (cut, n_tokens - cut, held_out_bytes)]
     return tuple(

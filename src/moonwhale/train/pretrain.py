@@ -109,15 +109,8 @@ def load_data(config: TrainConfig, vocab_size: int, replicas: int):
     """
     from moonwhale.data.packing import build_data
 
-    data = build_data(
-        config.data,
-        config.data_split,
-        config.data_columns,
-        config.tokenizer,
-        vocab_size,
-        config.context,
-        limit=config.data_documents,
-    )
+    source = config.load_source()
+    data = build_data(source, config.tokenizer, vocab_size=vocab_size, context=config.context)
     if len(data.train) < config.batch_size * replicas:
         raise UserError(
             f"`batch_size`: {config.batch_size * replicas} rows are computed at once, but the text fills only "
