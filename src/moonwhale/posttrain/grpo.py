@@ -149,7 +149,7 @@ def build(config: GRPOOptions) -> Run:
         processing_class=tokenizer,
     )
     summarize = partial(progress.summary, out=Path(config.out))
-    return Run(config, choice, make_trainer, progress.log_line, progress.plot_rewards, summarize)
+    return Run(config, choice, make_trainer, progress.log_line, summarize)
 
 
 def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):

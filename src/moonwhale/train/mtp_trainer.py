@@ -29,9 +29,6 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     Example:
 
-        class MTPTrainer(MTPTrainerMixin, Trainer):
-            pass
-
         MTPTrainer(model=model, args=MTPTrainingArguments("runs/demo", max_steps=100), train_dataset=rows).train()
     """
 

@@ -24,14 +24,7 @@ from moonwhale.precision import peak_flops
 
 @dataclass
 class MuonClipArgumentsMixin:
-    """The arguments that MuonClip and MTP add to a TrainingArguments class, which comes after it among the bases.
-
-    Example:
-
-        @dataclass
-        class MuonClipConfig(MuonClipArgumentsMixin, TrainingArguments):
-            pass
-    """
+    """The arguments that MuonClip and MTP add to a TrainingArguments class, which comes after it among the bases."""
 
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
     qk_clip_tau: float = field(
@@ -61,6 +54,10 @@ class MuonClipTrainerMixin:
     `args` must be of a class with `MuonClipArgumentsMixin`.
 
     Example:
+
+        @dataclass
+        class MuonClipConfig(MuonClipArgumentsMixin, TrainingArguments):
+            pass
 
         class MuonClipTrainer(MuonClipTrainerMixin, Trainer):
             pass

@@ -98,7 +98,7 @@ def build(config: TrainConfig) -> Run:
         **of_pipeline,
     )
     summarize = partial(progress.summary, tokens_per_step=config.tokens_per_step, out=Path(config.out))
-    return Run(config, choice, make_trainer, progress.log_line, progress.plot_loss, summarize)
+    return Run(config, choice, make_trainer, progress.log_line, summarize)
 
 
 def load_data(config: TrainConfig, vocab_size: int, replicas: int):

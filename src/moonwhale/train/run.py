@@ -31,7 +31,6 @@ class Run:
 
     make_trainer: called with `callbacks`, returns the transformers Trainer.
     log_line: the line to print for an entry of the Trainer's log, or None for no line.
-    plot: draws the Trainer's log history into the run's folder.
     summarize: the lines to print at the end, from the log history.
     publish: writes the trained model into the run's folder.
     """
@@ -40,7 +39,6 @@ class Run:
     choice: "ComputeSettings"  # device and precision
     make_trainer: Callable[..., "Trainer"]
     log_line: Callable[[dict], str | None]
-    plot: Callable[[list[dict], Path], None]
     summarize: Callable[[list[dict]], str]
     publish: Callable[["Trainer", Path], None] = publish_last_checkpoint
 
@@ -54,13 +52,13 @@ def execute(config: RunOptions, build: Callable[[RunOptions], Run], plot: Callab
 
     Args:
         build: prepares the data, the model, and how to make the trainer.
-        plot: the run's `Run.plot`.
+        plot: draws the Trainer's log history into the run's folder.
     """
     checkpoint = check_run(config)
     if already_finished(config, checkpoint, plot):
         return
     run = build(config)
-    trainer = carry_out(run, checkpoint)
+    trainer = carry_out(run, checkpoint, plot)
     if is_main_process():
         run.publish(trainer, run.out)
     print_once(run.summarize(trainer.state.log_history))
@@ -77,20 +75,18 @@ def check_run(config: RunOptions) -> Path | None:
     """
     if is_main_process():
         run_folder.check_folder(config)
-    if not config.resume:
-        silence_libraries()
-        return None
+    checkpoint = None
+    if config.resume:
+        from moonwhale.checkpoint import list_checkpoints, newest_checkpoint
 
-    from moonwhale.checkpoint import list_checkpoints, newest_checkpoint
-
-    checkpoint = newest_checkpoint(config.out)
-    if checkpoint is None and list_checkpoints(config.out):
-        raise UserError(
-            f"`resume`: every checkpoint in {config.out} is damaged (see above): train anew into another `out`"
+        checkpoint = newest_checkpoint(config.out)
+        if checkpoint is None and list_checkpoints(config.out):
+            raise UserError(
+                f"`resume`: every checkpoint in {config.out} is damaged (see above): train anew into another `out`"
+            )
+        print_once(
+            f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint"
         )
-    print_once(
-        f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint"
-    )
     silence_libraries()
     return checkpoint
 
@@ -131,7 +127,7 @@ def already_finished(config: RunOptions, checkpoint: Path | None, plot: Callable
     return True
 
 
-def carry_out(run: Run, checkpoint: Path | None) -> "Trainer":
+def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Path], None]) -> "Trainer":
     """Trains from `checkpoint`, or from the beginning if it is None. Plots the log history even if training fails.
 
     Returns:
@@ -154,7 +150,7 @@ def carry_out(run: Run, checkpoint: Path | None) -> "Trainer":
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if is_main_process():
-                run.plot(trainer.state.log_history, run.out)
+                plot(trainer.state.log_history, run.out)
     step = trainer.state.global_step
     if step < trainer.state.max_steps:
         print_once(
