@@ -125,18 +125,17 @@ def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTo
         raise UserError(f"{folder} holds no tokenizer.json: copy the one that the model was trained with there")
     tokenizer = load_tokenizer_folder(folder)
     largest, size = max(tokenizer.get_vocab().values()), model.config.vocab_size
-    if largest >= size:
-        raise UserError(
-            f"{folder}: the tokenizer is of another vocabulary, with ids up to {largest:,} where the model knows "
-            f"{size:,}; copy the one that the model was trained with there"
-        )
     eos = model.config.eos_token_id
-    if tokenizer.eos_token_id not in (eos if isinstance(eos, list) else [eos]):
-        raise UserError(
-            f"{folder}: the tokenizer is of another vocabulary, with {tokenizer.eos_token_id} as its end token where "
-            f"the model has {eos}; copy the one that the model was trained with there"
-        )
-    return tokenizer
+    if largest >= size:
+        difference = f"with ids up to {largest:,} where the model knows {size:,}"
+    elif tokenizer.eos_token_id not in (eos if isinstance(eos, list) else [eos]):
+        difference = f"with {tokenizer.eos_token_id} as its end token where the model has {eos}"
+    else:
+        return tokenizer
+    raise UserError(
+        f"{folder}: the tokenizer is of another vocabulary, {difference}; copy the one that the model was trained "
+        "with there"
+    )
 
 
 def read_json(path: Path) -> dict:
