@@ -18,6 +18,11 @@ def cache_folder(override: str | Path | None = None) -> Path:
     return Path(override or os.environ.get("MOONWHALE_CACHE") or "~/.cache/moonwhale").expanduser()
 
 
+def cache_key(*parts: object) -> str:
+    """Returns the name in the cache for what is built from `parts`."""
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
 def checksum(path: Path) -> str:
     """Returns the SHA-256 sum of a file in hexadecimal."""
     with path.open("rb") as file:

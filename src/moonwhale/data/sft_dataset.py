@@ -1,6 +1,5 @@
 """Encodes conversations for fine-tuning: token ids, with labels on what the assistant wrote."""
 
-import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from moonwhale.data.source import Source
 from moonwhale.data.split import document_hash, held_out_mask
 from moonwhale.data.tokenizer import tokenizer_fingerprint
 from moonwhale.errors import UserError
-from moonwhale.files import cache_folder, locked
+from moonwhale.files import cache_folder, cache_key, locked
 
 FORMAT = 1  # raise it whenever the same source and tokenizer would give other rows
 CONVERSATIONS_PER_BATCH = 256
@@ -41,7 +40,7 @@ def load_conversations(
             "the tokenizer's chat template has no {% generation %} marks, which tell what the assistant wrote: put "
             "{% generation %} and {% endgeneration %} around the assistant's output in chat_template.jinja"
         )
-    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer_fingerprint(tokenizer)}".encode()).hexdigest()[:16]
+    key = cache_key(FORMAT, source.fingerprint, tokenizer_fingerprint(tokenizer))
     folder = cache_folder(cache_dir) / "conversations"
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -5,7 +5,6 @@ A folder holds `tokens-NNNNN.bin` (raw little-endian uint16, or uint32 for large
 it is complete.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -22,7 +21,7 @@ from moonwhale.data.chat import encode_documents
 from moonwhale.data.source import Document, Source, texts_of
 from moonwhale.data.split import document_hash
 from moonwhale.data.tokenizer import byte_lengths, tokenizer_fingerprint
-from moonwhale.files import cache_folder, checksum, locked, new_folder
+from moonwhale.files import cache_folder, cache_key, checksum, locked, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def build_shards(
     Raises:
         UserError: the source cannot be read (see `load_source`), or the disk is full.
     """
-    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer_fingerprint(tokenizer)}".encode()).hexdigest()[:16]
+    key = cache_key(FORMAT, source.fingerprint, tokenizer_fingerprint(tokenizer))
     folder = cache_folder(cache_dir) / "shards" / f"{source.slug}-{key}"
     with locked(folder):
         if folder.is_dir():

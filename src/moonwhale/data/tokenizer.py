@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
 from moonwhale.data.source import Source, texts_of
 from moonwhale.errors import UserError, one_line
-from moonwhale.files import cache_folder, locked, new_folder
+from moonwhale.files import cache_folder, cache_key, locked, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def load_or_train_tokenizer(
     source: Source, vocab_size: int, cache_dir: str | Path | None = None
 ) -> PreTrainedTokenizerFast:
     """Loads the tokenizer trained on `source` from the cache, or trains it."""
-    key = hashlib.sha256(f"1 {source.fingerprint} {vocab_size}".encode()).hexdigest()[:16]
+    key = cache_key(1, source.fingerprint, vocab_size)
     folder = cache_folder(cache_dir) / "tokenizers" / f"{source.slug}-{vocab_size}-{key}"
     with locked(folder):
         if folder.is_dir():
