@@ -27,7 +27,7 @@ from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.data.loading import load_source
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.tasks import Task, load_task
-from moonwhale.evaluate.drafts import DraftScore
+from moonwhale.evaluate.drafts import score_drafts
 from moonwhale.evaluate.tasks import generate_answers, score_answers
 from moonwhale.infer.engine import Engine
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
@@ -192,14 +192,14 @@ def measure(folder: Path, task: Task, sizes: Sizes) -> dict:
         for each in answers:
             right[not each.text.startswith(NO_THOUGHT)].append(task.accuracy(problem, each.text))
     return {
-        "pass1": round(score.pass_at[1][0], 4),
-        "greedy": round(score.greedy[0], 4),
-        "well_formed": round(score.well_formed, 4),
+        "pass1": round(score["pass_at"][1][0], 4),
+        "greedy": round(score["greedy"][0], 4),
+        "well_formed": round(score["well_formed"], 4),
         "thinks": round(len(right[True]) / (len(problems) * sizes.samples), 4),
         "right_with_thought": round(mean(right[True]), 4) if right[True] else None,
         "right_without": round(mean(right[False]), 4) if right[False] else None,
-        "tokens": round(score.mean_tokens, 1),
-        "acceptance": round(DraftScore.of(greedy).acceptance[0], 4),
+        "tokens": round(score["mean_tokens"], 1),
+        "acceptance": round(score_drafts(greedy)["acceptance"][0], 4),
     }
 
 
@@ -235,7 +235,7 @@ def chat_acceptance(folder: str | Path) -> float:
         answered = next(i for i, label in enumerate(row["labels"]) if label >= 0)
         if answered < engine.context // 2:
             openings.append(row["input_ids"][:answered])
-    return round(DraftScore.of(engine.generate(openings, temperature=0.0, max_new_tokens=64)).acceptance[0], 4)
+    return round(score_drafts(engine.generate(openings, temperature=0.0, max_new_tokens=64))["acceptance"][0], 4)
 
 
 def quietly(verb, config) -> None:

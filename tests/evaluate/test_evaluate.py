@@ -20,7 +20,7 @@ from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.evaluate import tasks
 from moonwhale.evaluate.config import EvalConfig
-from moonwhale.evaluate.drafts import DraftScore, continue_text
+from moonwhale.evaluate.drafts import continue_text, score_drafts
 from moonwhale.evaluate.evaluation import evaluate
 from moonwhale.evaluate.text import choose_rows, score_text
 from moonwhale.infer.engine import Completion
@@ -88,15 +88,15 @@ def test_text_is_scored_as_by_hand(small_model, small_tokenizer, text_folder):
     rows = pack_all(load_source(str(text_folder)), small_tokenizer, 48)
     score = score_text(small_model, rows, small_tokenizer, batch_size=3)
     bits, n_bytes, hits = by_hand(small_model, small_tokenizer, rows)
-    assert (score.rows, score.targets, score.bytes) == (len(rows), hits[0][1], n_bytes)
-    assert score.bits_per_byte == pytest.approx(bits / n_bytes, rel=1e-5)
-    assert score.losses[0] == pytest.approx(bits * math.log(2) / hits[0][1], rel=1e-5)
-    assert score.perplexity == pytest.approx(2 ** (bits / hits[0][1]), rel=1e-4)
-    assert score.accuracies == pytest.approx([right / n for right, n in hits])
+    assert (score["rows"], score["targets"], score["bytes"]) == (len(rows), hits[0][1], n_bytes)
+    assert score["bits_per_byte"] == pytest.approx(bits / n_bytes, rel=1e-5)
+    assert score["losses"][0] == pytest.approx(bits * math.log(2) / hits[0][1], rel=1e-5)
+    assert score["perplexity"] == pytest.approx(2 ** (bits / hits[0][1]), rel=1e-4)
+    assert score["accuracies"] == pytest.approx([right / n for right, n in hits])
     # Plausible bugs: to divide by all bytes, predicted or not; to let documents attend to each other.
-    assert score.bits_per_byte != pytest.approx(bits / rows.n_bytes, rel=1e-3)
+    assert score["bits_per_byte"] != pytest.approx(bits / rows.n_bytes, rel=1e-3)
     blind = [row | {"position_ids": torch.arange(48)} for row in rows]
-    assert score.losses[0] != pytest.approx(score_text(small_model, blind, small_tokenizer).losses[0], rel=1e-3)
+    assert score["losses"][0] != pytest.approx(score_text(small_model, blind, small_tokenizer)["losses"][0], rel=1e-3)
 
 
 def test_the_text_score_equals_trainings_last_evaluation(tiny_run, text_folder, tmp_path, capsys):
@@ -165,10 +165,10 @@ def test_answers_are_scored_as_by_hand():
     two = [completion(good.format(1), 4), completion(bare.format(1), 1), completion(wrong.format(2), 1)]
     greedy = [completion(good.format(1)), completion(good.format(1))]
     score = tasks.score_answers(task, problems, greedy, [one, two], [1, 2, 3])
-    assert (score.problems, score.samples) == (2, 3)
-    assert score.greedy == (0.5, 0.5)  # of 1 and 0: a deviation of √½, by √2
-    assert {k: mean for k, (mean, _) in score.pass_at.items()} == pytest.approx({1: (2 / 3) / 2, 2: 1 / 2, 3: 1 / 2})
-    assert (score.well_formed, score.cut_off, score.mean_tokens) == pytest.approx((2 / 6, 1 / 6, 18 / 6))
+    assert (score["problems"], score["samples"]) == (2, 3)
+    assert score["greedy"] == (0.5, 0.5)  # of 1 and 0: a deviation of √½, by √2
+    assert {k: mean for k, (mean, _) in score["pass_at"].items()} == pytest.approx({1: (2 / 3) / 2, 2: 1 / 2, 3: 1 / 2})
+    assert (score["well_formed"], score["cut_off"], score["mean_tokens"]) == pytest.approx((2 / 6, 1 / 6, 18 / 6))
 
 
 def test_answers_equal_those_that_the_engine_gives_alone(engine):
@@ -209,7 +209,7 @@ def test_a_question_beyond_the_context_is_one_line(engine):
 def test_counts_of_guesses_are_summed():
     some = [completion("", 5, forwards=3, drafted=[3, 2], accepted=[2, 0]), completion("", 4, forwards=2),
             completion("", 1, forwards=1, drafted=[1], accepted=[0])]  # fmt: skip
-    assert DraftScore.of(some) == DraftScore(10, 10 / 6, [2 / 4, 0 / 2])
+    assert score_drafts(some) == {"tokens": 10, "tokens_per_forward": 10 / 6, "acceptance": [2 / 4, 0 / 2]}
 
 
 @torch.no_grad()
@@ -228,10 +228,10 @@ def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, tex
             right = int(guess[n - 2] == ids[0, n])
             forwards, tested, held = forwards + 1, tested + 1, held + right
             n += 1 + right
-    score = DraftScore.of(completions)
+    score = score_drafts(completions)
     assert len(completions) == rows.n_documents
-    assert (score.tokens, score.tokens_per_forward) == (tokens, pytest.approx(tokens / forwards))
-    assert score.acceptance == [pytest.approx(held / tested)]
+    assert (score["tokens"], score["tokens_per_forward"]) == (tokens, pytest.approx(tokens / forwards))
+    assert score["acceptance"] == [pytest.approx(held / tested)]
     assert 0 < held < tested
 
 

@@ -1,7 +1,6 @@
 """Measures what MTP's drafts gain: how often each module's draft is accepted, and the tokens per forward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
@@ -15,28 +14,21 @@ PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class DraftScore:
-    """Acceptance of drafts in greedy answers. Each cycle drafts one token per MTP module.
+def score_drafts(completions: Sequence[Completion]) -> dict:
+    """Returns how many drafts of greedy answers were accepted. Each cycle drafts one token per MTP module.
 
-    tokens: tokens generated.
-    tokens_per_forward: tokens per forward of the main model. 1 is plain decoding; 1 + modules is the most possible.
-    acceptance: for each module, the share of its drafts that were accepted, among those whose predecessors were.
+    Returns:
+        tokens: tokens generated.
+        tokens_per_forward: tokens per forward of the main model. 1 is plain decoding; 1 + modules is the most possible.
+        acceptance: for each module, the share of its drafts that were accepted, among those whose predecessors were.
     """
-
-    tokens: int
-    tokens_per_forward: float
-    acceptance: list[float]
-
-    @classmethod
-    def of(cls, completions: Sequence[Completion]) -> "DraftScore":
-        tokens = sum(len(c.token_ids) for c in completions)
-        forwards = sum(c.forwards for c in completions)
-        # Answers differ in how many depths they have tested.
-        tested = map(sum, zip_longest(*(c.drafted for c in completions), fillvalue=0))
-        accepted = map(sum, zip_longest(*(c.accepted for c in completions), fillvalue=0))
-        acceptance = [n / max(of, 1) for n, of in zip(accepted, tested, strict=True)]
-        return cls(tokens, tokens / forwards, acceptance)
+    tokens = sum(len(c.token_ids) for c in completions)
+    forwards = sum(c.forwards for c in completions)
+    # Answers differ in how many depths they have tested.
+    tested = map(sum, zip_longest(*(c.drafted for c in completions), fillvalue=0))
+    accepted = map(sum, zip_longest(*(c.accepted for c in completions), fillvalue=0))
+    acceptance = [n / max(of, 1) for n, of in zip(accepted, tested, strict=True)]
+    return {"tokens": tokens, "tokens_per_forward": tokens / forwards, "acceptance": acceptance}
 
 
 def continue_text(engine: Engine, text: PackedDataset) -> list[Completion]:

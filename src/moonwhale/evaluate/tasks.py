@@ -2,34 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 
 from tqdm import tqdm
 
 from moonwhale.data.tasks import Problem, Task, is_well_formed
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Completion, Engine
-
-
-@dataclass(frozen=True)
-class AnswerScore:
-    """Scores of the answers to a task. Shares lie in [0, 1]. A pair is a mean over problems and its standard error.
-
-    problems, samples: number of problems, and of samples for each.
-    greedy: share of problems that the greedy answer solves.
-    pass_at: for each k, the probability that at least one of k samples solves a problem.
-    well_formed: share of samples that are one thought followed by one answer.
-    cut_off: share of samples that reached their longest length.
-    mean_tokens: mean length of a sample.
-    """
-
-    problems: int
-    samples: int
-    greedy: tuple[float, float]
-    pass_at: dict[int, tuple[float, float]]
-    well_formed: float
-    cut_off: float
-    mean_tokens: float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -53,18 +32,16 @@ def generate_answers(
         prompts = [engine.encode(problem.messages) for problem in problems]
     except UserError as error:
         raise UserError(f"`task`: {error}") from error
-    greedy, sampled = {}, {}
-    with tqdm(total=len(prompts) * (1 + samples), desc="task", unit=" answers", leave=False, disable=None) as bar:
-        for i, completion in engine.as_completed(prompts, temperature=0.0, max_new_tokens=max_new_tokens):
-            greedy[i] = completion
-            bar.update()
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        options = {"temperature": temperature, "min_p": 0.0, "max_new_tokens": max_new_tokens, "seed": seed}
-        for i, completion in engine.as_completed(repeated, **options):
-            sampled[i] = completion
-            bar.update()
-    indices = range(len(prompts))
-    return [greedy[i] for i in indices], [[sampled[i * samples + j] for j in range(samples)] for i in indices]
+    n = len(prompts)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    options = {"temperature": temperature, "min_p": 0.0, "max_new_tokens": max_new_tokens, "seed": seed}
+    answers = chain(
+        engine.as_completed(prompts, temperature=0.0, max_new_tokens=max_new_tokens),
+        engine.as_completed(repeated, **options),
+    )
+    done = list(tqdm(answers, desc="task", total=n * (1 + samples), unit=" answers", leave=False, disable=None))
+    greedy, sampled = dict(done[:n]), dict(done[n:])
+    return [greedy[i] for i in range(n)], [[sampled[i * samples + j] for j in range(samples)] for i in range(n)]
 
 
 def score_answers(
@@ -73,8 +50,19 @@ def score_answers(
     greedy: Sequence[Completion],
     sampled: Sequence[Sequence[Completion]],
     ks: Sequence[int],
-) -> AnswerScore:
-    """Scores one greedy answer and n samples for each problem. n must be at least the largest of `ks`."""
+) -> dict:
+    """Scores one greedy answer and n samples for each problem. n must be at least the largest of `ks`.
+
+    Returns:
+        problems, samples: number of problems, and of samples for each.
+        greedy: share of problems that the greedy answer solves.
+        pass_at: for each k, the probability that at least one of k samples solves a problem.
+        well_formed: share of samples that are one thought followed by one answer.
+        cut_off: share of samples that reached their longest length.
+        mean_tokens: mean length of a sample.
+
+        `greedy` and each value of `pass_at` are a mean over problems and its standard error.
+    """
 
     def is_right(problem: Problem, completion: Completion) -> bool:
         return task.accuracy(problem, completion.text) == 1
@@ -82,15 +70,15 @@ def score_answers(
     n = len(sampled[0])
     num_right = [sum(is_right(p, c) for c in own) for p, own in zip(problems, sampled, strict=True)]
     all_samples = [completion for own in sampled for completion in own]
-    return AnswerScore(
-        problems=len(problems),
-        samples=n,
-        greedy=_mean_and_error([is_right(p, c) for p, c in zip(problems, greedy, strict=True)]),
-        pass_at={k: _mean_and_error([pass_at_k(n, c, k) for c in num_right]) for k in ks},
-        well_formed=sum(is_well_formed(c.text) for c in all_samples) / len(all_samples),
-        cut_off=sum(c.finish_reason == "length" for c in all_samples) / len(all_samples),
-        mean_tokens=sum(len(c.token_ids) for c in all_samples) / len(all_samples),
-    )
+    return {
+        "problems": len(problems),
+        "samples": n,
+        "greedy": _mean_and_error([is_right(p, c) for p, c in zip(problems, greedy, strict=True)]),
+        "pass_at": {k: _mean_and_error([pass_at_k(n, c, k) for c in num_right]) for k in ks},
+        "well_formed": sum(is_well_formed(c.text) for c in all_samples) / len(all_samples),
+        "cut_off": sum(c.finish_reason == "length" for c in all_samples) / len(all_samples),
+        "mean_tokens": sum(len(c.token_ids) for c in all_samples) / len(all_samples),
+    }
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """Measures how well a model predicts text: bits per byte, which compare across tokenizers, and each depth's loss."""
 
 import math
-from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -12,39 +11,6 @@ from moonwhale.data.tokenizer import byte_lengths
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.loss import IGNORE_INDEX
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Scores of a model on text. Index 0 of a list is the next token; index k is MTP module k.
-
-    MTP module k predicts the token that is k positions after the next one.
-
-    rows: rows that were read.
-    targets: tokens that the main head predicted.
-    bytes: length of the targets' text.
-    losses: mean cross-entropy of each depth, in nats per token.
-    accuracies: share of targets of each depth that were the likeliest token.
-    """
-
-    rows: int
-    targets: int
-    bytes: int
-    losses: list[float]
-    accuracies: list[float]
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.losses[0] * self.targets / math.log(2) / self.bytes
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity per token."""
-        return math.exp(self.losses[0])
-
-    def results(self) -> dict:
-        """Returns all scores, ready for JSON."""
-        return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity} | asdict(self)
 
 
 def choose_rows(rows: Dataset, n: int | None) -> Dataset:
@@ -61,7 +27,7 @@ def score_text(
     tokenizer: PreTrainedTokenizerFast,
     batch_size: int = 8,
     autocast: torch.dtype | None = None,
-) -> TextScore:
+) -> dict:
     """Runs the model over packed rows (see `PackedDataset`), and shows a progress bar.
 
     batch_size: rows per forward.
@@ -69,6 +35,16 @@ def score_text(
 
     The first token of a document is not a target, because no token before it could predict it. The scores equal those
     of training's own evaluations.
+
+    Returns:
+        bits_per_byte: of the main head, over the targets' text.
+        perplexity: of the main head, per token.
+        rows: rows that were read.
+        targets: tokens that the main head predicted.
+        bytes: length of the targets' text.
+        losses: mean cross-entropy of each depth, in nats per token. Index 0 is the next token; MTP module k, at index
+            k, predicts the token k positions after that.
+        accuracies: share of targets of each depth that were the likeliest token.
 
     Raises:
         UserError: the rows hold no text to predict.
@@ -92,4 +68,12 @@ def score_text(
     if not n_bytes:
         raise UserError("`data`: there is no text to predict in these rows: give more text, or a larger `context`")
     losses, accuracies = ((sums / targets.clamp(min=1)).tolist() for sums in (nll, right))
-    return TextScore(len(rows), int(targets[0]), n_bytes, losses, accuracies)
+    return {
+        "bits_per_byte": losses[0] * int(targets[0]) / math.log(2) / n_bytes,
+        "perplexity": math.exp(losses[0]),
+        "rows": len(rows),
+        "targets": int(targets[0]),
+        "bytes": n_bytes,
+        "losses": losses,
+        "accuracies": accuracies,
+    }
