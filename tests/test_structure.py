@@ -96,7 +96,7 @@ def test_imports_keep_to_the_rooms(path):
         ("train/mtp_trainer.py", "from .checkpoints import save"),
         ("inspect/doctor.py", "from moonwhale import cli"),
         ("parallel/pipeline.py", "from moonwhale.train.mtp_trainer import MTPTrainer"),
-        ("native/bindings.py", "from moonwhale.infer.cache import LatentCache"),
+        ("native/block.py", "from moonwhale.infer.cache import LatentCache"),
         ("infer/engine.py", "from moonwhale.serve.app import create_app"),
         ("checkpoint.py", "from moonwhale.train import run_folder"),
         ("train/mtp_trainer.py", "from moonwhale.inspect.info import gather_figures"),

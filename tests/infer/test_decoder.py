@@ -5,7 +5,7 @@ import torch
 
 from moonwhale.infer import decoder as decoder_module
 from moonwhale.infer.decoder import Decoder
-from moonwhale.native import bindings, build
+from moonwhale.native import build
 from moonwhale.native.packed_linear import PackedLinear
 
 MOBA = {"moba_block_size": 4, "moba_topk": 2}
@@ -43,7 +43,7 @@ def way(request, monkeypatch):
         if reason := build.unavailable_reason():
             pytest.skip(reason)
     else:
-        monkeypatch.setattr(bindings, "supports", lambda weight: False)
+        monkeypatch.setattr(build, "supports", lambda weight: False)
     if request.param == "pytorch, long":
         monkeypatch.setattr(decoder_module.DecoderAttention, "_over_all_entries", _as_if_long)
     return request.param

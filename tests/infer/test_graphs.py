@@ -20,7 +20,7 @@ from moonwhale.infer.drafting import Drafting
 from moonwhale.infer.feed_forward import ExpertLayer
 from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.scheduler import Scheduler
-from moonwhale.native import bindings
+from moonwhale.native import build
 
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -64,7 +64,7 @@ def capture(function, pool):
 @pytest.fixture
 def taped(monkeypatch):
     """`taped(model)` is the model's decoder as on a GPU, with tapes as graphs, captured at the first step."""
-    monkeypatch.setattr(bindings, "supports", lambda weight: False)
+    monkeypatch.setattr(build, "supports", lambda weight: False)
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "MIN_CONTEXT_BOUND", 8)
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)

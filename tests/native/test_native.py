@@ -10,7 +10,7 @@ import torch
 
 from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
-from moonwhale.native import bindings, build
+from moonwhale.native import build
 from moonwhale.native.packed_linear import PackedLinear
 from moonwhale.native.structures import STRUCTURES
 
@@ -65,7 +65,7 @@ def steps(decoder, cache, lengths=(1, 2, 3, 1)):
 
 def in_pytorch(model, monkeypatch, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(bindings, "supports", lambda weight: False)
+        patch.setattr(build, "supports", lambda weight: False)
         return Decoder(model, **options)
 
 

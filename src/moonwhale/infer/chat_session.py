@@ -41,18 +41,15 @@ class ChatSession:
     def _admit(self, message: dict) -> list[int]:
         """Add a user's message, dropping the oldest turns until an answer fits too. Return the prompt's ids."""
         messages = [*self.messages, message]
-        while len(messages) > 1 and (ids := self._encode_if_it_fits(messages)) is None:
+        while True:
+            try:
+                ids = self.engine.encode(messages)
+                if len(messages) == 1 or len(ids) + self._answer_room <= self.engine.context:
+                    break
+            except UserError:
+                if len(messages) == 1:
+                    raise
             del messages[:2]
-        if len(messages) == 1:
-            ids = self.engine.encode(messages)
         self.forgetful |= len(messages) <= len(self.messages)
         self.messages = messages
         return ids
-
-    def _encode_if_it_fits(self, messages: list[dict]) -> list[int] | None:
-        """Return the ids of a conversation that leaves room for an answer, otherwise None."""
-        try:
-            ids = self.engine.encode(messages)
-        except UserError:
-            return None
-        return ids if len(ids) + self._answer_room <= self.engine.context else None

@@ -26,7 +26,7 @@ from moonwhale.model.moba import moba_attention
 from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.model.rope import rotate, rotation_table
-from moonwhale.native import bindings
+from moonwhale.native import build
 from moonwhale.native.block import NativeBlock
 from moonwhale.native.packed_linear import PackedLinear
 
@@ -65,7 +65,7 @@ class Decoder:
 
     def place(self, cache: LatentCache, first_slot: int, start: list[int], length: int) -> Placement:
         """Place `length` new tokens behind the `start[i]` tokens of each slot `first_slot + i`."""
-        return Placement(self.block_size, self.rotations, cache, first_slot, start, length)
+        return Placement(cache, self.rotations, first_slot, start, length)
 
     def run(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Return normed hidden states (B, Q, hidden) of new tokens (B, Q), and write their entries into the cache."""
@@ -103,14 +103,13 @@ class DecoderBlock:
         else:
             self.feed_forward = ExpertLayer(block.mlp, pack)
         self.native = None
-        if bindings.supports(self.before.weight):
+        if build.supports(self.before.weight):
             fields = self.feed_forward.native_fields()
             self.native = NativeBlock(self.before, vars(self.attention), self.after, fields)
 
     def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         if self.native and placement.length < EXPAND_FROM_TOKENS and placement.tokens <= MAX_TOKENS_FOR_NATIVE_BLOCK:
-            keys, values, means = cache.of_layer(self.attention.layer)
-            return self.native(x, keys, values, means, placement.for_native)
+            return self.native(x, cache.of_layer(self.attention.layer), placement.for_native)
         x = x + self.attention(self.before(x), cache, placement)
         return x + self.feed_forward(self.after(x))
 

@@ -181,8 +181,7 @@ class Engine:
             UserError: an option is impossible.
         """
         settings = SamplingOptions(**options)
-        seed = _random_seed() if settings.seed is None else settings.seed
-        requests = {i: self.request(ids, settings, seed + i) for i, ids in enumerate(prompts)}
+        requests = {i: self.request(ids, settings, i) for i, ids in enumerate(prompts)}
         try:
             for request in requests.values():
                 self.scheduler.submit(request)
@@ -199,15 +198,14 @@ class Engine:
         return Stream(self.scheduler, self.request(self.encode(prompt), SamplingOptions(**options)))
 
     def request(
-        self, ids: list[int], options: SamplingOptions, seed: int | None = None, top_logprobs: int | None = None
+        self, ids: list[int], options: SamplingOptions, index: int = 0, top_logprobs: int | None = None
     ) -> Request:
         """Make a request for the scheduler from a prompt's ids, as `encode` returns them.
 
-        `seed` replaces the one in `options`. `top_logprobs` is the number of alternatives that are recorded for each
+        `index` is the request's in its batch. `top_logprobs` is the number of alternatives that are recorded for each
         token; None records no log-probabilities.
         """
-        if seed is None:
-            seed = _random_seed() if options.seed is None else options.seed
+        seed = secrets.randbits(62) if options.seed is None else options.seed + index
         return Request(
             prompt=ids,
             options=options,
@@ -241,10 +239,6 @@ class Stream:
     def completion(self) -> Completion:
         """Return the answer so far, or the whole answer after the last piece."""
         return Completion.of(self._request)
-
-
-def _random_seed() -> int:
-    return secrets.randbits(62)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -102,7 +102,7 @@ class BufferedPlacement(Placement):
 
     def __init__(self, like: Placement, cache: LatentCache, end: int, positions: Tensor, entry_index: Tensor):
         rows, length = positions.shape
-        super().__init__(like.block_size, like.rotations, cache, 0, [end - length] * rows, length)
+        super().__init__(cache, like.rotations, 0, [end - length] * rows, length)
         self.positions, self.entry_index, self.needs_mask = positions, entry_index.flatten(), True
 
     @cached_property

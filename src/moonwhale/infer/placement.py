@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
-from moonwhale.native import bindings
-from moonwhale.native.structures import PlacementStruct
+from moonwhale.native.structures import PlacementStruct, address
 
 
 class Placement:
@@ -17,28 +16,23 @@ class Placement:
     """
 
     def __init__(
-        self,
-        block_size: int,
-        rotations: tuple[Tensor, Tensor],
-        cache: LatentCache,
-        first_slot: int,
-        start: list[int],
-        length: int,
+        self, cache: LatentCache, rotations: tuple[Tensor, Tensor], first_slot: int, start: list[int], length: int
     ):
-        """`block_size` is MoBA's. `rotations` are the cosines and sines (T, rope / 2) fp32 of all positions."""
-        self.block_size, self.rotations = block_size, rotations
+        """`rotations` are the cosines and sines (T, rope / 2) fp32 of all positions."""
+        self.block_size, self.rotations = cache.config.moba_block_size, rotations
         self.first_slot, self.start, self.length = first_slot, start, length
         self.end = max(start) + length
         self.tokens = len(start) * length
         self.slots = slice(first_slot, first_slot + len(start))
         self.slot_length, self.device, self._dtype = cache.length, cache.device, cache.dtype
-        self.full_blocks = (self.end - 1) // block_size  # blocks that are an earlier block of some token
+        self.full_blocks = (self.end - 1) // self.block_size  # blocks that are an earlier block of some token
         self.needs_mask = self.tokens > 1  # a single token is the last entry of its sequence
 
     @cached_property
     def for_native(self) -> PlacementStruct:
         self._start = torch.tensor(self.start)  # kept alive for the structure
-        return bindings.placement(self.first_slot, self._start, self.length, self.rotations)
+        addresses = map(address, (self._start, *self.rotations))
+        return PlacementStruct(len(self.start), self.length, self.first_slot, torch.get_num_threads(), *addresses)
 
     @cached_property
     def positions(self) -> Tensor:

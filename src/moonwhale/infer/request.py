@@ -14,10 +14,8 @@ from moonwhale.infer.sampling_options import SamplingOptions
 class Request:
     """One prompt and the tokens that have been generated for it.
 
-    finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens` or the context is reached), "cancelled", or
-        None while the request waits or runs.
-    forwards: number of forward passes of the main model, with prefill counted as one.
-    drafted, accepted: for each depth of the MTP chain, the drafts that were verified and those that were accepted.
+    `Completion` explains the fields that it takes over. `forwards` counts prefill as one.
+
     logprobs: for each token, its log-probability and those of the most likely tokens as {id: log-probability}. Recorded
         if `top_logprobs`, the number of these tokens, is not None.
     """

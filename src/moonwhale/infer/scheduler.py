@@ -152,14 +152,10 @@ class Scheduler:
         Shorter pieces are padded. Later tokens overwrite the entries of the padding.
         """
         decoder, length = self.decoder, max(map(len, pieces))
-
-        def padded(tokens: list[list[int]]) -> Tensor:
-            return torch.tensor([(row + [0] * length)[:length] for row in tokens], device=decoder.device)
-
         placement = decoder.place(self.cache, len(self.running), [row.cached for row in rows], length)
-        hidden = states = decoder.run(padded(pieces), self.cache, placement)
+        hidden = states = decoder.run(self._padded(pieces, length), self.cache, placement)
         for k in range(1, depth + 1):
-            ahead = padded([row.prompt[row.cached + k : row.cached + k + length] for row in rows])
+            ahead = self._padded([row.prompt[row.cached + k : row.cached + k + length] for row in rows], length)
             states = decoder.guess(k, states, ahead, self.cache, placement)
         return hidden
 
@@ -195,14 +191,16 @@ class Scheduler:
             newest = torch.arange(len(rows), device=decoder.device), torch.tensor([row.n_accepted for row in rows])
             for k in range(1, depth + 1):
                 known = [row.token_ids[-row.n_accepted - 1 :] + row.drafts for row in rows]
-                ahead = torch.tensor(
-                    [(tokens[k - 1 :] + [0] * length)[:length] for tokens in known], device=decoder.device
-                )
+                ahead = self._padded([tokens[k - 1 :] for tokens in known], length)
                 hidden = decoder.guess(k, hidden, ahead, self.cache, placement)  # (B, length, hidden)
                 drafts = choose(decoder.draft_head(hidden[newest]), rows, ahead=k - 1)
                 for row, token in zip(rows, drafts, strict=True):
                     row.drafts.append(token)
         self._drafting_seconds = time.perf_counter() - start
+
+    def _padded(self, tokens: list[list[int]], length: int) -> Tensor:
+        """Make a tensor (B, length) of rows of tokens, cut or padded with zeros."""
+        return torch.tensor([(row + [0] * length)[:length] for row in tokens], device=self.decoder.device)
 
     # --- slots -------------------------------------------------------------------------------------------------------
 

@@ -1,22 +1,27 @@
 """`NativeBlock`: a block of the decoder as the compiled steps run it."""
 
+import ctypes
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from moonwhale.native import bindings
+from moonwhale.native import build
 from moonwhale.native.packed_linear import PackedLinear
 from moonwhale.native.structures import (
+    DTYPE_CODES,
     INTEGER,
     POINTER,
     REAL,
     AttentionStruct,
     BlockStruct,
+    CacheStruct,
     FeedForwardStruct,
     MatrixStruct,
+    NetworkStruct,
     NormStruct,
     PlacementStruct,
+    address,
 )
 
 
@@ -39,12 +44,16 @@ class NativeBlock:
             feed_forward=self._fill(FeedForwardStruct, dense | dict(feed_forward)),
         )
 
-    def __call__(
-        self, x: Tensor, keys: Tensor, values: Tensor, means: Tensor | None, placement: PlacementStruct
-    ) -> Tensor:
-        """Run the block on x (B, Q, hidden) of any dtype, which may be overwritten. The result is fp32."""
+    def __call__(self, x: Tensor, entries: tuple, placement: PlacementStruct) -> Tensor:
+        """Run the block on x (B, Q, hidden) of any dtype, which may be overwritten. The result is fp32.
+
+        `entries` are the block's keys, values and means in the cache.
+        """
         x = x.float().contiguous()
-        bindings.run_block(self._block, keys, values, means, placement, x)
+        keys, values, means = entries
+        cache = CacheStruct(address(keys), address(values), address(means), keys.shape[1], DTYPE_CODES[keys.dtype])
+        structures = map(ctypes.byref, (self._block, cache, placement))
+        build.library().run_block(*structures, x.data_ptr())
         return x
 
     def _fill(self, structure: type, values: Mapping):
@@ -67,15 +76,18 @@ class NativeBlock:
             return NormStruct(self._fp32(value.weight), value.eps)
         if field_type is MatrixStruct:
             self._kept.append(value)
-            return value.matrix if isinstance(value, PackedLinear) else bindings.plain_matrix(value)
+            if isinstance(value, PackedLinear):
+                return value.matrix
+            return MatrixStruct(address(value), None, None, *value.shape, DTYPE_CODES[value.dtype])  # not in panels
         assert field_type is POINTER, f"no way to fill a field of type {field_type}"
         return self._fp32(value) if isinstance(value, Tensor) else self._networks(value)
 
     def _fp32(self, tensor: Tensor) -> int:
         """Return the address of a copy in fp32."""
         self._kept.append(tensor.detach().to(torch.float32).contiguous())
-        return bindings.address(self._kept[-1])
+        return address(self._kept[-1])
 
     def _networks(self, pairs: list[tuple[PackedLinear, PackedLinear]]) -> int:
-        self._kept += [pairs, bindings.networks([(up.matrix, down.matrix) for up, down in pairs])]
-        return bindings.address(self._kept[-1])
+        networks = (NetworkStruct * len(pairs))(*(NetworkStruct(up.matrix, down.matrix) for up, down in pairs))
+        self._kept += [pairs, networks]
+        return ctypes.addressof(networks)

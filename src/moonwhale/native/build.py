@@ -10,12 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from moonwhale.errors import UserError
 from moonwhale.files import cache_folder, locked, new_folder
-from moonwhale.native.structures import INTEGER, POINTER, SOURCES
+from moonwhale.native.structures import DTYPE_CODES, INTEGER, POINTER, SOURCES
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wno-psabi"]
 FLAGS += ["-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
+
+
+def supports(weight: Tensor) -> bool:
+    """Return whether compiled steps are available here for such weights."""
+    return weight.device.type == "cpu" and weight.dtype in DTYPE_CODES and not unavailable_reason()
 
 
 @functools.cache

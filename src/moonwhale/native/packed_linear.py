@@ -1,11 +1,15 @@
 """`PackedLinear`: matrix products with weights that do not change, in the model's dtype or in 8 bits."""
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moonwhale.native import bindings
+from moonwhale.native import build
+from moonwhale.native.structures import DTYPE_CODES, MatrixStruct, address
 
+PANEL_WIDTH = 64  # outputs of a panel
 MAX_ROWS_FOR_NATIVE_PRODUCT = 64  # with more rows PyTorch's product is faster
 
 
@@ -19,17 +23,20 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False):
         self.dtype, self.out, self.scale = weight.dtype, len(weight), None
         self.bias = None if bias is None else bias.float()
-        native = bindings.supports(weight)
+        native = build.supports(weight)
         if int8:
             self.scale = weight.float().abs().amax(1).clamp_(min=1e-12) / 127
             weight = (weight.float() / self.scale[:, None]).round_().to(torch.int8)
-        self.weight = bindings.panels(weight) if native else weight.contiguous()
-        self.matrix = bindings.panel_matrix(self.weight, self.out, self.scale, self.bias) if native else None
+        self.weight = panels(weight) if native else weight.contiguous()
+        self.matrix = None
+        if native:
+            addresses = map(address, (self.weight, self.scale, self.bias))
+            self.matrix = MatrixStruct(*addresses, *weight.shape, DTYPE_CODES[weight.dtype])
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         if self.matrix and len(rows) <= MAX_ROWS_FOR_NATIVE_PRODUCT:
-            return bindings.product(self.matrix, rows).to(self.dtype).unflatten(0, x.shape[:-1])
+            return self._native_product(rows.float().contiguous()).to(self.dtype).unflatten(0, x.shape[:-1])
         weight = self.weight.to(self.dtype)
         if self.matrix:
             by_panel = rows @ weight  # (panels, N, 64)
@@ -41,3 +48,17 @@ class PackedLinear:
         if self.bias is not None:
             out = out + self.bias.to(self.dtype)
         return out.unflatten(0, x.shape[:-1])
+
+    def _native_product(self, x: Tensor) -> Tensor:
+        out, threads = torch.empty(len(x), self.out), torch.get_num_threads()
+        build.library().run_product(ctypes.byref(self.matrix), out.data_ptr(), x.data_ptr(), len(x), threads)
+        return out
+
+
+def panels(weight: Tensor) -> Tensor:
+    """Rearrange a weight (out, in) into panels (ceil(out / 64), in, 64), padded with zeros.
+
+    The weights of 64 outputs for one input are adjacent, so that a product reads one stream and adds whole vectors.
+    """
+    padded = torch.cat([weight, weight.new_zeros(-len(weight) % PANEL_WIDTH, weight.shape[1])])
+    return padded.unflatten(0, (-1, PANEL_WIDTH)).transpose(1, 2).contiguous()

@@ -1,11 +1,23 @@
-"""The ctypes structures of the compiled steps, made from the C++ header that declares them (`step/structures.h`)."""
+"""The ctypes structures of the compiled steps, made from the C++ header that declares them (`step/structures.h`).
+
+A structure holds the addresses of tensors. Its maker keeps these tensors alive.
+"""
 
 import ctypes
 import re
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SOURCES = Path(__file__).parent / "step"
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as `Dtype` in structures.h
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's first number."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def read_structures(header: str) -> dict[str, type[ctypes.Structure]]:

@@ -83,8 +83,7 @@ class OpenAIEndpoints:
         requests: list[Request] = []
         for ids in map(self.engine.encode, prompts):
             for _ in range(body.num_choices):
-                seed = None if options.seed is None else options.seed + len(requests)
-                requests.append(self.engine.request(ids, options, seed, body.num_top_logprobs))
+                requests.append(self.engine.request(ids, options, len(requests), body.num_top_logprobs))
         if self.worker.num_waiting + len(requests) > self.limits.queue:
             raise errors.full_queue(self.limits.queue)
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))

@@ -19,7 +19,7 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr long PANEL_WIDTH = 64;              // outputs of a panel, as in bindings.py
+constexpr long PANEL_WIDTH = 64;              // outputs of a panel, as in packed_linear.py
 constexpr int MAX_ROWS = LANES == 16 ? 4 : 2; // rows multiplied with a panel at once: as many as fit the registers
 #define INLINE [[gnu::always_inline]] inline
 
@@ -30,13 +30,6 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Whole __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
-template <class To, class From> INLINE To bits_as(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  std::memcpy(&y, &x, sizeof y);
-  return y;
-}
 
 template <class To> INLINE To read(const void *from) {
   To x;
@@ -67,12 +60,15 @@ INLINE Vector load(const int8_t *x) {
 #endif
 
 INLINE float number(float x) { return x; }
-INLINE float number(bf16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
+INLINE float number(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  return read<float>(&bits);
+}
 INLINE float number(int8_t x) { return x; }
 
 INLINE void store(float *to, float x) { *to = x; }
 INLINE void store(bf16 *to, float x) { // rounds to nearest, ties to even
-  uint32_t bits = bits_as<uint32_t>(x);
+  uint32_t bits = read<uint32_t>(&x);
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 

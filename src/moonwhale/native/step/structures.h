@@ -12,7 +12,7 @@
 #pragma once
 #include <cstdint>
 
-enum Dtype : int64_t { FP32, BF16, INT8 }; // in the order of DTYPE_CODES in bindings.py
+enum Dtype : int64_t { FP32, BF16, INT8 }; // in the order of DTYPE_CODES in structures.py
 
 // A weight in panels (ceil(out / 64), in, 64), or as it is (out, in) where its user says so.
 struct Matrix {
