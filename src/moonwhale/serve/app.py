@@ -17,12 +17,14 @@ from moonwhale.serve.page import add_page_routes
 from moonwhale.serve.worker import Worker
 from moonwhale.serve.xray import XrayEndpoints
 
+DEFAULT_LIMITS = Limits()
+
 
 def create_app(
     engine: Engine,
     model_name: str,
     folder: Path,
-    limits: Limits | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     api_key: str | None = None,
     hosts: set[str] | None = None,
 ) -> FastAPI:
@@ -33,10 +35,8 @@ def create_app(
     api_key: key that clients must send. None lets all clients in.
     hosts: host names that the server answers to. None allows any name.
     """
-    limits = limits or Limits()
     worker = Worker(engine.scheduler)
-    metrics = Metrics()
-    metrics.add_gauges(worker)
+    metrics = Metrics(worker)
 
     @asynccontextmanager
     async def run_worker(_: FastAPI):

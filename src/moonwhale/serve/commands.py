@@ -7,6 +7,9 @@ from pathlib import Path
 from moonwhale.errors import UserError
 from moonwhale.infer.commands import add_machine_options, load_engine
 from moonwhale.options import Parser, require
+from moonwhale.serve.limits import Limits
+
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def main(argv: list[str]) -> None:
@@ -15,18 +18,18 @@ def main(argv: list[str]) -> None:
     for name in ("max_sequences", "max_queue", "max_body", "timeout", "cache_mb"):
         value = getattr(args, name)
         require(args, name, value is None or value > 0, "give a number above 0")
+    require(args, "port", 0 <= args.port < 65536, "give a number from 0 to 65535")
     name = args.name or Path(args.folder).resolve().name
     api_key = args.api_key or os.environ.get("MOONWHALE_API_KEY")
     cache_bytes = None if args.cache_mb is None else 1_000_000 * args.cache_mb
-    local_only = args.host in ("127.0.0.1", "localhost", "::1")
+    hosts = LOOPBACK if args.host in ("127.0.0.1", "localhost", "::1") else None
     with _listen(args.host, args.port) as listener:
         engine = load_engine(args, memory=cache_bytes, sequences=args.max_sequences)
 
-        from moonwhale.serve.limits import Limits
         from moonwhale.serve.server import run_server
 
         limits = Limits(body=args.max_body, queue=args.max_queue, answer=args.timeout)
-        run_server(engine, name, Path(args.folder), listener, limits, api_key, local_only)
+        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts)
 
 
 def _parser() -> Parser:
@@ -42,11 +45,16 @@ def _parser() -> Parser:
     add("--api-key", metavar="KEY", help="key that clients must send; or set MOONWHALE_API_KEY (none)")
     add = parser.add_argument_group("limits").add_argument
     add("--max-sequences", type=int, default=64, metavar="N", help="answers generated at a time (%(default)s)")
+    help = "prompts that may wait; one more gets 429 (%(default)s)"
+    add("--max-queue", type=int, default=Limits.queue, metavar="N", help=help)
+    add("--max-body", type=int, default=Limits.body, metavar="BYTES", help="largest request (%(default)s)")
     add(
-        "--max-queue", type=int, default=256, metavar="N", help="prompts that may wait; one more gets 429 (%(default)s)"
+        "--timeout",
+        type=float,
+        default=Limits.answer,
+        metavar="S",
+        help="seconds that an answer may take (%(default)s)",
     )
-    add("--max-body", type=int, default=1_000_000, metavar="BYTES", help="largest request (%(default)s)")
-    add("--timeout", type=float, default=600, metavar="S", help="seconds that an answer may take (%(default)s)")
     add("--cache-mb", type=int, metavar="MB", help="memory for the latent cache (half of the free memory)")
     add_machine_options(parser)
     return parser
@@ -54,8 +62,6 @@ def _parser() -> Parser:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound before the model loads, so that a taken port is an error at once."""
-    if not 0 <= port < 65536:
-        raise UserError(f"`port`: {port} is impossible: give a number from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

@@ -14,6 +14,6 @@ class Limits:
     """
 
     body: int = 1_000_000
-    receive: float = 30.0
+    receive: float = 30
     queue: int = 256
-    answer: float = 600.0
+    answer: float = 600

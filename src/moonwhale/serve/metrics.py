@@ -1,7 +1,6 @@
 """What the server measures, and the routes that show it: /metrics for Prometheus, and /health."""
 
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,18 +11,20 @@ from moonwhale.serve.worker import Worker
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
 
-@dataclass
 class Metrics:
-    """The counters, histograms and gauges that /metrics shows."""
+    """The counters, histograms and gauges that /metrics shows. The gauges read the worker's state."""
 
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    def __init__(self, worker: Worker):
+        self.registry = CollectorRegistry()
 
-    def __post_init__(self):
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(f"moonwhale_{name}", help, labels, registry=self.registry)
 
         def histogram(name: str, help: str) -> Histogram:
             return Histogram(f"moonwhale_{name}", help, buckets=BUCKETS, registry=self.registry)
+
+        def gauge(name: str, help: str, read: Callable[[], float]) -> None:
+            Gauge(f"moonwhale_{name}", help, registry=self.registry).set_function(read)
 
         self.requests = counter("requests", "HTTP requests answered", "path", "status")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts read")
@@ -32,13 +33,6 @@ class Metrics:
         self.drafts_accepted = counter("drafts_accepted", "MTP drafts that were accepted", "depth")
         self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token")
         self.answer = histogram("answer_seconds", "From the request to its last token")
-
-    def add_gauges(self, worker: Worker) -> None:
-        """Adds gauges that read the worker's state whenever /metrics is read."""
-
-        def gauge(name: str, help: str, read) -> None:
-            Gauge(f"moonwhale_{name}", help, registry=self.registry).set_function(read)
-
         gauge("running", "Sequences in the batch", lambda: worker.num_running)
         gauge("waiting", "Prompts that wait for a slot", lambda: worker.num_waiting)
         gauge("cache_bytes", "Bytes of the latent cache", lambda: worker.scheduler.cache.bytes)
@@ -49,22 +43,6 @@ class Metrics:
         for depth, (tested, accepted) in enumerate(zip(request.drafted, request.accepted, strict=True), start=1):
             self.drafts_tested.labels(depth).inc(tested)
             self.drafts_accepted.labels(depth).inc(accepted)
-
-
-class Stopwatch:
-    """Times one answer for the histograms."""
-
-    def __init__(self, metrics: Metrics):
-        self._metrics, self._start, self._is_first = metrics, time.perf_counter(), True
-
-    def token(self) -> None:
-        """Notes that a token has come. Only the first one counts."""
-        if self._is_first:
-            self._is_first = False
-            self._metrics.first_token.observe(time.perf_counter() - self._start)
-
-    def end(self) -> None:
-        self._metrics.answer.observe(time.perf_counter() - self._start)
 
 
 def add_status_routes(app: FastAPI, model_name: str, worker: Worker, metrics: Metrics) -> None:

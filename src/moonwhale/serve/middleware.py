@@ -10,10 +10,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moonwhale.serve import page
-from moonwhale.serve.errors import APIError, large_body, missing_api_key, slow_body, wrong_host
+from moonwhale.serve.errors import APIError
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics
 
+CLOSE = {"connection": "close"}  # the server does not read the rest of the body
 NO_KEY_NEEDED = {*page.FILES, "/health", "/favicon.ico"}  # a browser loads the page before it can send the key
 
 
@@ -51,7 +52,7 @@ class AccessControl:
     only after the body has been read, and only for paths that have a route.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str] | None = None, api_key: str | None = None):
+    def __init__(self, app: ASGIApp, hosts: set[str] | None, api_key: str | None):
         self.app, self.hosts = app, hosts
         self.api_key = api_key.encode() if api_key else None
 
@@ -63,11 +64,13 @@ class AccessControl:
         # A web page may have pointed its own host name at this machine (DNS rebinding).
         host = headers.get("host", "").rsplit(":", 1)[0]
         if self.hosts is not None and host not in self.hosts:
-            return wrong_host()
+            message = "this server answers to localhost only: call it by that name, or serve it at another address"
+            return APIError(403, message)
         if self.api_key and path not in NO_KEY_NEEDED:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self.api_key):
-                return missing_api_key()
+                message = "no valid API key: send it as `Authorization: Bearer KEY`"
+                return APIError(401, message, code="invalid_api_key")
         return None
 
 
@@ -92,20 +95,24 @@ class BodyLimit:
         deadline = asyncio.get_running_loop().time() + self.limits.receive
         received, complete = 0, False
 
+        def check_size(size: int) -> None:
+            if size > self.limits.body:
+                message = f"the body is larger than {self.limits.body:,} bytes: send less at a time"
+                raise APIError(413, message, headers=CLOSE)
+
         async def receive_within_limits() -> Message:
             nonlocal received, complete
             if complete:  # the next message is the client's disconnect, which has no deadline
                 return await receive()
-            if announced > self.limits.body:
-                raise large_body(self.limits.body)
+            check_size(announced)
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise slow_body(self.limits.receive) from None
+                message = f"the body did not come within {self.limits.receive:g} seconds"
+                raise APIError(408, message, headers=CLOSE) from None
             received += len(message.get("body", b""))
-            if received > self.limits.body:
-                raise large_body(self.limits.body)
+            check_size(received)
             complete = not message.get("more_body", False)
             return message
 

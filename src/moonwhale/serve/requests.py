@@ -1,28 +1,28 @@
 """The bodies of requests: OpenAI's fields that a small text model can serve. Other fields are refused, not ignored."""
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moonwhale.errors import UserError
+from moonwhale.infer.sampling_options import SamplingOptions
 
 MAX_CHOICES = 8
-TokenCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
+TokenCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Stop = str | Annotated[list[str], Field(max_length=16)] | None
-Number = Annotated[float, Field(strict=True)]
 T = TypeVar("T")
 PromptList = Annotated[list[T], Field(max_length=64)]
 
 
 class StrictModel(BaseModel):
-    """A model that refuses unknown fields."""
+    """A model that refuses unknown fields, and values of another type, such as a number in quotes."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(StrictModel):
-    include_usage: StrictBool = False
+    include_usage: bool = False
 
 
 class Message(StrictModel):
@@ -47,20 +47,20 @@ class GenerationRequest(StrictModel):
     """The fields that both kinds of request share. top_k, min_p and repetition_penalty are extensions, as in vLLM."""
 
     model: str
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop = None
-    seed: Seed | None = None
-    stream: StrictBool | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: TokenCount | None = None
     # Accepted only with the value that has no effect.
-    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     user: str | None = None
 
     @field_validator("stop")
@@ -71,25 +71,15 @@ class GenerationRequest(StrictModel):
             raise ValueError("a stop string must not be empty")
         return stops
 
-    def sampling_options(self, default_max_tokens: int) -> dict:
-        """Returns the fields of SamplingOptions. By default, as in OpenAI's API, temperature is 1 and min_p is off."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        defaults = {"temperature": 1.0, "min_p": 0.0}
-        max_new_tokens = self.max_new_tokens or default_max_tokens
-        return defaults | given | {"stop": self.stop or (), "max_new_tokens": max_new_tokens}
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_tokens
+    def sampling_options(self, max_new_tokens: int) -> SamplingOptions:
+        """Returns the options given. By default, as in OpenAI's API, temperature is 1 and min_p is off."""
+        names = {field.name for field in fields(SamplingOptions)}
+        options = {"temperature": 1.0, "min_p": 0.0} | self.model_dump(include=names, exclude_none=True)
+        return SamplingOptions(**options, max_new_tokens=max_new_tokens)
 
     @property
     def num_choices(self) -> int:
         return self.n or 1
-
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatRequest(GenerationRequest):
@@ -97,12 +87,8 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: TokenCount | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -115,9 +101,9 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[StrictInt] | PromptList[str] | PromptList[list[StrictInt]]
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
-    echo: StrictBool | None = None
+    prompt: str | list[int] | PromptList[str] | PromptList[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -13,8 +13,6 @@ from moonwhale.infer.engine import Engine
 from moonwhale.serve.app import create_app
 from moonwhale.serve.limits import Limits
 
-LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
-
 
 def run_server(
     engine: Engine,
@@ -23,16 +21,16 @@ def run_server(
     listener: socket.socket,
     limits: Limits,
     api_key: str | None,
-    local_only: bool,
+    hosts: set[str] | None,
 ) -> None:
-    """Answers requests on a bound socket until Ctrl-C or SIGTERM. With `local_only`, only under localhost's names."""
+    """Answers requests on a bound socket until Ctrl-C or SIGTERM. `create_app` describes the rest."""
     if engine.fits_cache and engine.decoder.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Steps of so small a model gain nothing from more threads, and the event loop needs a core. On two cores this
         # doubles the tokens per second.
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     # The model's thread waits at most 0.2 ms for the event loop to release the GIL. Python's default is 5 ms.
     sys.setswitchinterval(2e-4)
-    app = create_app(engine, model_name, folder, limits, api_key, LOOPBACK if local_only else None)
+    app = create_app(engine, model_name, folder, limits, api_key, hosts)
     gc.freeze()  # all objects so far live as long as the server: the garbage collector can skip them
     # Without TCP_NODELAY the second packet of an answer waits 40 ms for the acknowledgement of the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

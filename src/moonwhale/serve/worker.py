@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 from moonwhale.errors import UserError, one_line
@@ -16,9 +16,10 @@ JOBS_PER_STEP = 8  # for every 8 jobs, chunks collect the tokens of one more ste
 class TokenChunk(NamedTuple):
     """What one or more steps added to one request of a job."""
 
+    request: Request
     index: int  # of the request in its job
     text: str  # the new text
-    num_tokens: int  # all tokens of the request so far
+    span: slice  # the new tokens among all tokens of the request
     finish_reason: str | None
 
 
@@ -32,7 +33,7 @@ class GenerationJob:
     def __init__(self, requests: list[Request]):
         self.requests = requests
         self.loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
+        self.queue: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
         self._num_sent = [0] * len(requests)  # tokens of each request that are in a chunk
         self._ended = [False] * len(requests)
 
@@ -51,7 +52,7 @@ class GenerationJob:
         num_running, deadline = len(self.requests), self.loop.time() + timeout
         while num_running:
             async with asyncio.timeout_at(deadline):
-                item = await self._queue.get()
+                item = await self.queue.get()
             if isinstance(item, Exception):
                 raise item
             num_running -= item.finish_reason is not None
@@ -68,13 +69,8 @@ class GenerationJob:
             has_news = num_tokens > num_sent and not (ends_only and num_sent)
             if not self._ended[i] and (reason or has_news):
                 self._num_sent[i], self._ended[i] = num_tokens, reason is not None
-                chunks.append(TokenChunk(i, request.text.take(), num_tokens, reason))
+                chunks.append(TokenChunk(request, i, request.text.take(), slice(num_sent, num_tokens), reason))
         return chunks
-
-    def put(self, items: list[TokenChunk] | list[Exception]) -> None:
-        """Hands chunks or an error to `chunks`. Call it in the event loop."""
-        for item in items:
-            self._queue.put_nowait(item)
 
 
 class Worker:
@@ -82,7 +78,7 @@ class Worker:
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        self._inbox: queue.SimpleQueue[tuple[str, GenerationJob | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._jobs: list[GenerationJob] = []
         self._num_steps = 0
         self._thread = threading.Thread(target=self._run, name="moonwhale-model", daemon=True)
@@ -100,30 +96,27 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the running jobs and the thread."""
-        self._inbox.put(("stop", None))
+        self._inbox.put(None)
         self._thread.join()
 
     def submit(self, requests: list[Request]) -> GenerationJob:
         job = GenerationJob(requests)
-        self._inbox.put(("submit", job))
+        self._inbox.put(lambda: self._schedule(job))
         return job
 
     def cancel(self, job: GenerationJob) -> None:
         """Frees the slots of a job whose client has gone or has its answer."""
         if not job.ended:
-            self._inbox.put(("cancel", job))
+            self._inbox.put(lambda: self._cancel_requests(job))
 
     def _run(self) -> None:
         while True:
             while not self._jobs or not self._inbox.empty():
-                action, job = self._inbox.get()
-                if action == "stop":
+                action = self._inbox.get()
+                if action is None:
                     self._fail_all(WorkerError("the server is shutting down"))
                     return
-                if action == "submit":
-                    self._schedule(job)
-                else:
-                    self._cancel_requests(job)
+                action()
             try:
                 self.scheduler.step()
                 self._deliver()
@@ -136,8 +129,7 @@ class Worker:
                 self.scheduler.submit(request)
             self._jobs.append(job)
         except UserError as error:
-            self._cancel_requests(job)
-            job.loop.call_soon_threadsafe(job.put, [error])
+            self._fail(job, error)
 
     def _cancel_requests(self, job: GenerationJob) -> None:
         for request in job.requests:
@@ -151,18 +143,21 @@ class Worker:
         """
         self._num_steps += 1
         ends_only = self._num_steps % (1 + len(self._jobs) // JOBS_PER_STEP) > 0
-        deliveries = [(job, chunks) for job in self._jobs if (chunks := job.collect(ends_only))]
+        deliveries = [(job, chunk) for job in self._jobs for chunk in job.collect(ends_only)]
         self._jobs = [job for job in self._jobs if not job.ended]
 
         def put_all() -> None:
-            for job, chunks in deliveries:
-                job.put(chunks)
+            for job, chunk in deliveries:
+                job.queue.put_nowait(chunk)
 
         if deliveries:
             deliveries[0][0].loop.call_soon_threadsafe(put_all)
 
     def _fail_all(self, error: WorkerError) -> None:
         for job in self._jobs:
-            self._cancel_requests(job)
-            job.loop.call_soon_threadsafe(job.put, [error])
+            self._fail(job, error)
         self._jobs = []
+
+    def _fail(self, job: GenerationJob, error: Exception) -> None:
+        self._cancel_requests(job)
+        job.loop.call_soon_threadsafe(job.queue.put_nowait, error)

@@ -12,7 +12,7 @@ from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Engine
 from moonwhale.inspect.xray import xray
-from moonwhale.serve import errors
+from moonwhale.serve.errors import APIError, require_model
 from moonwhale.serve.page import LOAD_NOTHING, security_headers
 from moonwhale.serve.requests import XrayRequest
 
@@ -34,8 +34,7 @@ class XrayEndpoints:
 
     async def create(self, body: XrayRequest):
         """Draws the X-ray of a conversation, and returns its URL."""
-        if body.model != self.model_name:
-            raise errors.unknown_model(body.model, self.model_name)
+        require_model(body.model, self.model_name)
         messages = [message.model_dump() for message in body.messages]
         async with self._lock:
             page = await asyncio.to_thread(self._draw, messages)
@@ -47,7 +46,7 @@ class XrayEndpoints:
 
     async def show(self, page_id: str):
         if page_id not in self._pages:
-            raise errors.unknown_xray()
+            raise APIError(404, "this X-ray is gone: make it again")
         return HTMLResponse(self._pages[page_id], headers=security_headers(XRAY_POLICY))
 
     @cached_property
@@ -59,7 +58,6 @@ class XrayEndpoints:
         if messages[-1]["role"] != "assistant":
             raise UserError("`messages`: the last one has to be the assistant's: an X-ray looks into its answer")
         prompt = self.engine.encode(messages[:-1])
-        answer = self.engine.tokenizer(messages[-1]["content"], add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        return xray(self._model, self.engine.tokenizer, prompt + answer, len(prompt))
+        tokenizer = self.engine.tokenizer
+        answer = tokenizer(messages[-1]["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return xray(self._model, tokenizer, prompt + answer, len(prompt))
