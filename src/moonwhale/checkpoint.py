@@ -291,11 +291,13 @@ def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:
             os.replace(copy, Path(out) / path.name)
     except OSError as error:
         copy.unlink(missing_ok=True)
-        raise explain_full_disk(error, out) from error
+        if explained := explain_full_disk(error, out):
+            raise explained from error
+        raise
 
 
-def explain_full_disk(error: Exception, out: str | os.PathLike) -> Exception:
-    """Returns a UserError if `error` means that the disk of `out` is full, else `error` itself.
+def explain_full_disk(error: Exception, out: str | os.PathLike) -> UserError | None:
+    """Returns a UserError if `error` means that the disk of `out` is full, else None.
 
     The unfinished checkpoint is removed, which frees its space.
     """
@@ -303,7 +305,7 @@ def explain_full_disk(error: Exception, out: str | os.PathLike) -> Exception:
     signs = ("No space left on device", "inline_container.cc", "iostream error")
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if not full and not any(sign in str(error) for sign in signs):
-        return error
+        return None
     shutil.rmtree(Path(out) / UNFINISHED, ignore_errors=True)
     newest = newest_checkpoint(out)
     kept = f"; {newest} is whole, go on from it with `resume`" if newest else ""

@@ -182,7 +182,9 @@ class MuonClipTrainerMixin:
                 (written / "training_args.bin").unlink()  # a pickle, which nothing reads
                 publish_checkpoint(written, out, self.args.save_total_limit)
         except Exception as error:
-            raise explain_full_disk(error, out) from error
+            if explained := explain_full_disk(error, out):
+                raise explained from error
+            raise
         finally:
             self._save_folder = None
         self.accelerator.wait_for_everyone()

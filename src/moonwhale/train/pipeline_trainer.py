@@ -270,8 +270,9 @@ class PipelineTrainer(MTPTrainer):
         except Exception as error:
             if is_leader:
                 shutil.rmtree(self._shards_folder, ignore_errors=True)
-            explained = explain_full_disk(error, self.args.output_dir)
-            raise explained from (None if explained is error else error)
+            if explained := explain_full_disk(error, self.args.output_dir):
+                raise explained from error
+            raise
 
     @property
     def _shards_folder(self) -> Path:
