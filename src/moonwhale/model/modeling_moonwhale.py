@@ -106,8 +106,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         Args:
             input_ids: (B, T), or else `inputs_embeds` (B, T, hidden).
             attention_mask: (B, cached + T), 0 for padding.
-            position_ids: (B, T). Where they restart, a new document begins. With a cache, each row continues its one
-                document.
+            position_ids: (B, T). Where they restart, a new document begins. With a cache, a row continues its document.
             documents: what `Documents.from_inputs` makes of the two, if it is known already.
             with_mtp: whether to run the MTP modules too. They use no cache.
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
