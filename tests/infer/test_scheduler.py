@@ -257,6 +257,10 @@ def test_drafting_goes_as_deep_as_pays():
     assert Drafting(2, fixed=1).depth(1) == 1
     assert Drafting(2, fixed=9).depth(1) == 2
     assert Drafting(0).depth(5) == 0
+    fixed = Drafting(2, fixed=2)
+    for _ in range(100):
+        fixed.record(1, 2, 1.0, [1])
+    assert not any(fixed._trials[1].seconds.values()), "with one possible depth nothing is kept"
 
 
 def simulated(seconds, acceptance, cycles, hiccups=()):

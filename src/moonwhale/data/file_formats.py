@@ -1,6 +1,8 @@
 """Reads text files and tables: one document for a text file, one for each row of a table.
 
-To add a format of tables, add its suffix to TABLES. To add a compression, add its suffix to OPENERS.
+To add a format of tables, add its suffix to TABLES. To add a compression, add its suffix to OPENERS. Any other format
+needs a branch in `read_files`. Raise FORMAT in shards.py if files that were read before are now read differently, and
+name the format in docs/data.md.
 """
 
 import gzip

@@ -60,7 +60,7 @@ class Drafting:
     def record(self, sequences: int, depth: int, seconds: float, accepted: list[int]) -> None:
         """Record a cycle: its time, and the number of accepted drafts of each sequence."""
         trials = self._trials[sequences.bit_length()]
-        if trials.running:
+        if trials.running and len(self.depths) > 1:  # with one depth no trial ever ends
             trials.seconds[depth].append(seconds)
         for n in accepted:
             for k in range(min(n + 1, depth)):  # drafts after a rejected one were not verified

@@ -3,6 +3,9 @@
 Each token has one compressed latent c, from which every head's content key and value are computed, and one small rotary
 key, which all heads share. Only these two are cached. Training and prefill *expand* the latent into keys and values.
 Decoding *absorbs* the expansion into the queries and works on latents. Both give the same numbers.
+
+infer/decoder.py and native/step repeat this for serving. What a new field needs there is listed in
+native/step/structures.h.
 """
 
 import torch

@@ -61,6 +61,8 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 class MuonClip(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer, with AdamW-sized learning rates for both (Moonlight, arXiv 2502.16982 §2.2).
 
+    QK-Clip, which completes MuonClip, is the step hook that `attach_hooks` adds.
+
     A group with `muon=True` holds 2-D weights and 3-D stacks of matrices (E, A, B). Each matrix is orthogonalised by
     itself:
 

@@ -79,9 +79,7 @@ class OpenAIEndpoints:
         for ids in map(self.engine.encode, prompts):
             for _ in range(body.num_choices):
                 requests.append(self.engine.request(ids, options, len(requests), body.num_top_logprobs))
-        if self.worker.num_waiting + len(requests) > self.limits.queue:
-            message = f"{self.limits.queue} prompts wait already: try again soon"
-            raise APIError(429, message, headers={"retry-after": "1"})
+        self.limits.check_queue(self.worker.num_waiting, len(requests))
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         return self.worker.submit(requests)
 

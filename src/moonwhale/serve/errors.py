@@ -1,4 +1,7 @@
-"""The errors that the server sends, in OpenAI's shape."""
+"""The errors that the server sends, in OpenAI's shape.
+
+middleware.py refuses with 401, 403, 408 and 413; limits.py with 429; requests.py and this file with 400 and 404.
+"""
 
 import re
 

@@ -81,7 +81,7 @@ class TrainConfig(SourceOptions, RunOptions):
         require_not_negative(self, "mtp_loss_weight_final")
         for name in ("decay_fraction", "min_lr_ratio"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
-        decay_steps = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
+        decay_steps = self.decay_steps if self.schedule == "wsd" else 0
         without_decay = self.steps - decay_steps
         minus_decay = f" less {decay_steps} of decay" if decay_steps else ""
         fix = f"`steps` {self.steps}{minus_decay} leave {without_decay} for warm-up"
@@ -117,6 +117,11 @@ class TrainConfig(SourceOptions, RunOptions):
             )
         preset = get_preset(given.get("preset", in_file.get("preset", cls.preset)))
         return cls(**options.merge(preset.train, {"model": preset.model}, in_file, given))
+
+    @property
+    def decay_steps(self) -> int:
+        """The last steps: in wsd the rate decays in them, and in both schedules `mtp_loss_weight_final` holds."""
+        return round(self.steps * self.decay_fraction)
 
     @property
     def parallelism(self) -> ParallelOptions:

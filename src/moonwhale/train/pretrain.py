@@ -10,6 +10,7 @@ from moonwhale.errors import UserError
 from moonwhale.processes import is_main_process, print_once, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
+from moonwhale.train.lr_schedule import lr_schedule_arguments
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 
 DATA_FILE = "data.txt"
@@ -191,19 +192,12 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
             f"`device`: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
             f"{choice.device.index} in the environment"
         )
-    decay_steps = round(config.steps * config.decay_fraction)
-    if config.schedule == "wsd":
-        schedule = "warmup_stable_decay"
-        settings = {"num_decay_steps": decay_steps, "min_lr_ratio": config.min_lr_ratio, "decay_type": "linear"}
-    else:
-        schedule, settings = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
     return MTPTrainingArguments(
         **common_trainer_arguments(config, choice, config.steps),
         gradient_accumulation_steps=config.gradient_accumulation_steps(replicas),
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=settings,
+        **lr_schedule_arguments(config),
         mtp_loss_weight_final=config.mtp_loss_weight_final,
-        decay_steps=decay_steps,
+        decay_steps=config.decay_steps,
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )

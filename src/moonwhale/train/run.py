@@ -18,7 +18,7 @@ if typing.TYPE_CHECKING:
     from moonwhale.precision import ComputeSettings
 
 
-def publish_last_checkpoint(trainer: "Trainer", out: Path) -> None:
+def publish_last_model(trainer: "Trainer", out: Path) -> None:
     """Copies the model of the trainer's last checkpoint into the run's folder."""
     from moonwhale.checkpoint import publish_model
 
@@ -40,7 +40,7 @@ class Run:
     make_trainer: Callable[..., "Trainer"]
     log_line: Callable[[dict], str | None]
     summarize: Callable[[list[dict]], str]
-    publish: Callable[["Trainer", Path], None] = publish_last_checkpoint
+    publish: Callable[["Trainer", Path], None] = publish_last_model
 
     @property
     def out(self) -> Path:
