@@ -1,4 +1,4 @@
-"""What the model's tests share: a tiny model with every weight drawn, so that nothing hides behind a zero or a one."""
+"""Shared fixtures. Tiny models have random values in every parameter, so that no zero or one hides an error."""
 
 import os
 import random
@@ -30,7 +30,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """`tiny_config(**overrides)`: two layers, three heads, every width different."""
+    """`tiny_config(**overrides)` returns a configuration with two layers, three heads, and all widths different."""
     from moonwhale.model import MoonwhaleConfig
 
     return lambda **overrides: MoonwhaleConfig(**{**TINY, **overrides})
@@ -38,7 +38,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def draw():
-    """`draw(model, seed)` draws every parameter and bias anew, at a scale that keeps activations near one."""
+    """`draw(model, seed)` sets every parameter and bias to random values that keep activations near one."""
     import torch
 
     def draw(model, seed: int = 0):
@@ -57,7 +57,7 @@ def draw():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config, draw):
-    """`tiny_model(**overrides)`, drawn, in evaluation mode."""
+    """`tiny_model(seed, **overrides)` returns a model with random weights in evaluation mode."""
     from moonwhale.model import MoonwhaleForCausalLM
 
     return lambda seed=0, **overrides: draw(MoonwhaleForCausalLM(tiny_config(**overrides)).eval(), seed)
@@ -65,7 +65,7 @@ def tiny_model(tiny_config, draw):
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
-    """Forty short documents of few words: about 40 rows of 32 tokens to train on."""
+    """A folder of forty short documents from a small vocabulary: about 40 rows of 32 tokens to train on."""
     folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
     words = ["the", "a", "whale", "moon", "sea", "sings", "swims", "rises", "deep", "over", "under", "of"]
     for i in range(40):
@@ -76,11 +76,11 @@ def text_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
-    """`tiny_run(**options)`: the options of a run of a second, every mechanism in it, two micro-batches a step."""
+    """`tiny_run(**options)` returns the options of a one-second run: all mechanisms, two micro-batches a step."""
     from moonwhale.train.config import TrainConfig
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    # Two MTP modules, and no block with full attention
+    # Two MTP modules, and MoBA in every block
     model = TOY | {"moba_full_attention_layers": None, "num_nextn_predict_layers": 2}
     options = {
         "out": str(tmp_path / "run"),
@@ -115,7 +115,7 @@ def small_tokenizer():
 
 @pytest.fixture(scope="session")
 def small_model(small_tokenizer, draw):
-    """Random, but with weights large enough for it to have opinions; every second block chooses among key blocks."""
+    """A model whose random weights are large enough for peaked predictions; every second block uses MoBA."""
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 
     config = MoonwhaleConfig(
@@ -145,7 +145,7 @@ def small_model(small_tokenizer, draw):
 
 @pytest.fixture(scope="session")
 def small_engine(small_model, small_tokenizer):
-    """`small_engine(**options)`: the small model in an engine of its own."""
+    """`small_engine(**options)` returns a new engine with the small model."""
     from moonwhale.infer.engine import Engine
 
     return lambda **options: Engine(small_model, small_tokenizer, **options)

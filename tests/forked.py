@@ -1,9 +1,10 @@
-"""`moonwhale train` in processes that are forked from one with everything imported."""
+"""Run `moonwhale train` in forked processes. They inherit the imports of their parent, so they start fast."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # after the tests' own modules
+# At the end of the path, so that the tests' own modules take precedence.
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from forked_processes import ForkedProcess, finish, rank_variables
 
@@ -16,7 +17,7 @@ def train(argv: list[str]) -> int:
     from moonwhale import cli
     from moonwhale.optim import muonclip
 
-    muonclip._fast_dtype = lambda device: torch.float32  # so that rounding errors stay small
+    muonclip._fast_dtype = lambda device: torch.float32  # keeps rounding errors small
     return cli.main(["train", *argv])
 
 

@@ -1,4 +1,4 @@
-"""One rank of the pipeline's tests: `main` runs the cases in a folder's cases.pt, and leaves what it sees beside it."""
+"""One rank of the pipeline tests: `main` runs the cases in a folder's cases.pt and saves this rank's results there."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -28,11 +28,11 @@ from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.parallel.schedules import splits_backward, stages_of_rank
 from moonwhale.parallel.stages import Stage, partition, prune_
 
-LIMIT = 120  # seconds that a rank waits for another
+LIMIT = 120  # seconds that a rank waits for another rank
 
 
 def batch_of(config: dict, rows: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Rows of two documents each, of which every second row ends in padding."""
+    """Return rows of two documents each. The last three labels of every second row are ignored, as for padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config["vocab_size"], (rows, length), generator=generator)
     starts = torch.randint(2, length - 2, (rows, 1), generator=generator)
@@ -66,32 +66,32 @@ def optimizer_of(model, place=None):
 
 
 def one_process(case: dict) -> list[dict]:
-    """What a single process makes of a case: for each step its loss, gradients, and state afterwards."""
+    """Run a case in a single process. Return the losses, gradients and resulting state of each step."""
     model = model_of(case["config"], case["weights"])
     optimizer, hooks = optimizer_of(model)
     return [_step(case, seed, model, optimizer, hooks, None) for seed in range(case["steps"])]
 
 
-class Forgetful(Stage):
-    """A mutant: what travels does not bring the balance losses of earlier stages their gradients."""
+class StageWithoutBalanceGradient(Stage):
+    """A mutant: the gradient of the balance loss does not flow back to earlier stages."""
 
     def forward(self, *carried, **batch):
         out = super().forward(*carried, **batch)
         return out if self.spec.is_last else (out[0], out[1].detach().requires_grad_())
 
 
-def swapped(index, *args) -> DispatchPlan:
-    """A mutant: the tokens get each other's results from the experts."""
+def swapped_results(index, *args) -> DispatchPlan:
+    """A mutant: the experts' results are returned to the wrong tokens."""
     plan = DispatchPlan.from_choices(index, *args)
     return plan._replace(row_of_pair=plan.row_of_pair.flip(0))
 
 
-def ranks(case: dict) -> list[dict]:
-    """The same as one rank of a pipeline, or of several, sees it: its own parameters' gradients and state."""
+def run_rank(case: dict) -> list[dict]:
+    """Run a case as this rank. Return the same as `one_process`, for the parameters that this rank holds."""
     model = model_of(case["config"], case["weights"])
     pp, ep, length = case["pp"], case["ep"], case["length"]
-    copies, kind = dist.get_world_size() // pp, SCHEDULES[case["schedule"]]
-    place = place_rank(pp, copies, ep, kind.bidirectional, timedelta(seconds=LIMIT))
+    num_replicas, kind = dist.get_world_size() // pp, SCHEDULES[case["schedule"]]
+    place = place_rank(pp, num_replicas, ep, kind.bidirectional, timedelta(seconds=LIMIT))
     parts = stages_of_rank(
         partition(model.config, pp * kind.stages_per_rank, length), case["schedule"], pp, place.pp_rank
     )
@@ -99,14 +99,14 @@ def ranks(case: dict) -> list[dict]:
     all_to_all = AllToAll(place.ep_group, place.expert_replicate_group) if ep > 1 else None
     if all_to_all:
         shard_experts_(model, all_to_all)
-    stages = [(Forgetful if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
+    stages = [(StageWithoutBalanceGradient if case["mutant"] == "balance" else Stage)(model, part) for part in parts]
     size = case["rows"] // case["micro_batches"]
-    if case["mutant"] == "embedding":  # each of its two ranks keeps its own share of the gradient
+    if case["mutant"] == "embedding":  # the two ranks that hold the embedding do not sum its gradient
         Pipeline._sum_embedding_gradient = lambda self: None
-    if case["mutant"] == "experts":  # each copy keeps its own share of the gradient
+    if case["mutant"] == "experts":  # replicas do not sum the experts' gradients
         all_to_all.expert_replicate_group = None
     running.splits_backward = lambda: splits_backward() and not case["whole"]
-    each, on = case["micro_batches"] // copies, torch.device("cpu")
+    each, on = case["micro_batches"] // num_replicas, torch.device("cpu")
     pipeline = Pipeline(
         stages, case["schedule"], each, (size, length), on, place.pp_group, place.replicate_group, all_to_all
     )
@@ -150,13 +150,13 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
     result["clipped"] = float(hooks.last.get("clipped_heads", 0)) / (
         1 if pipeline is None else dist.get_world_size(hooks.group)
     )
-    seen = {  # by all that hold the same modules
+    seen = {  # identical on all ranks that hold the same modules
         "max_logits": [name for name, module in model.named_modules() if hasattr(module, "clip_qk_")],
         "loads": [name for name, module in model.named_modules() if hasattr(module, "update_bias_")],
     }
     result["seen"] = {f"{n} {kind}": row for kind in seen for n, row in zip(seen[kind], hooks.last[kind], strict=True)}
     passes = [event for stage in pipeline.engine_stages for event in stage.events] if pipeline else []
-    result["pairs"] = sum(  # backward passes that began in the middle of a forward pass
+    result["pairs"] = sum(  # backward passes that began during a forward pass
         f.begin < b.begin < f.end for f in passes for b in passes if (f.kind, b.kind) == ("F", "B")
     )
     result["experts"] = {name: (own.start, own.stop) for name, own in expert_slices(model).items()}
@@ -164,9 +164,10 @@ def _step(case, seed, model, optimizer, hooks, pipeline, place=None) -> dict:
     return result
 
 
-def layer(case: dict) -> dict:
-    """Experts alone, of which each of two ranks has half, beside a whole layer: how many rows came, and the relative
-    errors of what came out and of every gradient.
+def run_expert_layer(case: dict) -> dict:
+    """Compare an expert layer sharded over two ranks with the whole layer.
+
+    Return the number of rows that this rank received, and the relative errors of the output and every gradient.
     """
     generator = torch.Generator().manual_seed(0)
     config, rank = MoonwhaleConfig(**case["config"]), dist.get_rank()
@@ -176,7 +177,7 @@ def layer(case: dict) -> dict:
         whole.product, whole.row_multiple = fp8.emulated_product, fp8.TILE_SIZE
     for p in whole.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
-    first, n = 7, 50  # tokens of rank 0, and of both
+    first, n = 7, 50  # tokens on rank 0, and on both ranks together
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
     x, d_out = (torch.randn(n, hidden, generator=generator).to(dtype) for _ in range(2))
     index = torch.rand(n, e - case["shut"], generator=generator).topk(k).indices
@@ -195,10 +196,10 @@ def layer(case: dict) -> dict:
     return {"rows": sum(DispatchPlan.from_choices(index[mine], e, all_to_all).recv_counts), "errors": errors}
 
 
-def run(case: dict) -> list[dict] | dict:
-    mutant = SimpleNamespace(from_choices=swapped)
+def run_case(case: dict) -> list[dict] | dict:
+    mutant = SimpleNamespace(from_choices=swapped_results)
     expert_parallel.DispatchPlan = mutant if case.get("mutant") == "home" else DispatchPlan
-    return (layer if "precision" in case else ranks)(case)
+    return (run_expert_layer if "precision" in case else run_rank)(case)
 
 
 def main(rank: int, n_ranks: int, folder: Path) -> None:
@@ -206,7 +207,7 @@ def main(rank: int, n_ranks: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=LIMIT))
     cases = torch.load(folder / "cases.pt", weights_only=True)
     torch.save(
-        {name: run(case) for name, case in cases.items()},
+        {name: run_case(case) for name, case in cases.items()},
         folder / f"rank{rank}.pt",
     )
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A folder that is no checkpoint, is damaged, or holds parts of two models gives an error of one line."""
+"""A folder that is not a checkpoint, is damaged, or mixes files of two models gives a one-line error."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def test_a_good_checkpoint_opens(good, dtype):
     assert all(torch.equal(tensor, saved[name].to(tensor.dtype)) for name, tensor in model.state_dict().items())
 
 
-def test_no_checkpoint(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     refused(tmp_path / "nowhere", "is no folder")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file")
@@ -85,7 +85,7 @@ def test_no_checkpoint(tmp_path):
 def test_a_run_in_progress_names_its_newest_checkpoint(good, folder):
     for step in (9, 20, 100):
         shutil.copytree(good, folder / f"checkpoint-{step}")
-    (folder / "checkpoint-100" / "config.json").unlink()  # not complete
+    (folder / "checkpoint-100" / "config.json").unlink()  # makes it incomplete
     (folder / "model.safetensors").unlink()
     refused(folder, "no weights", f"newest checkpoint is {folder / 'checkpoint-20'} (give that)")
     (folder / "config.json").unlink()
@@ -93,7 +93,7 @@ def test_a_run_in_progress_names_its_newest_checkpoint(good, folder):
     open_checkpoint(folder / "checkpoint-20")
 
 
-def test_no_weights(folder):
+def test_a_checkpoint_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     assert "newest" not in refused(folder, "no weights")
@@ -101,12 +101,12 @@ def test_no_weights(folder):
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", [b'{"model_type": "moonwh', b"\xff\xfe\x00", b"", b"[]"])
-def test_unreadable_json(folder, name, content):
+def test_unreadable_json_is_refused(folder, name, content):
     (folder / name).write_bytes(content)
     refused(folder, f"cannot read {folder / name}")
 
 
-def test_another_model(folder):
+def test_another_model_type_is_refused(folder):
     edit_json(folder / "config.json", model_type="llama")
     refused(folder, "of type 'llama', not 'moonwhale'")
     edit_json(folder / "config.json", model_type=None)
@@ -122,20 +122,20 @@ def test_another_model(folder):
     ],
     ids=str,
 )
-def test_an_impossible_configuration(folder, changes, message):
+def test_an_impossible_configuration_is_refused(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     refused(folder, "config.json", message)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_weights(folder, keep):
+def test_truncated_weights_are_refused(folder, keep):
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: int(keep * len(content))])
     refused(folder, "damaged or cut short")
 
 
-def test_damaged_weights(folder):
+def test_damaged_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[:40] = b"\xff" * 40
@@ -143,7 +143,7 @@ def test_damaged_weights(folder):
     refused(folder, "damaged or cut short")
 
 
-def test_a_shard_is_missing(folder):
+def test_a_missing_shard_is_refused(folder):
     (folder / "model.safetensors").unlink()
     names = ["lm_head.weight"]
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
@@ -151,7 +151,7 @@ def test_a_shard_is_missing(folder):
     refused(folder, "damaged or cut short")
 
 
-def test_weights_that_do_not_fit(folder, good, capfd, caplog, monkeypatch):
+def test_weights_that_do_not_fit_the_configuration_are_refused(folder, good, capfd, caplog, monkeypatch):
     library = logging.getLogger("transformers")
     monkeypatch.setattr(library, "handlers", [*library.handlers, caplog.handler])
     weights, norm = good / "model.safetensors", "model.norm.weight"
@@ -169,25 +169,25 @@ def test_weights_that_do_not_fit(folder, good, capfd, caplog, monkeypatch):
     assert not caplog.records and capfd.readouterr() == ("", ""), "no table of transformers' beside our line"
 
 
-def test_a_tokenizer_that_is_missing_or_damaged(folder):
+def test_a_missing_or_damaged_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
     assert "--tokenizer" not in refused(folder, "cannot read")
     (folder / "tokenizer.json").unlink()
     refused(folder, "no tokenizer.json")
 
 
-def test_a_tokenizer_of_another_vocabulary(folder):
+def test_a_tokenizer_with_another_vocabulary_is_refused(folder):
     train_tokenizer(["The whale sang to the moon, and the sea sang back."] * 4, 288).save_pretrained(folder)
     refused(folder, "another vocabulary, with ids up to 287")
 
 
-def test_a_tokenizer_with_another_end(folder):
+def test_a_tokenizer_with_another_end_token_is_refused(folder):
     edit_json(folder / "config.json", eos_token_id=[7, 8])
     refused(folder, "another vocabulary, with 1 as its end token")
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
-def test_the_command_line_prints_it_and_exits_with_2(verb, tmp_path, capsys, monkeypatch):
+def test_the_command_line_prints_the_error_and_exits_with_2(verb, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MOONWHALE_DEBUG", raising=False)
     arguments = ["hi"] if verb == "generate" else []
     assert main([verb, str(tmp_path), *arguments]) == 2

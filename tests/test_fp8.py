@@ -1,4 +1,4 @@
-"""FP8 against its definition, by loops in fp64 and against torchao; and which modules are converted."""
+"""FP8 products match loops in fp64 and torchao's references, and `fp8.convert` converts the right modules."""
 
 import ast
 import bisect
@@ -20,27 +20,28 @@ from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.presets import get_preset
 from moonwhale.train.pretrain import train
 
-# All that E4M3 can hold: (1 + m / 8) * 2^(e - 7) for e from 1 to 15, but for the last one, NaN; and m * 2^-9.
+# All non-negative E4M3 values: normal numbers (1 + m / 8) * 2^(e - 7) for e = 1..15, where the largest code is NaN,
+# and subnormal numbers m * 2^-9.
 NORMAL = {(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)} - {480.0}
 E4M3 = sorted(NORMAL | {m / 512 for m in range(8)})
 SHAPES = [(1, 128), (128, 1), (128, 128)]
 
 
-def drawn(*shape, seed=0, spread=6):
-    """Numbers of very different magnitudes."""
+def random_values(*shape, seed=0, spread=6):
+    """Return random numbers of very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.exp2(spread * torch.randn(shape, generator=generator))
 
 
 def nearest(y: float) -> float:
-    """By E4M3's definition; of two equally near, the even one, which is the one with an even mantissa."""
+    """Round to the nearest E4M3 value. A tie goes to the even mantissa, which has an even index in E4M3."""
     above = min(bisect.bisect_left(E4M3, abs(y)), len(E4M3) - 1)
     best = min((max(above - 1, 0), above), key=lambda i: (abs(E4M3[i] - abs(y)), i % 2))
     return E4M3[best] if y > 0 else -E4M3[best]
 
 
-def tiled(x, rows, columns):
-    """(M, N) in fp64: E4M3 numbers, and the scale of each."""
+def reference_tiles(x, rows, columns):
+    """Quantise x (M, N) by tiles. Return the E4M3 values and the scale of each element, both (M, N) in fp64."""
     q, scales = torch.empty_like(x, dtype=torch.float64), torch.empty_like(x, dtype=torch.float64)
     for i in range(0, x.shape[0], rows):
         for j in range(0, x.shape[1], columns):
@@ -52,26 +53,26 @@ def tiled(x, rows, columns):
 
 
 def close(ours, reference):
-    """The same but for fp32's rounding, by which one in many numbers falls to the other side of a half."""
+    """Compare up to fp32 rounding, which occasionally sends a number near a tie to the other E4M3 neighbour."""
     return (ours.double() - reference).norm() <= 2e-4 * reference.norm()
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_tiles_are_rounded_as_e4m3_is_defined(rows, columns):
-    x = drawn(150, 200)  # tiles of 22 rows and 72 columns at the edges
-    q, scales = tiled(x, rows, columns)
+def test_tiles_are_rounded_to_the_nearest_e4m3_value(rows, columns):
+    x = random_values(150, 200)  # edge tiles have 22 rows and 72 columns
+    q, scales = reference_tiles(x, rows, columns)
     ours = fp8.quantise(x, rows, columns)
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours.double(), q * scales, rtol=1e-6, atol=0)
 
 
-def test_the_table_of_e4m3_is_torchs():
+def test_the_table_of_e4m3_values_matches_torch():
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
     assert codes.float().tolist() == E4M3 and fp8.E4M3_MAX == 448
 
 
-def test_the_largest_of_a_tile_is_kept_and_nothing_overflows():
-    x = drawn(64, 1024, spread=20)
+def test_the_maximum_of_a_tile_is_exact_and_nothing_overflows():
+    x = random_values(64, 1024, spread=20)
     ours = fp8.quantise(x, 1, 128)
     largest = x.view(64, 8, 128).abs().amax(-1)
     torch.testing.assert_close(ours.view(64, 8, 128).abs().amax(-1), largest, rtol=1e-6, atol=0)
@@ -82,10 +83,12 @@ def test_the_largest_of_a_tile_is_kept_and_nothing_overflows():
 
 
 def reference(x, weight, d_out):
-    """Output, input gradient and weight gradient, by DeepSeek-V3 §3.3: sums of 128 products of E4M3 numbers, then their
-    scales."""
+    """Return the output, input gradient and weight gradient as DeepSeek-V3 §3.3 defines them.
 
-    def product(a, b):  # (M, K) @ (N, K).T, each a pair of numbers and scales
+    Each sum of 128 products of E4M3 values is multiplied by its scales and then accumulated.
+    """
+
+    def product(a, b):  # (M, K) @ (N, K).T; each operand is (values, scales)
         (qa, sa), (qb, sb) = a, b
         total = 0
         for k in range(0, qa.shape[1], 128):
@@ -96,11 +99,11 @@ def reference(x, weight, d_out):
     def transposed(pair):
         return tuple(t.T for t in pair)
 
-    w = tiled(weight, 128, 128)
+    w = reference_tiles(weight, 128, 128)
     return (
-        product(tiled(x, 1, 128), w),
-        product(tiled(d_out, 1, 128), transposed(w)),
-        product(transposed(tiled(d_out, 128, 1)), transposed(tiled(x, 128, 1))),
+        product(reference_tiles(x, 1, 128), w),
+        product(reference_tiles(d_out, 1, 128), transposed(w)),
+        product(transposed(reference_tiles(d_out, 128, 1)), transposed(reference_tiles(x, 128, 1))),
     )
 
 
@@ -112,8 +115,12 @@ def differentiated(product, x, weight, d_out, ends=None):
 
 @pytest.fixture(scope="module")
 def operands():
-    """x (N, in), weight (out, in), d_out (N, out): a tile and a part of one along each."""
-    return drawn(150, 140, seed=1, spread=2), drawn(136, 140, seed=2, spread=2), drawn(150, 136, seed=3, spread=2)
+    """x (N, in), weight (out, in) and d_out (N, out), where each size is one whole tile and part of another."""
+    return (
+        random_values(150, 140, seed=1, spread=2),
+        random_values(136, 140, seed=2, spread=2),
+        random_values(150, 136, seed=3, spread=2),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def expected(operands):
     return reference(*operands)
 
 
-def test_the_three_products_are_deepseeks(operands, expected):
+def test_the_three_products_match_deepseek_v3(operands, expected):
     for ours, theirs in zip(differentiated(fp8.emulated_product, *operands), expected, strict=True):
         assert close(ours, theirs)
 
@@ -135,16 +142,20 @@ def test_the_three_products_are_deepseeks(operands, expected):
     ],
     ids=["weight gradient by tiles along features", "one scale for a tensor", "weights by 1 x 128"],
 )
-def test_other_tiles_are_noticed(operands, expected, monkeypatch, mutant, wrong):
+def test_wrong_tile_shapes_are_detected(operands, expected, monkeypatch, mutant, wrong):
     quantise = fp8.quantise
     monkeypatch.setattr(fp8, "quantise", lambda x, rows, columns: quantise(x, *mutant(rows, columns)))
     found = zip(differentiated(fp8.emulated_product, *operands), expected, strict=True)
     assert [i for i, (ours, theirs) in enumerate(found) if not close(ours, theirs)] == wrong
 
 
-def test_groups_of_rows_have_weights_of_their_own():
+def test_each_group_of_rows_uses_its_own_weight():
     ends = torch.tensor([128, 128, 384], dtype=torch.int32)
-    x, weight, d_out = drawn(384, 132, seed=1, spread=2), drawn(3, 40, 132, seed=2, spread=2), drawn(384, 40, spread=2)
+    x, weight, d_out = (
+        random_values(384, 132, seed=1, spread=2),
+        random_values(3, 40, 132, seed=2, spread=2),
+        random_values(384, 40, spread=2),
+    )
     out, d_x, d_weight = differentiated(fp8.emulated_product, x, weight, d_out, ends)
     assert not d_weight[1].any(), "an expert without tokens"
     for expert, rows in ((0, slice(0, 128)), (2, slice(128, 384))):
@@ -153,9 +164,12 @@ def test_groups_of_rows_have_weights_of_their_own():
             assert close(ours, other)
 
 
-def test_an_outlier_spoils_its_own_tile_only():
-    """One channel is 2^16 times the others; relative errors of the other 1,023 in a product that leaves it out."""
-    x, weight = drawn(64, 1024, seed=1, spread=0), drawn(32, 1024, seed=2, spread=0)
+def test_an_outlier_affects_only_its_own_tile():
+    """A channel 2^16 times as large as the rest costs precision only within its own tile.
+
+    The errors are those of a product whose weights are zero at that channel, relative to the exact product.
+    """
+    x, weight = random_values(64, 1024, seed=1, spread=0), random_values(32, 1024, seed=2, spread=0)
     x[:, 5] *= 2**16
     weight[:, 5] = 0
     exact = x @ weight.T
@@ -166,7 +180,7 @@ def test_an_outlier_spoils_its_own_tile_only():
     assert errors[0] < 0.1 < 0.2 < errors[1]
 
 
-def test_autocast_decides_the_dtype_and_never_the_products():
+def test_autocast_changes_the_output_dtype_but_not_the_products():
     torch.manual_seed(0)
     plain = torch.nn.Linear(130, 50)
     model = torch.nn.ModuleDict({"a": copy.deepcopy(plain)})
@@ -183,11 +197,14 @@ def test_autocast_decides_the_dtype_and_never_the_products():
     torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
 
 
-# --- torchao's -------------------------------------------------------------------------------------------------------
+# --- torchao ---------------------------------------------------------------------------------------------------------
 
 
-def test_tiles_are_torchaos():
-    """They equal, bit for bit, the references in the file of torchao's kernels, which needs triton to import."""
+def test_tiles_match_torchao():
+    """Tiles equal torchao's reference implementations bit for bit.
+
+    The references are parsed out of torchao's kernels.py, since importing that file needs triton.
+    """
     pytest.importorskip("torchao")
     folder = importlib.util.find_spec("torchao.prototype.blockwise_fp8_training").submodule_search_locations[0]
     tree = ast.parse(Path(folder, "kernels.py").read_text(encoding="utf-8"))
@@ -195,7 +212,7 @@ def test_tiles_are_torchaos():
     known = {"torch": torch, "Tuple": tuple, "EPS": 1e-12, "e4m3_dtype": torch.float8_e4m3fn}
     known["FP8_E4M3_DTYPES"] = {torch.float8_e4m3fn}
     exec(compile(tree, "kernels.py", "exec"), known)
-    x = drawn(256, 384)
+    x = random_values(256, 384)
 
     q, scale = known["torch_blockwise_scale_act_quant_lhs"](x)
     ours = fp8.quantise(x, 1, 128).view(256, 3, 128)
@@ -208,7 +225,7 @@ def test_tiles_are_torchaos():
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_torchaos_recipes(model, recipe):
+def test_torchao_recipes_convert_the_linears_and_learn(model, recipe):
     pytest.importorskip("torchao")
     converted = copy.deepcopy(model)
     names = fp8.convert(converted, recipe, emulate=True)
@@ -219,7 +236,7 @@ def test_torchaos_recipes(model, recipe):
     assert losses(converted, 6)[-1] < 0.9 * losses(model, 1)[0]
 
 
-def test_without_torchao_it_is_named(model, monkeypatch):
+def test_the_error_without_torchao_says_how_to_install_it(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(UserError, match=r"pip install 'moonwhale\[fp8\]'"):
         fp8.convert(copy.deepcopy(model), "tensorwise", emulate=True)
@@ -229,11 +246,11 @@ def test_without_torchao_it_is_named(model, monkeypatch):
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
 @pytest.mark.parametrize("ends", [None, [128, 128, 384]])
-def test_the_kernels_of_a_hopper_gpu_do_the_same(ends):
+def test_the_kernels_on_a_hopper_gpu_match_the_emulation(ends):
     pytest.importorskip("torchao")
     ends = None if ends is None else torch.tensor(ends, dtype=torch.int32, device="cuda")
     shape = (256, 512) if ends is None else (3, 256, 512)
-    x, weight, d_out = (drawn(*s, spread=1).bfloat16().cuda() for s in ((384, 512), shape, (384, 256)))
+    x, weight, d_out = (random_values(*s, spread=1).bfloat16().cuda() for s in ((384, 512), shape, (384, 256)))
     theirs = differentiated(fp8._kernels_product, x, weight, d_out, ends)
     for a, b in zip(theirs, differentiated(fp8.emulated_product, x, weight, d_out, ends), strict=True):
         assert (a.float() - b.float()).norm() < 0.01 * b.float().norm()
@@ -257,7 +274,7 @@ EXPERTS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 
 @pytest.fixture(scope="module")
 def model():
-    """A dense block, one with experts, and an MTP module; every width another, none a multiple of 128."""
+    """A dense block, a block with experts, and an MTP module. Widths differ, and none is a multiple of 128."""
     torch.manual_seed(0)
     config = MoonwhaleConfig(
         vocab_size=61,
@@ -285,7 +302,7 @@ TOKENS = (torch.arange(32) * torch.tensor([[1], [3], [5], [7]])) % 61
 
 
 def losses(model, steps):
-    """Of MuonClip's first steps on four rows, which the model then knows."""
+    """Return the losses of MuonClip's first steps on the same four rows, which the model memorises."""
     model = copy.deepcopy(model)
     optimizer = MuonClip(param_groups(model, lr=1e-2))
     attach_hooks(optimizer, model)
@@ -313,7 +330,7 @@ def test_exactly_the_linears_and_the_experts_are_converted(model, blockwise, mon
     assert list(changed) == LINEARS and {type(m) for m in changed.values()} == {fp8.BlockwiseLinear}
     assert {name for name, m in blockwise.named_modules() if getattr(m, "product", None)} == {*LINEARS, *EXPERTS}
 
-    # What they are called with tells that nothing goes by them: each linear once, the experts' two stacks.
+    # Every converted weight must pass through the FP8 product: each linear's once, and each expert layer's two stacks.
     seen = []
     product = fp8._EmulatedProduct.apply
     monkeypatch.setattr(fp8._EmulatedProduct, "apply", lambda x, w, ends: seen.append(w) or product(x, w, ends))
@@ -324,13 +341,13 @@ def test_exactly_the_linears_and_the_experts_are_converted(model, blockwise, mon
     assert sorted(names[id(w)] for w in seen) == sorted(expected)
 
 
-def test_the_mutant_that_converts_the_head_is_noticed(model):
+def test_a_converted_head_is_detected(model):
     renamed = copy.deepcopy(model)
     renamed.register_module("output", renamed._modules.pop("lm_head"))
     assert fp8.convert(renamed, "blockwise", emulate=True) != LINEARS + EXPERTS
 
 
-def test_a_checkpoint_knows_nothing_of_it(model, blockwise, tmp_path):
+def test_a_checkpoint_holds_no_trace_of_fp8(model, blockwise, tmp_path):
     blockwise.save_pretrained(tmp_path)
     plain = MoonwhaleForCausalLM.from_pretrained(tmp_path)
     assert not any(isinstance(m, fp8.BlockwiseLinear) for m in plain.modules())
@@ -340,37 +357,37 @@ def test_a_checkpoint_knows_nothing_of_it(model, blockwise, tmp_path):
     blockwise.load_state_dict(model.state_dict())
 
 
-def test_it_learns_as_bf16_does_with_weights_in_fp32(model, blockwise):
-    plain, converted = losses(model, 7), losses(blockwise, 7)  # then it knows the batch by heart
+def test_fp8_learns_as_bf16_does_with_weights_in_fp32(model, blockwise):
+    plain, converted = losses(model, 7), losses(blockwise, 7)  # enough steps to memorise the batch
     assert converted[-1] < 0.7 * converted[0]
     assert converted == pytest.approx(plain, rel=0.02) and converted != plain
     assert {p.dtype for p in blockwise.parameters()} == {torch.float32}
 
 
 def test_every_parameter_has_a_gradient(blockwise):
-    with torch.no_grad():  # output projections begin at zero
+    with torch.no_grad():  # output projections are initialised to zero, which would block gradients
         for p in blockwise.parameters():
             p += 0.02 * torch.randn_like(p)
     blockwise(TOKENS, labels=TOKENS).loss.backward()
     assert not [name for name, p in blockwise.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_experts_by_another_product_are_the_same_experts():
-    """With an exact one, their plain form is the written-out gradient's twin."""
+def test_experts_with_another_product_compute_the_same():
+    """With an exact `product`, experts compute what the default path with its hand-written gradient computes."""
     torch.manual_seed(0)
     config = MoonwhaleConfig(hidden_size=24, moe_intermediate_size=16, n_routed_experts=5)
     experts = Experts(config)
     for p in experts.parameters():
         torch.nn.init.normal_(p)
     x, gates = torch.randn(70, 24), torch.rand(70, 2)
-    index = torch.randint(4, (70, 2))  # no token chooses the last one
+    index = torch.randint(4, (70, 2))  # no token chooses the last expert
 
     def run():
         inputs = [t.clone().requires_grad_() for t in (x, gates)]
         out = experts(inputs[0], index, inputs[1])
         return out, *torch.autograd.grad(out.square().sum(), [*inputs, *experts.parameters()])
 
-    written_out, sizes = run(), []
+    default_path, sizes = run(), []
 
     def product(rows, stack, ends):
         sizes.append(ends.diff(prepend=ends.new_zeros(1)))
@@ -378,12 +395,12 @@ def test_experts_by_another_product_are_the_same_experts():
         return torch.cat([part @ weight.T for part, weight in zip(parts, stack, strict=True)])
 
     experts.product, experts.row_multiple = product, 128
-    for plain, ours in zip(run(), written_out, strict=True):
+    for plain, ours in zip(run(), default_path, strict=True):
         torch.testing.assert_close(plain, ours, rtol=1e-3, atol=1e-3)
     assert all((size % 128 == 0).all() for size in sizes), "a tile of 128 rows holds one expert's only"
 
 
-def test_widths_that_the_kernels_cannot_cut(model):
+def test_widths_that_do_not_fit_the_kernels_are_refused(model):
     with pytest.raises(UserError) as error:
         fp8.convert(copy.deepcopy(model), "blockwise")
     message = str(error.value)
@@ -399,8 +416,12 @@ def test_widths_that_the_kernels_cannot_cut(model):
 
 
 @pytest.mark.parametrize("preset", ["seed_190m", "large"])
-def test_which_preset_fits_the_tiles(preset):
-    """DeepSeek-V3's own latent of 512 does, and then kv_a_proj_with_mqa's 576 outputs, no multiple of 128, must."""
+def test_the_large_preset_fits_the_tiles_and_seed_does_not(preset):
+    """The `large` preset fits, and `seed_190m` does not.
+
+    `large` has DeepSeek-V3's latent of 512, so the 576 outputs of kv_a_proj_with_mqa must be accepted too, although
+    576 is not a multiple of 128.
+    """
     with torch.device("meta"):
         model = MoonwhaleForCausalLM(MoonwhaleConfig(**get_preset(preset).model))
     if preset == "large":
@@ -410,13 +431,13 @@ def test_which_preset_fits_the_tiles(preset):
             fp8.convert(model, "blockwise")
 
 
-def test_a_run_is_refused_without_the_hardware(tiny_run):
+def test_an_fp8_run_without_the_hardware_is_refused(tiny_run):
     with pytest.raises(UserError, match=r"`precision`: no fp8-blockwise on cpu.*\(give `precision` bf16\)"):
         train(tiny_run(precision="fp8-blockwise"))
 
 
 @pytest.mark.slow
-def test_a_run_with_fp8(tiny_run, monkeypatch, tmp_path):
+def test_an_fp8_run_trains_and_saves_a_plain_checkpoint(tiny_run, monkeypatch, tmp_path):
     converted, convert = [], fp8.convert
     monkeypatch.setattr(precision, "precision_unsupported_reason", lambda device, name: "")
     monkeypatch.setattr(fp8, "convert", lambda m, recipe: converted.append((recipe, convert(m, recipe, emulate=True))))

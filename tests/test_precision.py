@@ -1,4 +1,4 @@
-"""The choice of device and dtype with its reason, the speed ceiling, and the allocator."""
+"""`precision` chooses a device and dtype with a reason, knows a device's peak FLOP/s, and tunes the allocator."""
 
 import platform
 import sys
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend another machine: `machine(amx=…, avx=…, gpus=…, capability=…, mps=…, packages=…)`."""
+    """`machine(amx=…, avx=…, gpus=…, capability=…, mps=…, packages=…)` makes torch report another machine."""
 
     def pretend(amx=False, avx=False, gpus=0, capability=(9, 0), mps=False, packages=("torchao", "triton")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -49,7 +49,7 @@ def test_auto_takes_the_fastest_device_and_bf16_where_it_pays(machine, here, dev
     assert reason in choice.reason
 
 
-def test_what_is_asked_for_is_taken(machine):
+def test_an_explicit_device_and_precision_are_used(machine):
     machine(gpus=2)
     assert precision.choose("cpu", "bf16").dtype is torch.bfloat16
     assert "though the CPU has neither" in precision.choose("cpu", "bf16").reason
@@ -69,7 +69,7 @@ def test_what_is_asked_for_is_taken(machine):
         ({"gpus": 1}, "fp8-blockwise", torch.bfloat16, "highest", "blockwise"),
     ],
 )
-def test_what_a_precision_is(machine, here, name, dtype, fp32_matmul, fp8):
+def test_each_precision_sets_dtype_matmul_and_fp8_recipe(machine, here, name, dtype, fp32_matmul, fp8):
     machine(**here)
     choice = precision.choose(precision=name)
     assert (choice.dtype, choice.fp32_matmul, choice.fp8) == (dtype, fp32_matmul, fp8)
@@ -106,7 +106,7 @@ def test_what_a_precision_is(machine, here, name, dtype, fp32_matmul, fp8):
         ({"gpus": 1, "capability": (7, 5)}, "fp8-blockwise", "7.5", "fp32"),
     ],
 )
-def test_a_precision_that_is_not_here_is_refused_with_the_nearest_that_is(machine, here, name, why, instead):
+def test_an_unavailable_precision_is_refused_and_an_available_one_suggested(machine, here, name, why, instead):
     machine(**here)
     with pytest.raises(UserError) as error:
         precision.choose(precision=name)
@@ -116,8 +116,11 @@ def test_a_precision_that_is_not_here_is_refused_with_the_nearest_that_is(machin
     assert precision.choose(precision=instead).reason.endswith(f"{instead} as asked") or instead == "bf16"
 
 
-def test_bf32_is_there_if_products_of_fp32_really_are_bf16s(monkeypatch):
-    """oneDNN says nothing where it has no kernel for them, and multiplies in fp32."""
+def test_bf32_is_available_if_fp32_products_have_bf16_rounding(monkeypatch):
+    """BF32 is available only if a product of fp32 tensors really has bf16's rounding.
+
+    Without a BF32 kernel, oneDNN silently multiplies in fp32.
+    """
     asked = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     full = torch.full
@@ -128,7 +131,7 @@ def test_bf32_is_there_if_products_of_fp32_really_are_bf16s(monkeypatch):
 
 
 @pytest.mark.skipif(not precision._onednn_has_bf32(), reason="oneDNN has no BF32 on this CPU")
-def test_bf32_keeps_fp32_and_multiplies_as_bf16():
+def test_bf32_multiplies_as_bf16_and_returns_fp32():
     a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     before = torch.get_float32_matmul_precision()
     try:
@@ -150,14 +153,14 @@ def test_bf32_keeps_fp32_and_multiplies_as_bf16():
         ({}, "cpu", "fp64", "`precision`: unknown precision 'fp64'"),
     ],
 )
-def test_what_this_machine_cannot_do_is_one_clear_line(machine, here, device, dtype, message):
+def test_an_unavailable_device_or_unknown_precision_is_one_clear_line(machine, here, device, dtype, message):
     machine(**here)
     with pytest.raises(UserError) as error:
         precision.choose(device, dtype)
     assert str(error.value).startswith(message) and "(give " in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_ceiling_of_a_cpu_is_measured_once():
+def test_the_peak_flops_of_a_cpu_are_measured_once():
     flops = precision.peak_flops(CPU, torch.float32)
     assert 1e8 < flops < 1e15
     assert precision.peak_flops(CPU, torch.float32) == flops
@@ -177,7 +180,7 @@ def test_the_ceiling_of_a_cpu_is_measured_once():
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 1, 1),
     ],
 )
-def test_the_ceiling_of_a_known_gpu_is_its_data_sheets(monkeypatch, name, bf16, fp32):
+def test_the_peak_flops_of_a_known_gpu_come_from_its_data_sheet(monkeypatch, name, bf16, fp32):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(precision, "measured_flops", lambda device, dtype: 1e12)
     uncached = precision.peak_flops.__wrapped__
@@ -186,23 +189,23 @@ def test_the_ceiling_of_a_known_gpu_is_its_data_sheets(monkeypatch, name, bf16, 
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's malloc")
-def test_a_tuned_allocator_takes_no_page_fault_for_memory_it_had_before():
+def test_a_tuned_allocator_reuses_memory_without_page_faults():
     import resource
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        bytearray(2**26)  # writes 16,384 pages, and frees them
+        bytearray(2**26)  # writes 16,384 pages and frees them
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert precision.tune_allocator()
     assert min(faults() for _ in range(4)) < 1000
 
 
-def test_tuning_does_nothing_elsewhere(monkeypatch):
+def test_the_allocator_is_tuned_only_on_linux(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert precision.tune_allocator() is False
 
 
-def test_what_compiling_needs_is_said(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "install g++" in precision.compile_unsupported_reason(CPU)

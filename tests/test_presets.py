@@ -1,4 +1,4 @@
-"""The presets: sizes as documented, and every key a real field."""
+"""Every preset has its documented size, and each of its keys is a field of the configuration."""
 
 import dataclasses
 from typing import get_type_hints
@@ -14,7 +14,7 @@ from moonwhale.train.config import TrainConfig, build_model_config
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_is_a_run_that_can_start(name):
+def test_a_preset_is_a_valid_run(name):
     config = TrainConfig.resolve({"preset": name})
     assert config.gradient_accumulation_steps() * config.batch_size * config.context == config.tokens_per_step
     model = build_model_config(config)
@@ -26,7 +26,7 @@ def test_preset_is_a_run_that_can_start(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_the_same_options(name):
     assert PRESETS[name].model.keys() == PRESETS["demo"].model.keys() <= get_type_hints(model_fields()).keys()
-    # `moonwhale train --help` calls these "the preset's"
+    # `moonwhale train --help` gives "the preset's" as the default of these options.
     assert PRESETS["demo"].train.keys() <= PRESETS[name].train.keys()
     assert PRESETS[name].train.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
 
@@ -46,21 +46,21 @@ def test_seed_has_the_documented_figures():
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("demo", 5e6, 8e6), ("small", 50e6, 60e6), ("large", 0.7e9, 1e9)])
-def test_sizes(name, low, high):
+def test_presets_have_the_documented_sizes(name, low, high):
     assert low <= model_size(build_model_config(TrainConfig.resolve({"preset": name}))).parameters <= high
 
 
-def test_large_has_the_widths_of_mla_kernels():
+def test_large_has_the_widths_that_mla_kernels_need():
     model = PRESETS["large"].model
     assert (model["kv_lora_rank"], model["qk_rope_head_dim"]) == (512, 64)
 
 
-def test_unknown_preset_names_the_nearest():
+def test_the_error_for_an_unknown_preset_suggests_the_nearest():
     with pytest.raises(UserError, match=r"'seed_190' is none of demo, .*did you mean seed_190m\?"):
         get_preset("seed_190")
 
 
-def test_model_fields_are_the_configuration_s_own():
+def test_model_fields_match_the_configuration():
     kinds = get_type_hints(model_fields())
     assert kinds["hidden_size"] is int
     assert kinds["q_lora_rank"] == int | None

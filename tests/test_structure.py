@@ -1,4 +1,4 @@
-"""The rooms: which room may import which."""
+"""Each room of the package imports only the rooms that it may import."""
 
 import ast
 import sys
@@ -8,8 +8,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "moonwhale"
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
-# What each room, or file beside the rooms, may import of moonwhale. `cli` starts every verb by its name, so nothing
-# imports it but `__main__`. The rooms' graph has no cycle: see `test_no_room_imports_a_room_that_imports_it`.
+# The moonwhale modules that each room (a subpackage) or top-level file may import. `cli` loads each command by name,
+# so only `__main__` imports `cli`. The graph has no cycle: see `test_the_import_rules_have_no_cycle`.
 BASE = {"errors", "files", "options", "presets", "processes", "units", "costs", "precision", "fp8", "checkpoint"}
 TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "export": BASE | {"export", "model", "data"},
     "inspect": TRAINING | INFERENCE | {"inspect"},
     "planning": TRAINING | {"planning"},
-    "serve": INFERENCE | {"serve", "inspect"},  # the page shows X-rays
+    "serve": INFERENCE | {"serve", "inspect"},  # the web page shows X-rays
     "completion": {"options"},
     "cli": {"errors", "completion"},
     "__init__": set(),
@@ -46,7 +46,7 @@ LIGHT = {"__main__", "cli", "errors", "presets", "costs", "units"}  # these impo
 
 
 def imports(source: str) -> set[str]:
-    """Modules that a file imports anywhere, relative ones with their dots."""
+    """Return all modules that a file imports, also inside functions. Relative imports keep their dots."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def imports(source: str) -> set[str]:
 
 
 def allowed(room: str, name: str) -> bool:
-    """Whether a file of `room` may import the module `name`."""
+    """Return whether a file of `room` may import the module `name`."""
     if name.startswith("."):
         return room == "model" and not name.startswith("..")
     top, _, rest = name.partition(".")
@@ -74,7 +74,7 @@ def forbidden(path: Path, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_keep_to_the_rooms(path):
+def test_each_file_imports_only_what_its_room_may_import(path):
     assert not forbidden(path, (SOURCE / path).read_text(encoding="utf-8"))
 
 
@@ -102,7 +102,7 @@ def test_imports_keep_to_the_rooms(path):
         ("train/mtp_trainer.py", "from moonwhale.inspect.info import gather_figures"),
     ],
 )
-def test_a_broken_rule_is_seen(path, source):
+def test_a_forbidden_import_is_detected(path, source):
     assert forbidden(Path(path), source)
 
 
@@ -120,8 +120,8 @@ def test_an_allowed_import_passes(path, source):
     assert not forbidden(Path(path), source)
 
 
-def test_no_room_imports_a_room_that_imports_it():
-    """The table itself allows no cycle, so no import can close one."""
+def test_the_import_rules_have_no_cycle():
+    """MAY_IMPORT has no cycle, so imports that follow it cannot form one."""
     done, left = set(), {room: allowed - {room} for room, allowed in MAY_IMPORT.items()}
     while left:
         free = {room for room, allowed in left.items() if allowed <= done}

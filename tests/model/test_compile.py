@@ -1,4 +1,4 @@
-"""torch.compile sees the whole model as one graph, with blocks, experts and documents, and computes the same."""
+"""torch.compile captures the whole model as one graph, with MoBA, experts and documents, and computes the same."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def fresh():
 
 @pytest.fixture
 def model(tiny_model):
-    """Every mechanism: a dense block with full attention, one that chooses keys and experts, two MTP modules."""
+    """A model with every mechanism: a dense block with full attention, a MoBA block with experts, two MTP modules."""
     return tiny_model(
         num_hidden_layers=2,
         first_k_dense_replace=1,
@@ -35,7 +35,7 @@ def model(tiny_model):
     ).train()
 
 
-def breaks(run, *inputs) -> list[str]:
+def graph_breaks(run, *inputs) -> list[str]:
     """Return the graph breaks of `run(*inputs)`, as "file:function"."""
     found = torch._dynamo.explain(run)(*inputs)
     frames = [reason.user_stack[-1] for reason in found.break_reasons]
@@ -43,7 +43,7 @@ def breaks(run, *inputs) -> list[str]:
 
 
 def results(model, forward, **inputs) -> dict[str, torch.Tensor]:
-    """Return loss, its parts, every gradient, and the statistics for QK-clip and the bias update, for one batch."""
+    """Run one batch. Return the loss, its parts, every gradient, and the statistics for QK-clip and the bias update."""
     model.zero_grad()
     for module in model.modules():
         if hasattr(module, "max_logit"):
@@ -73,17 +73,20 @@ def test_a_training_step_is_one_graph_and_computes_the_same(model, inputs):
 
 
 @pytest.mark.slow
-def test_so_is_one_in_bf16(model):
+def test_a_bf16_training_step_is_one_graph(model):
     def run(tokens):
         with torch.autocast("cpu", torch.bfloat16):
             return model(tokens, labels=LABELS, position_ids=DOCUMENTS).loss
 
-    assert breaks(run, TOKENS) == []
+    assert graph_breaks(run, TOKENS) == []
 
 
 @pytest.mark.slow
-def test_so_is_one_in_emulated_fp8(tiny_model):
-    """Norms are compared, since a number that fp32 rounds differently may round to another E4M3 number."""
+def test_an_emulated_fp8_training_step_is_one_graph_and_computes_the_same(tiny_model):
+    """A compiled step in emulated FP8 is one graph and computes the same.
+
+    Only norms are compared: a different rounding in fp32 can send a number to another E4M3 value.
+    """
     model = tiny_model(first_k_dense_replace=1, moba_topk=2, moba_block_size=8, num_nextn_predict_layers=1).train()
     plain = results(model, model, position_ids=DOCUMENTS)
     fp8.convert(model, "blockwise", emulate=True)
@@ -99,7 +102,7 @@ def test_so_is_one_in_emulated_fp8(tiny_model):
 
 
 @pytest.mark.slow
-def test_so_is_a_forward_pass_without_labels(model):
+def test_a_forward_pass_without_labels_is_one_graph_and_computes_the_same(model):
     model.eval()
     with torch.no_grad():
         expected = model(TOKENS, use_cache=False).logits
@@ -107,8 +110,10 @@ def test_so_is_a_forward_pass_without_labels(model):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_break_is_seen(tiny_model, monkeypatch):
+def test_a_graph_break_is_detected(tiny_model, monkeypatch):
     model = tiny_model(first_k_dense_replace=2, moba_topk=0)
     norm, forward = type(model.model.norm), type(model.model.norm).forward
     monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x) if x.sum().item() else x)
-    assert set(breaks(lambda tokens: model(tokens, use_cache=False).logits, TOKENS)) == {"test_compile.py:<lambda>"}
+    assert set(graph_breaks(lambda tokens: model(tokens, use_cache=False).logits, TOKENS)) == {
+        "test_compile.py:<lambda>"
+    }

@@ -43,22 +43,22 @@ def devices():
 def fake(devices, monkeypatch):
     """Run a test with fake tensors, and without flex_attention's own compilation."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
-    monkeypatch.setattr(flex, "_flex", dense_there)
+    monkeypatch.setattr(flex, "_flex", dense_on_device)
     monkeypatch.setattr(flex, "FLEX_TILE", 8)
     with FakeTensorMode(allow_non_fake_inputs=False):
         yield
 
 
-def dense_there(q, k, v, scale, mask):
+def dense_on_device(q, k, v, scale, mask):
     with q.device:
         return dense(q, k, v, scale, mask)
 
 
 @pytest.fixture
-def there(tiny_config, fake):
-    """`there(device, dtype, **overrides)` builds a tiny model on a device."""
+def model_on(tiny_config, fake):
+    """`model_on(device, dtype, **overrides)` builds a tiny model on a device."""
 
-    def there(device, dtype=torch.float32, **overrides):
+    def model_on(device, dtype=torch.float32, **overrides):
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
@@ -68,18 +68,18 @@ def there(tiny_config, fake):
         assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
         return model
 
-    return there
+    return model_on
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("context", ["short", "long"])
 @pytest.mark.parametrize("recipe", [None, "blockwise"])
-def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, recipe, there, monkeypatch):
+def test_losses_and_optimizer_steps_stay_on_one_gpu(autocast, context, recipe, model_on, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
-    if not autocast or recipe:  # torch has no fake kernel for their grouped products
+    if not autocast or recipe:  # torch has no fake kernel for these grouped products
         monkeypatch.setattr(moe, "grouped_product", moe._grouped_product)
         monkeypatch.setattr(fp8, "grouped_product", moe._grouped_product)
-    model = there("cuda", num_hidden_layers=3, first_k_dense_replace=1, **SPARSE).train()
+    model = model_on("cuda", num_hidden_layers=3, first_k_dense_replace=1, **SPARSE).train()
     if recipe:
         fp8.convert(model, recipe, emulate=True)
     optimizer = MuonClip(param_groups(model, lr=1e-3))
@@ -92,7 +92,7 @@ def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, reci
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             assert torch.is_autocast_enabled("cuda") == autocast
             out = model(tokens, position_ids=tokens, labels=tokens, num_items_in_batch=number)
-        for parameter in model.parameters():  # torch runs no backward pass without the device
+        for parameter in model.parameters():  # torch cannot run a backward pass without the device
             parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -103,9 +103,9 @@ def test_losses_and_an_optimizers_step_stay_on_their_gpu(autocast, context, reci
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
-def test_steps_stay_on_their_gpu(device, changes, there):
+def test_decoding_steps_stay_on_one_gpu(device, changes, model_on):
     decoder = Decoder(
-        there(device, torch.bfloat16, num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval()
+        model_on(device, torch.bfloat16, num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval()
     )
     decoder.graphs = None
     cache = decoder.cache()
@@ -120,15 +120,15 @@ def test_steps_stay_on_their_gpu(device, changes, there):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """Each step is captured, by being run."""
+    """Replace CUDA graph capture with one plain run of the step, and capture from the first step on."""
     monkeypatch.setattr(graphs, "capture", lambda function, pool: (lambda: None, function(), None))
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
-def test_so_do_graphs(changes, there, capturing):
-    decoder = Decoder(there("cuda", num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval())
+def test_captured_decoding_steps_stay_on_one_gpu(changes, model_on, capturing):
+    decoder = Decoder(model_on("cuda", num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes).eval())
     cache = decoder.cache()
     cache.resize(4, 64)
     tokens = torch.zeros(3, 3, dtype=torch.long, device="cuda")
@@ -137,7 +137,7 @@ def test_so_do_graphs(changes, there, capturing):
 
 
 class Noise:
-    """Noise without a generator, since a generator needs its GPU."""
+    """Noise without a random generator, since a generator needs a real GPU."""
 
     def __init__(self, device):
         self.device = device
@@ -155,11 +155,11 @@ class Noise:
 @pytest.mark.parametrize("draft", [0, 2])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 @torch.no_grad()
-def test_so_do_batches_that_come_and_go(device, draft, options, there, capturing, monkeypatch):
-    """All the scheduler's work but reading: whatever it reads is a 7."""
+def test_the_scheduler_stays_on_one_gpu(device, draft, options, model_on, capturing, monkeypatch):
+    """The scheduler's tensors stay on one device while requests come and go. Every token it reads back is 7."""
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [7] * len(self))
-    model = there(device, max_position_embeddings=128, mtp_num_blocks=[1, 2], **SPARSE).eval()
+    model = model_on(device, max_position_embeddings=128, mtp_num_blocks=[1, 2], **SPARSE).eval()
     server = scheduler.Scheduler(Decoder(model), 10**8, 8, Drafting(2, draft))
     waiting = [request([5] * n, tokens=m, **options) for n, m in ((1, 12), (9, 4), (40, 6))]
     for one in waiting:
@@ -172,9 +172,9 @@ def test_so_do_batches_that_come_and_go(device, draft, options, there, capturing
     assert device != "cuda" or server.decoder.graphs._captured
 
 
-def test_a_mixture_of_devices_and_a_look_are_seen(fake):
-    there = torch.zeros(4, device="cuda")
+def test_mixed_devices_and_a_host_sync_are_detected(fake):
+    x = torch.zeros(4, device="cuda")
     with pytest.raises((RuntimeError, ValueError), match="device"):
-        there + torch.zeros(4)
+        x + torch.zeros(4)
     with pytest.raises(DataDependentOutputException):
-        there.sum().item()
+        x.sum().item()

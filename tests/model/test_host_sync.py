@@ -23,7 +23,7 @@ DOCUMENTS = torch.tensor([[*range(17), *range(47)], [*range(64)]])
 
 
 def dense(q, k, v, scale, mask):
-    """Return what flex_attention does. As there, a query that sees no key gives no NaN."""
+    """Compute what flex_attention computes. As in flex_attention, a query that sees no key gives no NaN."""
     index = (torch.arange(n)[(..., *[None] * (3 - i))] for i, n in enumerate((*q.shape[:3], k.shape[2])))
     logits = (q @ k.mT * scale).masked_fill(~mask.mask_mod(*index), -1e9)
     return logits.softmax(-1) @ v, logits.logsumexp(-1), logits.amax(-1)
@@ -69,12 +69,12 @@ def test_a_step_never_syncs(context, recipe, model, as_on_a_gpu, monkeypatch):
     if recipe:
         fp8.convert(model, recipe, emulate=True)
     step = make_step(model)
-    step()  # makes the optimizer's state
+    step()  # creates the optimizer's state
     with NoHostSync():
         step()
 
 
-def test_the_gpu_paths_learn_the_same(model, as_on_a_gpu, monkeypatch):
+def test_the_gpu_paths_compute_the_same_as_the_cpu_paths(model, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     step = make_step(model())
     found = [step(), step()]
@@ -89,8 +89,8 @@ def test_the_cpu_paths_do_sync(model):
 
 
 @pytest.fixture
-def from_third_to_fifth(monkeypatch):
-    """`from_third_to_fifth(context)` runs a Trainer's third and fourth step in that context."""
+def in_steps_3_and_4(monkeypatch):
+    """`in_steps_3_and_4(context)` makes a Trainer run its third and fourth step in that context."""
     with ExitStack() as stack:
 
         def on_step_begin(self, args, state, control, **kwargs):
@@ -100,26 +100,26 @@ def from_third_to_fifth(monkeypatch):
                 stack.close()
             return original(self, args, state, control, **kwargs)
 
-        def from_third_to_fifth(given):
+        def in_steps_3_and_4(given):
             nonlocal context
             context = given
 
         context, original = None, muonclip_trainer._MuonClipCallback.on_step_begin
         monkeypatch.setattr(muonclip_trainer._MuonClipCallback, "on_step_begin", on_step_begin)
-        yield from_third_to_fifth
+        yield in_steps_3_and_4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_trainer_does_not_sync_between_log_lines(precision, tiny_run, as_on_a_gpu, from_third_to_fifth):
-    """This covers data, two micro-batches, clipping, the step with its hooks, and the Trainer's work after it."""
+def test_the_trainer_does_not_sync_between_log_lines(precision, tiny_run, as_on_a_gpu, in_steps_3_and_4):
+    """Steps without a log line force no host sync, from loading data to the Trainer's work after the optimizer step."""
     refuses = NoHostSync()
-    from_third_to_fifth(refuses)
+    in_steps_3_and_4(refuses)
     pretrain.train(tiny_run(precision=precision, log_every=10))
 
 
-def test_a_trainer_that_syncs_is_refused(tiny_run, as_on_a_gpu, from_third_to_fifth, monkeypatch):
+def test_a_trainer_that_syncs_is_detected(tiny_run, as_on_a_gpu, in_steps_3_and_4, monkeypatch):
     monkeypatch.setattr(muonclip_trainer, "needs_static_shapes", lambda device: False)
-    from_third_to_fifth(NoHostSync())
+    in_steps_3_and_4(NoHostSync())
     with pytest.raises(AssertionError, match="tolist waits"):
         pretrain.train(tiny_run(log_every=10))
 
@@ -128,7 +128,10 @@ def test_a_trainer_that_syncs_is_refused(tiny_run, as_on_a_gpu, from_third_to_fi
     ("asked", "finds"), [({"log_every": 4}, None), ({"save_every": 2}, 2), ({"eval_every": 4}, None)], ids=str
 )
 def test_a_nan_is_found_before_it_is_logged_or_saved(asked, finds, tiny_run, as_on_a_gpu, monkeypatch):
-    """The third step's loss is NaN, so all weights are NaN from there on. The first step has a log line."""
+    """A NaN raises an error before the next log line, checkpoint or evaluation.
+
+    The loss of the third step is NaN, so all weights are NaN from then on. The first step is always logged.
+    """
     compute, steps = MTPTrainer.compute_loss, []
 
     def compute_loss(self, *args, **kwargs):
@@ -156,6 +159,6 @@ def test_batches_are_copied_while_the_gpu_computes(tiny_run):
     "sync",
     [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), torch.nonzero, lambda x: x.tolist()],
 )
-def test_a_sync_is_refused(sync):
+def test_a_sync_is_detected(sync):
     with NoHostSync(), pytest.raises(AssertionError, match="waits"):
         sync(torch.arange(4.0))

@@ -1,4 +1,4 @@
-"""The model as its users meet it: mistakes in a configuration, files, `generate`, precisions, the smallest batches."""
+"""The public behaviour of the model: configuration errors, saved files, `generate`, precisions, smallest batches."""
 
 import pytest
 import torch
@@ -71,12 +71,12 @@ def test_an_impossible_configuration_is_one_clear_line(wrong, fix, tiny_config):
     assert "\n" not in message
 
 
-def test_widths_without_experts_are_free(tiny_model):
+def test_a_dense_model_accepts_any_hidden_size(tiny_model):
     model = tiny_model(first_k_dense_replace=2, hidden_size=35)
     model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
 
 
-def test_configuration_travels_through_a_file(tiny_config, tmp_path):
+def test_a_configuration_is_the_same_after_saving_and_loading(tiny_config, tmp_path):
     config = tiny_config(**EVERYTHING, rope_parameters={"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0})
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_configuration_travels_through_a_file(tiny_config, tmp_path):
     assert loaded.rope_parameters["original_max_position_embeddings"] == 64
 
 
-def test_dense_only_and_tied_models_need_no_more(tiny_model):
+def test_dense_only_and_tied_models_train(tiny_model):
     model = tiny_model(first_k_dense_replace=9, tie_word_embeddings=True, n_shared_experts=0).train()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model(IDS, labels=IDS).loss.backward()
@@ -95,7 +95,7 @@ def test_dense_only_and_tied_models_need_no_more(tiny_model):
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_initialisation(tiny_config):
+def test_initialisation_is_normal_except_zeros_and_ones(tiny_config):
     model = MoonwhaleForCausalLM(tiny_config(**EVERYTHING, hidden_size=256, initializer_range=0.05))
     for name, p in model.named_parameters():
         if name.endswith(("key_conv", "bias", "o_proj.weight", "down_proj", "down_proj.weight")):
@@ -107,8 +107,8 @@ def test_initialisation(tiny_config):
     assert all(name.endswith(("e_score_correction_bias", "load", "max_logit")) for name, _ in model.named_buffers())
 
 
-def test_a_new_model_passes_its_embeddings_on(tiny_config):
-    """Nothing is added to the residual stream yet, and one step of gradient is enough to change that."""
+def test_a_new_model_passes_its_embeddings_through(tiny_config):
+    """A new model adds nothing to the residual stream, and every parameter has a gradient after one step."""
     model = MoonwhaleForCausalLM(
         tiny_config(
             **EVERYTHING | {"num_nextn_predict_layers": 0, "mtp_num_blocks": 1, "moba_full_attention_layers": []}
@@ -116,7 +116,7 @@ def test_a_new_model_passes_its_embeddings_on(tiny_config):
     ).train()
     *_, before_last, _ = model.model(IDS, output_hidden_states=True).hidden_states
     assert torch.equal(before_last, model.model.embed_tokens(IDS))
-    for _ in range(2):  # what feeds a zero matrix gets a gradient only once that is no longer zero
+    for _ in range(2):  # zero matrices block the gradients of their inputs until the first step changes them
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         with torch.no_grad():
@@ -130,23 +130,23 @@ def statistics(model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_is_the_same(tied, tiny_model, tmp_path):
+def test_a_model_is_the_same_after_saving_and_loading(tied, tiny_model, tmp_path):
     model = tiny_model(**EVERYTHING, tie_word_embeddings=tied)
-    model.train()(IDS, labels=IDS)  # leaves statistics, which are not saved
+    model.train()(IDS, labels=IDS)  # fills the statistics, which are not saved
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(loaded, MoonwhaleForCausalLM) and not any(report.values()) and not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in loaded.state_dict().items())
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
-    for name, b in statistics(loaded).items():  # made on the meta device, so initialised again
+    for name, b in statistics(loaded).items():  # created on the meta device, so initialised again
         assert (b == (0.0 if name.endswith("load") else -torch.inf)).all()
     body = AutoModel.from_pretrained(tmp_path)
     assert isinstance(body, MoonwhaleModel)
     assert torch.equal(body(IDS).last_hidden_state, loaded.model(IDS).last_hidden_state)
 
 
-def test_ddp_leaves_the_statistics_of_each_rank_alone(tiny_model):
+def test_ddp_does_not_broadcast_the_statistics(tiny_model):
     model = tiny_model(**EVERYTHING)
     assert set(model._ddp_params_and_buffers_to_ignore) == set(statistics(model))
 
@@ -164,7 +164,7 @@ def test_the_vocabulary_can_grow(tiny_model):
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def test_outputs(tiny_model):
+def test_outputs_have_the_documented_fields_and_shapes(tiny_model):
     model = tiny_model(**EVERYTHING)
     out = model(IDS, output_hidden_states=True)
     assert isinstance(out, MoonwhaleOutput) and out.loss is None and out.losses is None
@@ -186,14 +186,14 @@ def test_outputs(tiny_model):
     assert model(IDS, labels=IDS).logits is None
 
 
-def test_logits_to_keep(tiny_model):
+def test_logits_to_keep_selects_positions(tiny_model):
     model = tiny_model()
     logits = model(IDS).logits
     assert torch.allclose(model(IDS, logits_to_keep=4).logits, logits[:, -4:], atol=1e-6)
     assert torch.allclose(model(IDS, logits_to_keep=torch.tensor([3, 0])).logits, logits[:, [3, 0]], atol=1e-6)
 
 
-def test_embeddings_instead_of_ids(tiny_model):
+def test_embeddings_give_the_same_as_ids(tiny_model):
     model = tiny_model(**EVERYTHING)
     embeds = model.model.embed_tokens(IDS)
     assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS).logits)
@@ -202,7 +202,7 @@ def test_embeddings_instead_of_ids(tiny_model):
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False), text)
 
 
-def test_what_a_forward_refuses(tiny_model):
+def test_invalid_arguments_of_forward_are_one_clear_line(tiny_model):
     model = tiny_model()
     cache = model(IDS).past_key_values
     mask = torch.ones_like(IDS)
@@ -224,7 +224,7 @@ def test_what_a_forward_refuses(tiny_model):
         model.generate(IDS, attention_mask=F.pad(torch.ones_like(IDS[:, 3:]), (0, 3)), max_new_tokens=3)
 
 
-def test_padding_between_packed_documents_is_fine(tiny_model):
+def test_padding_between_packed_documents_changes_nothing(tiny_model):
     model, mask = tiny_model(**EVERYTHING), torch.ones_like(IDS)
     mask[:, 6:8] = 0
     position_ids = torch.cat([torch.arange(8), torch.arange(7)]).expand(2, -1)
@@ -251,7 +251,7 @@ def test_every_parameter_gets_a_gradient(shape, checkpointing, tiny_model):
         assert p.grad is not None and p.grad.isfinite().all(), name
 
 
-def test_training_learns(tiny_model):
+def test_training_lowers_the_loss_at_every_depth(tiny_model):
     model = tiny_model(**EVERYTHING).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -261,11 +261,11 @@ def test_training_learns(tiny_model):
         out.loss.backward()
         optimizer.step()
         losses.append(out.losses)
-    assert (losses[-1] < 0.5 * losses[0]).all()  # every depth
+    assert (losses[-1] < 0.5 * losses[0]).all()  # at every prediction depth
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["autocast", "bf16 weights"])
-def test_bf16(whole, tiny_model):
+def test_bf16_is_close_to_fp32(whole, tiny_model):
     model = tiny_model(**EVERYTHING).train()
     expected = model(IDS, labels=IDS)
     expected.loss.backward()
@@ -278,7 +278,7 @@ def test_bf16(whole, tiny_model):
     with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
         out = model(IDS, labels=IDS)
     out.loss.backward()
-    assert kinds == {torch.bfloat16}  # the residual stream, too
+    assert kinds == {torch.bfloat16}  # the residual stream is bf16 too
     assert out.loss.dtype == out.losses.dtype == torch.float32
     assert torch.allclose(out.losses, expected.losses, rtol=0.05)
     for name, p in model.named_parameters():

@@ -25,13 +25,13 @@ CASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "parts": torch.float32, 
 MUTANTS = ("silent", "rows")
 
 
-def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> dict:
+def descend(make_optimizer, dtype: torch.dtype, distribute=lambda tensor: tensor) -> dict:
     """Take a few steps on random gradients. Return weights, state, and the cost of each orthogonalised matrix."""
     torch.manual_seed(0)
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**TINY, num_nextn_predict_layers=1))
     groups = param_groups(model, lr=0.02)
     for group in groups:
-        group["params"] = [nn.Parameter(place(torch.randn_like(p))) for p in group["params"]]
+        group["params"] = [nn.Parameter(distribute(torch.randn_like(p))) for p in group["params"]]
     params = [p for group in groups for p in group["params"]]
     optimizer = make_optimizer(groups, newton_schulz_dtype=dtype)
     iterate, done = muonclip.newton_schulz, []
@@ -41,15 +41,15 @@ def descend(make_optimizer, dtype: torch.dtype, place=lambda tensor: tensor) -> 
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         for p in params:
-            p.grad = place(torch.randn(p.shape, generator=generator))
+            p.grad = distribute(torch.randn(p.shape, generator=generator))
         optimizer.step()
     muonclip.newton_schulz = iterate
     states = [{name: full_tensor(value) for name, value in optimizer.state[p].items()} for p in params]
     return {"weights": [full_tensor(p.detach()) for p in params], "states": states, "done": done}
 
 
-def of_rows(optimizer, updates, split, dtype) -> list[DTensor]:
-    """A mutant of `_orthogonalise_shards`: each rank orthogonalises its own rows."""
+def orthogonalise_own_rows(optimizer, updates, split, dtype) -> list[DTensor]:
+    """A mutant of `_orthogonalise_shards`: each rank orthogonalises its own rows instead of whole matrices."""
     directions = MuonClip._orthogonalise(optimizer, [update.to_local() for update in updates], split, dtype)
     return [
         DTensor.from_local(direction, u.device_mesh, u.placements, shape=u.shape, stride=u.stride())
@@ -62,16 +62,18 @@ def main(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (RANKS,))
 
     def shared(dtype: torch.dtype, parts: bool) -> dict:
-        def place(tensor):
+        def distribute(tensor):
             return distribute_tensor(tensor, mesh, [Shard(0)]) if parts else tensor
 
-        return descend(lambda *args, **how: DistributedMuonClip(*args, group=dist.group.WORLD, **how), dtype, place)
+        return descend(
+            lambda *args, **how: DistributedMuonClip(*args, group=dist.group.WORLD, **how), dtype, distribute
+        )
 
     seen = {name: shared(dtype, "parts" in name) for name, dtype in CASES.items()}
-    DistributedMuonClip._orthogonalise_shards = of_rows
+    DistributedMuonClip._orthogonalise_shards = orthogonalise_own_rows
     seen["rows"] = shared(torch.float32, True)
     broadcast = dist.broadcast
-    dist.broadcast = lambda part, group, group_src, **how: broadcast(  # what comes from others is thrown away
+    dist.broadcast = lambda part, group, group_src, **how: broadcast(  # a mutant: zeros replace what other ranks send
         part if group_src == rank else torch.zeros_like(part), group=group, group_src=group_src, **how
     )
     seen["silent"] = shared(torch.float32, False)
@@ -89,8 +91,8 @@ def ranks(tmp_path_factory) -> list[dict]:
 def differences(seen: dict, one: dict, parts: bool) -> list[str]:
     """Return the names of weights and states whose bits differ.
 
-    With `parts`, AdamW's last bit is free: a CPU rounds the last few elements of a tensor, which do not fill a vector,
-    differently, and shards end at other elements.
+    With `parts` (sharded weights), AdamW's last bit may differ. A CPU rounds the last elements of a tensor differently
+    if they do not fill a vector register, and a shard ends at other elements than the whole tensor.
     """
 
     def same(a, b, adamw: bool) -> bool:
@@ -107,26 +109,27 @@ def differences(seen: dict, one: dict, parts: bool) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_momenta_are_one_process_s_bit_for_bit(ranks, name):
+def test_weights_and_momenta_equal_one_process_bit_for_bit(ranks, name):
     one = descend(MuonClip, CASES[name])
     assert [differences(rank[name], one, "parts" in name) for rank in ranks] == [[], []]
     assert sorted(done for rank in ranks for done in rank[name]["done"]) == sorted(one["done"])
     shares = [sum(rank[name]["done"]) for rank in ranks]
     largest = max(one["done"])
-    assert max(shares) - min(shares) < 2 * STEPS * 2 * largest  # a matrix at each end of a share, in two groups
+    # Each end of a share may be off by one matrix, in each of the two groups.
+    assert max(shares) - min(shares) < 2 * STEPS * 2 * largest
     assert max(shares) < 0.6 * sum(shares)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_seen(ranks, name):
-    """The mutants do not exchange their shares, or take a matrix's shard for a matrix."""
+def test_a_wrong_exchange_is_detected(ranks, name):
+    """Weights differ if ranks do not exchange their shares, or if they orthogonalise a shard as if it were a matrix."""
     one = descend(MuonClip, torch.float32)
     assert all(differences(rank[name], one, name == "rows") for rank in ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
-def test_shares_are_as_equal_as_matrices_allow(ranks):
+def test_shares_are_balanced_to_within_one_matrix(ranks):
     costs = [(7 * i) % 13 + 1 for i in range(40)]
     shares = equal_shares(costs, ranks)
     assert [i for share in shares for i in range(40)[share]] == list(range(40)) and len(shares) == ranks

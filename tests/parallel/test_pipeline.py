@@ -1,4 +1,4 @@
-"""A model on several ranks computes what it does on one: loss, every gradient, statistics and steps."""
+"""A model on several ranks computes what it computes on one: loss, every gradient, statistics and optimizer steps."""
 
 import itertools
 from collections.abc import Callable
@@ -43,7 +43,7 @@ MODEL = {
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """`launch(cases, n_ranks)` runs cases in that many processes and returns what each rank saw, by case."""
+    """`launch(cases, n_ranks)` runs all cases in `n_ranks` processes. It returns each rank's results by case name."""
 
     def launch(cases: dict, n_ranks: int) -> list[dict]:
         folder = tmp_path_factory.mktemp("ranks")
@@ -57,10 +57,10 @@ def launch(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def case(tiny_config, draw):
-    """`case(schedule, ...)`: a model's configuration and weights, and how it is to be run."""
+    """`case(schedule, ...)` returns a model's configuration and weights, and the parallel layout to run it with."""
 
     def case(schedule, n_ranks=2, pp=None, ep=1, fsdp=False, steps=1, whole=False, mutant="", shut=0, **overrides):
-        """shut: the last experts, which no token chooses."""
+        """`shut` is the number of experts, counted from the last, that the router must never choose."""
         from moonwhale.model import MoonwhaleForCausalLM
 
         config = TINY | MODEL | overrides
@@ -69,7 +69,8 @@ def case(tiny_config, draw):
             if shut and name.endswith("e_score_correction_bias"):
                 value[-shut:] -= 100
         pp = pp or n_ranks
-        micro_batches = n_ranks // pp * (2 * pp + (2 if SCHEDULES[schedule].bidirectional else 1))  # more than it needs
+        # One or two more per pipeline than the schedule's minimum.
+        micro_batches = n_ranks // pp * (2 * pp + (2 if SCHEDULES[schedule].bidirectional else 1))
         return {
             "config": config,
             "weights": weights,
@@ -89,7 +90,7 @@ def case(tiny_config, draw):
 
 
 def largest_error(seen: list[list[dict]], expected: list[dict]) -> dict[str, float]:
-    """The largest relative error of losses, gradients, statistics and states over all steps, ranks together."""
+    """Return the largest relative error over all ranks and steps for losses, grads, seen (statistics) and state."""
     errors = {}
     for ranks, one in zip(zip(*seen, strict=True), expected, strict=True):
         losses = {number: parts for rank in ranks for number, parts in rank["losses"].items()}
@@ -126,13 +127,13 @@ CASES = {
     "dualpipe, six steps": {"schedule": "dualpipe", "steps": 6},
     "1f1b, six steps": {"schedule": "1f1b", "steps": 6, "tie_word_embeddings": True},
 }
-SHARED = {  # a single stage each, which share their experts
+EXPERT_PARALLEL = {  # one stage on every rank; the experts are sharded
     "ep 2": {"schedule": "1f1b", "pp": 1, "ep": 2},
     "ep 2, tied": {"schedule": "1f1b", "pp": 1, "ep": 2, "tie_word_embeddings": True},
     "ep 2, a rank without tokens": {"schedule": "1f1b", "pp": 1, "ep": 2, "shut": 3},
     "ep 2, six steps": {"schedule": "1f1b", "pp": 1, "ep": 2, "steps": 6},
 }
-SHARED_ON_FOUR = {
+EXPERT_PARALLEL_ON_FOUR = {
     "ep 2, twice": {"schedule": "1f1b", "pp": 1, "ep": 2},
     "ep 2, twice, tied": {"schedule": "1f1b", "pp": 1, "ep": 2, "tie_word_embeddings": True},
     "dualpipev, ep 2": {"schedule": "dualpipev", "pp": 2, "ep": 2},
@@ -143,16 +144,16 @@ SHARED_ON_FOUR = {
 MUTANTS = {
     **(
         {"balance": {"schedule": "dualpipev", "mutant": "balance"}} if splits_backward() else {}
-    ),  # else torch refuses it
+    ),  # older torch raises an error for this mutant
     "embedding": {"schedule": "1f1b", "mutant": "embedding"},
     "mean": {"schedule": "1f1b", "pp": 1, "fsdp": True, "mutant": "mean"},
 }
-LAYERS = {  # experts alone
+LAYERS = {  # one expert layer without the rest of the model
     f"{precision}, {shut} experts shut": {"config": TINY, "precision": precision, "shut": shut}
     for precision in ("fp32", "bf16", "fp8")
     for shut in (0, 3)
 }
-HOME = {"ep 2, home": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "home"}}
+WRONG_RETURN = {"ep 2, home": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "home"}}
 MUTANTS_ON_FOUR = {"experts": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "experts"}}
 ON_FOUR = {
     "dualpipev": {"schedule": "dualpipev", **DEEP},
@@ -167,60 +168,63 @@ ON_FOUR = {
 
 
 class Run:
-    """Cases, what each rank saw of them, and what one process makes of them."""
+    """The cases, each rank's results, and the results of one process, which are computed on demand."""
 
     def __init__(self, cases: dict, seen: list[dict]):
-        self.cases, self.seen, self._alone = cases, seen, {}
+        self.cases, self.seen, self._one_process = cases, seen, {}
 
-    def alone(self, name: str) -> list[dict]:
-        if name not in self._alone:
-            self._alone[name] = pipeline_ranks.one_process(self.cases[name])
-        return self._alone[name]
+    def one_process(self, name: str) -> list[dict]:
+        if name not in self._one_process:
+            self._one_process[name] = pipeline_ranks.one_process(self.cases[name])
+        return self._one_process[name]
 
     def errors(self, name: str) -> dict[str, float]:
-        return largest_error([rank[name] for rank in self.seen], self.alone(name))
+        return largest_error([rank[name] for rank in self.seen], self.one_process(name))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(launch, case):
-    cases = {name: case(**options) for name, options in (CASES | SHARED | MUTANTS | HOME).items()}
-    return Run(cases, launch(LAYERS | cases, 2))  # mutants last
+    cases = {name: case(**options) for name, options in (CASES | EXPERT_PARALLEL | MUTANTS | WRONG_RETURN).items()}
+    return Run(cases, launch(LAYERS | cases, 2))  # mutants last: they patch classes in place
 
 
 @pytest.fixture(scope="module")
 def four_ranks(launch, case):
-    cases = {name: case(n_ranks=4, **options) for name, options in (ON_FOUR | SHARED_ON_FOUR | MUTANTS_ON_FOUR).items()}
+    cases = {
+        name: case(n_ranks=4, **options)
+        for name, options in (ON_FOUR | EXPERT_PARALLEL_ON_FOUR | MUTANTS_ON_FOUR).items()
+    }
     return Run(cases, launch(cases, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES | SHARED if "steps" not in name])
-def test_two_ranks_are_one(two_ranks, name):
+@pytest.mark.parametrize("name", [name for name in CASES | EXPERT_PARALLEL if "steps" not in name])
+def test_two_ranks_compute_what_one_process_computes(two_ranks, name):
     assert max(two_ranks.errors(name).values()) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES | SHARED if "steps" in name])
-def test_six_steps_on_two_ranks(two_ranks, name):
+@pytest.mark.parametrize("name", [name for name in CASES | EXPERT_PARALLEL if "steps" in name])
+def test_six_steps_on_two_ranks_stay_close_to_one_process(two_ranks, name):
     errors = two_ranks.errors(name)
     assert max(errors["losses"], errors["state"], errors["seen"]) < 1e-5
-    assert errors["grads"] < 1e-4  # rounding of six steps
-    steps = two_ranks.alone(name)
+    assert errors["grads"] < 1e-4  # rounding errors accumulate over six steps
+    steps = two_ranks.one_process(name)
     assert all(step["clipped"] for step in steps), "QK-clip has work to do"
     biases = [name for name in steps[0]["state"] if name.endswith("e_score_correction_bias")]
     assert all((steps[-1]["state"][b] - steps[0]["state"][b]).abs().max() > 0.05 for b in biases)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_FOUR | SHARED_ON_FOUR)
-def test_four_ranks_are_one(four_ranks, name):
+@pytest.mark.parametrize("name", ON_FOUR | EXPERT_PARALLEL_ON_FOUR)
+def test_four_ranks_compute_what_one_process_computes(four_ranks, name):
     assert max(four_ranks.errors(name).values()) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if "fsdp" in name])
-def test_ranks_hold_weights_and_momenta_in_parts(two_ranks, name):
-    whole = two_ranks.alone(name)[0]["held"]
+def test_fsdp_shards_weights_and_momenta(two_ranks, name):
+    whole = two_ranks.one_process(name)[0]["held"]
     ranks = [rank[name][0]["held"] for rank in two_ranks.seen]
     assert [sum(held) for held in zip(*ranks, strict=True)] == whole
     assert all(0.4 < held / all_of_it < 0.6 for rank in ranks for held, all_of_it in zip(rank, whole, strict=True))
@@ -228,28 +232,29 @@ def test_ranks_hold_weights_and_momenta_in_parts(two_ranks, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_seen(two_ranks, name):
+def test_a_wrong_gradient_is_detected(two_ranks, name):
     errors = two_ranks.errors(name)
     assert errors["losses"] < 1e-5 < 1e-4 < errors["grads"]
 
 
 @pytest.mark.slow
-def test_rows_that_come_home_to_the_wrong_tokens_are_seen(two_ranks):
+def test_expert_rows_returned_to_the_wrong_tokens_are_detected(two_ranks):
     errors = two_ranks.errors("ep 2, home")
     assert min(errors["losses"], errors["grads"]) > 1e-3
 
 
 @pytest.mark.slow
-def test_a_gradient_that_one_copy_keeps_is_seen(four_ranks):
+def test_expert_gradients_not_summed_over_replicas_are_detected(four_ranks):
     errors = four_ranks.errors("experts")
     assert errors["losses"] < 1e-5 < 1e-2 < errors["grads"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_experts_in_every_precision(two_ranks, name):
-    """A rank whose experts nobody chooses, too. An expert's rows are in the order of the ranks that sent them, so that
-    FP8's tiles of tokens are those of one process.
+def test_sharded_experts_match_in_every_precision(two_ranks, name):
+    """Sharded experts compute what one process computes, even on a rank whose experts receive no token.
+
+    An expert's rows are ordered by sending rank, so FP8 forms the same tiles of tokens as one process.
     """
     seen = two_ranks.seen
     rows = [rank[name]["rows"] for rank in seen]
@@ -259,16 +264,19 @@ def test_experts_in_every_precision(two_ranks, name):
 
 
 @pytest.mark.slow
-def test_passes_take_turns_where_experts_are_shared(two_ranks, four_ranks):
-    """In the schedules that have pairs of passes."""
+def test_passes_overlap_only_in_schedules_with_pairs(two_ranks, four_ranks):
+    """Expert parallelism overlaps a forward and a backward pass only in schedules that pair them."""
     for name in ("dualpipev, ep 2", "dualpipe, ep 2"):
         assert all(rank[name][0]["pairs"] > 2 for rank in four_ranks.seen)
     for run, name in ((four_ranks, "zerobubble, ep 2"), (two_ranks, "dualpipev"), (two_ranks, "ep 2")):
         assert all(rank[name][0]["pairs"] == 0 for rank in run.seen)
 
 
-def test_a_pair_takes_turns():
-    """Each goes on when the other sends rows, in one order whatever the threads' luck; both end, and only then it."""
+def test_a_pair_of_passes_takes_turns():
+    """Each pass resumes when the other sends rows, in an order that thread timing cannot change.
+
+    `take_turns` returns after both passes have ended.
+    """
     exchange, said = AllToAll(None), []
     overlap = Overlap(exchange)
 
@@ -285,11 +293,11 @@ def test_a_pair_takes_turns():
     said.clear()
     overlap.take_turns(lambda: speak("a", 0), lambda: speak("b", 2))
     assert said == ["a ends", "b0", "b1", "b ends"]
-    exchange.while_waiting()  # outside a pair there is nobody to go on
+    exchange.while_waiting()  # outside a pair it returns at once
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_pair_of_which_one_fails(first):
+def test_an_error_in_one_pass_stops_the_other(first):
     exchange, went_on = AllToAll(None), []
 
     def fail():
@@ -306,7 +314,7 @@ def test_a_pair_of_which_one_fails(first):
     assert len(went_on) < 3
 
 
-# Where a model is cut
+# Splitting a model into stages
 
 
 def costs(config, parts, context: int) -> list[float]:
@@ -318,7 +326,7 @@ def costs(config, parts, context: int) -> list[float]:
 
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("modules", [0, 2])
-def test_stages_are_as_equal_as_whole_blocks_allow(tiny_config, n_stages, modules):
+def test_partition_balances_stages_as_well_as_whole_blocks_allow(tiny_config, n_stages, modules):
     more = {"num_nextn_predict_layers": modules, "first_k_dense_replace": 2, "moba_topk": 2, "moba_block_size": 4}
     config = tiny_config(num_hidden_layers=6, **more)
     parts = partition(config, n_stages, 32)
@@ -334,14 +342,14 @@ def test_stages_are_as_equal_as_whole_blocks_allow(tiny_config, n_stages, module
     assert sum(c * c for c in costs(config, parts, 32)) == pytest.approx(min(squares))
 
 
-def test_a_large_head_has_fewer_blocks_beside_it(tiny_config):
+def test_a_stage_with_a_large_head_gets_fewer_blocks(tiny_config):
     config = tiny_config(num_hidden_layers=8, vocab_size=2000, num_nextn_predict_layers=1)
     parts = partition(config, 2, 16)
     assert parts[0].stop > 4 and parts[1].stop - parts[1].start < 4
 
 
 @pytest.mark.parametrize(("tied", "modules"), [(False, 0), (True, 0), (False, 1)])
-def test_ranks_together_are_the_model(tiny_model, tiny_config, tied, modules):
+def test_the_ranks_together_hold_the_whole_model(tiny_model, tiny_config, tied, modules):
     overrides = {"num_hidden_layers": 4, "tie_word_embeddings": tied, "num_nextn_predict_layers": modules}
     whole = tiny_model(**overrides).state_dict()
     for schedule in SCHEDULES:
@@ -357,21 +365,23 @@ def test_ranks_together_are_the_model(tiny_model, tiny_config, tied, modules):
         assert holders == [True, schedule == "dualpipe" or (schedule == "1f1b" and bool(tied or modules))]
 
 
-def test_more_stages_than_blocks(tiny_config):
+def test_more_stages_than_blocks_is_an_error(tiny_config):
     with pytest.raises(UserError, match=r"^`model.num_hidden_layers`: 2 blocks can't be cut into 4 stages: give at"):
         partition(tiny_config(), 4, 16)
 
 
-def test_which_torch_splits_a_backward_pass():
+def test_torch_splits_a_backward_pass_from_2_12_on():
     assert not splits_backward("2.11.0+cu128") and splits_backward("2.12.0") and splits_backward("2.13.0+cpu")
 
 
-# How long ranks are idle
+# Idle time of the ranks
 
 
 def simulated(order: dict[int, list], before: Callable[[int, bool], int | None], scale: int) -> int:
-    """Units of time that an order takes: F, I and W one each, times `scale`, B two; messages take none, and leave when
-    an overlapped pair is done. `before(stage, forward)`: the stage whose result a pass needs.
+    """Return the time that an order of actions takes, in units of an F.
+
+    F, I and W take `scale` units each, and B takes twice that. Messages take no time. An overlapped pair sends its
+    results when both passes are done. `before(stage, forward)` returns the stage whose result a pass needs, or None.
     """
     names = {FORWARD: "F", FULL_BACKWARD: "B", BACKWARD_INPUT: "I", BACKWARD_WEIGHT: "W"}
     clock, done = dict.fromkeys(order, 0), {}
@@ -402,8 +412,11 @@ def simulated(order: dict[int, list], before: Callable[[int, bool], int | None],
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("more", [0, 2, 8])
-def test_the_bubble_is_the_papers(ranks, more):
-    """Of DualPipe and its V (DeepSeek-V3, table 2), where overlapping passes take as long as one after the other."""
+def test_the_bubble_is_that_of_the_paper(ranks, more):
+    """DualPipe and DualPipeV have the bubble of DeepSeek-V3, table 2.
+
+    Overlapped passes are taken to need as much time as the same passes in sequence.
+    """
     micro_batches = 2 * ranks + more
     v = DualPipeVOrder(ranks, micro_batches)
     order = {rank: v.actions(rank) for rank in range(ranks)}
@@ -423,8 +436,8 @@ def test_the_bubble_is_the_papers(ranks, more):
     assert simulated(order, mirrored, 2) - 6 * micro_batches == (ranks / 2 - 1) * (f + b + b - 3 * w)
 
 
-def test_messages_are_in_the_same_order_on_both_sides():
-    """What a rank sends to another, that one receives in this order: messages have no names."""
+def test_messages_are_received_in_the_order_of_sending():
+    """Each rank receives messages in the order in which the other rank sends them, since messages carry no tag."""
     ranks = 4
     listed, place = with_messages(dualpipe_order(ranks, 5)), stage_ranks("dualpipe", ranks)
     for sender, receiver in itertools.permutations(range(ranks), 2):

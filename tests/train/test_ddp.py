@@ -1,4 +1,4 @@
-"""Two processes under DDP learn what one process with the same global batch does."""
+"""Two processes under DDP learn what one process with the same global batch learns."""
 
 import json
 import math
@@ -28,25 +28,26 @@ from forked import train
 sys.exit(train(sys.argv[1:]))
 """
 OPTIONS = {
-    "steps": 4,  # less than an epoch, at whose end the processes' shares are not whole
+    "steps": 4,  # less than an epoch: its last batch does not divide evenly among the processes
     "tokens_per_step": 256,
     "save_every": 2,
     "lr": 1e-3,
-    "qk_clip_tau": 2e-3,  # the clip is at work
+    "qk_clip_tau": 2e-3,  # low enough that QK-clip acts
     "model": {"aux_loss_alpha": 0.0, "bias_update_speed": 0.01},
 }
 
 
 def processes_of(launched: subprocess.Popen) -> list[psutil.Process]:
-    """A launcher that still runs, and what it started; the launcher comes last."""
+    """Return the descendants of a running launcher and then the launcher, or nothing if the launcher has exited."""
     if launched.poll() is not None:
         return []
     return [*psutil.Process(launched.pid).children(recursive=True), psutil.Process(launched.pid)]
 
 
 def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[str, ...] = ()) -> str:
-    """Runs `moonwhale train` in several processes as users do, `before` it some code; returns what they print. Fresh
-    processes take long to import everything: where torchrun is not what is tested, `together` does the same.
+    """Run `moonwhale train` under torchrun as users do, after the code in `before`. Return what the processes print.
+
+    New processes take long to import everything. Tests that do not concern torchrun use `together`.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -72,14 +73,14 @@ def torchrun(*argv: str, processes: int = 2, before: str = "", launcher: tuple[s
     try:
         said, _ = launched.communicate(timeout=300)
     finally:
-        for process in processes_of(launched):  # which may wait for each other, after it has gone
+        for process in processes_of(launched):  # on a timeout they may still be waiting for each other
             process.kill()
     assert launched.returncode == 0, said
     return said
 
 
 def together(*argv: str, processes: int = 2) -> str:
-    """`torchrun(*argv)` without torchrun."""
+    """Run `moonwhale train` in forked processes. Return what the processes print."""
     return finish(start(Path(os.environ["MOONWHALE_CACHE"]), *[argv] * processes))
 
 
@@ -94,7 +95,7 @@ def assert_close(out, reference) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
+def test_two_processes_train_as_one(tiny_run, tmp_path, monkeypatch):
     from moonwhale.optim import muonclip
 
     monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
@@ -112,7 +113,7 @@ def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "manifest.json"} <= names
     assert not (out / ".unfinished").exists()
 
-    # and go on from the middle
+    # Resume from the middle.
     for path in out.iterdir():
         if path.name not in ("checkpoint-2", "run.yaml", "data.txt"):
             path.rename(tmp_path / f"aside-{path.name}")
@@ -121,8 +122,8 @@ def test_two_processes_are_one(tiny_run, tmp_path, monkeypatch):
     assert not [name for name, value in resumed.items() if not torch.equal(value, before[name])]
 
 
-def hooks_of(rank: int, store: Path) -> None:
-    """What one of two ranks runs, and prints: it has seen its own logits and loads in two layers."""
+def run_hooks(rank: int, store: Path) -> None:
+    """Run the step hooks on one of two ranks with different logits and loads in two layers. Print the results."""
 
     class Seen(nn.Module):
         def __init__(self, logits, loads):
@@ -150,8 +151,8 @@ def hooks_of(rank: int, store: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_hooks_reduce_over_ranks(tmp_path):
-    ranks = [ForkedProcess(tmp_path / f"{rank}.out", {}, hooks_of, rank, tmp_path / "store") for rank in range(2)]
+def test_hooks_reduce_statistics_over_ranks(tmp_path):
+    ranks = [ForkedProcess(tmp_path / f"{rank}.out", {}, run_hooks, rank, tmp_path / "store") for rank in range(2)]
     finish(ranks, 60)
     first, second = (json.loads(rank.out.read_text().splitlines()[-1]) for rank in ranks)
     assert first == second

@@ -1,4 +1,4 @@
-"""`moonwhale train` over a pipeline of processes is the run that one process makes, and its folder is the same."""
+"""`moonwhale train` on several processes trains the same model as one process and writes the same files."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from moonwhale.train.config import parse
 from moonwhale.train.run_folder import write_run_file
 
 OPTIONS = {
-    "steps": 6,  # an epoch of 39 rows has 4 steps of 5 micro-batches, the last of them of 4
+    "steps": 6,  # an epoch of 39 rows has 4 steps of 5 micro-batches; its last step has only 4 micro-batches
     "tokens_per_step": 320,
     "save_every": 3,
     "eval_every": 3,
@@ -38,7 +38,7 @@ OPTIONS = {
 
 @pytest.fixture
 def one(tiny_run, tmp_path, monkeypatch):
-    """`one(**options)`: a run of one process, finished, with its options in tmp_path/run.yaml."""
+    """`one(**options)` trains in one process, writes the options to tmp_path/run.yaml and returns the configuration."""
     from moonwhale.optim import muonclip
 
     monkeypatch.setattr(muonclip, "_fast_dtype", lambda device: torch.float32)
@@ -53,7 +53,10 @@ def one(tiny_run, tmp_path, monkeypatch):
 
 
 def assert_same_files(out, reference) -> None:
-    """Two runs left the same files, but for the optimizer's shards, and `model.safetensors` has the same header."""
+    """Assert that two runs wrote the same files, except for the optimizer's shards.
+
+    The headers of `model.safetensors` must be equal.
+    """
     for folder in ("checkpoint-3", "checkpoint-6", "."):
         files = [set(os.listdir(Path(run) / folder)) for run in (out, reference)]
         assert files[0] == files[1] | ({"optimizer"} if folder != "." else set())
@@ -65,7 +68,7 @@ def assert_same_files(out, reference) -> None:
 
 
 def states(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The optimizer's state in a checkpoint, by NAME.KEY."""
+    """Return the optimizer's state in a checkpoint, by PARAMETER.KEY."""
     if (checkpoint / "optimizer").is_dir():
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "optimizer"))
         tensors = {name: torch.zeros(saved.size) for name, saved in reader.read_metadata().state_dict_metadata.items()}
@@ -79,7 +82,7 @@ def states(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_a_pipeline_is_one_process(one, tmp_path):
+def test_a_pipeline_trains_as_one_process(one, tmp_path):
     config = one()
     out = tmp_path / "two"
     pipeline = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
@@ -90,7 +93,7 @@ def test_a_pipeline_is_one_process(one, tmp_path):
     log = log_history(newest_checkpoint(out))
     assert any(entry.get("clipped_heads", 0) > 0 for entry in log)
 
-    # back on one process from the middle, and from there on two again
+    # Resume both runs from the middle: the pipeline on one process, and the single process as a pipeline.
     for path in (*out.glob("checkpoint-6"), *out.glob("config.json"), *out.glob("model.safetensors")):
         path.rename(tmp_path / f"aside-{path.name}")
     pretrain.train(parse(["--out", str(out), "--resume", "--parallel.pp", "1"]))
@@ -110,7 +113,7 @@ def our_lines(said: str) -> list[str]:
 
 @pytest.fixture(params=["pp"])
 def endless(tiny_run, tmp_path, request):
-    """Arguments of a run that takes its time, on two ranks of a pipeline, or that share experts."""
+    """Arguments of a run too long to finish, on two ranks: a pipeline, or with `ep`, expert parallelism."""
     changes = {"steps": 5000, "save_every": 0, "eval_every": 0, "tokens_per_step": 384}
     config = tiny_run(**OPTIONS | changes, parallel={request.param: 2, "timeout": 30})
     write_run_file(config, tmp_path / "run.yaml")
@@ -128,7 +131,7 @@ def endless(tiny_run, tmp_path, request):
         ),
     ],
 )
-def test_ranks_that_disagree_are_refused(endless, tmp_path, other, found):
+def test_ranks_with_different_options_are_refused(endless, tmp_path, other, found):
     processes = start(tmp_path, endless, [*endless, *other])
     try:
         for process in processes:
@@ -161,25 +164,27 @@ def test_a_dead_rank_stops_the_others(endless, tmp_path):
     assert "Traceback" not in said
 
 
-def names_of_start(store: dist.Store, world: int) -> set[str]:
-    """What `world` processes that start together, the first one last, call their start."""
-    with ThreadPoolExecutor(world) as pool:
-        return set(pool.map(lambda rank: processes._launch_name(store, rank, world, 30), reversed(range(world))))
+def launch_names(store: dist.Store, world_size: int) -> set[str]:
+    """Return the launch names that `world_size` processes agree on when they start together. Rank 0 starts last."""
+    with ThreadPoolExecutor(world_size) as pool:
+        return set(
+            pool.map(lambda rank: processes._launch_name(store, rank, world_size, 30), reversed(range(world_size)))
+        )
 
 
-def test_each_start_has_a_name_of_its_own():
-    """In a store that outlives the processes, even where some of them died while they looked for each other."""
+def test_each_launch_has_a_unique_name():
+    """Each launch gets a new name in a store that outlives it, even if a rank died before all ranks had agreed."""
     store = dist.HashStore()
-    (first,) = names_of_start(store, 3)
-    (second,) = names_of_start(store, 3)
+    (first,) = launch_names(store, 3)
+    (second,) = launch_names(store, 3)
     store.set("asks/2", "of one who died")
-    (third,) = names_of_start(store, 3)
+    (third,) = launch_names(store, 3)
     assert len({first, second, third}) == 3
     with pytest.raises(TimeoutError):
         processes._launch_name(store, 0, 3, 0)
 
 
-def test_a_restart_goes_on_by_itself(monkeypatch):
+def test_a_restart_resumes_without_being_asked(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not parse([]).resume
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -187,8 +192,8 @@ def test_a_restart_goes_on_by_itself(monkeypatch):
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_from_the_last_checkpoint(one, tmp_path):
-    """A rank is killed, as if by the system, in step 5; torchrun starts all of them again."""
+def test_torchrun_resumes_from_the_last_checkpoint(one, tmp_path):
+    """After rank 1 is killed in step 5, torchrun restarts all ranks, and they resume from the last checkpoint."""
     config = one()
     out = tmp_path / "two"
     script = f"""
@@ -210,7 +215,7 @@ PipelineTrainer.training_step = dying
 
 
 @pytest.mark.slow
-def test_two_pipelines_share_a_step(one, tmp_path):
+def test_two_pipelines_train_as_one_process(one, tmp_path):
     config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
     out = tmp_path / "four"
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.pp", "2")
@@ -219,16 +224,18 @@ def test_two_pipelines_share_a_step(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_copies_against_each_other(one, tmp_path):
-    config = one(tokens_per_step=384, steps=4, save_every=4, eval_every=4)  # the epoch's last step has one micro-batch
+def test_dualpipe_trains_as_one_process(one, tmp_path):
+    # The last step of an epoch has one micro-batch.
+    config = one(tokens_per_step=384, steps=4, save_every=4, eval_every=4)
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two"), "--parallel.pp", "2")
     together(*options, "--parallel.schedule", "dualpipe")
     assert_close(tmp_path / "two", config.out)
 
 
 @pytest.mark.slow
-def test_processes_that_share_experts(one, tmp_path):
-    config = one(tokens_per_step=256, steps=6)  # the epoch's last step has 3 micro-batches, of which one copy has one
+def test_expert_parallelism_trains_as_one_process(one, tmp_path):
+    # The last step of an epoch has 3 micro-batches, so one replica gets only one.
+    config = one(tokens_per_step=256, steps=6)
     out = tmp_path / "two"
     shared = ("--parallel.ep", "2")
     said = together("--config", str(tmp_path / "run.yaml"), "--out", str(out), *shared)
@@ -239,7 +246,7 @@ def test_processes_that_share_experts(one, tmp_path):
     for name, value in b.items():
         torch.testing.assert_close(a[name], value, atol=1e-5, rtol=1e-3)
 
-    # on one process from the middle of the shared run, and on two from the middle of the other
+    # Resume both runs from the middle: the expert-parallel run on one process, and the other on two.
     for folder in (out, Path(config.out)):
         for path in (*folder.glob("checkpoint-6"), *folder.glob("config.json"), *folder.glob("model.safetensors")):
             path.rename(tmp_path / f"{folder.name}-{path.name}")
@@ -252,15 +259,18 @@ def test_processes_that_share_experts(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_pipelines_that_share_experts(one, tmp_path):
-    """With activations that are computed again, which sends the tokens once more."""
+def test_pipelines_with_expert_parallelism_train_as_one_process(one, tmp_path):
+    """Pipelines with sharded experts train as one process.
+
+    Gradient checkpointing is on, so the recomputed forward pass sends the tokens again.
+    """
     config = one(tokens_per_step=512, steps=4, save_every=4, eval_every=4)
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "four"), "--gradient-checkpointing")
     together(*options, "--parallel.pp", "2", "--parallel.ep", "2", processes=4)
     assert_close(tmp_path / "four", config.out)
 
 
-def test_weights_in_parts_are_one_process(one, tmp_path):
+def test_fsdp_trains_as_one_process(one, tmp_path):
     config = one(tokens_per_step=256)
     out = tmp_path / "parts"
     options = ("--config", str(tmp_path / "run.yaml"), "--out", str(out), "--parallel.fsdp", "true")
@@ -280,7 +290,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
     assert_close(tmp_path / "mirrored", config.out)
 
 
-# What is refused before a process is started
+# Errors raised before any process starts
 
 
 @pytest.mark.parametrize(
@@ -318,7 +328,7 @@ def test_weights_in_parts_are_one_process(one, tmp_path):
         ),
     ],
 )
-def test_impossible_options(tiny_run, options, message):
+def test_impossible_options_are_refused(tiny_run, options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         tiny_run(**OPTIONS | options)
 
@@ -404,7 +414,7 @@ def test_unknown_fields_of_parallel():
         ),
     ],
 )
-def test_impossible_runs(tiny_run, monkeypatch, world, options, message):
+def test_runs_that_do_not_fit_the_processes_are_refused(tiny_run, monkeypatch, world, options, message):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     config = tiny_run(**OPTIONS | options)
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
