@@ -46,5 +46,5 @@ class Running:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
     def comes_to_rest(self) -> bool:
-        """Whether no request runs or waits within about five seconds."""
+        """Returns whether the server becomes idle within about five seconds: no request runs or waits."""
         return any(self.health()["running"] == self.health()["waiting"] == 0 or time.sleep(0.05) for _ in range(100))

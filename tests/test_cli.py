@@ -21,7 +21,7 @@ def moonwhale(*argv: str, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Replaces the verbs by one, `do`, that is the given function."""
+    """Replaces all verbs with one, `do`, which calls the given function."""
 
     def make(function):
         monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(main=function))
@@ -45,7 +45,7 @@ def test_unknown_verb():
 
 @pytest.mark.parametrize("name", [None, *cli.VERBS])
 def test_help_is_light(name):
-    """`moonwhale [VERB] --help` succeeds, and imports nothing heavy."""
+    """`moonwhale [VERB] --help` succeeds without importing a heavy library."""
     code = (
         "import sys; from moonwhale.cli import main\n"
         f"try: status = main({[name, '--help'] if name else ['--help']})\n"
@@ -96,21 +96,21 @@ def failing(error: BaseException):
         ),
     ],
 )
-def test_failures_are_one_line(verb, capsys, error, status, line):
+def test_user_errors_are_one_line(verb, capsys, error, status, line):
     verb(failing(error))
     assert cli.main(["do"]) == status
     assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "I/O error")])
-def test_faults_of_the_program_keep_their_traceback(verb, error):
+def test_bugs_keep_their_traceback(verb, error):
     verb(failing(error))
     with pytest.raises(type(error)):
         cli.main(["do"])
 
 
 @pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()])
-def test_debug_shows_where(verb, monkeypatch, error):
+def test_debug_shows_the_traceback(verb, monkeypatch, error):
     monkeypatch.setenv("MOONWHALE_DEBUG", "1")
     verb(failing(error))
     with pytest.raises(type(error)):
@@ -118,11 +118,11 @@ def test_debug_shows_where(verb, monkeypatch, error):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
-def test_a_closed_pipe_is_no_news(argv):
+def test_a_closed_pipe_is_not_reported(argv):
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "moonwhale", *argv]
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
-    assert result.returncode in (0, 141)  # argparse itself keeps quiet about it
+    assert result.returncode in (0, 141)  # argparse itself ignores a closed pipe
     assert result.stderr == ""

@@ -10,7 +10,7 @@ from moonwhale import cli, options
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import TrainConfig
 
-# Completes one command line as a shell does at TAB, and prints each reply on a line.
+# Completes one command line as a shell does at TAB, and prints one reply per line.
 COMPLETE = """
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
 _moonwhale moonwhale "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
@@ -37,7 +37,7 @@ def complete(request, script):
         code = prepare + script + emulate + COMPLETE
         result = subprocess.run([shell, "-c", code, shell, "moonwhale", *words], capture_output=True, text=True)
         assert result.returncode == 0 and not result.stderr, result.stderr
-        # bash drops the replies that do not begin with the word in the function, zsh after it
+        # bash filters the replies by the typed word inside the function, zsh after it
         return [reply for reply in result.stdout.split() if request.param == "bash" or reply.startswith(words[-1])]
 
     return run
@@ -56,7 +56,7 @@ def complete(request, script):
         (["train", "--compile", "--preset", "s"], ["small", "seed_190m"]),
         (["train", "--parallel.schedule", "d"], ["dualpipev", "dualpipe"]),
         (["train", "--precision", "fp8-r"], ["fp8-rowwise"]),
-        (["train", "--out", ""], []),  # names of files
+        (["train", "--out", ""], []),  # the shell completes file names
         (["train", "--compile", "--sta"], []),
         (["info", "l"], ["large"]),
         (["plan", "--gpu", "h"], ["h100", "h200"]),
@@ -67,7 +67,7 @@ def complete(request, script):
         (["generate", "runs/demo", "--gr"], ["--greedy"]),
     ],
 )
-def test_completes(complete, words, replies):
+def test_a_command_line_is_completed(complete, words, replies):
     assert complete(*words) == replies
 
 
@@ -76,6 +76,6 @@ def test_every_option_of_a_run_is_offered(complete):
     assert {entry.flag for entry in options.options_of(TrainConfig)} | {"--help", "--config"} <= set(offered)
 
 
-def test_making_the_script_is_light():
+def test_printing_the_script_imports_nothing_heavy():
     code = "import sys; from moonwhale.cli import main\nmain(['--completion']); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

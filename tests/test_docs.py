@@ -1,4 +1,4 @@
-"""The documents are true: links lead somewhere, snippets run, options and tests exist, pictures and figures fit."""
+"""The documents are correct: links resolve, snippets run, options and tests exist, and figures are current."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ def read(document: str) -> str:
 
 
 def fenced(text: str, language: str) -> list[str]:
-    """What stands between ```language and ```."""
+    """Returns the contents of all code blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
@@ -32,7 +32,7 @@ def prose(text: str) -> str:
 
 
 def script(path: str):
-    """A script of docs/ as a module."""
+    """Loads a script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,13 +43,13 @@ def script(path: str):
 
 
 def anchors(text: str) -> set[str]:
-    """The names that GitHub gives to headings."""
+    """Returns the anchors that GitHub gives to the headings."""
     titles = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def broken(document: str, text: str) -> list[str]:
-    """Links to files or headings that are not there."""
+    """Returns the links to files or headings that do not exist."""
     found = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
         if re.match(r"https?://", target):
@@ -63,11 +63,11 @@ def broken(document: str, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document):
+def test_links_resolve(document):
     assert not broken(document, read(document))
 
 
-def test_a_broken_link_is_seen():
+def test_a_broken_link_is_detected():
     text = "# A title\n[a](nowhere.md) [b](#a-title) [c](#another) [d](../README.md) [e](training.md#nothing)"
     assert broken("docs/mechanisms.md", text) == ["nowhere.md", "#another", "training.md#nothing"]
 
@@ -85,13 +85,13 @@ def options_of(*verb: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, set[str]]:
-    """The options of each verb, by its words."""
+    """Returns the options of each verb, keyed by the verb's words."""
     verbs = [(verb,) for verb in cli.VERBS if verb != "tokenizer"] + [("tokenizer", "train"), ("tokenizer", "show")]
     return {" ".join(verb): options_of(*verb) for verb in verbs}
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every `moonwhale …` in shell blocks and in the text, "moonwhale" left out."""
+    """Returns the words after `moonwhale` of every command in shell blocks and in the text."""
     lines = [line for block in fenced(text, "sh") for line in block.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", prose(text))
     found = [re.search(r"(?:^|\s|/)moonwhale (?=[a-z]|--)(.*)", line) for line in lines]
@@ -99,7 +99,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
-    """What is wrong with a command, if anything."""
+    """Returns what is wrong with a command, or None if it is valid."""
     verb = " ".join(command[: 2 if command[0] == "tokenizer" else 1])
     if verb not in options:
         return None if verb in ("VERB", "tokenizer") or verb.startswith("--") else f"no verb {verb}"
@@ -108,27 +108,27 @@ def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
     unknown = given - options[verb] - fields
     if unknown:
         return f"moonwhale {verb} has no {', '.join(sorted(unknown))}"
-    if verb == "train" and not given & {"--config", "--help"}:  # the file is an example
-        parse(command[1:])  # the values fit together
+    if verb == "train" and not given & {"--config", "--help"}:  # the config file is only an example
+        parse(command[1:])  # raises if the values do not fit together
     return None
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_can_be_typed(document, options, tmp_path, monkeypatch):
+def test_commands_are_valid(document, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not [mistake for command in commands(read(document)) if (mistake := wrong(command, options))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_options_exist(document, options):
-    """Also those that the text names by themselves."""
+    """Options that the text names without a command exist, too."""
     known = set().union(*options.values(), {"--version", "--completion", "--check", "--parallel.FIELD"}, MODEL)
     named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
     assert not named - known
 
 
 @pytest.mark.parametrize("line", ["moonwhale trian", "moonwhale train --leraning-rate 1", "moonwhale info demo --lr 1"])
-def test_a_wrong_command_is_seen(line, options):
+def test_a_wrong_command_is_detected(line, options):
     (command,) = commands(f"```sh\n{line}  # a comment\n```")
     assert wrong(command, options)
 
@@ -138,7 +138,7 @@ def test_a_wrong_command_is_seen(line, options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_config, draw):
-    """Where snippets run: `runs/demo` is a checkpoint, though of a tiny model that learned nothing."""
+    """Returns the folder in which snippets run. Its `runs/demo` is the checkpoint of a tiny, untrained model."""
     from moonwhale.data.tokenizer import train_tokenizer
     from moonwhale.model import MoonwhaleForCausalLM
 
@@ -162,14 +162,14 @@ def test_snippets_run(document, snippet, folder, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_the_loop_of_the_snippet_learns(capsys):
+def test_the_training_loop_in_the_snippet_learns(capsys):
     (snippet,) = [block for block in fenced(read("docs/training.md"), "python") if "attach_hooks" in block]
     exec(snippet, {})
     losses = [float(loss) for loss in re.findall(r"main ([\d.]+)", capsys.readouterr().out)]
     assert losses[-1] < 0.9 * losses[0]
 
 
-# --- proofs that the documents name ----------------------------------------------------------------------------------
+# --- tests that the documents name -----------------------------------------------------------------------------------
 
 
 def test_named_tests_exist():
@@ -188,21 +188,21 @@ def drawing():
 
 
 def words(svg: Path) -> list[str]:
-    """All text in a picture, in the order of drawing."""
+    """Returns all text of a picture, in drawing order."""
     return [text.text for text in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_picture_is_the_configurations(drawing, tmp_path):
+def test_the_picture_is_up_to_date(drawing, tmp_path):
     drawing.main("seed_190m", tmp_path / "now.svg")
     assert words(tmp_path / "now.svg") == words(drawing.PICTURE)
     versions = [
         re.search("Matplotlib v([^,]+)", path.read_text())[1] for path in (tmp_path / "now.svg", drawing.PICTURE)
     ]
-    if versions[0] == versions[1]:  # others may write the same lines in other ways
+    if versions[0] == versions[1]:  # other versions of Matplotlib may write the same lines differently
         assert (tmp_path / "now.svg").read_bytes() == drawing.PICTURE.read_bytes()
 
 
-def test_the_picture_shows_what_is_counted(drawing):
+def test_the_picture_shows_the_computed_counts(drawing):
     from moonwhale.costs import model_size
 
     config = drawing.configuration("seed_190m")
@@ -250,7 +250,7 @@ def test_the_picture_changes_with_the_configuration(changed, drawing, tmp_path):
 )
 @pytest.mark.parametrize("preset", ["demo", "large"])
 def test_any_configuration_can_be_drawn(preset, changed, drawing):
-    """And its words stay on the page."""
+    """Any configuration can be drawn, and all text stays on the page."""
     config = drawing.configuration(preset)
     figure = drawing.draw(type(config)(**config.to_dict() | changed), preset).figure
     figure.canvas.draw()

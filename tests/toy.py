@@ -1,4 +1,4 @@
-"""The dimensions of a model that trains in seconds, with every mechanism in it."""
+"""The dimensions of a model that has every mechanism and trains in seconds."""
 
 TOY = {
     "vocab_size": 300,

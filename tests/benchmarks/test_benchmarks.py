@@ -1,4 +1,4 @@
-"""Every benchmark runs, at toy size, and writes what it says; how fast it was, nobody asserts."""
+"""Every benchmark runs at toy size and writes the results that it prints. No test asserts a speed."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch):
+def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
@@ -45,8 +45,8 @@ def test_demo_step(tmp_path, capsys, monkeypatch):
     assert f"{result['vs_transformers_bf16']:.2f}" in table
 
 
-def test_the_table_of_figures():
-    """Each figure stands in the line of its script."""
+def test_the_table_has_each_figure_in_its_row():
+    """Each figure is in the row of the script that measures it."""
     machine = {"cpu": "a CPU", "threads": 3, "cores": 4, "torch": "2.99", "transformers": "9.9"}
     train = {"vs_transformers_fp32": 2.01, "vs_transformers_autocast": 1.52, "vs_transformers_bf16": 1.33}
     train |= {"vs_dense": 0.91, "ceiling_share": 0.617, "memory_vs_transformers": 0.48, "environment": machine}
@@ -121,8 +121,8 @@ def test_muonclip_at_work(tmp_path, capsys, monkeypatch, text_folder):
     assert again.read_bytes() == picture.read_bytes()
 
 
-def test_a_disturbed_round_is_repeated(monkeypatch):
-    """Four rounds are played, in which others use these shares of a core; two are wanted, and the quiet ones count."""
+def test_a_round_disturbed_by_other_processes_is_repeated(monkeypatch):
+    """Of four rounds, only the two in which other processes use little CPU are kept."""
     common = importlib.import_module("common")
     others, played = [0.5, 0.02, 0.9, 0.05], []
     clock = iter([now for share in others for now in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0 + share))])
@@ -133,7 +133,7 @@ def test_a_disturbed_round_is_repeated(monkeypatch):
     assert played == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8], "both contenders of a round get the same, each round its own"
 
 
-def test_a_machine_that_is_never_quiet_shows_in_the_result(monkeypatch):
+def test_the_result_shows_that_the_machine_was_never_quiet(monkeypatch):
     common = importlib.import_module("common")
     clock = iter([now for share in (0.5, 0.3, 0.4) for now in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0 + share))])
     monkeypatch.setattr(common, "_cpu_seconds", lambda: next(clock))
@@ -141,7 +141,7 @@ def test_a_machine_that_is_never_quiet_shows_in_the_result(monkeypatch):
     assert (result["rounds"], result["discarded"], result["busiest"]) == (1, 2, 0.3)
 
 
-def test_the_environment_is_told():
+def test_the_environment_is_reported():
     found = importlib.import_module("common").environment("fp32", True)
     assert found["cpu"] and found["cores"] >= 1 and found["threads"] >= 1 and found["dtype"] == "fp32"
 

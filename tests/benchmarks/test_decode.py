@@ -1,4 +1,4 @@
-"""The benchmarks of inference run, at toy size, and write what they say."""
+"""The inference benchmarks run at toy size and write the results that they print."""
 
 import asyncio
 import importlib
@@ -46,8 +46,8 @@ def test_decode(tmp_path, capsys, monkeypatch, small_checkpoint):
     assert result["bits_per_byte"]["bf16"] == pytest.approx(result["bits_per_byte"]["fp32"], rel=0.1)
 
 
-def test_their_cache_and_ours_go_on_from_the_same_prompt(monkeypatch):
-    """What is timed beside each other is the same work: one token from a prompt that is in the cache."""
+def test_both_caches_continue_the_same_prompt(monkeypatch):
+    """Both contenders do the same work: they decode one token after a prompt that is already in the cache."""
     decode = importlib.import_module("decode")
     for name, value in (TOY | {"moba_topk": 0}).items():
         monkeypatch.setitem(PRESETS["seed_190m"].model, name, value)
@@ -68,7 +68,7 @@ def test_their_cache_and_ours_go_on_from_the_same_prompt(monkeypatch):
 
 
 def test_serve(small_engine, small_checkpoint):
-    """Its two parts, against a server in this process."""
+    """Both parts of the benchmark run against a server in this process."""
     from moonwhale.serve.app import create_app
 
     serve = importlib.import_module("serve")
@@ -84,6 +84,6 @@ def test_serve(small_engine, small_checkpoint):
         schema = serve.from_schema(server.url, 60)
         assert schema["server_errors"] == schema["hangs"] == schema["leaks"] == 0
         assert sum(schema["statuses"].values()) >= 30
-    with Running(create_app(small_engine(), NAME, small_checkpoint)) as server:  # not the model that is asked for
+    with Running(create_app(small_engine(), NAME, small_checkpoint)) as server:  # the benchmark requests "model"
         load = asyncio.run(serve.load(server.url, psutil.Process(), clients=2, seconds=0.1, tokens=4))
         assert load["errors"] >= 2 and load["answers"] == 0

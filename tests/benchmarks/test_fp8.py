@@ -1,5 +1,6 @@
-"""The FP8 benchmark trains what it says from one start, and writes what it says; how near the losses are, nobody
-asserts.
+"""The FP8 benchmark trains all runs from the same weights and writes the results that it prints.
+
+No test asserts how close the losses are.
 """
 
 import importlib
@@ -14,13 +15,13 @@ from moonwhale.fp8 import emulated_product
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """At toy size."""
+    """Returns the benchmark module at toy size."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     quality, module = (importlib.import_module(name) for name in ("quality", "fp8"))
     for patched in (quality, module):
         monkeypatch.setattr(patched, "VOCABULARY", 320)
         monkeypatch.setattr(patched, "CONTEXT", 16)
-        monkeypatch.setattr(patched, "tune_allocator", lambda: False)  # it would last beyond this test
+        monkeypatch.setattr(patched, "tune_allocator", lambda: False)  # this setting would outlast the test
     small = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
     small |= {"moba_block_size": 4, "moe_intermediate_size": 16, "n_routed_experts": 2}
     for name, value in small.items():
@@ -40,7 +41,7 @@ def test_fp8(benchmark, text_folder, tmp_path, capsys):
 
     losses = result["curves"]
     assert [len(curve) for curve in losses.values()] == [6, 6, 4, 4]
-    # What FP8 changes in the first forward is nothing: a block starts by adding nothing. Then all four differ.
+    # FP8 does not change the first forward, because a new block adds zero. After it, all four runs differ.
     assert len({curve[0] for curve in losses.values()}) == 1
     assert len({tuple(curve[:4]) for curve in losses.values()}) == 4
     apart = abs(result["held_out_loss"]["tiles"] / result["held_out_loss"]["bf16"] - 1)
@@ -52,7 +53,7 @@ def test_fp8(benchmark, text_folder, tmp_path, capsys):
     assert f"{result['relative_loss_error']:.2%}" in picture.read_text()
 
 
-def test_the_error_is_the_worse_of_two(benchmark):
+def test_the_reported_error_is_the_larger_of_two(benchmark):
     runs = {
         "bf16": {"losses": [4.0] * 10, "held_out": 5.0},
         "tiles": {"losses": [9.0] * 8 + [4.04] * 2, "held_out": 4.9},
@@ -64,7 +65,7 @@ def test_the_error_is_the_worse_of_two(benchmark):
     assert result["outlier_loss"] == {"bf16": 4.0, "tiles": 7.0, "tensor": 7.0}
 
 
-def test_an_outlier_changes_no_bit_of_bf16_and_spoils_one_scale_for_all(benchmark):
+def test_an_outlier_leaves_bf16_unchanged_and_spoils_a_scale_per_tensor(benchmark):
     torch.manual_seed(0)
     x, weight, d_out = torch.randn(256, 512).bfloat16(), torch.randn(128, 512) / 23, torch.randn(256, 128).bfloat16()
 
@@ -94,7 +95,7 @@ def test_an_outlier_changes_no_bit_of_bf16_and_spoils_one_scale_for_all(benchmar
     assert tensor[0] > 1.5 * tiles[0] and tensor[2] > 4 * tiles[2], (tiles, tensor)
 
 
-def test_what_cannot_be_trained(benchmark, tmp_path, capsys):
+def test_impossible_inputs_are_refused(benchmark, tmp_path, capsys):
     text = tmp_path / "short.txt"
     text.write_text("One.\n\nTwo.\n\nThree.")
     for options, said in ([], "less than a row of 16 tokens"), (["--outlier-steps", "900"], "--outlier-steps: give"):

@@ -1,4 +1,4 @@
-"""The GPU's benchmark: its parts at toy size on a CPU, and that it measures nothing where there is no GPU."""
+"""The parts of the GPU benchmark run at toy size on a CPU. Without a GPU, the script measures nothing."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from moonwhale.presets import PRESETS
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The benchmark on the toy's shapes."""
+    """Returns the benchmark module with the toy model's shapes."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     for name in ("seed_190m", "large"):
         shapes = toy.TOY | {"vocab_size": 97, "num_nextn_predict_layers": 1}
@@ -29,7 +29,7 @@ def gpu(monkeypatch):
     return module
 
 
-def test_parts(gpu, tmp_path, capsys):
+def test_all_parts_run(gpu, tmp_path, capsys):
     bench = gpu.Bench(torch.device("cpu"), rows=2, context=32, rounds=1)
     gpu.run(bench, "a toy", list(gpu.PARTS), None, tmp_path)
     result = json.loads((tmp_path / "gpu.json").read_text())
@@ -44,7 +44,7 @@ def test_parts(gpu, tmp_path, capsys):
     assert result["decode_1"] > 0 and result["decode_64"] > 0
 
 
-def test_a_part_can_follow_and_a_failure_is_named(gpu, tmp_path, monkeypatch):
+def test_parts_run_later_are_added_and_failures_are_named(gpu, tmp_path, monkeypatch):
     bench = gpu.Bench(torch.device("cpu"))
     monkeypatch.setitem(gpu.PARTS, "mfu", lambda *_: {"mfu": 0.5})
     monkeypatch.setitem(gpu.PARTS, "moba", lambda *_: 1 / 0)
@@ -57,7 +57,7 @@ def test_a_part_can_follow_and_a_failure_is_named(gpu, tmp_path, monkeypatch):
     assert "mfu" not in json.loads((tmp_path / "gpu.json").read_text()), "another GPU's figures are not mixed in"
 
 
-def test_an_attention_that_differs_is_not_timed(gpu, monkeypatch):
+def test_an_attention_with_wrong_outputs_is_not_timed(gpu, monkeypatch):
     right = gpu.attention
     monkeypatch.setattr(gpu, "attention", lambda *args: 1.1 * right(*args))
     with pytest.raises(ValueError, match="differs from its dense twin"):
@@ -72,7 +72,7 @@ def test_flash_is_full_attention(gpu, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_writes_nothing(gpu, tmp_path, capsys):
+def test_without_a_gpu_the_script_says_so_and_writes_nothing(gpu, tmp_path, capsys):
     assert gpu.main(["--results", str(tmp_path)]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""benchmarks/grpo.py at toy size: what it writes, and that its demonstrations are right."""
+"""benchmarks/grpo.py at toy size writes its results, and its demonstrations are correct."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The optimizer's benchmark runs at toy size; its tuning and its crossing are held to runs whose losses are known."""
+"""The optimizer benchmark runs at toy size. Tuning and crossing are tested on runs with known losses."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ TINY = toy.TOY
 
 
 @pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch):
+def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(importlib.import_module("common"), "QUIET", float("inf"))
 
@@ -61,11 +61,11 @@ def test_every_tile_of_a_forward_pass_is_measured(optimizer):
 
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**TINY)).train()
     tiles = optimizer.score_tiles(model, torch.zeros(2, 32, dtype=torch.long))
-    # 3 attentions of 2 x 2 x 32 queries, and of 2 of them what MoBA's queries find in one earlier block.
+    # 3 attentions have 2 x 2 x 32 queries. In 2 of them, MoBA's queries also read one earlier block.
     assert sum(tile.shape[:2].numel() for tile in tiles) >= 3 * 128 + 2 * 96
 
 
-def test_too_little_memory_is_said_and_nothing_measured(optimizer, monkeypatch, capsys):
+def test_too_little_memory_is_reported_and_nothing_is_measured(optimizer, monkeypatch, capsys):
     monkeypatch.setattr(optimizer, "BYTES_PER_TOKEN", 1e15)
     assert optimizer.cost(1, 1) == {}
     assert "GB" in capsys.readouterr().err
@@ -93,8 +93,8 @@ def test_race(optimizer, race, tmp_path, monkeypatch, text_folder):
     assert again.read_bytes() == picture.read_bytes()
 
 
-def test_runs_of_a_seed_share_weights_and_batches(race, text_folder, monkeypatch):
-    """With a rate of nothing, both optimizers leave one model behind, which another seed's is not."""
+def test_runs_with_the_same_seed_share_weights_and_batches(race, text_folder, monkeypatch):
+    """With a learning rate of 0, both optimizers end with the same loss. Another seed gives another loss."""
     losses = [race.train(str(text_folder), race.Run(name, 0.0, seed, 2))[1][-1][1] for name, seed in
               (("adamw", 1), ("muonclip", 1), ("adamw", 2))]  # fmt: skip
     assert losses[0] == losses[1] != losses[2]
@@ -117,7 +117,7 @@ def test_a_best_rate_at_the_edge_extends_the_range(race, monkeypatch, capsys):
         race.tune("text", 10, 1)
 
 
-def test_where_a_curve_reaches_a_loss(race):
+def test_crossing_is_where_a_curve_reaches_a_loss(race):
     assert race.crossing({0.8: 3.0, 0.4: 5.0, 0.6: 4.0}, 4.5) == pytest.approx(0.5)
     assert race.crossing({0.4: 5.0, 0.6: 4.0}, 6.0) == 0.4
     assert race.crossing({0.4: 5.0, 0.6: 4.0}, 3.0) == math.inf

@@ -1,4 +1,4 @@
-"""The benchmark of pipelines counts right, and runs."""
+"""The pipeline benchmark counts correctly and runs at toy size."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ def parallel_runs(parallel):
 
 
 def test_idle_time_by_hand(parallel, tmp_path):
-    """Two ranks of 1F1B and one micro-batch: stage 0 waits for the other's two passes, F + B = 2 + 4."""
+    """With two ranks of 1F1B and one micro-batch, stage 0 waits for stage 1's two passes: F + B = 2 + 4."""
     ranks = [
         [("F", 0, 0, 0.0, 2.0), ("B", 0, 0, 8.0, 12.0)],
         [("F", 1, 0, 2.0, 4.0), ("B", 1, 0, 4.0, 8.0)],
@@ -37,7 +37,7 @@ def test_idle_time_by_hand(parallel, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_runs(parallel, tmp_path, capsys):
+def test_the_bubble_benchmark_runs(parallel, tmp_path, capsys):
     picture = tmp_path / "schedules.svg"
     toy = ["--ranks", "2", "--micro-batches", "4", "--unit", "0.002", "--results", str(tmp_path)]
     (tmp_path / "parallel.json").write_text('{"kills_survived": 1}')
@@ -49,10 +49,10 @@ def test_it_runs(parallel, tmp_path, capsys):
     assert all(0 < found["share"] < 1 for found in result["schedules"].values())
 
 
-def test_a_wrong_gradient_is_seen(parallel_runs):
+def test_a_wrong_gradient_is_detected(parallel_runs):
     a, b = torch.arange(8.0).view(4, 2), torch.ones(3)
     expected = {"experts": a, "norm": b}
-    ranks = [{"experts": a[:2], "norm": b}, {"experts": a[2:]}]  # which share their experts
+    ranks = [{"experts": a[:2], "norm": b}, {"experts": a[2:]}]  # the two ranks share the experts out
     assert parallel_runs.gradient_error(ranks, expected) == 0
     assert parallel_runs.gradient_error(ranks[::-1], expected) > 0.5
     assert parallel_runs.gradient_error([expected, {"norm": 1.01 * b}], expected) == pytest.approx(0.01, rel=1e-4)
@@ -64,7 +64,7 @@ def test_a_wrong_gradient_is_seen(parallel_runs):
         parallel_runs.gradient_error([expected], expected | {"norm": 0 * b})
 
 
-def test_a_wrong_loss_is_seen(parallel_runs):
+def test_a_wrong_loss_is_detected(parallel_runs):
     logs = [{"loss": 2.0, "loss_main": 1.5, "step": 1}, {"eval_loss": 3.0, "step": 1}]
     assert parallel_runs.loss_error(logs, logs) == 0
     assert parallel_runs.loss_error([logs[0] | {"loss_main": 1.503}, logs[1]], logs) == pytest.approx(0.002)
@@ -79,7 +79,7 @@ def test_several_processes_and_one(parallel, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_beside_the_plan(parallel, tmp_path):
+def test_measured_memory_is_close_to_the_plan(parallel, tmp_path):
     parallel.main(["memory", "--layouts", "pp 2, dualpipev", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "parallel.json").read_text())
     (layout,) = result["memory"]["layouts"].values()

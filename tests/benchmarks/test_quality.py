@@ -1,4 +1,4 @@
-"""The quality benchmark races its contenders fairly and writes what it says; who won, nobody asserts."""
+"""The quality benchmark races its contenders fairly and writes its results. No test asserts which one wins."""
 
 import importlib
 import itertools
@@ -62,12 +62,12 @@ class GPT(nn.Module):
 
 @pytest.fixture
 def quality(monkeypatch):
-    """The benchmark at toy size."""
+    """Returns the benchmark module at toy size."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     module = importlib.import_module("quality")
     monkeypatch.setattr(module, "VOCABULARY", 320)
     monkeypatch.setattr(module, "CONTEXT", 16)
-    monkeypatch.setattr(module, "tune_allocator", lambda: False)  # it would last beyond this test
+    monkeypatch.setattr(module, "tune_allocator", lambda: False)  # this setting would outlast the test
     small = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
     small |= {"moba_block_size": 4, "moba_full_attention_layers": [1], "n_routed_experts": 4}
     for name, value in (small | {"moe_intermediate_size": 16, "num_nextn_predict_layers": 1}).items():
@@ -85,7 +85,7 @@ def quality(monkeypatch):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder with something like nanochat in it."""
+    """Yields a checkout with a stand-in for nanochat."""
     folder = tmp_path / "checkout"
     (folder / "nanochat").mkdir(parents=True)
     (folder / "nanochat" / "__init__.py").touch()
@@ -140,7 +140,7 @@ def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path):
     assert set(result["bits_per_byte"]) == {"ours", "dense"}
 
 
-def test_one_contender_alone_writes_nothing(quality, text_folder, tmp_path, capsys):
+def test_a_single_contender_writes_no_files(quality, text_folder, tmp_path, capsys):
     options = ["--only", "dense", "--seconds", "0.05", "--results", str(tmp_path), "--picture", str(tmp_path / "q.svg")]
     quality.main([str(text_folder), *options])
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
@@ -155,7 +155,7 @@ def test_one_contender_alone_writes_nothing(quality, text_folder, tmp_path, caps
         ([], "less than a row of 16 tokens"),
     ],
 )
-def test_what_cannot_be_raced(quality, tmp_path, capsys, options, said):
+def test_impossible_races_are_refused(quality, tmp_path, capsys, options, said):
     text = tmp_path / "short.txt"
     text.write_text("One.\n\nTwo.\n\nThree.")
     with pytest.raises(SystemExit, match="2"):
@@ -173,18 +173,18 @@ def test_a_text_is_split_by_paragraphs(quality, tmp_path):
     assert (data.lengths[data.train] == 0).sum() == 2 * 90, "bos and eos around each of 90 paragraphs"
 
 
-def test_bits_per_byte_of_a_model_that_knows_nothing(quality):
+def test_bits_per_byte_of_a_uniform_model(quality):
     rows, lengths = torch.tensor([[0, 1, 2, 3], [1, 0, 2, 2]]), torch.tensor([0, 1, 2, 5])
 
     def mean_loss(tokens, labels):
         assert (labels == -100).equal(tokens == 0), "what is no text is not scored"
         return torch.tensor(math.log(4))
 
-    # Scored are 1, 2, 3 of the first row, and 2, 2 of the second one, whose 0 stands for nothing.
+    # The first row scores tokens 1, 2 and 3; the second scores 2 and 2. Its 0 has no bytes and is not scored.
     assert quality.bits_per_byte(mean_loss, rows, lengths) == pytest.approx(2 * 5 / (1 + 2 + 5 + 2 + 2), abs=1e-5)
 
 
-def test_the_race_ends_with_the_time(quality, monkeypatch):
+def test_the_race_ends_when_the_time_is_up(quality, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(quality.time, "perf_counter", lambda: float(next(ticks)))  # each step takes a second
     monkeypatch.setattr(quality, "_cpu_seconds", lambda: (2.0 * next(cpu), 0.0, 1.0 * next(cpu)))
@@ -214,8 +214,8 @@ def test_a_rate_that_diverges_is_never_the_best(quality):
 
 
 @pytest.mark.parametrize("name", ["ours", "dense"])
-def test_warming_up_leaves_no_trace_and_all_see_the_same(quality, data, monkeypatch, name):
-    """Two runs of two steps, of which one warms up for longer, learn the same from the same rows."""
+def test_warm_up_changes_nothing_and_runs_see_the_same_rows(quality, data, monkeypatch, name):
+    """A longer warm-up changes neither the losses nor the result of a run of two steps."""
     runs = []
     monkeypatch.setattr(quality, "race", lambda step, seconds: runs.append(_two_steps(step)) or _STOPPED.copy())
     train = {"ours": quality.train_ours, "dense": quality.train_dense}[name]
@@ -243,7 +243,7 @@ def test_schedules(quality):
     assert quality.nanochat_schedule(2000, 1.0) == pytest.approx((0.05, 0.90, 0.0))
 
 
-def test_the_dense_model_sees_nothing_ahead(quality):
+def test_the_dense_model_is_causal(quality):
     dense = importlib.import_module("dense")
     torch.manual_seed(0)
     model = dense.DenseLM(**quality.DENSE)

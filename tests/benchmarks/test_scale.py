@@ -1,4 +1,4 @@
-"""The benchmark of scale at toy size: its fits, its picture, and a page that says what the result does."""
+"""The scale benchmark at toy size: its fits, its picture, and a page that agrees with the result."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def scale(monkeypatch):
 
 @pytest.fixture
 def toy(scale, monkeypatch):
-    """The benchmark on the toy's shapes, without processes of its own: a process's peak is made up."""
+    """Returns the benchmark with the toy model's shapes. It starts no processes, and peak memory is invented."""
     monkeypatch.setattr(importlib.import_module("common"), "QUIET", float("inf"))
     preset = PRESETS["small"].model
     for name in list(preset):
@@ -71,7 +71,7 @@ def test_scale(toy, tmp_path, capsys):
     assert (tmp_path / "scale.svg").read_bytes() == picture
 
 
-def test_a_fit_finds_what_it_was_made_of(scale):
+def test_a_fit_recovers_known_coefficients(scale):
     lengths = [512, 1024, 2048, 4096]
     for true in ([0.5, 0.25, 0.125], [0.0, 0.25, 0.0], [0.5, 0.0, 0.125]):
         amounts = [scale.value(true, length) for length in lengths]

@@ -1,4 +1,4 @@
-"""The training benchmark at toy size: everybody computes what is said, and the result is what it names."""
+"""The training benchmark at toy size: all contenders compute the same, and the result has every named figure."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ TOY = toy.TOY | {"vocab_size": 97, "num_nextn_predict_layers": 2}
 
 @pytest.fixture
 def train(monkeypatch):
-    """The benchmark on the toy's shapes."""
+    """Returns the benchmark module with the toy model's shapes."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.setattr(importlib.import_module("common"), "QUIET", float("inf"))
     preset = PRESETS["seed_190m"].model
@@ -69,7 +69,7 @@ def test_models_that_differ_are_refused(train):
         train.check_same(other, TOY, tokens)
 
 
-def test_the_dense_peer_is_as_large_as_what_a_token_goes_through(train):
+def test_the_dense_peer_has_as_many_parameters_as_a_token_uses(train):
     config = MoonwhaleConfig(**PRESETS["large"].model | {"num_nextn_predict_layers": 0})
     shapes = train.dense_shapes(config, 4096)
     size = model_size(config)
@@ -85,7 +85,7 @@ def test_memory_is_measured_in_a_process_of_its_own(train):
     assert 2 * 4 * 20_000 * 256 < train.fresh("moonwhale", train.peak_memory, contender, wide, 1, 8) < 1e9
 
 
-def test_too_little_memory_is_said(train, capsys):
+def test_too_little_memory_is_reported(train, capsys):
     limit, _ = train.fresh("itself", resource.getrlimit, resource.RLIMIT_DATA)
     assert limit == pytest.approx(psutil.virtual_memory().available, rel=0.1)
     assert train.fresh("a giant", bytearray, 2 * limit) is None

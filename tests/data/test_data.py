@@ -1,4 +1,4 @@
-"""Sources, shards and packed rows."""
+"""Tests sources, shards and packed rows."""
 
 import abc
 import ast
@@ -81,7 +81,7 @@ def test_chitchat():
     assert conversations[0][1]["content"].split("\n") == ["whats up MD", "im doing good", "how are you doing?"]
 
 
-def test_chitchat_merges_turns_and_drops_crowds(tmp_path, monkeypatch):
+def test_chitchat_merges_turns_and_drops_group_chats(tmp_path, monkeypatch):
     def turn(sender, *texts):
         return [{"sender": sender, "text": text, "timestamp": ""} for text in texts]
 
@@ -118,7 +118,7 @@ def test_file_folder_glob_and_compressed(tmp_path):
     assert list(load_source(str(tmp_path / "**" / "*.[pt][yx]*"))) == ["a\r\nä", "d", "b"]
 
 
-def test_folder_skips_binary_files_and_says_so(tmp_path, caplog):
+def test_a_folder_skips_binary_files_with_a_warning(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
     assert list(load_source(str(tmp_path))) == ["a"]
@@ -140,7 +140,7 @@ def test_tables(tmp_path):
     assert list(load_source(str(tmp_path / "a.parquet"))) == ["p", "q"]
 
 
-def test_messages_in_both_spellings(tmp_path):
+def test_messages_in_both_formats(tmp_path):
     spelled = [{"from": "human", "value": "Who sang?"}, {"from": "gpt", "value": "The whale."}]
     path = jsonl(tmp_path / "a.jsonl", [{"text": "no", "messages": MESSAGES}, {"text": "no", "messages": MESSAGES[:1]}])
     assert list(load_source(path)) == [MESSAGES, MESSAGES[:1]]
@@ -187,7 +187,7 @@ def rows_of(dataset):
 
 
 def test_packing_by_hand(tokenizer, tmp_path):
-    """Three documents of 5, 3 and 4 tokens in rows of 4: the first spans two rows, the second shares one."""
+    """Documents of 5, 3 and 4 tokens fill rows of 4. The first spans two rows; the second shares a row with it."""
     documents = ["\1\2\3", "\4", "\5\6"]
     built = build_shards(source_of(documents), tokenizer, tmp_path)
     ids = [encode_document(tokenizer, document).tolist() for document in documents]
@@ -200,7 +200,7 @@ def test_packing_by_hand(tokenizer, tmp_path):
         "position_ids": [[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, 2, 3]],
         "labels": [[-100, a, b, c], [eos, -100, d, eos], [-100, e, f, eos]],
     }
-    # Without the middle document, in rows of 5: the last row is one short.
+    # Without the middle document and with rows of 5, the last row has one token of padding.
     part = PackedDataset(built, np.array([0, 8]), lengths[[0, 2]], 5, 5, tokenizer.pad_token_id)
     assert (part.n_documents, part.n_tokens, part.n_bytes, len(part)) == (2, 9, 5, 2)
     assert rows_of(part) == {
@@ -228,7 +228,7 @@ def test_split_is_by_document_complete_and_stable(tokenizer, tmp_path):
     assert set(aside) == {text for text in documents if document_hash(text) < 0.3 * 2**64}
     assert (train.n_documents, held_out.n_documents) == (len(inside), len(aside))
     assert train.n_bytes == sum(len(text.encode()) for text in inside)
-    # The same documents in another order and under other neighbours fall on the same sides.
+    # The side of a document depends neither on the order nor on the other documents.
     _, again = pack_split(
         source_of([*reversed(documents), "new"], "2"), tokenizer, 16, cache_dir=tmp_path, held_out_share=0.3
     )
@@ -319,7 +319,7 @@ def test_large_vocabularies_take_four_bytes(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("hurt", ["flip", "truncate", "remove", "garble index", "truncate documents"])
-def test_damage_is_noticed_and_rebuilt(tokenizer, tmp_path, caplog, hurt):
+def test_damaged_shards_are_detected_and_rebuilt(tokenizer, tmp_path, caplog, hurt):
     source = source_of(DOCUMENTS)
     good = build_shards(source, tokenizer, tmp_path)
     file = good.folder / {"garble index": "index.json", "truncate documents": "documents.npy"}.get(
@@ -359,7 +359,7 @@ print(shards.build_shards(Source("given", "print", read), load_tokenizer(sys.arg
 """
 
 
-def test_a_killed_build_is_never_seen(tokenizer, tmp_path):
+def test_a_killed_build_is_never_used(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "tokenizer"), str(tmp_path / "cache")]
     killed = subprocess.run([*command, "kill"], capture_output=True, text=True)
@@ -372,7 +372,7 @@ def test_a_killed_build_is_never_seen(tokenizer, tmp_path):
     assert [path for path in built.folder.parent.iterdir() if path.is_dir()] == [built.folder]
 
 
-def test_a_failing_source_leaves_nothing(tokenizer, tmp_path):
+def test_a_failing_source_leaves_no_files(tokenizer, tmp_path):
     def read():
         yield "whale"
         raise UserError("`data`: cannot read on")
@@ -382,7 +382,7 @@ def test_a_failing_source_leaves_nothing(tokenizer, tmp_path):
     assert [path for path in (tmp_path / "shards").iterdir() if path.is_dir()] == []
 
 
-def test_full_disk_and_forbidden_folder(tokenizer, tmp_path, monkeypatch):
+def test_a_full_disk_and_a_folder_without_write_permission(tokenizer, tmp_path, monkeypatch):
     def append(folder, start, stream):
         (folder / "tokens-00000.bin").write_bytes(b"partial")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -396,7 +396,7 @@ def test_full_disk_and_forbidden_folder(tokenizer, tmp_path, monkeypatch):
         build_shards(source_of(DOCUMENTS), tokenizer, tmp_path / "file")
 
 
-def test_new_folder_replaces_the_old_one_whole(tmp_path):
+def test_a_new_folder_replaces_the_old_one_completely(tmp_path):
     for name in "ab":
         with new_folder(tmp_path / "out") as building:
             (building / name).write_text(name)
@@ -410,7 +410,7 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "env" and cache_folder(tmp_path) == tmp_path
 
 
-# ---- the whole room
+# ---- building data, and the commands
 
 
 def test_build_data_trains_and_reuses_a_tokenizer(corpus, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tests the hub's named sets on files with their schemas, mixtures, and rows that cannot be read."""
+"""Tests the named hub datasets on files with their schemas, mixtures, and unreadable rows."""
 
 import json
 import os
@@ -67,13 +67,13 @@ SCHEMAS = {
 
 
 @pytest.fixture(autouse=True)
-def everything_is_said_again():
+def reset_warnings():
     source.warn_once.cache_clear()
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """`hub(id, rows, configuration)` makes that set loadable: folders of Parquet files replace the hub."""
+    """`hub(id, rows, configuration)` makes a dataset loadable from a folder of Parquet files instead of the hub."""
     import datasets
 
     folders = {}
@@ -189,7 +189,7 @@ def spoken(language, *contents, flagged=(), redacted=False):
     }
 
 
-def test_lmsys_chat_keeps_one_language_and_what_is_harmless(hub, caplog):
+def test_lmsys_chat_keeps_harmless_conversations_of_one_language(hub, caplog):
     rows = [
         spoken("English", "a", "b"),
         spoken("Portuguese", "c", "d"),
@@ -267,7 +267,7 @@ def test_bad_rows_are_skipped_with_reasons(hub, caplog, spec, limit):
         assert re.search(rf"{n} with [^;]*{reason}[^;]* \(row {first} of {spec}: ", line), (reason, line)
 
 
-def test_too_many_bad_rows_are_an_error_that_names_the_commonest(hub):
+def test_too_many_bad_rows_raise_an_error_with_the_commonest_reason(hub):
     good, bad = said(("human", "a"), ("gpt", "b")), [said(("human", "a"), ("human", "b")), said(("tool", "a"))]
     hub("BAAI/Infinity-Instruct", [good] * 8 + [bad[1], bad[0], bad[0]], "3M")
     fails(
@@ -292,7 +292,7 @@ def test_a_long_bad_table_is_not_read_to_its_end(monkeypatch):
     assert len(list(Source("s", "s", lambda: rows(lambda i: i % 20 == 19)))) == 950
 
 
-def test_a_users_own_table_is_treated_alike(tmp_path, caplog):
+def test_bad_rows_of_a_users_own_table_are_skipped_too(tmp_path, caplog):
     spoilt = [
         {"messages": None},
         {"messages": "text in one row only"},
@@ -313,7 +313,7 @@ def test_a_users_own_table_is_treated_alike(tmp_path, caplog):
     assert list(load_source(part, columns=["a", "b"])) == ["x\n\ny", "z"], "one column is enough"
 
 
-def test_a_table_of_both_spellings_gives_every_message_all_fields(tmp_path):
+def test_a_table_in_both_formats_gives_every_message_all_fields(tmp_path):
     old = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     table = pa.table({"conversations": [turns("a", "b"), old]})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -339,7 +339,7 @@ def test_any_hub_set(hub, tmp_path):
     fails("there is no configuration wrong; give some/set:NAME with one of default", "some/set:wrong")
 
 
-def test_so_many_documents(hub, tmp_path):
+def test_the_number_of_documents_can_be_limited(hub, tmp_path):
     hub("some/set", [{"text": f"{i}" if i % 2 else ""} for i in range(10)])
     source = load_source("some/set", limit=3)
     assert list(source) == list(source) == ["1", "3", "5"] and source.n_documents == 3
@@ -401,7 +401,7 @@ def test_a_connection_that_breaks(hub, monkeypatch):
 
 
 def test_offline(tmp_path):
-    """The library reads HF_HUB_OFFLINE when it is imported, so the test needs a process of its own."""
+    """Offline mode is tested in its own process, because the library reads HF_HUB_OFFLINE at import."""
     code = "from moonwhale.data.loading import load_source\nload_source('tinystories')"
     places = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | places)
@@ -412,7 +412,7 @@ def test_offline(tmp_path):
 # ---- names and mixtures
 
 
-def test_names_that_are_near_a_known_one():
+def test_misspelled_names_get_a_suggestion():
     fails("no such file or folder: tinystory .did you mean tinystories..*lmsys-chat-1m", "tinystory")
     fails("did you mean lmsys-chat-1m", "lmsys-chat1m:German")
     fails("did you mean python", "phyton")
@@ -427,7 +427,7 @@ def counted(name, n):
     return Source(name, name, lambda: iter([f"{name}{i}" for i in range(n)]))
 
 
-def test_mixture_keeps_to_the_weights_all_along():
+def test_a_mixture_follows_the_weights_at_every_point():
     source = mix("m", [counted("a", 700), counted("b", 999), counted("c", 999)], [0.7, 0.2, 0.1])
     mixed = list(source)
     assert mixed == list(source) and len(set(mixed)) == len(mixed) and mixed[0] == "a0"
@@ -439,7 +439,7 @@ def test_mixture_keeps_to_the_weights_all_along():
     assert 995 <= len(mixed) <= 1005, "it ends with a: its 700 documents are 70 %"
 
 
-def test_mixture_ends_with_its_first_exhausted_part_and_says_so(caplog):
+def test_a_mixture_ends_with_its_first_exhausted_part_and_reports_it(caplog):
     order = " ".join(mix("m", [counted("a", 2), counted("b", 9)], [1, 3]))
     assert order == "b0 a0 b1 b2 b3 a1 b4 b5 b6"
     assert "the mixture ends with a, its first source to end, after 2 of a, 7 of b" in caplog.text
@@ -474,7 +474,7 @@ def test_mixture_of_files_and_hub_sets(hub, tmp_path, caplog):
     assert len(prints) == 4 and load_source(spec).fingerprint not in prints and before in prints
 
 
-def test_bad_rows_of_a_part_count_though_the_mixture_ends_early():
+def test_bad_rows_of_a_part_count_even_if_the_mixture_ends_early():
     def rows(bad):
         yield from [source.SkippedRow("no text", "row 1")] * bad
         yield from "x" * 99
@@ -513,7 +513,7 @@ def test_bad_mixtures_are_one_line_each(hub, spec, line):
     fails(line, spec, "train" if "split" in line else None)
 
 
-def test_what_is_a_mixture(tmp_path, monkeypatch):
+def test_which_names_are_mixtures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=0.5,b=1").mkdir()
     (tmp_path / "a=0.5,b=1" / "x.txt").write_text("inside")
@@ -531,7 +531,7 @@ def test_a_mixture_in_yaml(tmp_path):
     assert parse_mixture(config.data) == {"tinystories": 0.7, "openorca": 0.3} and config.data_documents == 90
 
 
-def test_a_mixture_is_tokenized_and_kept_like_any_source(hub, tmp_path, capsys, caplog):
+def test_a_mixture_is_tokenized_and_cached_like_any_source(hub, tmp_path, capsys, caplog):
     hub("roneneldan/TinyStories", [{"text": f"The whale sang {i} songs."} for i in range(60)])
     hub("Open-Orca/OpenOrca", [{"question": f"q{i}", "response": "r"} for i in range(59)] + [{"response": "r"}])
     sizes = ["--data-documents", "50", "--vocab-size", "300", "--context", "32", "--cache", str(tmp_path / "built")]
@@ -543,10 +543,10 @@ def test_a_mixture_is_tokenized_and_kept_like_any_source(hub, tmp_path, capsys, 
     assert caplog.text.count("skipped 1 of 60 rows of openorca") == 1, "both passes count it; it is said once"
 
 
-# ---- what is written about them
+# ---- documentation
 
 
-def test_the_documentation_has_every_set_as_it_is():
+def test_the_documentation_lists_every_set_correctly():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for name, known in HUB_SETS.items():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]

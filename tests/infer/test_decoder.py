@@ -36,8 +36,8 @@ def tokens(*shape, seed=0):
 
 @pytest.fixture(autouse=True, params=["native", "pytorch", "pytorch, long"])
 def way(request, monkeypatch):
-    """How steps run: compiled, or in PyTorch. In PyTorch they read all entries or only the chosen blocks, depending on
-    the length. "long" always reads the chosen blocks only.
+    """Selects how steps run: in native code or in PyTorch. In PyTorch a step reads all entries or only the chosen
+    blocks, depending on the length. "long" always reads only the chosen blocks.
     """
     if request.param == "native":
         if reason := build.unavailable_reason():
@@ -77,7 +77,7 @@ def hidden_of(model, ids):
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @torch.inference_mode()
-def test_the_decoder_is_the_model(model, cuts, monkeypatch):
+def test_the_decoder_equals_the_model(model, cuts, monkeypatch):
     ids = tokens(1, 45)
     for many in (32, 2):  # with 2, pieces of any length are expanded
         if many == 2 and model.config.moba_topk and any(n % 4 for n in cuts[:-1]):
@@ -132,7 +132,7 @@ def test_a_sequence_moves_and_the_cache_grows(model):
 
 
 @torch.inference_mode()
-def test_the_mtp_chain_is_the_models(model):
+def test_the_mtp_chain_equals_the_models(model):
     decoder, ids = Decoder(model), tokens(1, 40)
     want = model.model(ids, use_cache=False, with_mtp=True)
     for cuts in ([40], [33, 7], [8] * 5):
@@ -164,7 +164,7 @@ def test_a_step_reads_only_the_chosen_blocks(tiny_model):
         if run(decoder, ids[:, 60:], [1], cache, start=60).isnan().any():
             poisoned.append(block)
         cache.keys[0].copy_(before)
-    assert 2 <= len(poisoned) + 1 <= 3 * (2 - 1) + 1  # and the last block, which holds only this token
+    assert 2 <= len(poisoned) + 1 <= 3 * (2 - 1) + 1  # + 1: the last block, which holds only this token
 
 
 @torch.inference_mode()
@@ -175,17 +175,17 @@ def test_a_step_in_pytorch_reads_each_block_once_or_those_chosen(tiny_model, mon
     monkeypatch.setattr(decoder_module, "EXPAND_FROM_TOKENS", 32)
     scores = decoder_module.DecoderAttention._scores
 
-    def noted(self, q, keys):
+    def recorded(self, q, keys):
         seen.append(keys.shape[0] * keys.shape[1])
         return scores(self, q, keys)
 
-    monkeypatch.setattr(decoder_module.DecoderAttention, "_scores", noted)
+    monkeypatch.setattr(decoder_module.DecoderAttention, "_scores", recorded)
     run(decoder, tokens(1, 60), [40] + [1] * 20)
     assert set(seen) == {3 * 2 * 4}
 
 
 @torch.inference_mode()
-def test_cache_bytes_are_as_counted(tiny_model):
+def test_cache_bytes_equal_the_count(tiny_model):
     for changes in ({}, MOBA, {"moba_key_conv": 3}):
         cache = Decoder(tiny_model(**changes)).cache()
         cache.resize(3, 128)

@@ -87,7 +87,7 @@ def taped(monkeypatch):
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @torch.inference_mode()
-def test_steps_of_graphs_are_the_models(changes, tiny_model, taped):
+def test_captured_steps_equal_the_models(changes, tiny_model, taped):
     """Three sequences of different lengths, and one padding row."""
     model = tiny_model(num_nextn_predict_layers=2, mtp_num_blocks=[2, 1], **changes)
     decoder, lengths, cuts = taped(model), [2, 17, 9], [1, 3, 1, 2, 3, 3, 1, 1]
@@ -122,7 +122,7 @@ def model(tiny_model):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("draft", [0, 1, 2])
-def test_batches_that_come_and_go_write_the_same(draft, options, model, taped, monkeypatch):
+def test_changing_batches_generate_the_same(draft, options, model, taped, monkeypatch):
     calls = []
     right = graphs.CapturedStep.__call__
     monkeypatch.setattr(
@@ -133,13 +133,13 @@ def test_batches_that_come_and_go_write_the_same(draft, options, model, taped, m
     assert len(calls) > 2 * len(set(calls)), "steps are replayed"
 
 
-def test_few_sizes_serve_all():
+def test_few_graph_sizes_serve_all_batches():
     assert [graphs._round_rows(rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)] == [1, 2, 4, 8, 8, 16, 24, 64]
     assert [graphs._context_bound(tokens) for tokens in (1, 256, 257, 5000)] == [256, 256, 512, 8192]
 
 
 @torch.inference_mode()
-def test_no_expert_is_chosen_where_rows_are_rounded_up(model, taped):
+def test_padding_to_a_graphs_rows_needs_no_routing(model, taped):
     """85 rows of 3 tokens are few enough to run all experts, but the 88 rows of a graph are too many."""
     decoder, plain = taped(model), Decoder(model)
     tokens = torch.arange(85 * 3).view(85, 3) % 61
@@ -152,7 +152,7 @@ def test_no_expert_is_chosen_where_rows_are_rounded_up(model, taped):
 
 
 @torch.inference_mode()
-def test_what_comes_seldom_is_not_captured(model, taped, monkeypatch):
+def test_rare_sizes_are_not_captured(model, taped, monkeypatch):
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", 3)
     decoder = taped(model)
     cache, ids = decoder.cache(), torch.arange(8)[None]
@@ -165,7 +165,7 @@ def test_what_comes_seldom_is_not_captured(model, taped, monkeypatch):
 
 
 @torch.inference_mode()
-def test_a_cache_of_another_size_is_captured_anew(model, taped):
+def test_a_resized_cache_is_captured_again(model, taped):
     decoder = taped(model)
     cache, ids = decoder.cache(), torch.arange(30)[None]
     cache.resize(1, 16)
@@ -179,13 +179,13 @@ def test_a_cache_of_another_size_is_captured_anew(model, taped):
 # --- mutants ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tape_that_knows_its_positions_is_caught(model, taped, monkeypatch):
+def test_mutant_positions_as_python_numbers(model, taped, monkeypatch):
     monkeypatch.setattr(graphs, "BufferedPlacement", lambda like, *_: like)
     with pytest.raises(AssertionError, match=r"made from Python numbers"):
         both(model, taped, 0, monkeypatch)
 
 
-def test_positions_that_stay_are_caught(model, taped, monkeypatch):
+def test_mutant_positions_never_updated(model, taped, monkeypatch):
     monkeypatch.setattr(
         graphs.CapturedStep,
         "__call__",
@@ -195,7 +195,7 @@ def test_positions_that_stay_are_caught(model, taped, monkeypatch):
     assert got != want
 
 
-def test_padding_rows_that_overwrite_entries_are_caught(model, taped, monkeypatch):
+def test_mutant_padding_rows_overwrite_entries(model, taped, monkeypatch):
     """They write to the beginning of their slots, where a prompt that is being prefilled has its entries."""
     right = graphs.CapturedStep._fill
 
@@ -208,7 +208,7 @@ def test_padding_rows_that_overwrite_entries_are_caught(model, taped, monkeypatc
     assert got != want
 
 
-def test_means_that_stay_are_caught(model, taped, monkeypatch):
+def test_mutant_block_means_never_updated(model, taped, monkeypatch):
     monkeypatch.setattr(graphs.BufferedPlacement, "write_means", lambda self, keys, means: None)
     want, got = both(model, taped, 0, monkeypatch)
     assert got != want
@@ -220,7 +220,7 @@ def test_means_that_stay_are_caught(model, taped, monkeypatch):
 @has_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_cuda_graphs_are_the_steps_one_by_one(dtype, model, monkeypatch):
+def test_cuda_graphs_equal_uncaptured_steps(dtype, model, monkeypatch):
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", 2)
     model = copy.deepcopy(model).to("cuda", dtype)
     ids, found = torch.randint(61, (1, 60), device="cuda"), []

@@ -19,7 +19,7 @@ V = 61
 
 
 class Silent:
-    """Stands in for a TextStream."""
+    """A TextStream that emits no text."""
 
     text = ""
 
@@ -63,7 +63,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def certain(tiny_model):
-    """A model to which all tokens are always equally likely, so that every draft is accepted."""
+    """Returns a model with uniform predictions, so that every draft is accepted."""
     model = tiny_model(max_position_embeddings=256, **MOBA)
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -78,7 +78,7 @@ def assert_greedy(draft, model):
 
 
 @pytest.mark.parametrize("draft", [0, 1, 2])
-def test_greedy_is_that_of_transformers_with_and_without_drafts(draft, model):
+def test_greedy_decoding_equals_transformers_with_and_without_drafts(draft, model):
     assert_greedy(draft, model)
 
 
@@ -111,7 +111,7 @@ def test_requests_come_and_go_at_any_step(model):
     assert [one.token_ids for one in all_of_them] == run(scheduler_of(model), mixed(temperature=1.0) + mixed())
 
 
-def test_long_prompts_are_read_in_pieces_while_others_go_on(tiny_model):
+def test_long_prompts_are_prefilled_in_pieces_while_others_continue(tiny_model):
     model = tiny_model(max_position_embeddings=2048, **MOBA)
     to, short, long = scheduler_of(model, 2), request(tokens(5), tokens=30), request(tokens(1000), tokens=5)
     to.submit(short)
@@ -127,7 +127,7 @@ def test_long_prompts_are_read_in_pieces_while_others_go_on(tiny_model):
         assert run(scheduler_of(model, draft), [request(one.prompt, tokens=one.limit)])[0] == one.token_ids
 
 
-def test_certain_guesses_save_forwards(certain):
+def test_accepted_drafts_save_forwards(certain):
     for options in ({}, {"temperature": 1.0}):
         (one,) = (ones := [request(tokens(5), tokens=31, **options)])
         run(scheduler_of(certain, 2), ones)
@@ -154,7 +154,7 @@ def test_cancelling_frees_a_slot(model):
     assert [one.finish_reason for one in ones] == ["cancelled"] * 4
 
 
-def test_memory_decides_who_is_admitted(model):
+def test_requests_are_admitted_by_memory(model):
     each = scheduler_of(model)._entries(request(tokens(30)))
     room = int(2.5 * each * scheduler_of(model).cache.bytes_per_token)
     to = scheduler_of(model, memory=room)
@@ -169,7 +169,7 @@ def test_memory_decides_who_is_admitted(model):
         to.submit(request(tokens(100), tokens=150))
 
 
-def test_log_probabilities_are_the_models(model):
+def test_log_probabilities_equal_the_models(model):
     one = request(tokens(6), tokens=4)
     one.top_logprobs = 3
     run(scheduler_of(model, 2), [one])
@@ -215,8 +215,8 @@ def test_sampling_with_drafts_keeps_the_distribution(tiny_model):
     assert chi_square(tiny_model, draft=2) < 1.6
 
 
-def test_mutant_guesses_that_are_believed(tiny_model, monkeypatch):
-    """A plausible bug: a draft is taken for the model's own choice."""
+def test_mutant_drafts_accepted_unchecked(tiny_model, monkeypatch):
+    """A plausible bug: drafts are accepted without comparing them with the model's own choice."""
     right = scheduler.choose
 
     def believing(logits, rows, ahead=0):
@@ -229,7 +229,7 @@ def test_mutant_guesses_that_are_believed(tiny_model, monkeypatch):
     assert chi_square(tiny_model, draft=2) > 1.6
 
 
-def test_mutant_noise_that_is_used_twice(tiny_model, monkeypatch):
+def test_mutant_noise_used_twice(tiny_model, monkeypatch):
     """A draw with the previous token's noise depends on that token."""
     right, kept = Noise.of, {}
     monkeypatch.setattr(sampling.Noise, "of", lambda self, n: kept.setdefault(id(self), right(self, n)))
@@ -249,7 +249,7 @@ def settled(seconds, held, modules=2, cycles=200):
     return max(set(chosen[cycles // 2 :]), key=chosen.count)
 
 
-def test_drafting_goes_as_deep_as_pays():
+def test_the_draft_depth_is_the_fastest():
     assert settled([1.0, 1.2, 1.4], held=2) == 2
     assert settled([1.0, 1.2, 2.4], held=1) == 1
     assert settled([1.0, 1.2, 1.4], held=0) == 0

@@ -1,4 +1,4 @@
-"""`moonwhale doctor`: the report as JSON and as a table."""
+"""`moonwhale doctor` reports as JSON and as a table."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def test_doctor_reports_in_json_and_as_a_table(capsys, monkeypatch, tmp_path):
     assert str(tmp_path) in table
 
 
-def test_doctor_gives_reasons():
+def test_doctor_gives_the_reason_of_a_failure():
     assert doctor._package("no-such-package", "tests", "it")["note"] == (
         "not installed, for tests only (pip install 'it')"
     )

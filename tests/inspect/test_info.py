@@ -1,4 +1,4 @@
-"""Counting without building, against models that are built."""
+"""Compares counts made from a configuration alone with models that are built from it."""
 
 import json
 from fractions import Fraction
@@ -73,18 +73,18 @@ def check(config) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_counts_of_presets_are_those_of_the_model(name):
+def test_counts_of_presets_equal_the_models(name):
     check(build_model_config(TrainConfig.resolve({"preset": name})))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_counts_of_variants_are_those_of_the_model(variant):
+def test_counts_of_variants_equal_the_models(variant):
     check(MoonwhaleConfig(**SMALL | VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("variant", ["plain", "dense first block", "uncompressed queries", "module sizes", "no MTP"])
-def test_flops_are_those_that_run(variant):
-    """Against torch's own counter. Full attention there is counted as the kernel works, so it is taken out of both."""
+def test_flops_equal_torchs_count(variant):
+    """The predicted FLOPs equal torch's count. Both leave out full attention, which torch counts by kernel."""
     config, length = MoonwhaleConfig(**SMALL | VARIANTS[variant]), 8
     model = MoonwhaleForCausalLM(config).eval()
     heads, width = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
@@ -97,13 +97,13 @@ def test_flops_are_those_that_run(variant):
     predicted = flops_per_token(config, length, training=False) - attention
     experts = config.num_experts_per_tok * 6 * config.hidden_size * config.moe_intermediate_size
     experts *= config.num_hidden_layers - config.first_k_dense_replace
-    if not any("grouped" in str(op) for op in by_op):  # torch does not count grouped products
+    if not any("grouped" in str(op) for op in by_op):  # torch does not count grouped matrix products
         predicted -= experts
     assert ran == predicted * length
 
 
 def attended(context: int, block: int, topk: int) -> tuple[float, float]:
-    """Keys and block means of every token, one by one."""
+    """Returns the mean number of keys and of block means that a token reads, counted one token at a time."""
     keys = means = 0
     for t in range(context):
         own = t // block
@@ -138,7 +138,7 @@ def test_cache_is_latent():
     assert counts.mha_cache_bytes_per_token == 2 * 2 * 2 * (8 + 4 + 12)
 
 
-def test_activations_are_roughly_those_that_autograd_keeps():
+def test_activations_are_close_to_what_autograd_keeps():
     config, kept = build_model_config(TrainConfig.resolve({"preset": "demo"})), {}
     model = MoonwhaleForCausalLM(config).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -199,7 +199,7 @@ def test_checkpoint(checkpoint, capsys):
         ('{"model_type": "moonwhale", "moba_block_size": 0}', "moba_block_size=0 is impossible"),
     ],
 )
-def test_what_is_no_checkpoint(tmp_path, content, message):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message) as caught:

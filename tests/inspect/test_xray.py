@@ -1,4 +1,4 @@
-"""The X-ray: what it draws is what the model computed, and the page is whole in itself."""
+"""The X-ray draws what the model computed, and its page loads no other files."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ def array(text, *shape):
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).view(*shape)
 
 
-def test_recording_is_what_the_model_computed(recorded, small_model, ids):
+def test_the_recording_equals_what_the_model_computed(recorded, small_model, ids):
     seen, hooks = {}, []
     for block in (*small_model.model.main_blocks, *small_model.model.mtp_modules):
         index = block.self_attn.layer_idx
@@ -48,7 +48,7 @@ def test_recording_is_what_the_model_computed(recorded, small_model, ids):
         attention, layer = block.self_attn, recorded["layers"][index]
         given, (out, largest) = seen[index]
         assert layer["largest"] == pytest.approx(largest.tolist(), abs=0.01)
-        # The shares drawn, put on the values, give what the attention gave.
+        # The drawn attention weights, applied to the values, reproduce the attention's output.
         shares = (array(layer["attention"], attention.heads, n, n).double() / 255).square()
         assert torch.allclose(shares.sum(-1), torch.ones(attention.heads, n, dtype=torch.double), atol=0.03)
         latent = attention._project(given[0], given[1])[2][0]
@@ -57,7 +57,7 @@ def test_recording_is_what_the_model_computed(recorded, small_model, ids):
         assert (rebuilt - out[0]).norm() < 0.05 * out.norm()
 
 
-def test_blocks_are_those_read(recorded, ids):
+def test_recorded_blocks_are_those_with_attention(recorded, ids):
     n, layer = len(ids), recorded["layers"][0]
     size, count = layer["block_size"], -(-len(ids) // layer["block_size"])
     read, shares = array(layer["blocks"], 2, n, count), array(layer["attention"], 2, n, n)
@@ -71,7 +71,7 @@ def test_blocks_are_those_read(recorded, ids):
     assert "blocks" not in recorded["layers"][1], "that one has full attention"
 
 
-def test_experts_are_those_taken(recorded, ids):
+def test_recorded_experts_are_distinct_and_sorted_by_gate(recorded, ids):
     for layer in recorded["layers"]:
         assert len(layer["experts"]) == len(layer["gates"]) == len(ids)
         for experts, gates in zip(layer["experts"], layer["gates"], strict=True):
@@ -79,20 +79,20 @@ def test_experts_are_those_taken(recorded, ids):
             assert sum(gates) == pytest.approx(1, abs=2e-3) and gates == sorted(gates, reverse=True)
 
 
-def test_guesses_that_held_are_the_tokens(recorded, small_tokenizer, ids):
+def test_accepted_guesses_equal_the_tokens(recorded, small_tokenizer, ids):
     assert recorded["guesses"][0] == recorded["guesses"][1] == []
     for id, guesses in zip(ids[2:], recorded["guesses"][2:], strict=True):
         (guess,) = guesses
         assert guess["depth"] == 1 and (not guess["held"] or guess["text"] == small_tokenizer.decode([id]))
 
 
-def test_facts_are_the_configurations(recorded, small_model):
+def test_facts_agree_with_the_configuration(recorded, small_model):
     assert recorded["facts"]["latent_bytes"] == 2 * 2 * (16 + 8)
     assert recorded["facts"]["plain_bytes"] == 2 * 2 * 2 * (16 + 8)
     assert [layer["name"] for layer in recorded["layers"]] == ["block 0", "block 1", "MTP 1"]
 
 
-def test_the_page_is_whole_and_safe(recorded):
+def test_the_page_is_self_contained_and_escapes_tokens(recorded):
     page = render(recorded | {"tokens": ["</script><script>alert(1)</script>"] * len(recorded["tokens"])})
     assert page.count("</script>") == 1
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!data:)|@import|url\(|https?://", page)

@@ -1,4 +1,4 @@
-"""Steps in C++ compared with their plain twin in PyTorch. tests/infer/test_decoder.py compares both with the model."""
+"""Compares steps in C++ with the same steps in PyTorch. tests/infer/test_decoder.py compares both with the model."""
 
 import copy
 import ctypes
@@ -14,7 +14,7 @@ from moonwhale.native import build
 from moonwhale.native.packed_linear import PackedLinear
 from moonwhale.native.structures import STRUCTURES
 
-SHAPES = {  # widths of several whole vectors and a rest
+SHAPES = {  # widths are several whole SIMD vectors and a remainder
     "hidden_size": 48,
     "num_attention_heads": 5,
     "q_lora_rank": 40,
@@ -75,14 +75,14 @@ def distances(some, others):
 
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @torch.inference_mode()
-def test_steps_are_those_of_pytorch(model, monkeypatch, int8):
+def test_native_steps_equal_pytorchs(model, monkeypatch, int8):
     compiled, naive = Decoder(model, int8=int8), in_pytorch(model, monkeypatch, int8=int8)
     assert max(distances(steps(compiled, read(compiled)), steps(naive, read(naive)))) < 1e-5
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 @torch.inference_mode()
-def test_steps_with_fewer_bits_are_nearer_to_exact_ones_than_pytorchs(model, monkeypatch, int8):
+def test_low_precision_steps_are_closer_to_exact_than_pytorchs(model, monkeypatch, int8):
     """Exact steps use the same bf16 weights, with everything else in fp32."""
     model = model.to(torch.bfloat16)
     compiled, naive = Decoder(model, int8=int8), in_pytorch(model, monkeypatch, int8=int8)
@@ -100,7 +100,7 @@ def test_steps_with_fewer_bits_are_nearer_to_exact_ones_than_pytorchs(model, mon
 
 
 @torch.inference_mode()
-def test_a_token_is_the_same_to_the_last_bit_in_any_batch(model):
+def test_a_token_is_bitwise_equal_in_any_batch(model):
     """The number of threads, other sequences and other tokens of the same sequence change nothing."""
     decoder = Decoder(model.to(torch.bfloat16))
     cache, threads = read(decoder, rows=5), torch.get_num_threads()
@@ -130,12 +130,12 @@ def test_products_of_every_shape(size, rows):
     torch.testing.assert_close(PackedLinear(weight, bias)(x), x @ weight.T + bias)
 
 
-def test_structures_are_as_large_as_in_cpp():
+def test_structures_have_the_size_of_their_cpp_twins():
     ours = list(STRUCTURES.values())
     assert build.library().sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
 
 
-def test_a_machine_without_a_compiler_says_so_and_works(model, monkeypatch):
+def test_without_a_compiler_steps_run_in_pytorch_with_a_message(model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda name: None)
         with pytest.raises(UserError, match="install g\\+\\+"):
@@ -164,7 +164,7 @@ def compiled_from(sources, folder, monkeypatch, machine=None):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86-64's vectors")
 @pytest.mark.parametrize("machine", [["-mavx2", "-mfma"], ["-march=x86-64"]], ids=["AVX2", "no intrinsics"])
 @torch.inference_mode()
-def test_other_machines_vectors(model, monkeypatch, tmp_path, machine):
+def test_vector_widths_of_other_machines(model, monkeypatch, tmp_path, machine):
     for dtype in (torch.float32, torch.bfloat16):
         model, tolerance = model.to(dtype), 1e-5 if dtype is torch.float32 else 1e-2
         here = Decoder(model, int8=dtype is torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Our weights in transformers' DeepseekV3ForCausalLM, its weights in ours: same logits, gradients, cache and text."""
+"""Our model and transformers' DeepseekV3ForCausalLM exchange weights and agree: logits, gradients, cache and text."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, mla
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moe import Router, Routing
 
-TOLERANCE = 3e-5  # relative to the largest number compared; fp32 rounding makes 3e-6 of it
+TOLERANCE = 3e-5  # relative to the largest value compared; fp32 rounding explains 3e-6
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 VARIANTS = {
@@ -34,7 +34,7 @@ VARIANTS = {
 
 @pytest.fixture
 def pair(tiny_model, draw):
-    """`pair(**overrides)`: a model of ours and transformers' with the same weights."""
+    """`pair(**overrides)` returns our model and transformers', with the same weights."""
 
     def pair(seed=0, **overrides):
         ours = tiny_model(seed=seed, aux_loss_alpha=0.0, **overrides)
@@ -51,7 +51,7 @@ def their_config(config: MoonwhaleConfig) -> DeepseekV3Config:
 
 
 def batch(padding: str | None = None):
-    """Ids (3, 22), mask, and labels (none for a first token); rows have 22, 17 and 9 tokens when padded."""
+    """Returns ids (3, 22), mask and labels; first tokens have no label. Padded rows have 22, 17 and 9 tokens."""
     ids = torch.randint(61, (3, 22), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     for row, tokens in enumerate((22, 17, 9)):
@@ -87,7 +87,7 @@ def assert_same_gradients(ours, theirs, padding=None):
 
 
 def assert_same_decoding(ours, theirs):
-    """A prefill of 9 tokens and single steps after it, from both caches, with rows padded on the left."""
+    """A prefill of 9 tokens and single steps agree between both caches, with rows padded on the left."""
     ids, mask, _ = batch("left")
     caches = {ours: None, theirs: None}
     for stop in (16, *range(17, 23)):
@@ -113,7 +113,7 @@ def assert_same_decoding(ours, theirs):
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 class TestSameModel:
-    def test_weights_travel_both_ways(self, overrides, pair, draw):
+    def test_weights_convert_both_ways(self, overrides, pair, draw):
         ours, theirs = pair(**overrides)
         assert_same_logits(ours, theirs)
         draw(theirs, seed=5)
@@ -136,14 +136,14 @@ class TestSameModel:
         assert torch.equal(*texts) and texts[0].shape == (3, 32)
 
 
-def test_files_travel_both_ways(pair, draw, tmp_path):
+def test_files_load_both_ways(pair, draw, tmp_path):
     ours, theirs = pair(q_lora_rank=None, first_k_dense_replace=1)
     ours.save_pretrained(tmp_path / "ours")
     loaded, report = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
     assert_same_logits(ours, loaded)
 
-    draw(theirs, seed=5).save_pretrained(tmp_path / "theirs")  # one by one, as DeepSeek's own files
+    draw(theirs, seed=5).save_pretrained(tmp_path / "theirs")  # one tensor per expert, as in DeepSeek's own files
     assert "model.layers.1.mlp.experts.0.up_proj.weight" in load_file(tmp_path / "theirs" / "model.safetensors")
     loaded, report = MoonwhaleForCausalLM.from_pretrained(
         tmp_path / "theirs", output_loading_info=True, num_nextn_predict_layers=0
@@ -151,7 +151,7 @@ def test_files_travel_both_ways(pair, draw, tmp_path):
     assert not any(report.values())
     assert_same_logits(loaded, theirs)
 
-    loaded.save_pretrained(tmp_path / "again")  # stacked, as the Trainer reads it
+    loaded.save_pretrained(tmp_path / "again")  # stacked experts, as the Trainer reads them
     assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "moonwhale"
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == loaded.state_dict().keys()
     loaded.save_pretrained(tmp_path / "export", save_original_format=True)
@@ -160,7 +160,7 @@ def test_files_travel_both_ways(pair, draw, tmp_path):
     assert all(torch.equal(exported[name], original[name]) for name in original)
 
 
-def test_their_loader_leaves_our_mtp_modules_aside(tiny_model, tmp_path):
+def test_their_loader_ignores_our_mtp_modules(tiny_model, tmp_path):
     ours = tiny_model(num_nextn_predict_layers=2, mtp_num_blocks=[2, 1])
     ours.save_pretrained(tmp_path)
     theirs, report = DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)

@@ -35,11 +35,11 @@ def masks(monkeypatch):
     """Records every BlockMask in use, its numbers of rows and heads, and its queries, keys and values."""
     seen, right = [], flex._flex
 
-    def watched(q, k, v, scale, mask):
+    def recorded(q, k, v, scale, mask):
         seen.append((mask, q.shape[:2], (q, k, v)))
         return right(q, k, v, scale, mask)
 
-    monkeypatch.setattr(flex, "_flex", watched)
+    monkeypatch.setattr(flex, "_flex", recorded)
     return seen
 
 
@@ -64,7 +64,7 @@ def assert_naive(rows, topk):
 @pytest.mark.parametrize("way", ["short", "long", "in a graph elsewhere"])
 @pytest.mark.parametrize("topk", [0, 1, 2, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_flex_is_moba(rows, topk, way, monkeypatch):
+def test_flex_equals_moba(rows, topk, way, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if way == "long" else 99)
     monkeypatch.setattr(flex, "_has_flex", lambda q: way != "in a graph elsewhere")
     assert_naive(rows, topk)
@@ -98,7 +98,7 @@ def assert_lists_agree(mask, heads):
 @pytest.mark.parametrize("context", ["short", "long"])
 @pytest.mark.parametrize("topk", [0, 3])
 @pytest.mark.parametrize("rows", ["whole blocks", "packed and padded"])
-def test_the_lists_of_tiles_say_what_the_mask_says(rows, topk, context, masks, monkeypatch):
+def test_the_lists_of_tiles_agree_with_the_mask(rows, topk, context, masks, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
     assert_naive(ROWS[rows], topk)
     assert len(masks) == (2 if context == "long" and topk else 1)
@@ -122,7 +122,7 @@ def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):
     bool(compile_unsupported_reason(torch.device("cpu"))), reason=compile_unsupported_reason(torch.device("cpu")) or "-"
 )
 @pytest.mark.slow
-def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
+def test_a_kernel_that_reads_the_lists_computes_the_same(masks, monkeypatch):
     """This runs the forward pass of the CPU's kernel, which needs lists with room for every tile of keys."""
     monkeypatch.setattr(flex, "FLEX_TILE", 128)
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
@@ -145,7 +145,7 @@ def test_a_kernel_that_goes_by_the_lists_computes_the_same(masks, monkeypatch):
 # --- mutants ---------------------------------------------------------------------------------------------------------
 
 
-def test_mutant_blocks_go_by_the_row_and_not_by_the_sequence(monkeypatch):
+def test_mutant_blocks_counted_by_row_instead_of_sequence(monkeypatch):
     right = flex.StaticBlockTable.build
 
     def of(segment, offset, size):
@@ -164,7 +164,7 @@ def test_mutant_merged_without_log_sum_exp(monkeypatch):
     caught(assert_naive, ROWS["ragged"], 2)
 
 
-def test_mutant_a_tile_is_missing(masks, monkeypatch):
+def test_mutant_missing_tile(masks, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0)
     assert_naive(ROWS["whole blocks"], 3)
     mask, heads, _ = masks[1]

@@ -129,14 +129,14 @@ def reorder(trainer, inputs):
 
 
 @pytest.mark.parametrize(("objective", "average"), [("r1", "answers"), ("trl", "tokens")])
-def test_loss_and_gradients_are_the_papers(batch, objective, average):
+def test_loss_and_gradients_equal_the_papers(batch, objective, average):
     trainer, inputs = batch(objective, **({"beta": 0.05} if objective == "r1" else {}))
     assert inputs["completion_mask"].sum(1).unique().numel() > 1  # with equal lengths both averages would be the same
     assert compare(trainer, inputs, average=average) < 1e-5
 
 
 @pytest.mark.parametrize("mutant", [{"average": "tokens"}, {"kl": "k1"}, {"kl": "weighed"}])
-def test_another_formula_is_seen(batch, mutant):
+def test_another_formula_is_detected(batch, mutant):
     trainer, inputs = batch("r1", beta=0.05)
     assert compare(trainer, inputs, **mutant) > 1e-3
 
@@ -154,7 +154,7 @@ def test_the_trl_objective_is_trls_default():
     assert {k: getattr(default, k) for k in OBJECTIVES["trl"]} == OBJECTIVES["trl"]
 
 
-def test_mtp_learns_along_and_steers_nothing(batch):
+def test_mtp_learns_without_influencing_the_policy(batch):
     trainer, inputs = batch("r1")
     model = trainer.model
     without = gradients(model, trainer.compute_loss(model, inputs))
@@ -166,7 +166,7 @@ def test_mtp_learns_along_and_steers_nothing(batch):
         torch.testing.assert_close(along[name], without[name], rtol=0, atol=0)
 
 
-def test_mtp_losses_are_the_models_own(batch):
+def test_mtp_losses_equal_the_models_own(batch):
     """`mtp_losses` returns the cross-entropy that the model's forward gives for its MTP modules."""
     trainer, inputs = batch("r1")
     model, (ids, mask) = copy.deepcopy(trainer.model), whole(inputs)

@@ -14,7 +14,7 @@ SIZE = 4  # keys in a block
 HEADS, WIDTH, V_WIDTH, SCALE = 2, 6, 5, 0.7
 TOPK = [1, 2, 3, 99]
 
-# For each row, the length of each document, and of padding as a negative number.
+# For each row, the length of each document; a negative number is the length of padding.
 ROWS = {
     "ragged": [[13], [13]],
     "whole blocks": [[16], [16]],
@@ -58,7 +58,7 @@ def naive_mask(q, k, documents, size, topk):
                 for i, token in enumerate(tokens):
                     own = i // size
                     gates = [(q[row, head, token] @ keys[list(block)].mean(0)).item() for block in blocks[:own]]
-                    history = sorted(range(own), key=lambda j: gates[j], reverse=True)[: topk - 1]  # the own one counts
+                    history = sorted(range(own), key=lambda j: gates[j], reverse=True)[: topk - 1]  # own block counts
                     for j in history:
                         mask[row, head, token, list(blocks[j])] = True
                     mask[row, head, token, blocks[own][0] : token + 1] = True
@@ -127,7 +127,7 @@ class TestNaive:
 @pytest.mark.parametrize("topk", [0, *TOPK])
 @pytest.mark.parametrize("length", [13, 16])
 @pytest.mark.parametrize("first", [0, 4, 12])
-def test_the_last_queries_come_out_as_among_all(first, length, topk, chunks):
+def test_the_last_queries_give_the_same_as_among_all(first, length, topk, chunks):
     layout, _ = read([[length], [length]])
     q, k, v = (normal(2, HEADS, length, width, seed=width) for width in (WIDTH, WIDTH, V_WIDTH))
     if topk:

@@ -1,4 +1,4 @@
-"""DeepSeekMoE by hand, in fp64 and a token at a time: routing, experts, balance losses, and the bias that balances."""
+"""DeepSeekMoE by hand, in fp64, one token at a time: routing, experts, balance losses, and the balancing bias."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_routing_by_hand(overrides, tiny_config, draw):
     assert_routing_by_hand(draw(Router(config)), config)
 
 
-def test_the_bias_steers_the_choice_and_nothing_else(tiny_moe):
+def test_the_bias_changes_only_the_choice(tiny_moe):
     router = tiny_moe().gate
     assert [name for name, _ in router.named_parameters()] == ["weight"]
     assert "e_score_correction_bias" in router.state_dict()
@@ -247,7 +247,7 @@ def test_even_routing_costs_alpha(tiny_moe):
     assert torch.isclose(moe(torch.ones(1, 6, HIDDEN), torch.ones(1, 6).bool())[1], torch.tensor(0.3))
 
 
-# --- the bias, and what it acts on -----------------------------------------------------------------------------------
+# --- the bias and its statistics -------------------------------------------------------------------------------------
 
 
 def assert_bias_follows_load(moe):
@@ -326,7 +326,7 @@ def test_checkpointing_counts_once_and_changes_no_gradient(tiny_model, monkeypat
     calls, right = [], DeepseekMoE.forward
     monkeypatch.setattr(DeepseekMoE, "forward", lambda *args: calls.append(1) or right(*args))
     assert_counted_once(tiny_model(**CHAIN))
-    assert len(calls) > 2 * 2 * 5  # it did recompute
+    assert len(calls) > 2 * 2 * 5  # checks that layers were recomputed
 
 
 def test_load_by_hand(tiny_model):
@@ -342,7 +342,7 @@ def test_load_by_hand(tiny_model):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_evaluation_collects_nothing(training, tiny_model):
-    """This holds in training mode too: gradients decide, unless the caller does."""
+    """Without gradients nothing is collected, even in training mode, unless the caller asks for it."""
     model = tiny_model(**CHAIN).train(training)
     with torch.no_grad():
         model(IDS, attention_mask=MASK, labels=IDS)

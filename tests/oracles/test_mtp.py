@@ -30,7 +30,7 @@ def tokens(*shape, seed=0):
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 
-# Two documents and padding behind them; padding before one document; a document whose prompt is not to be learnt.
+# Two documents with padding after them; padding before a document; a document with a prompt that has no loss.
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]])
 LABELS = torch.tensor(
@@ -76,7 +76,7 @@ def test_one_token_has_no_target():
 
 
 def their_chain(ours):
-    """transformers' main model and MTP modules with our weights."""
+    """Returns transformers' main model and MTP modules with our weights."""
     names = {f.name for f in dataclasses.fields(DeepseekV3Config)}
     config = DeepseekV3Config(
         **{k: v for k, v in ours.config.to_dict().items() if k in names}, num_mtp_layers=ours.config.num_mtp_layers
@@ -138,7 +138,7 @@ def chain(tiny_model):
 
 
 def test_modules_are_causal(chain):
-    """Module k at position i sees every token up to i + k, and no later one."""
+    """Module k at position i depends on every token up to i + k, and on no later one."""
     model, ids = chain(), tokens(1, 19)
     changed = ids.clone()
     changed[0, 11] = (changed[0, 11] + 1) % V
@@ -201,7 +201,7 @@ def assert_same_gradients(ours, expected, tolerance=1e-5):
 
 
 def ragged():
-    """Rows of packed documents, padding and prompts, with different numbers of targets."""
+    """Returns rows with packed documents, padding and prompts, with different numbers of targets."""
     lengths = [[9, 7, -4], [-6, 14], [20], [3, 11, 6]]
     mask = torch.tensor([[int(n > 0) for n in row for _ in range(abs(n))] for row in lengths])
     positions = torch.tensor([[i for n in row for i in range(abs(n))] for row in lengths])
@@ -236,7 +236,7 @@ def test_parts_of_the_loss(chain):
         (shifted_labels(batch["labels"], documents, d) != NO).sum().item() for d in range(3)
     ]
     assert out.targets.unique().numel() == 3
-    model.mtp_loss_weight = 0.0  # the schedule's to lower
+    model.mtp_loss_weight = 0.0  # a schedule may lower it
     assert torch.allclose(model(**batch).loss, out.losses[0] + out.balance_loss)
     whole = model.eval()(**batch)
     hits = whole.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
@@ -317,7 +317,7 @@ def assert_documents_are_apart(model):
     for losses, grads in results:
         assert torch.allclose(losses, out.losses)
         assert_same_gradients(grads, gradients(model, model(ids, labels=ids).loss))
-    labels = positions.clone()  # and all the other way round: with labels everywhere, none lies across the border
+    labels = positions.clone()  # also the reverse: with labels everywhere, no target crosses the border
     assert model(tokens(1, 20), position_ids=positions, labels=labels).targets.tolist() == [18, 16, 14]
 
 

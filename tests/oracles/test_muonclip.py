@@ -1,4 +1,4 @@
-"""MuonClip against torch.optim.Muon and torch.optim.AdamW, and what QK-Clip and the bias update promise."""
+"""MuonClip against torch.optim.Muon and torch.optim.AdamW, and the properties of QK-Clip and the bias update."""
 
 import io
 import math
@@ -51,7 +51,7 @@ def torch_muon(weight, grads):
 
 
 def muon_by_hand(weight, grads, scale=lambda longest: 0.2 * math.sqrt(longest), nesterov=True, coupled=False):
-    """The formula in plain lines, with plausible bugs to switch on."""
+    """Computes Muon's formula step by step. Each plausible bug can be switched on."""
     w, m = weight.clone(), torch.zeros_like(weight)
     for g in grads:
         g = g + DECAY * w if coupled else g
@@ -67,7 +67,7 @@ def distance(ours, oracle):
 
 @pytest.fixture
 def oracle_in_fp32(monkeypatch):
-    """torch.optim.Muon iterates in bf16; without the rounding the comparison is a hundred times tighter."""
+    """Lets torch.optim.Muon iterate in fp32 instead of bf16, so that the comparison is a hundred times tighter."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
 
 
@@ -75,13 +75,13 @@ SHAPES = [(24, 48), (48, 24), (32, 32)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_is_torchs(shape, oracle_in_fp32):
+def test_muon_equals_torchs(shape, oracle_in_fp32):
     weight, grads = normal(*shape), gradients(*shape)
     assert distance(our_muon(weight, grads), torch_muon(weight, grads)) < CLOSE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_is_torchs_up_to_bf16_rounding(shape):
+def test_muon_equals_torchs_up_to_bf16_rounding(shape):
     weight, grads = normal(*shape), gradients(*shape)
     assert distance(our_muon(weight, grads, dtype=torch.bfloat16), torch_muon(weight, grads)) < 2e-2
 
@@ -99,7 +99,7 @@ def test_the_oracle_catches_a_wrong_formula(mutant, oracle_in_fp32):
 
 
 def slices(weight, grads, parts):
-    """torch's Muon on each of the equal matrices stacked or fused along dimension 0."""
+    """Applies torch's Muon to each of the equal matrices stacked or fused along dimension 0."""
     pieces = zip(weight.chunk(parts), *(grad.chunk(parts) for grad in grads), strict=True)
     return torch.cat([torch_muon(w.flatten(0, -2), [g.flatten(0, -2) for g in gs]).view_as(w) for w, *gs in pieces])
 
@@ -139,7 +139,7 @@ def test_newton_schulz_brings_singular_values_to_one_and_keeps_zero():
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 1, 3)])
-def test_adamw_is_torchs(shape):
+def test_adamw_equals_torchs(shape):
     weight, grads = normal(*shape), gradients(*shape)
     settings = {"lr": LR, "weight_decay": DECAY, "betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -156,7 +156,7 @@ def test_adamw_is_torchs(shape):
 
 
 class Tiny(nn.Module):
-    """Every kind of parameter under the names that our models use."""
+    """A module with every kind of parameter, named as in our models."""
 
     def __init__(self):
         super().__init__()
@@ -396,7 +396,10 @@ def hooked(*modules, tau=None, make_optimizer=lambda params: torch.optim.SGD(par
 
 
 def clip(attention):
-    """One step with a tau between the heads' largest logits: (before, after, τ), values before and after."""
+    """Takes one step with τ between the heads' largest logits.
+
+    Returns the largest logits before, the values before, τ, the values after, and the largest logits after.
+    """
     x = normal(9, WIDTH)
     with torch.no_grad():
         values = attention(x)
@@ -432,7 +435,7 @@ def test_the_property_catches_a_wrong_clip(mutant):
 
 
 @pytest.mark.parametrize("make_optimizer", [None, lambda params: torch.optim.SGD(params, lr=0.0)], ids=["ours", "SGD"])
-def test_hooks_fire_once_a_step_with_accumulation(make_optimizer):
+def test_hooks_run_once_per_step_with_accumulation(make_optimizer):
     attention, moe = Attention(), MoE()
     make_optimizer = make_optimizer or (lambda params: MuonClip([{"params": params, "muon": False}], lr=0.0))
     optimizer, hooks = hooked(attention, moe, tau=None, make_optimizer=make_optimizer)
@@ -452,7 +455,7 @@ def test_hooks_fire_once_a_step_with_accumulation(make_optimizer):
     assert torch.equal(moe.bias, torch.tensor([-0.001, 0.001, 0.001]))
     assert (moe.load == 0).all() and (attention.max_logit == -math.inf).all()
 
-    optimizer.step()  # nothing seen, nothing done
+    optimizer.step()  # no logits were recorded, so nothing is clipped
     assert torch.equal(moe.bias, torch.tensor([-0.001, 0.001, 0.001]))
     hooks.remove()
     moe.load += torch.tensor([1.0, 0.0, 0.0])
@@ -469,7 +472,7 @@ def test_an_empty_step_clips_nothing():
 
 
 def balanced(moe):
-    """Do more steps of a router that follows its bias even out the load?"""
+    """Returns whether further bias updates balance the load of a router that follows its bias."""
     optimizer, hooks = hooked(moe)
     affinity = torch.tensor([0.51, 0.5, 0.49]) + 0.01 * normal(300, 3)
     spread = []

@@ -1,4 +1,4 @@
-"""QK-Clip (arXiv 2507.20534 §2.1) on real attention: what it measures, what it shrinks, and what stays bit for bit."""
+"""QK-Clip (arXiv 2507.20534 §2.1) on real attention: what it measures, scales down, and leaves bitwise unchanged."""
 
 import math
 
@@ -46,7 +46,7 @@ def reset(model):
 
 @pytest.fixture
 def trained(tiny_model):
-    """`trained(**overrides)`: a model with the whole chain, after one training forward."""
+    """`trained(**overrides)` returns a model with the whole MTP chain, after one training forward."""
 
     def trained(**overrides):
         model = tiny_model(**CHAIN, **overrides).train()
@@ -135,7 +135,7 @@ def measure(attention, x, documents, table):
 
 
 def assert_clip_is_exact(model):
-    """In every attention, the one head above τ lands on it, and all else stays the same bit for bit."""
+    """In every attention, clipping sets the one head above τ to τ. Everything else stays the same bit for bit."""
     config, documents = model.config, Documents.from_inputs(*MASK.shape, MASK.device, MASK, POSITIONS)
     x = torch.randn(*MASK.shape, 32, generator=torch.Generator().manual_seed(7))
     table = rotation_table(config, POSITIONS, torch.float32)
@@ -194,7 +194,7 @@ def test_nothing_above_tau_changes_nothing(trained):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     for attention in attentions(model):
         assert attention.clip_qk_(attention.max_logit.max().item()) == 0
-        attention.max_logit.fill_(-torch.inf)  # no batch seen
+        attention.max_logit.fill_(-torch.inf)  # as if no batch had run
         assert attention.clip_qk_(1.0) == 0
         attention.max_logit.fill_(-3.0)
         assert attention.clip_qk_(1.0) == 0

@@ -1,4 +1,4 @@
-"""Tests GRPO at toy size: runs learn what is rewarded, resume where they stopped, and refuse impossible options."""
+"""Tests GRPO at toy size: runs learn what is rewarded, resume exactly, and refuse impossible options."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_a_run_learns_what_is_rewarded(options, capsys):
 
 
 @pytest.mark.slow
-def test_resumed_is_uninterrupted(options, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
     whole, part = options(out=str(tmp_path / "whole"), save_every=2), options(save_every=2)
     grpo(whole)
     grpo(part)
@@ -104,8 +104,8 @@ def test_a_failing_reward_stops_the_run_with_one_line(options, tmp_path):
         grpo(options(rewards=["broken:f"]))
 
 
-def test_nothing_is_drawn_from_weights_that_are_not_finite(options, monkeypatch):
-    """On a GPU the loss is not checked in each step, so drawing answers has to check it."""
+def test_non_finite_weights_draw_no_answers(options, monkeypatch):
+    """A rollout checks the weights, because on a GPU the trainer does not check the loss in every step."""
     from moonwhale.posttrain.grpo_trainer import MTPGRPOTrainer
 
     def compute_loss(self, *args, **kwargs):
@@ -119,7 +119,7 @@ def test_nothing_is_drawn_from_weights_that_are_not_finite(options, monkeypatch)
 
 
 def test_the_engine_and_generate_draw_from_the_same_policy(options, small_checkpoint):
-    """Greedy answers of the trainer's rollout are those of transformers' generate."""
+    """The trainer's rollout and transformers' `generate` give the same greedy answers."""
     from moonwhale.infer.engine import Engine
 
     model, tokenizer = open_checkpoint(small_checkpoint)

@@ -1,4 +1,4 @@
-"""Tests recipes and rejection sampling: checked before they start, run in order, resumed."""
+"""Tests recipes and rejection sampling. Recipes are checked before they start, run in order, and can be resumed."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from moonwhale.posttrain.sample import SampleOptions, sample
 
 @pytest.fixture
 def folder(small_checkpoint, tmp_path, monkeypatch):
-    """A working folder with a task and a base model, `base`."""
+    """Returns a working folder with a task and a base model, `base`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
     rows = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(60)]
@@ -26,10 +26,10 @@ def folder(small_checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def clever(monkeypatch):
-    """An engine with three right answers out of four, two of which are the same text."""
+def mostly_right_engine(monkeypatch):
+    """Makes an engine that gives three right answers out of four, two of them with the same text."""
 
-    class Clever(engine.Engine):
+    class MostlyRight(engine.Engine):
         def as_completed(self, prompts, **options):
             for i, completion in super().as_completed(prompts, **options):
                 asked = self.tokenizer.decode(prompts[i], skip_special_tokens=True)
@@ -39,7 +39,7 @@ def clever(monkeypatch):
                 object.__setattr__(completion, "text", text[i % 4])
                 yield i, completion
 
-    monkeypatch.setattr(engine, "Engine", Clever)
+    monkeypatch.setattr(engine, "Engine", MostlyRight)
 
 
 SMALL = {"report_to": ["none"], "device": "cpu", "precision": "fp32", "eval_every": 0, "save_every": 0}
@@ -50,7 +50,7 @@ def write(stages) -> str:
     return "recipe.yaml"
 
 
-def test_right_answers_are_kept_once(folder, clever, capsys):
+def test_right_answers_are_kept_once(folder, mostly_right_engine, capsys):
     config = SampleOptions(
         checkpoint="base", task="task.jsonl", questions=10, samples=4, out="new/answers.jsonl", max_new_tokens=2,
         device="cpu", precision="fp32",
@@ -66,7 +66,7 @@ def test_right_answers_are_kept_once(folder, clever, capsys):
         sample(config)
 
 
-def test_a_model_that_knows_nothing_is_one_line(folder):
+def test_a_model_without_right_answers_is_one_line(folder):
     with pytest.raises(UserError, match="base answered none of 3 questions correctly"):
         sample(
             SampleOptions(
@@ -93,7 +93,7 @@ def test_impossible_options_are_one_line(changes, complaint):
 
 
 @pytest.mark.slow
-def test_r1s_pipeline_runs_and_goes_on(folder, clever, capsys, monkeypatch):
+def test_r1s_pipeline_runs_and_resumes(folder, mostly_right_engine, capsys, monkeypatch):
     sft = SMALL | {"context": 48, "steps": 3, "batch_size": 2}
     grpo = SMALL | {"task": "task.jsonl", "questions": 20, "group_size": 2, "questions_per_step": 2, "batch_size": 4}
     grpo |= {
@@ -125,7 +125,7 @@ def test_r1s_pipeline_runs_and_goes_on(folder, clever, capsys, monkeypatch):
     assert said.count("already finished") == 4 and Path("r1/final/config.json").exists()
 
 
-def test_the_recipe_in_docs_is_a_recipe():
+def test_the_recipe_in_docs_is_valid():
     stages = read(str(Path(__file__).parents[2] / "docs" / "r1.yaml"))
     assert [verb for verb, _ in stages] == ["sft", "grpo", "sample", "sft", "grpo"]
     assert stages[1][1].rewards == ["accuracy", "format", "language"]

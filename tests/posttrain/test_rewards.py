@@ -28,7 +28,7 @@ def pay(spec, completions, **columns):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A module of rewards in the working folder."""
+    """Puts a module with the user's rewards into the working folder."""
     (tmp_path / "mine.py").write_text(
         "import math\n"
         "def short(completions, **_): return [1.0 / len(c[0]['content']) for c in completions]\n"
@@ -43,31 +43,31 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mine", raising=False)
 
 
-def test_accuracy_is_the_tasks():
+def test_accuracy_is_the_tasks_own():
     paid, weights = pay("accuracy=2", said(RIGHT[0], RIGHT[0], RIGHT[1]), problem=[0, 1, 1])
     assert paid == [1, float(PROBLEMS[0].answer == PROBLEMS[1].answer), 1] and weights == [2.0]
 
 
-def test_format_ignores_what_is_answered():
+def test_format_ignores_the_answer_itself():
     assert well_formed(said("<think>a</think><answer>junk</answer>", "4")) == [1, 0]
 
 
-def test_language_is_the_prompts_script():
+def test_language_rewards_the_prompts_script():
     prompts = [[{"role": "user", "content": text}] for text in ("How many whales?", "Сколько китов?", "2 + 2")]
     assert language(prompts, said("two whales, два кита", "два кита", "whatever")) == [0.5, 1.0, 1.0]
     assert language(prompts[:1], said("4 = 4")) == [1.0]
     assert script_of("1а") == "CYRILLIC" and script_of("鲸") == "CJK" and script_of("12") is None
 
 
-def test_length_prefers_short_right_answers_and_pays_no_wrong_one():
+def test_length_prefers_short_right_answers_and_ignores_wrong_ones():
     assert length_rewards([1, 1, 0, 0], [10, 30, 10, 20], ["a"] * 4) == [0.5, -0.5, 0.0, 0.0]
     assert length_rewards([1, 0], [10, 10], ["a", "a"]) == [0.0, 0.0]
-    assert length_rewards([1, 1], [10, 30], ["a", "b"]) == [0.0, 0.0]  # a group of its own each
+    assert length_rewards([1, 1], [10, 30], ["a", "b"]) == [0.0, 0.0]  # each completion is its own group
     paid, _ = pay("length", said(RIGHT[0], RIGHT[0] + " " * 10), problem=[0, 0])
     assert paid == [0.5, -0.5]
 
 
-def test_an_own_function_is_called(mine):
+def test_a_users_own_function_is_called(mine):
     assert pay("mine:short=0.5", said("ab", "abcd")) == ([0.5, 0.25], [0.5])
     assert pay("mine:none", said("ab")) == ([None], [1.0])  # for TRL: the reward does not apply
 
@@ -108,7 +108,7 @@ def test_impossible_rewards_are_one_line(mine, spec, complaint):
     assert complaint in str(error.value)
 
 
-def test_the_weights_come_in_order():
+def test_weights_follow_the_order_of_the_rewards():
     rewards, weights = load_rewards(["accuracy", "format=0.2", "length=-1"], TASK, PROBLEMS)
     assert [r.__name__ for r in rewards] == ["accuracy", "format", "length"] and weights == [1.0, 0.2, -1.0]
     assert not any(map(math.isnan, weights))

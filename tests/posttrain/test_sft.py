@@ -60,7 +60,7 @@ def losses(out):
     return [entry["loss_main"] for entry in history if "loss_main" in entry]
 
 
-def test_the_loss_is_on_what_the_assistant_says(small_tokenizer):
+def test_the_loss_covers_only_the_assistants_tokens(small_tokenizer):
     ((ids, answered),) = encode_answers(small_tokenizer, [CHAT])
     assert (ids == encode_document(small_tokenizer, CHAT)).all()
     assert small_tokenizer.decode(ids[answered]) == "whale<|eos|>back <|eos|> to<|eos|>"
@@ -78,7 +78,7 @@ def test_both_ways_to_find_the_answers_agree(small_tokenizer):
         assert (ids == by_turns[0]).all() and (answered == by_turns[1]).all()
 
 
-def test_held_out_is_what_pretraining_holds_out(small_tokenizer, chats, tmp_path):
+def test_sft_holds_out_the_same_documents_as_pretraining(small_tokenizer, chats, tmp_path):
     source = load_source(str(chats))
     train, held_out = load_conversations(source, small_tokenizer, tmp_path)
     assert len(train) + len(held_out) == 60
@@ -90,8 +90,8 @@ def test_held_out_is_what_pretraining_holds_out(small_tokenizer, chats, tmp_path
     assert again[0].to_dict() == train.to_dict()
 
 
-def test_packed_rows_keep_conversations_apart(small_checkpoint, chats, tmp_path):
-    """Packed rows have the same loss as the conversations one by one, for the MTP modules too."""
+def test_packed_conversations_do_not_see_each_other(small_checkpoint, chats, tmp_path):
+    """Packed rows and single conversations have the same loss, also in the MTP modules."""
     model, tokenizer = open_checkpoint(small_checkpoint)
     train, _ = load_conversations(load_source(str(chats)), tokenizer, tmp_path)
     rows, split = pack(train, 64)
@@ -114,12 +114,12 @@ def test_packed_rows_keep_conversations_apart(small_checkpoint, chats, tmp_path)
     mixed = {
         **batch,
         "position_ids": torch.arange(64).expand(4, 64),
-    }  # a plausible bug: each row as one long conversation
+    }  # a plausible bug: a row is treated as one long conversation
     with torch.no_grad():
         assert (model(**mixed).losses - packed.losses).abs().max() > 1e-2
 
 
-def test_a_long_conversation_goes_on_in_another_row(chats, small_tokenizer, tmp_path):
+def test_a_long_conversation_continues_in_the_next_row(chats, small_tokenizer, tmp_path):
     train, _ = load_conversations(load_source(str(chats)), small_tokenizer, tmp_path)
     rows, split = pack(train, 16)
     assert split > 5
@@ -127,7 +127,7 @@ def test_a_long_conversation_goes_on_in_another_row(chats, small_tokenizer, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_mtp_learns_along(options, small_checkpoint, capsys):
+def test_a_run_trains_the_model_and_its_mtp_modules(options, small_checkpoint, capsys):
     config = options(steps=30)
     sft(config)
     said = capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_a_run_learns_and_mtp_learns_along(options, small_checkpoint, capsys):
 
 
 @pytest.mark.slow
-def test_resumed_is_uninterrupted(options, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
     whole = options(out=str(tmp_path / "whole"), save_every=3)
     sft(whole)
     part = options(save_every=3)

@@ -45,7 +45,7 @@ def page(request, browser, server):
     yield page
     context.close()
     refused = (
-        "Failed to load resource: the server responded with a status of 400"  # which the page shows as an error message
+        "Failed to load resource: the server responded with a status of 400"  # the page shows it as an error message
     )
     assert not [trouble for trouble in troubles if refused not in trouble]
 
@@ -91,7 +91,7 @@ def test_a_conversation(page):
     assert page.evaluate("JSON.parse(localStorage.getItem('moonwhale.conversations')).length") == 1
 
 
-def test_stop(page, small_engine, server, monkeypatch):
+def test_the_stop_button(page, small_engine, server, monkeypatch):
     scheduler = server.app.state.worker.scheduler
     step = scheduler.step
     monkeypatch.setattr(scheduler, "step", lambda: (__import__("time").sleep(0.2), step()))

@@ -78,7 +78,7 @@ def test_completions(client, engine):
     assert "".join(piece.choices[0].text for piece in pieces) == alone[0].text
 
 
-def test_choices_are_seeded_one_after_the_other(client):
+def test_choices_get_consecutive_seeds(client):
     options = {"model": NAME, "messages": HELLO, "max_tokens": 8}
     three = client.chat.completions.create(**options, n=3, seed=11)
     one = client.chat.completions.create(**options)
@@ -92,7 +92,7 @@ def test_choices_are_seeded_one_after_the_other(client):
     assert streamed == texts
 
 
-def test_stop(client):
+def test_stop_strings_end_an_answer(client):
     options = {"model": NAME, "messages": HELLO, "temperature": 0, "max_tokens": 30}
     text = client.chat.completions.create(**options).choices[0].message.content
     said = client.chat.completions.create(**options, stop=text[4:6]).choices[0]
@@ -274,7 +274,7 @@ def test_a_model_failure_is_a_503_and_the_next_request_succeeds(server, engine, 
     assert server.post(max_tokens=5).status_code == 200
 
 
-def test_metrics_count(server):
+def test_metrics_count_requests_and_tokens(server):
     before = {name: server.metric(name) for name in ("moonwhale_generated_tokens_total", "moonwhale_requests_total")}
     answer = server.post(max_tokens=7, temperature=0).json()
     grown = server.metric("moonwhale_generated_tokens_total") - before["moonwhale_generated_tokens_total"]

@@ -1,4 +1,4 @@
-"""Run options: where a value comes from, what it may be, and that a run can be replayed."""
+"""Run options: the source of each value, its allowed range, and replaying a run from its options."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ def yaml_file(tmp_path):
     return make
 
 
-def test_later_sources_win(yaml_file):
+def test_later_sources_override_earlier_ones(yaml_file):
     path = yaml_file("warmup_steps: 7\nsteps: 90\nmodel: {hidden_size: 96, v_head_dim: 16}")
     config = parse(["--preset", "small", "--config", path, "--steps", "80", "--model.hidden_size", "128"])
     assert config.seed == TrainConfig().seed  # the default
@@ -161,14 +161,14 @@ def test_bad_yaml_is_one_line(yaml_file, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_binary_file_is_no_yaml(tmp_path):
+def test_a_binary_file_is_refused_as_yaml(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(UserError, match="is not YAML: it is not text"):
         parse(["--config", str(tmp_path / "run.yaml")])
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_run_is_replayed_from_what_it_wrote(name, tmp_path):
+def test_a_run_is_replayed_from_its_run_file(name, tmp_path):
     argv = ["--lr", "1e-5", "--model.q_lora_rank", "null", "--data-columns", "a,b", "--no-compile", "--data", "null"]
     config = parse(["--preset", name, *argv])
     write_run_file(config, tmp_path / "run.yaml")
@@ -176,19 +176,19 @@ def test_a_run_is_replayed_from_what_it_wrote(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_written_run_does_not_depend_on_the_preset_any_more(tmp_path):
+def test_a_run_file_does_not_depend_on_the_preset(tmp_path):
     write_run_file(parse([]), tmp_path / "run.yaml")
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert written.keys() == {field.name for field in dataclasses.fields(TrainConfig)} - {"resume"}
     assert written["model"] == PRESETS["demo"].model
 
 
-def test_resuming_belongs_to_one_call(tmp_path):
+def test_resume_is_not_written_to_the_run_file(tmp_path):
     write_run_file(parse(["--resume"]), tmp_path / "run.yaml")
     assert parse(["--config", str(tmp_path / "run.yaml")]).resume is False
 
 
-def test_accumulation_is_of_all_devices():
+def test_gradient_accumulation_counts_all_devices():
     config = parse(["--tokens-per-step", "8192", "--context", "256", "--batch-size", "8"])
     assert (config.gradient_accumulation_steps(), config.gradient_accumulation_steps(replicas=2)) == (4, 2)
     with pytest.raises(UserError, match="x 3 devices = 6144 tokens: give 6144 or 12288"):

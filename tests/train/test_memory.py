@@ -1,4 +1,4 @@
-"""Too little memory is reported in one line: before the run if it is certain, else when it happens."""
+"""Too little memory is a one-line error: before the run if it is certain, otherwise when it happens."""
 
 from types import SimpleNamespace
 
@@ -25,25 +25,25 @@ def gpu_of(monkeypatch):
     return lambda gigabytes: monkeypatch.setattr(memory, "free_bytes", lambda device: int(gigabytes * 1e9))
 
 
-def test_a_cpu_is_not_judged():
+def test_a_cpu_is_not_checked():
     assert memory.check_gpu_memory(CONFIG, run(), torch.device("cpu"), 4) == ""
 
 
-def test_what_fits_is_said(gpu_of):
+def test_a_run_that_fits_is_reported(gpu_of):
     gpu_of(80)
     line = memory.check_gpu_memory(CONFIG, run(), GPU, 2)
     whole = sum(memory.needed_bytes(CONFIG, run(), 2).values())
     assert line == f"memory     about {in_bytes(whole)} of the 80.0 GB that cuda has left"
 
 
-def test_what_may_not_fit_is_advised(gpu_of):
+def test_a_run_that_may_not_fit_gets_advice(gpu_of):
     weights = sum(memory.needed_bytes(CONFIG, run(), 2).values()) - memory.needed_bytes(CONFIG, run(), 2)["activations"]
     gpu_of(weights / 1e9 + 0.1)
     line = memory.check_gpu_memory(CONFIG, run(), GPU, 2)
     assert "may not suffice (give `batch_size` 4, `gradient_checkpointing`, a shorter `context`, or" in line
 
 
-def test_what_cannot_fit_is_refused(gpu_of):
+def test_a_run_that_cannot_fit_is_refused(gpu_of):
     gpu_of(1)
     with pytest.raises(
         UserError, match=r"^`device`: weights, gradients and optimizer take 2\.\d\d GB, and cuda has 1\.00 GB left"
@@ -51,7 +51,7 @@ def test_what_cannot_fit_is_refused(gpu_of):
         memory.check_gpu_memory(CONFIG, run(), GPU, 2)
 
 
-def test_recomputed_activations_are_few():
+def test_gradient_checkpointing_reduces_activations():
     whole, few = (memory.needed_bytes(CONFIG, run(gradient_checkpointing=on), 2) for on in (False, True))
     assert few["activations"] < whole["activations"] / 4
     assert few["weights"] == whole["weights"]
@@ -74,14 +74,14 @@ def test_out_of_memory_becomes_advice(error):
     )
 
 
-def test_only_what_is_left_to_do_is_advised():
+def test_advice_lists_only_options_still_available():
     least = run(batch_size=1, gradient_checkpointing=True)
     del least.context
     with pytest.raises(UserError, match=r"rows: train a smaller model$"), memory.out_of_memory_as_advice(least, GPU):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_other_errors_pass():
+def test_other_errors_are_raised_unchanged():
     with pytest.raises(RuntimeError, match="shapes"), memory.out_of_memory_as_advice(run(), GPU):
         raise RuntimeError("shapes do not fit")
 
