@@ -181,3 +181,19 @@ def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert cli(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_filled_during_the_export_is_kept(checkpoint, tmp_path, capsys, monkeypatch):
+    """The check at the start may be outdated at the end, after minutes of writing."""
+    folder, _ = checkpoint()
+    out = tmp_path / "out"
+
+    def write(folder, unfinished, dtype):
+        out.mkdir()
+        (out / "notes.txt").write_text("other work")
+        return []
+
+    monkeypatch.setattr("moonwhale.export.deepseek.to_deepseek", write)
+    assert cli(["export", str(folder), "--out", str(out)]) == 2
+    assert "Directory not empty" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]

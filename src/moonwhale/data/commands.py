@@ -71,7 +71,7 @@ def _train(options: SourceOptions, args: argparse.Namespace) -> None:
 
     source = options.load_source()
     tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
-    with new_folder(out) as building:
+    with new_folder(out, replace=False) as building:
         tokenizer.save_pretrained(building)
     print(f"{out}: {len(tokenizer):,} tokens")
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     module, function = writer.split(":")
     write = getattr(import_module(module), function)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    with new_folder(out) as unfinished, quiet_loading():
+    with new_folder(out, replace=False) as unfinished, quiet_loading():
         notes = write(Path(args.folder), unfinished, dtype)
     for note in notes:
         print(note, file=sys.stderr)

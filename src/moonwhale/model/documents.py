@@ -104,20 +104,22 @@ class Documents:
                 "give 0 for padding and 1 for a token"
             )
         document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
-        reopened = starts[:, 1:] & ~real[:, :-1] & (document_ids[:, 1:] > 0)
-        if position_ids is not None:
-            reopened &= position_ids[:, 1:] != 0
         one_per_row = attention_mask is None and position_ids is None
+        reopened = None  # (B, T - 1) where padding interrupts a document; only a mask can have such places
+        if attention_mask is not None:
+            reopened = starts[:, 1:] & ~real[:, :-1] & (document_ids[:, 1:] > 0)
+            if position_ids is not None:
+                reopened &= position_ids[:, 1:] != 0
 
         # In training on CUDA and in compiled graphs no value is read. In inference on CUDA one is: a host sync pays for
         # the simpler attention of rows that are one document each.
         trains = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if needs_static_shapes(device) and trains:
-            if attention_mask is not None:
+            if reopened is not None:
                 torch._assert_async(~reopened.any(), PADDING_BETWEEN_TOKENS)
             return cls(document_ids, positions, real, one_per_row)
 
-        if attention_mask is not None and bool(reopened.any()):
+        if reopened is not None and bool(reopened.any()):
             raise ValueError(PADDING_BETWEEN_TOKENS)
         return cls(document_ids, positions, real, one_per_row or not bool(document_ids.any()))
 
