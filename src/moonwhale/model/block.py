@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -50,8 +51,12 @@ class Block(GradientCheckpointingLayer):
         return x + out, BlockStatistics(max_logit, balance, load)
 
     def collect(self, statistics: BlockStatistics) -> None:
-        """Add a training batch's statistics to the buffers that QK-Clip and the bias update read after the step."""
+        """Add a training batch's statistics to the buffers that QK-Clip and the bias update read after the step.
+
+        A logit that is NaN or infinite measures nothing: the batch's step is skipped or its run stopped.
+        """
         if statistics.max_logit is not None:
-            self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(statistics.max_logit))
+            measured = statistics.max_logit.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+            self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(measured))
         if statistics.load is not None:
             self.mlp.load += statistics.load

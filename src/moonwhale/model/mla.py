@@ -172,12 +172,16 @@ class MultiheadLatentAttention(nn.Module):
         γ. Both parts of its logits shrink by γ, and the same batch would just reach tau. The shared rotary key and the
         values stay as they are: the former belongs to no single head, and the latter are in no logit.
 
+        Nothing happens if one of these weights is frozen: under LoRA they belong to the base model.
+
         Returns:
             the number of clipped heads, a 0-d tensor.
         """
+        query = self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
+        if not (query.weight.requires_grad and self.kv_b_proj.weight.requires_grad):
+            return torch.zeros((), dtype=torch.long, device=self.max_logit.device)
         above = self.max_logit > tau
         gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)[:, None]
-        query = self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
         root = gamma.sqrt().expand(-1, self.nope)
         _scale_rows_(query.weight, torch.cat([root, gamma.expand(-1, self.rope)], dim=1))
         _scale_rows_(self.kv_b_proj.weight, torch.cat([root, gamma.new_ones(self.heads, self.v_dim)], dim=1))

@@ -251,6 +251,8 @@ class DeepseekMoE(nn.Module):
     @torch.no_grad()
     def update_bias_(self) -> None:
         """Balance without an auxiliary loss (V3 §2.1.2): raise the bias of experts with less than the mean load, and
-        lower that of experts with more.
+        lower that of experts with more. Nothing happens if the router is frozen.
         """
+        if not self.gate.weight.requires_grad:
+            return
         self.gate.e_score_correction_bias += self.bias_speed * torch.sign(self.load.mean() - self.load)

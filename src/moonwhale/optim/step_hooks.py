@@ -27,7 +27,7 @@ class StepHooks:
         self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
         self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
         self.last: dict[str, Tensor] = {}
-        self._handle = optimizer.register_step_post_hook(self)
+        self._handle = _unwrapped(optimizer).register_step_post_hook(self)
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -38,15 +38,21 @@ class StepHooks:
             if self.qk_clip_tau is not None:
                 clipped = [attention.clip_qk_(self.qk_clip_tau) for attention in self.attentions]
                 self.last["clipped_heads"] = torch.stack(clipped).sum()
-            for logit in logits:
-                logit.fill_(-math.inf)
         if self.moes:
             loads = [moe.load for moe in self.moes]
             _all_reduce(loads, "SUM", self.group)
             self.last["loads"] = torch.stack(loads)
             for moe in self.moes:
                 moe.update_bias_()
-                moe.load.zero_()
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Drop the statistics since the last step. Call this if you skip a step, for instance because of a NaN loss."""
+        for attention in self.attentions:
+            attention.max_logit.fill_(-math.inf)
+        for moe in self.moes:
+            moe.load.zero_()
 
     def remove(self) -> None:
         self._handle.remove()
@@ -68,12 +74,28 @@ def attach_hooks(
     of `group`, which hold replicas of `model` (None: all ranks do), then used, then reset. Under DDP, accumulate in
     `no_sync` or with `broadcast_buffers=False`; otherwise rank 0's buffers overwrite the others'.
 
-    With `qk_clip_tau=None` logits are only recorded.
+    With `qk_clip_tau=None` logits are only recorded. The model's modules leave frozen weights as they are, so LoRA's
+    base model stays the same.
+
+    `optimizer` may be wrapped by `accelerator.prepare`. If your loop skips a step, call `reset` of the result.
 
     Raises:
+        TypeError: the optimizer has no step hooks.
         UserError: tau is not positive.
     """
     return StepHooks(optimizer, model, qk_clip_tau, group)
+
+
+def _unwrapped(optimizer) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside a wrapper such as accelerate's, which is an `Optimizer` without hooks."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks"):
+        if not (isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "optimizer")):
+            raise TypeError(
+                f"attach_hooks: {type(optimizer).__name__} has no step hooks (give a torch.optim.Optimizer)"
+            )
+        inner = inner.optimizer
+    return inner
 
 
 def _all_reduce(tensors: list[Tensor], op: str, group) -> None:

@@ -36,21 +36,22 @@ class MTPSFTTrainer(MTPTrainerMixin, SFTTrainer):
 
 @dataclass
 class Collator:
-    """Turns packed rows into tensors "input_ids", "position_ids" and "labels", each (B, context).
+    """Turns packed rows into tensors "input_ids", "attention_mask", "position_ids" and "labels", each (B, context).
 
-    Position ids restart at every conversation; the padding counts as one. A row that TRL packed has `seq_lengths`, the
-    lengths of its conversations. A row without them is a single conversation.
+    Position ids restart at every conversation. The mask is 0 at padding, so padding is no expert's load. A row that
+    TRL packed has `seq_lengths`, the lengths of its conversations. A row without them is a single conversation.
     """
 
     context: int
     pad_token_id: int
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        columns = {"input_ids": [], "position_ids": [], "labels": []}
+        columns = {"input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
         for row in rows:
             n_padding = self.context - len(row["input_ids"])
             lengths = [*(row.get("seq_lengths") or [len(row["input_ids"])]), n_padding]
             columns["input_ids"].append(torch.tensor([*row["input_ids"], *[self.pad_token_id] * n_padding]))
+            columns["attention_mask"].append(torch.arange(self.context).lt(len(row["input_ids"])).long())
             columns["position_ids"].append(torch.cat([torch.arange(n) for n in lengths]))
             columns["labels"].append(torch.tensor([*row["labels"], *[IGNORE_INDEX] * n_padding]))
         return {name: torch.stack(column) for name, column in columns.items()}

@@ -84,15 +84,15 @@ class MuonClipTrainerMixin:
     # Optimizer
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Creates MuonClip over all trained parameters, with QK-clip and the router-bias update as its step hooks.
+        """Creates MuonClip over all trained parameters, unless an optimizer was given.
 
-        Under LoRA there are no hooks: they would change the base model, which the adapters belong to.
+        Either one has QK-clip and the router-bias update as its step hooks. They leave frozen weights as they are.
         """
+        args = self.args
         if self.optimizer is None:
-            args = self.args
             self.optimizer = self._make_optimizer(param_groups(self.model, args.learning_rate, args.weight_decay))
-            if all(p.requires_grad for p in self.model.parameters()):
-                self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
+        if self._hooks is None:
+            self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
         return self.optimizer
 
     def _make_optimizer(self, groups: list[dict]) -> DistributedMuonClip:
@@ -222,12 +222,15 @@ class _MuonClipCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.mtp_loss_weight_final is not None:
-            model = self.trainer.model
+            # The model inside an adapter, whose wrapper would keep the attribute to itself
+            model = next(m for m in self.trainer.model.modules() if "mtp_loss_weight" in vars(m))
             decaying = state.global_step >= state.max_steps - args.decay_steps
             model.mtp_loss_weight = args.mtp_loss_weight_final if decaying else model.config.mtp_loss_weight
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer._hooks is not None:
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer._hooks.reset()
+        else:
             self.trainer._hook_statistics.add(self.trainer._last_hook_values())
 
 
