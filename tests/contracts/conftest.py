@@ -1,0 +1,54 @@
+"""Counts how the tests marked `contract(area, outsider)` end, if `--contracts-json FILE` asks for it.
+
+docs/update_compatibility.py writes the table of docs/compatibility.md from that file.
+"""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--contracts-json", metavar="FILE", help="write how each contract's tests ended into this file")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--contracts-json", default=None):
+        config.pluginmanager.register(ContractCounts(Path(path)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Tells the report which contract the test belongs to, so that it reaches xdist's main process."""
+    report = yield
+    if (mark := item.get_closest_marker("contract")) is not None:
+        report.user_properties.append(("contract", mark.args))
+    return report
+
+
+class ContractCounts:
+    """Counts passed, failed and skipped tests of each contract, the latter two by reason."""
+
+    def __init__(self, path: Path):
+        self.path, self.counts = path, defaultdict(lambda: {"passed": 0, "failed": Counter(), "skipped": Counter()})
+
+    def pytest_runtest_logreport(self, report):
+        contract = dict(report.user_properties).get("contract")
+        decisive = report.when == "call" or (report.when == "setup" and not report.passed)
+        if contract is None or not decisive:
+            return
+        counts = self.counts[tuple(contract)]
+        if report.passed:
+            counts["passed"] += 1
+        elif report.skipped and hasattr(report, "wasxfail"):
+            counts["failed"][report.wasxfail.removeprefix("reason: ")] += 1
+        elif report.skipped:
+            counts["skipped"][report.longrepr[2].removeprefix("Skipped: ")] += 1
+        else:
+            counts["failed"]["unexpected"] += 1
+
+    def pytest_sessionfinish(self):
+        rows = [{"area": area, "outsider": outsider} | counts for (area, outsider), counts in self.counts.items()]
+        self.path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
