@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 from moonwhale.data import tasks
+from moonwhale.data.answers import same_answer
 from moonwhale.data.loading import load_source
 from moonwhale.data.tasks import Problem, extract_answer, is_held_out, is_well_formed, load_task
 from moonwhale.errors import UserError
@@ -156,3 +157,49 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'reasoning-gym: pip install "moonwhale\[rl\]"'):
         load_task("chain_sum")
+
+
+@pytest.mark.parametrize("answer", ["Paris", "B", "(1,2)", "true", "北京", "Straße", "x²", "9^{9^{9}}", "."])
+def test_the_right_answer_of_an_own_file_scores(tmp_path, answer):
+    path = tmp_path / "words.jsonl"
+    rows = [json.dumps({"question": f"a\u2028{n}", "answer": answer}, ensure_ascii=False) for n in range(20)]
+    path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    task = load_task(str(path))
+    problem = task.problems(1)[0]
+    assert task.accuracy(problem, task.demonstrate(problem)) == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "given", "same"),
+    [
+        ("Paris", " paris. ", True),
+        ("Paris", r"\boxed{\text{Paris}}", True),
+        ("Paris", "“Paris”", True),
+        ("é", "e\u0301", True),
+        ("x²", "x2", False),
+        ("B", "C", False),
+        (r"\Gamma", r"\gamma", False),
+        ("5", "-5", False),
+        ("1/2", "0.5", True),
+    ],
+)
+def test_answers_are_compared_as_text_and_as_mathematics(right, given, same):
+    assert same_answer(right, given) == same
+
+
+@pytest.mark.parametrize("given", ["9^{9^{9}}", "$999999999!$"])
+def test_an_endless_answer_is_wrong(given):
+    assert not same_answer("4", given)
+    assert same_answer("4", "8/2")  # by a new worker
+
+
+@pytest.mark.parametrize("answer", ["\\ud800", "1</answer> <answer>2"])
+def test_an_answer_that_cannot_be_given_is_refused(tmp_path, answer):
+    (tmp_path / "own.jsonl").write_text(f'{{"question": "x", "answer": "{answer}"}}\n')
+    with pytest.raises(UserError, match=r"own\.jsonl, object 1"):
+        load_task(str(tmp_path / "own.jsonl"))
+
+
+def test_a_task_of_the_gym_that_takes_gigabytes_is_refused():
+    with pytest.raises(UserError, match="acre builds all its questions at once"):
+        load_task("acre")

@@ -112,3 +112,16 @@ def test_weights_follow_the_order_of_the_rewards():
     rewards, weights = load_rewards(["accuracy", "format=0.2", "length=-1"], TASK, PROBLEMS)
     assert [r.__name__ for r in rewards] == ["accuracy", "format", "length"] and weights == [1.0, 0.2, -1.0]
     assert not any(map(math.isnan, weights))
+
+
+@pytest.mark.parametrize("values", ["[np.float32(1), None]", "[True, None]", "[torch.tensor(1.0), None]", "(1, None)"])
+def test_numbers_of_all_kinds_are_rewards(mine, tmp_path, values):
+    (tmp_path / "mine.py").write_text(f"import numpy as np, torch\ndef f(completions, **_): return {values}\n")
+    assert pay("mine:f", said("a", "b"))[0] == [1.0, None]
+
+
+@pytest.mark.parametrize("value", ["'1'", "np.nan", "[1]", "1j"])
+def test_what_is_no_number_is_no_reward(mine, tmp_path, value):
+    (tmp_path / "mine.py").write_text(f"import numpy as np\ndef f(completions, **_): return [{value}]\n")
+    with pytest.raises(UserError, match="mine:f returned"):
+        pay("mine:f", said("a"))

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moonwhale.data.answers import normalize, same_answer
 from moonwhale.data.source import Document, Source, digest
 from moonwhale.errors import UserError, did_you_mean, one_line
 
 HELD_OUT_QUESTIONS = 0.1  # the share of a task's questions that are held out, by the hash of their text
 DEMONSTRATIONS = 10_000  # the default size of `--data task:SPEC`
 GYM_QUESTIONS = 1_000_000  # the size asked of reasoning-gym, which makes each question only when it is read
+TOO_LARGE = ("acre",)  # the tasks of reasoning-gym that do not make a question only when it is read
 MAX_VAIN_DRAWS = 1000  # a task is exhausted after so many questions in a row from the wrong side of the split
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -102,7 +104,7 @@ def load_task(spec: str) -> Task:
 
     Args:
         spec: a task of reasoning-gym with its settings, as `chain_sum:max_terms=3`; `gsm8k`, from the hub; or a JSONL
-            file of {"question", "answer"}. Answers of the last two are compared as mathematics (math-verify).
+            file of {"question", "answer"}. Answers of the last two are compared as text, then as mathematics.
 
     Raises:
         UserError: the task, its file or the package that it needs cannot be found or read.
@@ -114,7 +116,8 @@ def load_task(spec: str) -> Task:
         return _gym_task(spec, name, settings)
     if settings:
         raise UserError(f"`task`: gsm8k has no settings, such as {settings[0]}")
-    return Task(spec, _draw_gsm8k, _same_mathematics, lambda problem: problem.entry["steps"])
+    _require("math_verify", "math-verify")
+    return Task(spec, _draw_gsm8k, _same_answer, lambda problem: problem.entry["steps"])
 
 
 def demonstration_source(spec: str, limit: int | None = None) -> Source:
@@ -137,6 +140,8 @@ def demonstration_source(spec: str, limit: int | None = None) -> Source:
 def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
     gym = _require("reasoning_gym", "reasoning-gym")
     options = _gym_options(spec, name, settings)
+    if name in TOO_LARGE:
+        raise UserError(f"`task`: {name} builds all its questions at once, which takes gigabytes: choose another task")
 
     def build(seed: int):
         # Question i has the seed `seed + i`, so two adjacent seeds would share all questions but one.
@@ -219,16 +224,22 @@ def _draw_gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
 
 
 def _file_task(path: Path) -> Task:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    _require("math_verify", "math-verify")
+    try:  # splitlines would also split at U+2028, which JSON allows within text
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"`task`: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"`task`: {path} is not JSON with one object per line: {one_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         texts = [row.get(name) for name in ("question", "answer")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f'`task`: {path}, object {number}: it needs "question" and "answer", both text')
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise UserError(f"`task`: {path}, object {number}: half of a surrogate pair is no text: write the whole")
+        shown = extract_answer(f"<answer>{row['answer']}</answer>")
+        if normalize(shown) != normalize(row["answer"]):
+            raise UserError(f"`task`: {path}, object {number}: its answer holds the tags of an answer: remove them")
     problems = [Problem(row["question"], row["answer"], row) for row in rows]
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
@@ -237,15 +248,12 @@ def _file_task(path: Path) -> Task:
 
         return iter(sorted((p for p in problems if is_held_out(p.question) == held_out), key=order))
 
-    return Task(str(path), draw, _same_mathematics, lambda problem: str(problem.entry.get("steps", "")))
+    return Task(str(path), draw, _same_answer, lambda problem: str(problem.entry.get("steps", "")))
 
 
-def _same_mathematics(problem: Problem, answer: str) -> float:
-    """Scores 1 if both answers are the same mathematical expression."""
-    math_verify = _require("math_verify", "math-verify")
-    # No time-outs: they use signals, which work in the main thread only.
-    right, given = (math_verify.parse(text, parsing_timeout=None) for text in (problem.answer, answer))
-    return float(math_verify.verify(right, given, timeout_seconds=None))
+def _same_answer(problem: Problem, answer: str) -> float:
+    """Scores 1 if both answers are the same text or the same mathematical expression."""
+    return float(same_answer(problem.answer, answer))
 
 
 def _require(module: str, package: str):

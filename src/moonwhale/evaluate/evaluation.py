@@ -80,7 +80,6 @@ def _find_problems(config: EvalConfig) -> tuple[Task, list[Problem]]:
             f"`task`: {config.task} has {len(problems)} {kind}questions, not {config.problems or 1}: "
             f"lower `problems`{fix}"
         )
-    task.accuracy(problems[0], task.demonstrate(problems[0]))  # shows now if scoring lacks a package
     return task, problems
 
 

@@ -1,10 +1,12 @@
 """LoRA through peft: which modules get adapters, and how the adapters become part of a plain checkpoint."""
 
+import tempfile
 import typing
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from moonwhale.checkpoint import publish_model
 from moonwhale.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -30,7 +32,12 @@ def lora_config(model, rank: int) -> "LoraConfig":
 
 
 def merge_adapters(model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Adds the adapters to the weights, and writes the model as a plain checkpoint into `out`."""
+    """Adds the adapters to the weights, and writes the model as a plain checkpoint into `out`.
+
+    `publish_model` copies config.json last: a merge that was interrupted leaves no folder that looks like a model.
+    """
     merged = model.merge_and_unload()
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".merged-") as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        publish_model(Path(folder), out)

@@ -172,16 +172,29 @@ def _with_checks(name: str, reward: Reward) -> Reward:
             at = _find_failing(reward, given, len(prompts))
             raised = f"{type(error).__name__} ({one_line(error)})"
             raise UserError(f"`rewards`: {name} raised {raised} {_describe(prompts, completions, at)}") from error
+        if hasattr(values, "tolist"):  # an array of NumPy or a tensor
+            values = values.tolist()
         if not isinstance(values, list | tuple) or len(values) != len(prompts):
             raise UserError(f"`rewards`: {name} must return a list of {len(prompts)} numbers, one for each completion")
-        for at, value in enumerate(values):
+        numbers = [_number(value) for value in values]
+        for at, number in enumerate(numbers):
             # TRL leaves out a reward that is None for a completion.
-            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-                raise UserError(f"`rewards`: {name} returned {value!r} {_describe(prompts, completions, at)}")
-        return list(values)
+            if number is not None and not math.isfinite(number):
+                raise UserError(f"`rewards`: {name} returned {values[at]!r} {_describe(prompts, completions, at)}")
+        return numbers
 
     checked.__name__ = name  # TRL logs the reward under this name
     return checked
+
+
+def _number(value) -> float | None:
+    """Returns a reward as a float: numbers of Python, NumPy and torch. None stays None, anything else becomes NaN."""
+    if value is None:
+        return None
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 def _find_failing(reward: Reward, given: dict, n: int) -> int | None:

@@ -1,5 +1,6 @@
 """Callbacks of every run: a progress bar with log lines, and a clean stop on Ctrl-C."""
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal or ssh was closed
 
 
 class ProgressLines(TrainerCallback):
@@ -53,7 +56,7 @@ class ProgressLines(TrainerCallback):
 
 
 class StopAtStepEnd(TrainerCallback):
-    """Turns Ctrl-C or SIGTERM into a checkpoint and a stop at the end of the step. Use it as a context manager.
+    """Turns Ctrl-C, SIGTERM or SIGHUP into a checkpoint and a stop at the end of the step. Use it as a context manager.
 
     All ranks stop after the same step. A second Ctrl-C stops at once, without a checkpoint.
     """
@@ -62,9 +65,7 @@ class StopAtStepEnd(TrainerCallback):
         self.stop_requested = False
 
     def __enter__(self):
-        self.previous_handlers = {
-            number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.previous_handlers = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):
@@ -75,7 +76,8 @@ class StopAtStepEnd(TrainerCallback):
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
-        tqdm.write("stopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            tqdm.write("stopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         if dist.is_initialized():
