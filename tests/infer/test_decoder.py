@@ -132,6 +132,29 @@ def test_a_sequence_moves_and_the_cache_grows(model):
 
 
 @torch.inference_mode()
+def test_a_failed_allocation_leaves_the_cache_as_it_was(tiny_model, monkeypatch):
+    model = tiny_model(**MOBA, moba_key_conv=3)
+    decoder, ids = Decoder(model), tokens(1, 24)
+    cache = decoder.cache()
+    run(decoder, ids[:, :18], [18], cache, slot=2)
+    zeros, sizes, allocated = torch.zeros, (cache.slots, cache.length, cache.bytes), []
+
+    def failing(*args, **kwargs):
+        allocated.append(args)
+        if len(allocated) > 3:
+            raise MemoryError
+        return zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", failing)
+    with pytest.raises(MemoryError):
+        cache.resize(5, 64)
+    monkeypatch.undo()
+    assert (cache.slots, cache.length, cache.bytes) == sizes
+    got = decoder.run(ids[:, 18:20], cache, decoder.place(cache, 2, [18], 2))
+    torch.testing.assert_close(got, hidden_of(model, ids)[:, 18:20], atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
 def test_the_mtp_chain_equals_the_models(model):
     decoder, ids = Decoder(model), tokens(1, 40)
     want = model.model(ids, use_cache=False, with_mtp=True)

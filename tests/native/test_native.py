@@ -178,7 +178,7 @@ def test_vector_widths_of_other_machines(model, monkeypatch, tmp_path, machine):
 MUTANTS = {
     "the gate takes the worst blocks": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
     "block means are never written": ("attention.h", "if (cache.means) average(keys);", ""),
-    "a step takes full attention": ("attention.h", "return w.topk && position", "return false && position"),
+    "a step takes full attention": ("attention.h", "return topk && position", "return false && position"),
     "every token is rotated as if it were the first": ("attention.h", "p.cos + position * half", "p.cos + 0 * half"),
     "pieces are merged without their scales": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
     "experts are chosen without the bias": (
@@ -205,3 +205,38 @@ def test_mutants_are_caught(model, monkeypatch, tmp_path, file, right, wrong):
     compiled_from(sources, tmp_path, monkeypatch)
     decoder = Decoder(model)
     assert (steps(decoder, read(decoder), [1] * 7)[0] - want).norm() > 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("topk", [PROMPT, 10**9, 2**62])
+@torch.inference_mode()
+def test_more_chosen_blocks_than_there_are_is_full_attention(tiny_model, topk):
+    out = []
+    for k in (topk, 0):
+        decoder = Decoder(tiny_model(**SHAPES | {"moba_topk": k}))
+        cache = read(decoder)
+        out.append(decoder.run(tokens(1, 1), cache, decoder.place(cache, 0, [PROMPT], 1)))
+    assert torch.equal(*out)
+
+
+@torch.inference_mode()
+def test_a_step_outside_the_cache_is_refused(model):
+    decoder = Decoder(model)
+    cache = read(decoder)
+    before = [keys.clone() for keys in cache.keys]
+    for slot, start in ((1, PROMPT), (-1, PROMPT), (0, cache.length), (0, -1)):
+        placement = decoder.place(cache, 0, [PROMPT], 1)
+        structure = placement.for_native
+        structure.first_slot = slot
+        placement._start.fill_(start)
+        with pytest.raises(IndexError, match="outside the cache"):
+            decoder.run(tokens(1, 1), cache, placement)
+    assert all(torch.equal(keys, old) for keys, old in zip(cache.keys, before, strict=True))
+
+
+@torch.inference_mode()
+def test_a_step_without_memory_says_so(model):
+    decoder = Decoder(model)
+    cache = read(decoder)
+    decoder.main[0].native._block.hidden = 2**60  # numbers that no machine can hold
+    with pytest.raises(MemoryError, match="no memory"):
+        decoder.run(tokens(1, 1), cache, decoder.place(cache, 0, [PROMPT], 1))

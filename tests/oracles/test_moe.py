@@ -1,5 +1,8 @@
 """DeepSeekMoE by hand, in fp64, one token at a time: routing, experts, balance losses, and the balancing bias."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,7 +191,11 @@ def loss_by_hand(rows, weight, bias, config):
     def f(scores, bias):
         count = torch.zeros(n, dtype=torch.float64)
         for s in scores:
-            for expert in chosen_by_hand(s.detach() + bias, config):
+            if config.balance_loss == "sequence":  # equation 18: the K largest scores, whatever their group
+                chosen = sorted(range(n), key=lambda expert: -s[expert].item())[:k]
+            else:
+                chosen = chosen_by_hand(s.detach() + bias, config)
+            for expert in chosen:
                 count[expert] += 1
         return n / (k * len(scores)) * count
 
@@ -446,12 +453,27 @@ def test_mutant_biased_choice_in_the_sequence_loss(losing, monkeypatch):
     right = DeepseekMoE.balance_loss
 
     def biased(self, routing, valid):
+        biased_scores = routing.scores + self.gate.e_score_correction_bias
         with monkeypatch.context() as patch:
-            patch.setattr(Router, "choose", lambda *_: routing.index)
+            patch.setattr(torch.Tensor, "topk", lambda scores, k, **_: torch.topk(biased_scores, k))
             return right(self, routing, valid)
 
     monkeypatch.setattr(DeepseekMoE, "balance_loss", biased)
     caught(assert_loss_by_hand, *losing("sequence"))
+
+
+def test_mutant_group_limited_choice_in_the_sequence_loss(losing, monkeypatch):
+    right = DeepseekMoE.balance_loss
+
+    def limited(self, routing, valid):
+        with monkeypatch.context() as patch:
+            index = self.gate.choose(routing.scores)
+            patch.setattr(torch.Tensor, "topk", lambda *_, **__: SimpleNamespace(indices=index))
+            return right(self, routing, valid)
+
+    assert_loss_by_hand(*losing("sequence, groups"))
+    monkeypatch.setattr(DeepseekMoE, "balance_loss", limited)
+    caught(assert_loss_by_hand, *losing("sequence, groups"))
 
 
 def test_mutant_unbiased_choice_in_the_expert_loss(losing, monkeypatch):
@@ -503,3 +525,12 @@ def test_mutant_statistics_by_the_mode(tiny_model, monkeypatch):
 
     monkeypatch.setattr(MoonwhaleModel, "forward", forward)
     caught(test_evaluation_collects_nothing, True, tiny_model)
+
+
+def test_one_expert_with_a_normalised_gate_is_warned_about(tiny_config, caplog):
+    logging.Logger.warning_once.cache_clear()  # transformers' own method, which remembers what it said
+    with caplog.at_level("WARNING"):
+        tiny_config(num_experts_per_tok=1, norm_topk_prob=False)
+        assert "no gradient" not in caplog.text
+        tiny_config(num_experts_per_tok=1)
+    assert caplog.text.count("set norm_topk_prob to false") == 1

@@ -48,29 +48,27 @@ class LatentCache:
         return self.keys[layer], self.values[layer], self.means[layer]
 
     def resize(self, slots: int, length: int) -> None:
-        """Allocate `slots` sequences of `length` tokens, rounded up to whole blocks. Keep entries that still fit."""
+        """Allocate `slots` sequences of `length` tokens, rounded up to whole blocks. Keep entries that still fit.
+
+        If an allocation fails, the cache stays as it was.
+        """
         config, kept = self.config, min(slots, self.slots)
-        old = self.keys, self.values, self.means
         blocks = -(-length // config.moba_block_size)
-        self.slots, self.length = slots, blocks * config.moba_block_size
+        length = blocks * config.moba_block_size
         width, layers = config.kv_cache_numbers_per_token, range(config.num_blocks)
 
         def zeros(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
 
-        self.keys = [zeros(slots, self.length, width) for _ in layers]
-        if config.moba_key_conv:
-            self.values = [zeros(slots, self.length, config.kv_lora_rank) for _ in layers]
-        else:
-            self.values = self.keys.copy()
-        self.means = [
-            zeros(slots, blocks, width, dtype=torch.float32) if config.is_moba_layer(i) else None for i in layers
-        ]
-        for new_tensors, old_tensors in zip((self.keys, self.values, self.means), old, strict=True):
+        keys = [zeros(slots, length, width) for _ in layers]
+        values = [zeros(slots, length, config.kv_lora_rank) for _ in layers] if config.moba_key_conv else keys.copy()
+        means = [zeros(slots, blocks, width, dtype=torch.float32) if config.is_moba_layer(i) else None for i in layers]
+        for new_tensors, old_tensors in zip((keys, values, means), (self.keys, self.values, self.means), strict=True):
             for new, before in zip(new_tensors, old_tensors, strict=False):
                 if new is not None:
                     n = min(new.shape[1], before.shape[1])
                     new[:kept, :n] = before[:kept, :n]
+        self.slots, self.length, self.keys, self.values, self.means = slots, length, keys, values, means
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of slot `source` to slot `target`."""

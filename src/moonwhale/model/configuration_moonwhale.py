@@ -3,8 +3,11 @@
 import math
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .config_fields import ConfigFields
+
+log = logging.get_logger(__name__)
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "max_position_embeddings")
 HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -138,6 +141,11 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
             self._require(getattr(self, field) % 8 == 0, field, "experts' grouped products want a multiple of 8")
         self._require(self.scoring_func in SCORING_FUNCS, "scoring_func", f"choose one of {', '.join(SCORING_FUNCS)}")
         self._require(self.balance_loss in BALANCE_LOSSES, "balance_loss", f"choose one of {', '.join(BALANCE_LOSSES)}")
+        if has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            log.warning_once(
+                "num_experts_per_tok=1 with norm_topk_prob=true: every gate is 1, so the prediction loss gives the "
+                "router no gradient (set norm_topk_prob to false)"
+            )
 
     def _check_expert_groups(self) -> None:
         for field in ("n_group", "n_device_groups"):

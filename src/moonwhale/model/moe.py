@@ -226,15 +226,15 @@ class DeepseekMoE(nn.Module):
         score.
 
         "sequence" is DeepSeek-V3 eq. 17-20: each sequence by itself, scores normalised over experts, choices made
-        without the bias. "expert" is DeepSeekMoE eq. 12-14, over the whole batch. "device" is its eq. 15-17, over
-        groups of experts.
+        without the bias and, as in eq. 18, among all experts even if the router has groups. "expert" is DeepSeekMoE
+        eq. 12-14, over the whole batch. "device" is its eq. 15-17, over groups of experts.
         """
         if self.balance == "none" or self.alpha == 0:
             return routing.scores.new_zeros(())
         scores, index = routing.scores, routing.index
         if self.balance == "sequence":
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-            index = self.gate.choose(routing.scores)
+            index = routing.scores.topk(self.gate.topk, sorted=False).indices
             rows = valid.shape
         else:
             rows = (1, valid.numel())

@@ -48,12 +48,20 @@ class NativeBlock:
         """Run the block on x (B, Q, hidden) of any dtype, which may be overwritten. The result is fp32.
 
         `entries` are the block's keys, values and means in the cache.
+
+        Raises:
+            MemoryError: there is no memory for intermediate values.
+            IndexError: the placement lies outside the cache.
         """
         x = x.float().contiguous()
         keys, values, means = entries
-        cache = CacheStruct(address(keys), address(values), address(means), keys.shape[1], DTYPE_CODES[keys.dtype])
+        cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], DTYPE_CODES[keys.dtype])
         structures = map(ctypes.byref, (self._block, cache, placement))
-        build.library().run_block(*structures, x.data_ptr())
+        match build.library().run_block(*structures, x.data_ptr()):
+            case 1:
+                raise MemoryError(f"no memory for a decoding step of {len(x)} sequences")
+            case 2:
+                raise IndexError(f"a decoding step lies outside the cache of {tuple(keys.shape[:2])} slots and tokens")
         return x
 
     def _fill(self, structure: type, values: Mapping):

@@ -50,7 +50,8 @@ struct Attention {
   const long tokens = p.rows * p.length, width = w.rank + w.rope;
   const long compressed = w.q_up.in; // 0 if queries are not compressed
   const long last = *std::max_element(p.start, p.start + p.rows) + p.length - 1; // the last position
-  const long pieces = std::max(w.topk, last / CHUNK + 1);                        // of a token's keys, at most
+  const long topk = std::min<long>(w.topk, last / w.block_size + 1);             // no sequence has more blocks
+  const long pieces = std::max(topk, last / CHUNK + 1);                          // of a token's keys, at most
   std::vector<float> projected, compressed_q, q, queries, top, total, latents, out;
   std::vector<long> chosen; // (tokens, heads, topk) blocks
 
@@ -58,13 +59,13 @@ struct Attention {
       : w(w), cache(cache), p(p), projected(tokens * w.down.out), compressed_q(tokens * compressed),
         q(tokens * w.heads * (w.nope + w.rope)), queries(tokens * w.heads * width), top(tokens * w.heads * pieces),
         total(top.size()), latents(top.size() * w.rank), out(tokens * w.heads * w.v),
-        chosen(tokens * w.heads * w.topk) {}
+        chosen(tokens * w.heads * topk) {}
 
   long position(long token) const { return p.start[token / p.length] + token % p.length; }
   long slot(long token) const { return p.first_slot + token / p.length; }
   long entry(long token) const { return slot(token) * cache.length + position(token); }
   float *latent(long token) { return &projected[(token + 1) * w.down.out - width]; } // followed by its rotary key
-  bool chooses(long token) const { return w.topk && position(token) / w.block_size >= w.topk; }
+  bool chooses(long token) const { return topk && position(token) / w.block_size >= topk; }
 
   // Adds the attention's output for h, the normed x, to x (tokens, hidden)
   void run(float *x, const float *h) {
@@ -81,7 +82,7 @@ struct Attention {
       auto *values = (decltype(keys))cache.values;
       write_entries(keys, values);
       absorb();
-      if (w.topk) choose();
+      if (topk) choose();
       attend_pieces(keys, values);
     });
     expand();
@@ -160,19 +161,19 @@ struct Attention {
         const float *means = cache.means + slot(t) * (cache.length / w.block_size) * width;
         dots<1>(&queries[(t * w.heads + h) * width], 0, means, width, own, width,
                 [&](long block, long, float gate) { gates[block] = gate; });
-        std::partial_sort(blocks.begin(), blocks.begin() + w.topk - 1, blocks.end(), [&](long i, long j) {
+        std::partial_sort(blocks.begin(), blocks.begin() + topk - 1, blocks.end(), [&](long i, long j) {
           return gates[i] > gates[j] || (gates[i] == gates[j] && i < j);
         });
-        long *best = &chosen[(t * w.heads + h) * w.topk];
-        std::copy_n(blocks.begin(), w.topk - 1, best);
-        best[w.topk - 1] = own;
+        long *best = &chosen[(t * w.heads + h) * topk];
+        std::copy_n(blocks.begin(), topk - 1, best);
+        best[topk - 1] = own;
       }
   }
 
   // Attends to each piece of keys separately: a chosen block, or CHUNK keys in full attention
   template <class T> void attend_pieces(const T *keys, const T *values) {
     const long values_step = w.taps ? w.rank : width, groups = (w.heads + HEAD_GROUP - 1) / HEAD_GROUP;
-    const long share = w.topk ? 1 : groups; // a thread that has read a piece has it in cache for the next heads
+    const long share = topk ? 1 : groups; // a thread that has read a piece has it in cache for the next heads
 #pragma omp for collapse(3) schedule(dynamic, share)
     for (long t = 0; t < tokens; t++)
       for (long k = 0; k < pieces; k++)
@@ -186,8 +187,8 @@ struct Attention {
                                           &latents[place * w.rank], pieces);
           };
           if (chooses(t)) {
-            for (long h = head; h < head + heads && k < w.topk; h++) {
-              long from = chosen[(t * w.heads + h) * w.topk + k] * w.block_size;
+            for (long h = head; h < head + heads && k < topk; h++) {
+              long from = chosen[(t * w.heads + h) * topk + k] * w.block_size;
               long n = std::min<long>(w.block_size, position(t) + 1 - from);
               attend_heads(std::integral_constant<int, 1>(), h, from, n);
             }
@@ -205,7 +206,7 @@ struct Attention {
 #pragma omp for collapse(2)
     for (long t = 0; t < tokens; t++)
       for (long h = 0; h < w.heads; h++) {
-        const long place = (t * w.heads + h) * pieces, n = chooses(t) ? w.topk : position(t) / CHUNK + 1;
+        const long place = (t * w.heads + h) * pieces, n = chooses(t) ? topk : position(t) / CHUNK + 1;
         const float largest = *std::max_element(&top[place], &top[place] + n);
         float sum = 0;
         std::vector<float> weights(n), latent(w.rank);

@@ -6,14 +6,23 @@
 // for any other tokens in the batch.
 //
 // Functions called in a parallel region run on all threads of the team, and `omp for` divides a loop among them.
+#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "attention.h"
 #include "experts.h"
 
+static bool fits(const Placement &p, const Cache &cache) {
+  const int64_t *last = std::max_element(p.start, p.start + p.rows), *first = std::min_element(p.start, p.start + p.rows);
+  return p.first_slot >= 0 && p.first_slot + p.rows <= cache.slots && *first >= 0 && *last + p.length <= cache.length;
+}
+
 extern "C" {
-// Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache.
-void run_block(const Block *b, const Cache *cache, const Placement *p, float *x) {
+// Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache. Returns 0, or why nothing
+// was computed: 1 if memory ran out, 2 if an entry would lie outside the cache.
+int run_block(const Block *b, const Cache *cache, const Placement *p, float *x) try {
+  if (!fits(*p, *cache)) return 2;
   const long tokens = p->rows * p->length;
   std::vector<float> h(tokens * b->hidden);
   Attention attention(b->attention, *cache, *p);
@@ -25,6 +34,11 @@ void run_block(const Block *b, const Cache *cache, const Placement *p, float *x)
     rms_norm(h.data(), b->hidden, x, b->hidden, tokens, b->hidden, b->after);
     feed_forward.run(x, h.data());
   }
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) { // more numbers than a vector can hold
+  return 1;
 }
 
 // y (rows, out) = x (rows, in) @ m.T

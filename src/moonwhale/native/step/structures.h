@@ -67,7 +67,7 @@ struct Block {
 struct Cache { // one block's tensors of a LatentCache
   void *keys, *values;
   float *means; // null without MoBA
-  int64_t length;
+  int64_t slots, length;
   Dtype dtype;
 };
 
