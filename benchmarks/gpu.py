@@ -1,29 +1,33 @@
 """How fast are training, MoBA and decoding on one NVIDIA GPU, compared with transformers, nanochat and flash attention?
 
-    python benchmarks/gpu.py [--only mfu,moba,...] [--nanochat FOLDER]
+    python benchmarks/gpu.py [--only mfu,moba,...] [--nanochat FOLDER] [--text FILE...]
 
 The parts run one after another, and each result is written at once. Parts for which there was no time can follow later
-with --only. A training step is a forward and backward pass with labels, with the seed model's shapes, under bf16
-autocast, and compiled. If transformers has several implementations, the fastest one is compared. MoBA is `attention`
-as the model calls it, including its gate and QK-clip's largest logits. Its result must equal that of a dense mask
-before it is timed. Decoding is greedy steps of one sequence and of 64 after prompts of the context's length.
+with --only; gpu_all.py runs all of them with time limits. A training step is a forward and backward pass with labels,
+with the seed model's shapes, under bf16 autocast, and compiled. If transformers has several implementations, the
+fastest one is compared. MoBA is `attention` as the model calls it, including its gate and QK-clip's largest logits. Its
+result must equal that of a dense mask before it is timed. Decoding is greedy steps of one sequence and of 64 after
+prompts of the context's length.
 
 Keys of the answer (results/gpu.json):
     mfu: FLOP/s of a training step with MTP divided by the GPU's peak in bf16 (tokens_per_second_with_mtp,
         peak_gigabytes_with_mtp).
-    vs_transformers, vs_nanochat: tokens/s without MTP divided by the other's (tokens_per_second, peak_gigabytes,
-        active_parameters).
+    vs_transformers, vs_dense, vs_nanochat: tokens/s without MTP divided by the other's (tokens_per_second,
+        peak_gigabytes, active_parameters).
     max_logit_share: the extra time of a step for finding the largest logits, as a share (max_logit_seconds).
     moba_8k, moba_32k, moba_128k: seconds of flash attention divided by those of MoBA, forward and backward, for the
         slower of two settings (`moba` has both). moba_error: the largest relative difference from a dense mask.
     fp8_vs_bf16: seconds of a step of `large` in bf16 divided by those in FP8 (fp8_seconds, why_no_fp8).
     decode_1, decode_64: milliseconds of transformers divided by ours with CUDA graphs (decode_milliseconds, per step).
+    thresholds: the values for moonwhale/model/thresholds.py, and the seconds behind them.
+    seed_bits_per_byte, seed_curve, seed_steps: see gpu_seed.train.
     gpu, rows, context: the GPU's name and the batch. failed: the error of each part that failed.
 """
 
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -34,8 +38,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import gpu_seed
+import gpu_thresholds
 from common import environment, options, write
 from decode import TOKENS, Ours, Theirs, seed_model, transformers_model
+from dense import DenseLM
 from moonwhale import fp8
 from moonwhale.costs import flops_per_token
 from moonwhale.infer.decoder import Decoder
@@ -62,6 +69,9 @@ class Bench:
 
     def __init__(self, device: torch.device, rows: int = 16, context: int = 1024, rounds: int = 10):
         self.device, self.rows, self.context, self.rounds = device, rows, context, rounds
+        self.keep: Callable[[dict], None] = lambda found: None  # writes what a part has found so far
+        self.seconds_to_train, self.texts = 60.0, []
+        self.toy, self.known = {}, {}  # options of a toy run; the results so far
 
     def seconds(self, function: Callable[[], object]) -> float:
         taken = []
@@ -79,12 +89,12 @@ class Bench:
 
     def training(self, model: nn.Module, rows: int, context: int) -> tuple[float, float]:
         """Returns the seconds of a step and its peak memory in gigabytes, weights and gradients included."""
-        tokens = torch.randint(model.config.vocab_size, (rows, context), device=self.device)
+        tokens = torch.randint(self.vocab_size(model), (rows, context), device=self.device)
 
         def step() -> None:
             with torch.autocast(self.device.type, BF16):
-                out = model(input_ids=tokens, labels=tokens)
-            out.loss.backward()
+                out = model(tokens, labels=tokens)
+            (out if isinstance(out, Tensor) else out.loss).backward()
             model.zero_grad(set_to_none=True)
 
         torch._dynamo.reset()  # it keeps the graphs of only a few models
@@ -93,6 +103,10 @@ class Bench:
         seconds = self.seconds(step)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         return seconds, peak / 1e9
+
+    @staticmethod
+    def vocab_size(model: nn.Module) -> int:
+        return model.tokens.num_embeddings if isinstance(model, DenseLM) else model.config.vocab_size
 
     def ours(self, kind: str, shapes: dict, context: int) -> nn.Module:
         model = build(kind, shapes, context).to(self.device).train()
@@ -122,11 +136,16 @@ def peers(bench: Bench, nanochat: Path | None) -> dict:
     def measure(name: str, model: nn.Module) -> None:
         seconds, peak = bench.training(model, bench.rows, context)
         speeds[name], peaks[name] = round(bench.rows * context / seconds), round(peak, 2)
+        bench.keep({"tokens_per_second": speeds, "peak_gigabytes": peaks})
         print(f"{name}: {speeds[name]:,} tokens/s", file=sys.stderr)
 
     measure("moonwhale", bench.ours("moonwhale", shapes, context))
-    for experts in EXPERTS:
-        for compiled in (False, True):
+    dense = build("dense", shapes, context).to(bench.device).train()
+    if bench.device.type == "cuda":
+        dense.compile()
+    measure("dense", dense)
+    for compiled in (False, True):
+        for experts in EXPERTS:
             model = build("transformers", shapes, context).to(bench.device).train()
             model.set_experts_implementation(experts)
             name = f"transformers, {experts}" + ", compiled" * compiled
@@ -142,6 +161,7 @@ def peers(bench: Bench, nanochat: Path | None) -> dict:
     theirs = max((speed for name, speed in speeds.items() if name.startswith("transformers") and speed), default=None)
     return {
         "vs_transformers": ratio(speeds["moonwhale"], theirs),
+        "vs_dense": ratio(speeds["moonwhale"], speeds["dense"]),
         "vs_nanochat": ratio(speeds["moonwhale"], speeds.get("nanochat")),
         "tokens_per_second": speeds,
         "peak_gigabytes": peaks,
@@ -201,6 +221,7 @@ def moba(bench: Bench, _) -> dict:
     scale, result, table = KEY_WIDTH**-0.5, {}, {}
     result["moba_error"] = max(error(bench, *setting, scale) for setting in SETTINGS.values())
     for case, length in LENGTHS.items():
+        torch._dynamo.reset()  # each length is compiled anew, and torch gives up after eight
         widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
         *inputs, d_out = (torch.randn(1, HEADS, length, width, device=bench.device, dtype=BF16) for width in widths)
         inputs = [x.requires_grad_() for x in inputs]
@@ -218,6 +239,7 @@ def moba(bench: Bench, _) -> dict:
             )
         ratios = {name: round(taken["flash"] / taken[name], 3) for name in SETTINGS}
         result[f"moba_{case}"], table[case] = min(ratios.values()), {"seconds": taken, "times_as_fast": ratios}
+        bench.keep(result | {"moba": table})
         print(f"{case}: {ratios} times as fast as flash", file=sys.stderr)
     return result | {"moba": table}
 
@@ -309,7 +331,50 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return round(above / below, 3) if above and below else None
 
 
-PARTS = {"mfu": mfu, "moba": moba, "peers": peers, "max_logits": max_logits, "fp8": fp8_step, "decode": decode}
+def thresholds(bench: Bench, _) -> dict:
+    """Settles the values of moonwhale/model/thresholds.py."""
+    setting = list(SETTINGS.values())[-1]
+    return gpu_thresholds.sweep(bench, attention, setting, (HEADS, KEY_WIDTH, VALUE_WIDTH), gpu_name(bench.device))
+
+
+def seed(bench: Bench, _) -> dict:
+    """Trains `seed_190m` for `seconds_to_train`."""
+    return gpu_seed.train(
+        bench.seconds_to_train, bench.texts, bench.known.get("tokens_per_second_with_mtp"), **bench.toy
+    )
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: a rehearsal"
+
+
+def shrink() -> None:
+    """Make shapes and lengths so small that a CPU runs all parts. Their figures then mean nothing."""
+    toy = PRESETS["demo"].model | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    toy |= {"num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
+    toy |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "moba_block_size": 8, "moba_topk": 2}
+    toy |= {"moba_full_attention_layers": [1], "n_routed_experts": 4, "num_experts_per_tok": 2}
+    toy |= {"moe_intermediate_size": 16, "num_nextn_predict_layers": 1, "mtp_num_blocks": 1}
+    for name in ("seed_190m", "large"):
+        PRESETS[name].model.clear()
+        PRESETS[name].model.update(toy)
+    LENGTHS.clear()
+    LENGTHS["8k"] = 64
+    SETTINGS.clear()
+    SETTINGS.update({"16_top2": (16, 2), "8_top3": (8, 3)})
+    gpu_thresholds.TOKEN_COUNTS = (4, 8)
+
+
+PARTS = {
+    "mfu": mfu,
+    "peers": peers,
+    "moba": moba,
+    "max_logits": max_logits,
+    "decode": decode,
+    "fp8": fp8_step,
+    "thresholds": thresholds,
+    "seed": seed,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -317,36 +382,56 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, as A,B ({','.join(PARTS)})")
     parser.add_argument("--rows", type=int, default=16, help="rows of 1,024 tokens per batch (16)")
     parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="checkout of nanochat, one of the peers")
+    parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="more text for the part `seed`")
+    parser.add_argument("--seconds", type=float, default=60, help="how long the part `seed` trains (60)")
+    parser.add_argument("--rehearse", action="store_true", help="run at toy size, also without a GPU")
     arguments = parser.parse_args(argv)
     chosen = arguments.only.split(",")
     if unknown := [name for name in chosen if name not in PARTS]:
         parser.error(f"--only: no part {unknown[0]!r} (give some of {','.join(PARTS)})")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not arguments.rehearse:
         print("gpu.py needs an NVIDIA GPU, and torch finds none: nothing was measured or written", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
-    run(
-        Bench(device, arguments.rows), torch.cuda.get_device_name(device), chosen, arguments.nanochat, arguments.results
-    )
-    return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(device, arguments.rows)
+    if arguments.rehearse:
+        shrink()
+        bench = Bench(device, rows=2, context=32, rounds=1)
+        bench.toy = {"context": 32, "batch_size": 2, "tokens_per_step": 64, "data_documents": 5, "eval_rows": 4}
+    bench.seconds_to_train, bench.texts = arguments.seconds, arguments.text
+    failed = run(bench, gpu_name(device), chosen, arguments.nanochat, arguments.results)
+    return 1 if failed else 0
 
 
-def run(bench: Bench, gpu: str, chosen: list[str], nanochat: Path | None, results: Path) -> None:
-    """Runs the parts and writes each result. Results in gpu.json are kept if they are from the same GPU."""
+def run(bench: Bench, gpu: str, chosen: list[str], nanochat: Path | None, results: Path) -> dict:
+    """Runs the parts and writes each result. Results in gpu.json are kept if they are from the same GPU.
+
+    Returns:
+        the error of each of these parts that failed.
+    """
     file = results / "gpu.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     result = before if before.get("gpu") == gpu else {}
     result |= {"gpu": gpu, "rows": bench.rows, "context": bench.context}
+    details = environment("bf16 autocast", False)
+
+    def keep(found: dict) -> None:
+        result.update(found)
+        write(results, "gpu", result | {"environment": details})
+
+    bench.keep, bench.known = keep, result
     for name in chosen:
         start = time.perf_counter()
         failed = result.setdefault("failed", {})
         failed.pop(name, None)
         try:
-            result |= PARTS[name](bench, nanochat)
+            result.update(PARTS[name](bench, nanochat))
         except Exception as error:  # use the remaining GPU time for the other parts
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            traceback.print_exc()
         print(f"{name}: {time.perf_counter() - start:.0f} s {failed.get(name, '')}", file=sys.stderr)
-        write(results, "gpu", result | {"environment": environment("bf16 autocast", False)})
+        keep({})
+    return {name: error for name, error in result.get("failed", {}).items() if name in chosen}
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonwhale.model.moe import MLP, DeepseekMoE
+from moonwhale.model.thresholds import MAX_TOKENS_FOR_ALL_EXPERTS
 from moonwhale.native.packed_linear import PackedLinear
 
-# On a GPU up to this many tokens run through all experts: reading the experts' weights takes longer than computing.
-MAX_TOKENS_FOR_ALL_EXPERTS = 256
 Pack = Callable[..., PackedLinear]  # makes a product of a weight (out, in) and perhaps a bias
 
 

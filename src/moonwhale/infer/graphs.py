@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from moonwhale.infer.cache import LatentCache
-from moonwhale.infer.feed_forward import MAX_TOKENS_FOR_ALL_EXPERTS
 from moonwhale.infer.placement import Placement
+from moonwhale.model.thresholds import CAPTURE_AFTER, MAX_TOKENS_FOR_ALL_EXPERTS
 
 MIN_CONTEXT_BOUND = 256  # tokens; the other bounds are this number doubled
-CAPTURE_AFTER = 32  # steps of one size before it is captured, which takes about as long as these steps
 
 
 class Graphs:

@@ -18,9 +18,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from .documents import Documents, take_rows
 from .moba import Chunks
+from .thresholds import LONG_CONTEXT
 
 FLEX_TILE = 128  # queries, and keys, per tile of flex_attention
-LONG_CONTEXT = 8  # a context is long from this many times topk * block_size tokens
 
 
 def serves(q: Tensor, documents: Documents) -> bool:
