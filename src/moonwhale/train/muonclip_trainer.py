@@ -26,6 +26,9 @@ from moonwhale.precision import peak_flops
 class MuonClipArgumentsMixin:
     """The arguments that MuonClip and MTP add to a TrainingArguments class, which comes after it among the bases."""
 
+    use_cache: bool = field(
+        default=True, metadata={"help": "The saved configuration's use_cache; training never caches."}
+    )
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
     qk_clip_tau: float = field(
         default=100.0,

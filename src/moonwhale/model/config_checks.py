@@ -1,0 +1,248 @@
+"""What a model's configuration may hold: every field's type and range, RoPE's settings, and what fits together.
+
+Each check raises a ValueError of one line: the field, its value, and what to give instead.
+"""
+
+import math
+import types
+import typing
+
+import torch
+
+from .config_fields import ConfigFields
+
+LARGEST = 2**31 - 1  # positions and token ids are 32-bit numbers in the kernels
+WIDEST, DEEPEST = 2**20, 10_000  # beyond every machine, but a model of this size can still be described
+RANGES = {  # the least and the largest value; other combinations are checked by name below
+    "vocab_size": (1, LARGEST),
+    "hidden_size": (1, WIDEST),
+    "intermediate_size": (1, WIDEST),
+    "num_hidden_layers": (1, DEEPEST),
+    "max_position_embeddings": (1, LARGEST),
+    "rms_norm_eps": (1e-30, 1),  # in fp32, less would be no protection against a division by zero
+    "initializer_range": (0, 10),
+    "num_attention_heads": (1, DEEPEST),
+    "q_lora_rank": (1, WIDEST),
+    "kv_lora_rank": (1, WIDEST),
+    "qk_nope_head_dim": (1, WIDEST),
+    "qk_rope_head_dim": (1, WIDEST),
+    "v_head_dim": (1, WIDEST),
+    "moba_block_size": (1, LARGEST),
+    "moba_topk": (0, LARGEST),
+    "moba_key_conv": (0, 1024),
+    "n_routed_experts": (1, WIDEST),
+    "n_shared_experts": (0, DEEPEST),
+    "num_experts_per_tok": (1, WIDEST),
+    "moe_intermediate_size": (1, WIDEST),
+    "first_k_dense_replace": (0, LARGEST),
+    "n_group": (1, WIDEST),
+    "topk_group": (1, WIDEST),
+    "routed_scaling_factor": (1e-6, 1e6),
+    "bias_update_speed": (0, 1e6),
+    "aux_loss_alpha": (0, 1e6),
+    "n_device_groups": (1, WIDEST),
+    "num_nextn_predict_layers": (0, DEEPEST),
+    "mtp_num_blocks": (1, DEEPEST),  # of every module
+    "mtp_loss_weight": (0, 1e6),
+}
+CHOICES = {
+    "hidden_act": ("silu",),  # the experts' activation is SwiGLU's
+    "scoring_func": ("sigmoid", "softmax"),
+    "balance_loss": ("sequence", "expert", "device", "none"),
+}
+NOUNS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a name",
+    dict: "a mapping",
+    list[int]: "a list of whole numbers",
+    types.NoneType: "null",
+}
+
+# RoPE's settings by type, those that must be given first. Their frequencies do not depend on the length.
+YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+ROPE_TYPES = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "yarn": (("factor", "original_max_position_embeddings"), YARN),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+}
+ROPE_RANGES = {
+    "rope_theta": (1 + 1e-6, 1e30),
+    "factor": (1, 1e9),
+    "original_max_position_embeddings": (1, LARGEST),
+    "attention_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e9),
+    "beta_slow": (1e-6, 1e9),
+    "mscale": (0, 1e6),
+    "mscale_all_dim": (0, 1e6),
+    "low_freq_factor": (1e-6, 1e9),
+    "high_freq_factor": (1e-6, 1e9),
+    "partial_rotary_factor": (1, 1),  # all of a head's rotary part is rotated
+}
+
+
+def refuse(field: str, value, fix: str) -> typing.NoReturn:
+    """Raises the ValueError for a field's value."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        text = "(too long to print)"
+    raise ValueError(f"{field}={text[:200]} is impossible: {fix}")
+
+
+def check_types(config) -> None:
+    """Checks each field's type and range alone, so that what is derived from the fields cannot fail."""
+    for field, kind in typing.get_type_hints(ConfigFields).items():
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        value = getattr(config, field)
+        if not any(_is(value, k) for k in kinds):
+            refuse(field, value, f"give {' or '.join(NOUNS[k] for k in kinds)}")
+        if field in RANGES:
+            least, most = RANGES[field]
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if not all(number is None or least <= number <= most for number in numbers):
+                refuse(field, value, _between(least, most))
+        if field in CHOICES and value not in CHOICES[field]:
+            refuse(field, value, f"choose one of {', '.join(CHOICES[field])}")
+    if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
+        refuse("dtype", config.dtype, "give a dtype of torch, such as float32 or bfloat16")
+
+
+def _is(value, kind) -> bool:
+    if kind == list[int]:
+        return isinstance(value, list | tuple) and all(_is(item, int) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool) and _is_finite(value)
+    return isinstance(value, kind)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int beyond all floats
+        return False
+
+
+def _between(least: float, most: float) -> str:
+    return f"it lies between {least:,} and {most:,}" if least < most else f"it is {most:,}"
+
+
+def rope_of(field: str, value: dict | None) -> dict:
+    """Returns a copy of RoPE's settings with numbers for text: YAML reads 1e6, which has no point, as text.
+
+    Args:
+        field: `rope_parameters`, or `rope_scaling` as older configurations name it.
+    """
+    if not isinstance(value, dict | None):
+        refuse(field, value, "give a mapping, or null")
+    settings = dict(value or {})
+    for key in settings.keys() & ROPE_RANGES.keys():
+        if isinstance(settings[key], str):
+            try:
+                number = float(settings[key])
+            except ValueError:
+                refuse(field, value, f"{key} is a number")
+            settings[key] = int(number) if number.is_integer() and key.startswith("original") else number
+    return settings
+
+
+def check_rope(config) -> None:
+    """Checks RoPE's settings, as completed by transformers."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        refuse("rope_parameters", rope, f"choose a rope_type from {', '.join(ROPE_TYPES)}")
+    needed, optional = ROPE_TYPES[kind]
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *needed, *optional}
+    for key in rope.keys() - known:
+        refuse("rope_parameters", rope, f"rope_type {kind} has no setting {key}; leave it out")
+    for key in ("rope_theta", *needed):
+        if rope.get(key) is None:
+            refuse("rope_parameters", rope, f"rope_type {kind} needs {key}")
+    for key, (least, most) in ROPE_RANGES.items():
+        whole = key.startswith("original")
+        value = rope.get(key)
+        if value is None and not (key in rope and key == "partial_rotary_factor"):
+            continue  # transformers reads null as absent, except here
+        if not _is(value, int if whole else float) or not least <= value <= most:
+            refuse("rope_parameters", rope, f"{key} is {NOUNS[int if whole else float]}; {_between(least, most)}")
+    if rope.get("type", kind) != kind:
+        refuse("rope_parameters", rope, "type is the older name of rope_type: give one of them")
+    if not isinstance(rope.get("truncate", True), bool):
+        refuse("rope_parameters", rope, "truncate is true or false")
+    if (rope.get("beta_fast") or 32) < (rope.get("beta_slow") or 1):
+        refuse("rope_parameters", rope, "beta_fast (32 unless given) is at least beta_slow (1 unless given)")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        refuse("rope_parameters", rope, "low_freq_factor is below high_freq_factor")
+
+
+def check_fit(config) -> None:
+    """Checks what several fields must agree on. Types and ranges are right already."""
+    _check_sizes(config)
+    _check_attention(config)
+    _check_experts(config)
+
+
+def _require(config, ok: bool, field: str, fix: str) -> None:
+    if not ok:
+        refuse(field, getattr(config, field), fix)
+
+
+def _check_sizes(config) -> None:
+    for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, field)
+        ids = value if isinstance(value, list) else [value]
+        _require(
+            config,
+            value is None or (ids and all(0 <= i < config.vocab_size for i in ids)),
+            field,
+            f"it lies between 0 and vocab_size={config.vocab_size}, or is null",
+        )
+    _require(
+        config,
+        len(config.mtp_blocks) == config.num_nextn_predict_layers,
+        "mtp_num_blocks",
+        f"give one number >= 1, or one for each of the num_nextn_predict_layers={config.num_nextn_predict_layers}",
+    )
+
+
+def _check_attention(config) -> None:
+    _require(config, config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
+    _require(
+        config,
+        config.num_key_value_heads == config.num_attention_heads,
+        "num_key_value_heads",
+        f"latent attention has as many key heads as query heads ({config.num_attention_heads})",
+    )
+    _require(config, config.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
+    _require(
+        config,
+        all(0 <= i < config.num_blocks for i in config.moba_full_attention_layers),
+        "moba_full_attention_layers",
+        f"block indices go from 0 to {config.num_blocks - 1}",
+    )
+
+
+def _check_experts(config) -> None:
+    has_experts = config.first_k_dense_replace < config.num_blocks
+    for field in ("hidden_size", "moe_intermediate_size") if has_experts else ():
+        _require(config, getattr(config, field) % 8 == 0, field, "experts' grouped products want a multiple of 8")
+    experts, groups = config.n_routed_experts, config.n_group
+    for field in ("n_group", "n_device_groups"):
+        _require(config, experts % getattr(config, field) == 0, field, f"it must divide n_routed_experts={experts}")
+    _require(config, config.topk_group <= groups, "topk_group", f"it lies between 1 and n_group={groups}")
+    _require(
+        config,
+        groups == 1 or experts // groups >= 2,
+        "n_group",
+        "a group is scored by its two best experts, so it needs at least two",
+    )
+    _require(
+        config,
+        config.num_experts_per_tok <= config.topk_group * experts // groups,
+        "num_experts_per_tok",
+        f"topk_group={config.topk_group} of n_group={groups} groups hold fewer experts than that, with "
+        f"n_routed_experts={experts}",
+    )
