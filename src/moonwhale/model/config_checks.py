@@ -8,8 +8,11 @@ import types
 import typing
 
 import torch
+from transformers.utils import logging
 
 from .config_fields import ConfigFields
+
+log = logging.get_logger(__name__)
 
 LARGEST = 2**31 - 1  # positions and token ids are 32-bit numbers in the kernels
 WIDEST, DEEPEST = 2**20, 10_000  # beyond every machine, but a model of this size can still be described
@@ -229,6 +232,11 @@ def _check_experts(config) -> None:
     has_experts = config.first_k_dense_replace < config.num_blocks
     for field in ("hidden_size", "moe_intermediate_size") if has_experts else ():
         _require(config, getattr(config, field) % 8 == 0, field, "experts' grouped products want a multiple of 8")
+    if has_experts and config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        log.warning_once(
+            "num_experts_per_tok=1 with norm_topk_prob=true: every gate is 1, so the prediction loss gives the "
+            "router no gradient (set norm_topk_prob to false)"
+        )
     experts, groups = config.n_routed_experts, config.n_group
     for field in ("n_group", "n_device_groups"):
         _require(config, experts % getattr(config, field) == 0, field, f"it must divide n_routed_experts={experts}")

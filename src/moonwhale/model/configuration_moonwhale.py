@@ -3,12 +3,9 @@
 import math
 
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
 from .config_checks import check_fit, check_rope, check_types, rope_of
 from .config_fields import ConfigFields
-
-log = logging.get_logger(__name__)
 
 
 class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
