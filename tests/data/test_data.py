@@ -170,11 +170,11 @@ def test_bad_local_data_is_one_line_each(tmp_path, monkeypatch):
     fails("latin.txt is not UTF-8 text", str(tmp_path / "latin.txt"))
     fails("cannot read .*cut.txt.gz", str(tmp_path / "cut.txt.gz"))
     fails("cannot read .*plain.txt.xz", str(tmp_path / "plain.txt.xz"))
-    fails("cannot read .*bad.jsonl", str(tmp_path / "bad.jsonl"))
+    fails("1 of 2 rows of .*bad.jsonl .*a line that is not JSON .row 2", str(tmp_path / "bad.jsonl"))
     fails("no column of messages or text; it has id, body", good)
     fails("no column title; it has id, body", good, columns=["title"])
     fails("id that is neither text nor a list of messages", good, columns=["id"])
-    fails("`data_split` test: only hub data sets", good, split="test")
+    fails("`data_split` test: only hub data sets and", good, split="test")
     fails("has no columns", str(tmp_path / "latin.txt"), columns=["text"])
     fails("1 of 1 rows .*a role other than system, user, assistant .*'tool'", tool)
 

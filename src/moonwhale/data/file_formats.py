@@ -1,24 +1,21 @@
 """Reads text files and tables: one document for a text file, one for each row of a table.
 
-To add a format of tables, add its suffix to TABLES. To add a compression, add its suffix to OPENERS. Any other format
-needs a branch in `read_files`. Raise FORMAT in shards.py if files that were read before are now read differently, and
-name the format in docs/data.md.
+tables.py lists the formats of tables, opening.py the compressions. Raise READER if tables that were read before are now
+read differently, and FORMAT in shards.py if text files are; name a new format in docs/data.md.
 """
 
-import gzip
-import logging
-import lzma
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moonwhale.data.row_formats import read_rows
-from moonwhale.data.source import Document, SkippedRow
-from moonwhale.errors import UserError, one_line
+from moonwhale.data.opening import opened, split_suffix
+from moonwhale.data.row_formats import columns_of, read_rows
+from moonwhale.data.source import Document, SkippedRow, warn_once
+from moonwhale.data.tables import JSON, table_rows, table_suffix
+from moonwhale.errors import UserError
 
-log = logging.getLogger(__name__)
-
-TABLES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> loader of the `datasets` library
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+READER = 2  # part of the fingerprint of everything but plain text
+PLAIN_COMPRESSIONS = {"", ".gz", ".xz"}
 
 
 class NotTextError(UserError):
@@ -33,8 +30,11 @@ def read_files(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Docume
     """
     skipped = []
     for path in paths:
-        if loader := table_loader(path):
-            yield from _read_table(path, loader, columns)
+        rows = table_rows(path, columns) if table_suffix(path) and path.stat().st_size else None
+        if rows is not None and table_suffix(path) == ".json" and len(paths) > 1:
+            rows = _rows_or_none(rows, columns)
+        if rows is not None:
+            yield from read_rows(rows, str(path), columns, sparse=table_suffix(path) in JSON)
             continue
         try:
             yield _read_text(path)
@@ -43,20 +43,25 @@ def read_files(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Docume
                 raise
             skipped.append(path)  # a folder of text may well hold pictures too
     if skipped:
-        log.warning("`data`: skipped %d files that are not UTF-8 text, such as %s", len(skipped), skipped[0])
+        warn_once(f"`data`: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
 
 
-def table_loader(path: Path) -> str | None:
-    """Returns the name of the `datasets` loader for a table, compressed or not; None for a text file."""
-    return TABLES.get(Path(path.stem).suffix if path.suffix in OPENERS else path.suffix)
+def is_plain(path: Path) -> bool:
+    """Whether a file is read as it was before READER: as text, so that tokens made then are still valid."""
+    compression = split_suffix(path)[1]
+    return not table_suffix(path) and compression in PLAIN_COMPRESSIONS and path.suffix.lower() == path.suffix
+
+
+def _rows_or_none(rows: Iterator, columns: Sequence[str]) -> Iterator | None:
+    """Returns `rows`, or None if the first has none of the columns: a .json file in a folder may be settings."""
+    first = next(rows, None)
+    readable = isinstance(first, dict) and (any(column in first for column in columns) or columns_of(first))
+    return itertools.chain([first], rows) if readable else None
 
 
 def _read_text(path: Path) -> str:
-    try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            data = file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"`data`: cannot read {path}: {error}") from error
+    with opened(path) as file:
+        data = file.read()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,18 +69,3 @@ def _read_text(path: Path) -> str:
     if "\0" in text:
         raise NotTextError(f"`data`: {path} is not text but binary data (it contains zero bytes)")
     return text
-
-
-def _read_table(path: Path, loader: str, columns: Sequence[str]) -> Iterator[Document | SkippedRow]:
-    import datasets
-
-    if not path.stat().st_size:
-        return
-    try:
-        # Without streaming, `datasets` would keep a second copy in its cache.
-        rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
-        yield from read_rows(rows, str(path), columns)
-    except UserError:
-        raise
-    except Exception as error:  # the parser of each format has its own exceptions
-        raise UserError(f"`data`: cannot read {path} as {loader}: {one_line(error)}") from error

@@ -4,8 +4,9 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from moonwhale.data.file_formats import READER
 from moonwhale.data.hub_sets import HUB_SETS, HubSet
-from moonwhale.data.row_formats import read_rows
+from moonwhale.data.row_formats import columns_of, read_rows
 from moonwhale.data.source import Source, digest, warn_once
 from moonwhale.errors import UserError, did_you_mean, one_line
 
@@ -41,9 +42,11 @@ def load_hub_set(spec: str, split: str = "train", columns: Sequence[str] = (), l
         raise UserError(explain_load_failure(spec, id, known, error)) from error
     if columns and rows.column_names and set(columns) <= set(rows.column_names):
         rows = rows.select_columns(list(columns))  # saves decoding the others
+    # Single columns of text are read as ever, so that tokens made before READER was raised stay valid.
+    is_text = columns or columns_of(rows.column_names or ["text"]) in (("text",), ("content",))
     return Source(
         spec,
-        digest(spec, builder.hash, split, columns, limit),
+        digest(spec, builder.hash, split, columns, limit, *([] if is_text else [READER])),
         lambda: read_rows(_explain_interruption(rows, spec), spec, columns, to_document),
         limit or rows.num_rows,
         limit,

@@ -3,23 +3,25 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Literal
 
 from moonwhale.data.builtin_sets import chitchat_file, read_chitchat, standard_library_files
-from moonwhale.data.file_formats import OPENERS, TABLES, read_files, table_loader
+from moonwhale.data.file_formats import READER, is_plain, read_files
 from moonwhale.data.hub import load_hub_set
 from moonwhale.data.hub_sets import HUB_SETS
+from moonwhale.data.local_files import find_files
 from moonwhale.data.mixture import mix, parse_mixture
+from moonwhale.data.opening import OPENERS
 from moonwhale.data.source import Source, digest
+from moonwhale.data.tables import TABLES, table_suffix
 from moonwhale.data.tasks import demonstration_source
 from moonwhale.errors import UserError, did_you_mean
 
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?"
 # A name with one of these suffixes looks like owner/name on the hub, but is a mistyped file. Asking the hub about it
 # would take long and end in a misleading error.
-FILE_SUFFIXES = {*TABLES, *OPENERS, ".txt", ".md", ".py", ".json"}
+FILE_SUFFIXES = {*TABLES, *OPENERS, ".txt", ".md", ".py"}
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Location:
     spec: str
     kind: Literal["files", "chitchat", "hub", "task"]
     files: Sequence[Path] = ()
+    has_splits: bool = False
 
     @property
     def has_columns(self) -> bool:
         """Whether the user can choose columns. Hub sets with a name have columns of their own."""
         if self.kind == "hub":
             return self.spec.partition(":")[0] not in HUB_SETS
-        return any(map(table_loader, self.files))
+        return any(map(table_suffix, self.files))
 
 
 def load_source(
@@ -45,15 +48,16 @@ def load_source(
 
     Args:
         spec: one of
-            - a file, a folder or a glob. A text file (also .gz or .xz) is one document; each row of a .jsonl, .csv or
-              .parquet file is one.
+            - a file, a folder or a glob. A text file is one document; each row of a table (see TABLES) is one. Both may
+              be compressed (see OPENERS). A path that exists is never read as a glob.
             - "chitchat" or "python", the built-in sets.
             - a hub set: a name in HUB_SETS, or `owner/name`. Both may be followed by `:configuration`.
             - `task:SPEC`: right answers to the questions of a task (see `load_task`).
             - a mixture of these, `A=0.7,B=0.3` (see `parse_mixture`).
-        split: the split of a hub set, "train" by default. Slices such as "train[:1%]" work.
+        split: the split of a hub set or of a folder that has splits, "train" by default. Slices of a hub set such as
+            "train[:1%]" work.
         columns: text columns, which are joined by a blank line, or one column of messages. By default, the first of
-            messages, conversations, conversation, text and content that exists.
+            row_formats.SHAPES that exists.
         limit: the source ends after this many documents, and a hub set is streamed.
 
     In a mixture, `split` and `columns` apply to the parts that have any.
@@ -66,52 +70,41 @@ def load_source(
         raise UserError(f"`data_documents` {limit}: read at least 1")
     single_task = spec.startswith("task:") and "," not in spec  # its settings, as max_terms=3, look like weights
     weights = {} if single_task else parse_mixture(spec)
-    locations = [locate(part) for part in weights or [spec]]
+    locations = [locate(part, split) for part in weights or [spec]]
     _check_options(spec, locations, split, columns)
     sources = [_open(location, split or "train", columns, limit) for location in locations]
     return mix(spec, sources, list(weights.values()), limit) if weights else sources[0]
 
 
-def locate(spec: str) -> Location:
+def locate(spec: str, split: str | None = None) -> Location:
     """Finds what `spec` names, which is no mixture. Raises UserError if it can be neither files nor a hub set."""
     if spec.partition(":")[0] in HUB_SETS:
-        return Location(spec, "hub")
+        return Location(spec, "hub", has_splits=True)
     if spec.startswith("task:"):
         return Location(spec, "task")
     if spec == "chitchat":
         return Location(spec, "chitchat", [chitchat_file()])
     if spec == "python":
         return Location(spec, "files", standard_library_files())
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return Location(spec, "files", [path])
-    if path.is_dir():
-        found = _visible_files(path)
-    elif re.search(r"[*?\[]", spec):
-        found = [Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file()]
-    elif re.fullmatch(HUB_NAME, spec) and not path.parent.is_dir() and path.suffix not in FILE_SUFFIXES:
-        return Location(spec, "hub")
-    else:
-        near = did_you_mean(spec.partition(":")[0], ["chitchat", "python", *HUB_SETS])
-        raise UserError(
-            f"`data`: no such file or folder: {spec}{near} (give a file, a folder, a glob, a hub data set owner/name, "
-            f"or one of chitchat, python, {', '.join(HUB_SETS)})"
-        )
-    if not found:
-        raise UserError(f"`data`: no files in {spec}")
-    return Location(spec, "files", sorted(found))
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """Returns all files below a folder, except hidden ones and those in hidden folders."""
-    inside = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return [folder / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    if found := find_files(spec, split):
+        return Location(spec, "files", *found)
+    path = Path(spec)
+    if re.fullmatch(HUB_NAME, spec) and not path.parent.is_dir() and path.suffix.lower() not in FILE_SUFFIXES:
+        return Location(spec, "hub", has_splits=True)
+    near = did_you_mean(spec.partition(":")[0], ["chitchat", "python", *HUB_SETS])
+    raise UserError(
+        f"`data`: no such file or folder: {spec}{near} (give a file, a folder, a glob, a hub data set owner/name, "
+        f"or one of chitchat, python, {', '.join(HUB_SETS)})"
+    )
 
 
 def _check_options(spec: str, locations: list[Location], split: str | None, columns: list[str]) -> None:
     """Raises UserError for a split or columns that apply to none of the locations."""
-    if split and all(location.kind != "hub" for location in locations):
-        raise UserError(f"`data_split` {split}: only hub data sets have splits, {spec} has none")
+    if split and not any(location.has_splits for location in locations):
+        raise UserError(
+            f"`data_split` {split}: only hub data sets and folders with train and test files have "
+            f"splits, {spec} has none"
+        )
     if columns and not any(location.has_columns for location in locations):
         known = HUB_SETS.get(spec.partition(":")[0])
         if known:
@@ -127,11 +120,13 @@ def _open(location: Location, split: str, columns: list[str], limit: int | None)
         return demonstration_source(spec, limit)
     if kind == "hub":
         return load_hub_set(spec, split, columns, limit)
-    fingerprint = digest(columns, limit, *map(_file_state, files))
+    # Plain text is read as ever, so that tokens made before READER was raised stay valid.
+    reader = [] if kind == "chitchat" or all(map(is_plain, files)) else [READER]
+    fingerprint = digest(columns, limit, *map(_file_state, files), *reader)
     if kind == "chitchat":
         return Source(spec, fingerprint, lambda: read_chitchat(files[0]), limit, limit)
     # Only reading a table tells how many documents it has.
-    n_documents = limit if any(map(table_loader, files)) else min(len(files), limit or len(files))
+    n_documents = limit if any(map(table_suffix, files)) else min(len(files), limit or len(files))
     return Source(spec, fingerprint, lambda: read_files(files, columns), n_documents, limit)
 
 

@@ -1,13 +1,30 @@
 """Turns a row of a table into a document: the columns that are read, and the spellings of a conversation."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from moonwhale.data.source import ROLES, Document, SkippedRow
+from moonwhale.data.source import ROLES, Document, SkippedRow, texts_of
 from moonwhale.errors import UserError, one_line
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-TEXT_COLUMNS = ("text", "content")
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ALPACA = ("instruction", "input", "output")
+# The columns that are read by default: the first entry of which a row has all.
+SHAPES = (
+    *((column,) for column in CHAT_COLUMNS),
+    ALPACA,
+    ("text",),
+    ("content",),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+KNOWN_COLUMNS = {column for shape in SHAPES for column in shape} | {"system"}
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")
+SPARSE_ROWS = 100  # rows of JSON, each with fields of its own, after which a column must have occurred
 
 
 class BadRow(Exception):
@@ -23,34 +40,87 @@ class BadRow(Exception):
 
 
 def read_rows(
-    rows: Iterable[dict],
+    rows: Iterable[dict | BadRow | None],
     where: str,
     columns: Sequence[str] = (),
     to_document: Callable[[dict], Document | None] | None = None,
+    sparse: bool = False,
 ) -> Iterator[Document | SkippedRow]:
     """Yields the document of each row, or a SkippedRow.
 
     Args:
+        rows: a BadRow in place of a row that cannot be parsed, and None for a blank line, which counts as a number.
         where: the name of the table, for messages.
-        columns: the columns to read; by default the first of CHAT_COLUMNS and TEXT_COLUMNS that the table has.
+        columns: the columns to read; by default the first of SHAPES that the row has.
         to_document: makes a document of a row. It returns None for a row that it filters out, and may raise BadRow.
-            By default, `text_or_chat` of `columns`.
+            By default, `document_of` the `columns`.
+        sparse: whether a row may lack columns that other rows have, as in JSON.
 
     Raises:
         UserError: a column does not exist.
     """
+    seen: dict[str, None] = {}
+    n_rows = 0
     for number, row in enumerate(rows, 1):
-        columns = columns or [column for column in (*CHAT_COLUMNS, *TEXT_COLUMNS) if column in row][:1]
-        missing = [column for column in columns if column not in row]
-        if missing or not columns:
-            asked = f"no column {','.join(missing)}" if columns else "no column of messages or text"
-            raise UserError(f"`data_columns`: {where} has {asked}; it has {', '.join(row)}")
+        if row is None:
+            continue
         try:
-            document = to_document(row) if to_document else text_or_chat(row, columns)
+            if isinstance(row, BadRow):
+                raise row
+            n_rows += 1
+            seen.update(dict.fromkeys(row))
+            if n_rows == (SPARSE_ROWS if sparse else 1):
+                _check_columns(seen, where, columns)
+            document = to_document(row) if to_document else document_of(row, columns)
+            _check_unicode(document)
         except BadRow as bad:
-            yield SkippedRow(bad.reason, f"row {number} of {where}: {one_line(bad.culprit)[:80]}")
+            yield SkippedRow(bad.reason, f"row {number} of {where}: {_readable(bad.culprit)[:80]}")
         else:
             yield SkippedRow() if document is None else document
+    if n_rows:
+        _check_columns(seen, where, columns)
+
+
+def _check_columns(seen: dict[str, None], where: str, columns: Sequence[str]) -> None:
+    """Raises UserError if no row so far had one of the columns."""
+    missing = [column for column in columns if column not in seen]
+    if missing or not (columns or columns_of(seen)):
+        asked = f"no column {','.join(missing)}" if columns else "no column of messages or text"
+        raise UserError(f"`data_columns`: {where} has {asked}; it has {', '.join(map(str, seen))}")
+
+
+def _check_unicode(document: Document | None) -> None:
+    """Raises BadRow for half of a surrogate pair: an escape without its other half, or a byte that is not UTF-8."""
+    for text in texts_of(document or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(error.start - 20, 0) : error.start + 20]
+            raise BadRow("text that is not valid UTF-8", ascii(around)) from None
+
+
+def _readable(value: object) -> str:
+    return one_line(value).encode("utf-8", "backslashreplace").decode()
+
+
+def columns_of(row: Iterable[str]) -> tuple[str, ...]:
+    """Returns the columns that are read by default: the first of SHAPES of which `row` has all, or ()."""
+    return next((shape for shape in SHAPES if all(column in row for column in shape)), ())
+
+
+def document_of(row: dict, columns: Sequence[str] = ()) -> Document:
+    """Makes a document of a row: of `columns`, or by default of the first of SHAPES that it has.
+
+    Raises BadRow if the columns hold neither text nor messages.
+    """
+    if columns:
+        return text_or_chat(row, columns)
+    shape = columns_of(row)
+    document = text_or_chat(row, shape) if len(shape) < 2 else _exchange(row, shape)
+    system = row.get("system")
+    if isinstance(document, list) and isinstance(system, str) and system.strip() and document[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *document]
+    return document
 
 
 def text_or_chat(row: dict, columns: Sequence[str]) -> Document:
@@ -58,14 +128,40 @@ def text_or_chat(row: dict, columns: Sequence[str]) -> Document:
 
     Raises BadRow if the columns hold neither.
     """
-    values = [row[column] for column in columns if row[column] is not None]
+    values = [row[column] for column in columns if row.get(column) is not None]
     if not values:
         raise BadRow("no text", row)
+    if len(columns) == 1 and columns[0] in CHAT_COLUMNS and isinstance(values[0], str):
+        values = [_parsed(values[0])]
     if all(isinstance(value, str) for value in values):
         return "\n\n".join(values)
     if len(columns) == 1 and isinstance(values[0], list):
         return chat(values[0])
     raise BadRow(f"a {', '.join(columns)} that is neither text nor a list of messages", values)
+
+
+def _parsed(value: str) -> object:
+    """Parses messages that were written as JSON into one field, as in a .csv file. Returns other text as it is."""
+    if not value.lstrip().startswith("[{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _exchange(row: dict, shape: tuple[str, ...]) -> list[dict]:
+    """Reads a question and its answer: two texts, or two lists of messages. Alpaca's input follows the instruction."""
+    *asked, answer = (row[column] for column in shape)
+    if isinstance(answer, list):
+        return chat([*(asked[0] if isinstance(asked[0], list) else [{"role": "user", "content": asked[0]}]), *answer])
+    if len(asked) == 1 and isinstance(asked[0], list):
+        return chat([*asked[0], {"role": "assistant", "content": answer}])
+    texts = [text for text in asked if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"a {', '.join(shape)} that is neither text nor a list of messages", texts)
+    question = "\n\n".join(text for text in texts if text.strip())
+    return chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def chat(messages: object) -> list[dict]:
@@ -100,6 +196,21 @@ def _message(message: object) -> dict:
     role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRow(f"a role other than {', '.join(ROLES)}", message)
+    if fields.get("tool_calls") or fields.get("function_call"):
+        raise BadRow("a call of a tool", message)
+    if isinstance(content, list):
+        content = _joined_parts(content)
     if not isinstance(content, str):
         raise BadRow("a message without text", message)
+    thought = next((fields[name] for name in THOUGHTS if isinstance(fields.get(name), str)), "")
+    if role == "assistant" and thought.strip():
+        content = f"<think>{thought.strip()}</think>\n{content}"
     return {"role": role, "content": content}
+
+
+def _joined_parts(parts: list) -> str:
+    """Joins the texts of a message that is a list of parts. Raises BadRow for an image or another part."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise BadRow("a part of a message that is not text", part)
+    return "".join(part["text"] for part in parts)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.chat import encode_answers
 from moonwhale.data.packing import IGNORE_INDEX
-from moonwhale.data.source import Source
+from moonwhale.data.source import Source, warn_once
 from moonwhale.data.split import document_hash, held_out_mask
 from moonwhale.data.tokenizer import tokenizer_fingerprint
 from moonwhale.errors import UserError
@@ -50,16 +50,16 @@ def load_conversations(
             )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
-    hashes = np.array(rows["hash"], np.uint64)
+    hashes = np.array(rows["hash"] if len(rows) else [], np.uint64)
     if len(np.unique(hashes)) < 2:
-        raise UserError(f"`data`: {source.name} holds fewer than two different conversations: give more")
+        raise UserError(f"`data`: {source.name} holds fewer than two different conversations with an answer: give more")
     held_out = held_out_mask(hashes)
     rows = rows.remove_columns("hash")
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
 def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict]:
-    documents = iter(source)
+    documents, n_unanswered, n_read = iter(source), 0, 0
     with tqdm(total=source.n_documents, desc="encoding", unit=" conversations", leave=False, disable=None) as bar:
         while batch := list(itertools.islice(documents, CONVERSATIONS_PER_BATCH)):
             if any(isinstance(document, str) for document in batch):
@@ -71,4 +71,14 @@ def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict
                 if is_answer.any():
                     labels = np.where(is_answer, ids, IGNORE_INDEX)
                     yield {"input_ids": ids, "labels": labels, "hash": np.uint64(document_hash(document))}
+                else:
+                    n_unanswered += 1
+            n_read += len(batch)
             bar.update(len(batch))
+    if n_unanswered:
+        warn_once(
+            f"`data`: left out {n_unanswered:,} of {n_read:,} conversations of {source.name}, in which the assistant "
+            "says nothing"
+        )
+    if n_unanswered == n_read:
+        raise UserError(f"`data`: {source.name} holds no conversation in which the assistant says something: give some")

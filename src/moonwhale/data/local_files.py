@@ -1,0 +1,195 @@
+"""Finds the files that a path names: a file, a glob, a folder of texts, or a folder that holds a data set.
+
+Two kinds of folders are data sets. `datasets.save_to_disk` writes Arrow files beside their metadata. A clone of a hub
+set has tables, perhaps of several splits, and a README.md. Of both, one split is read and nothing else.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from moonwhale.data.opening import split_suffix
+from moonwhale.data.source import warn_once
+from moonwhale.data.tables import table_suffix
+from moonwhale.errors import UserError, did_you_mean
+
+WILDCARD = re.compile(r"[*?\[]")
+SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
+    "test": {"test", "testing", "heldout"},
+}
+IGNORED_FOLDERS = {"__pycache__"}
+
+
+def find_files(spec: str, split: str | None = None) -> tuple[list[Path], bool] | None:
+    """Finds the files that a path or glob names.
+
+    A file that several links name is read once, under its first name. Hidden files and folders are left out. A line
+    reports what else of a folder is left out.
+
+    Args:
+        split: the split of a folder with splits, "train" by default.
+
+    Returns:
+        the files, sorted, and whether they are one of several splits; None if `spec` is neither an existing path nor
+        a glob.
+
+    Raises:
+        UserError: there are no files, or no such split.
+    """
+    path = Path(os.path.expanduser(spec))
+    if path.is_dir():
+        return _files_of_folder(path, spec, split)
+    if path.is_file():
+        return [path], False
+    if os.path.lexists(path):
+        raise UserError(f"`data`: {spec} is a broken link, or neither a file nor a folder")
+    if not WILDCARD.search(spec):
+        return None
+    matches = map(Path, glob.glob(_escape_existing(path), recursive=True))
+    found = _once(sorted(match for match in matches if match.is_file()))
+    if not found:
+        raise UserError(f"`data`: no files in {spec}")
+    return found, False
+
+
+def _escape_existing(pattern: Path) -> str:
+    """Escapes the folders at the beginning of a glob that exist by that name, such as `runs[1]`."""
+    base = next(folder for folder in pattern.parents if folder.is_dir())
+    return os.path.join(glob.escape(str(base)), pattern.relative_to(base))
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """Leaves out files that another link has named already."""
+    return list({file.resolve(): file for file in reversed(list(files))}.values())[::-1]
+
+
+def _files_of_folder(folder: Path, spec: str, split: str | None) -> tuple[list[Path], bool]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = _metadata(folder / "dataset_dict.json", "splits")
+        chosen = _choose(splits, split, spec)
+        _report({f"splits ({', '.join(name for name in splits if name != chosen)})": len(splits) - 1}, spec)
+        return _saved_files(folder / chosen), True
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return _saved_files(folder), False
+    left_out: dict[str, int] = {}
+    found, has_splits = _choose_split(_walk(folder, left_out), folder, spec, split, left_out)
+    _report(left_out, spec)
+    if not found:
+        raise UserError(f"`data`: no files in {spec}")
+    return found, has_splits
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Returns the Arrow files of a data set that `datasets.save_to_disk` wrote, in the order of their rows."""
+    return [folder / file["filename"] for file in _metadata(folder / "state.json", "_data_files")]
+
+
+def _metadata(path: Path, key: str) -> list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"`data`: cannot read {path}: {error}") from error
+
+
+def _choose(splits: Iterable[str], split: str | None, spec: str) -> str:
+    """Returns the split to read: the one asked for, else train, else the only one."""
+    splits = list(splits)
+    chosen = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+    if chosen not in splits:
+        raise UserError(
+            f"`data_split` {chosen}: {spec} has only {', '.join(splits) or 'no split'}{did_you_mean(chosen, splits)}"
+        )
+    return chosen
+
+
+def _report(left_out: dict[str, int], spec: str) -> None:
+    listed = "; ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
+    if listed:
+        warn_once(f"`data`: of {spec}, these are left out: {listed}")
+
+
+def _walk(folder: Path, left_out: dict[str, int]) -> list[Path]:
+    """Returns the files below a folder, sorted. Follows links to folders, but enters each folder once."""
+    found, entered = [], set()
+
+    def count(why: str) -> None:
+        left_out[why] = left_out.get(why, 0) + 1
+
+    def is_new(directory: Path) -> bool:
+        real = directory.resolve()
+        new = real not in entered
+        entered.add(real)
+        if not new:
+            count("folders that another link names")
+        return new
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"`data`: cannot read {error.filename}: {error.strerror}") from error
+
+    is_new(folder)
+    for name, directories, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        here = Path(name)
+        # A saved data set inside the folder: its metadata is no text.
+        is_saved = "state.json" in names and "dataset_info.json" in names
+        kept = [d for d in sorted(directories) if not d.startswith(".") and d not in IGNORED_FOLDERS]
+        # A folder itself comes before links to it, so that its files keep their own names.
+        kept.sort(key=lambda directory: (here / directory).is_symlink())
+        directories[:] = [directory for directory in kept if is_new(here / directory)]
+        for file in (here / name for name in names if not name.startswith(".")):
+            if is_saved and file.suffix != ".arrow":
+                continue
+            if file.is_file():
+                found.append(file)
+            else:
+                count("broken links and special files")
+    files = _once(sorted(found, key=lambda file: (file.is_symlink(), file)))
+    if len(files) < len(found):
+        left_out["files that another link names"] = len(found) - len(files)
+    return sorted(files)
+
+
+def _choose_split(
+    files: list[Path], folder: Path, spec: str, split: str | None, left_out: dict[str, int]
+) -> tuple[list[Path], bool]:
+    """Returns the files of one split if the folder's tables or texts have splits, otherwise all that are data.
+
+    A folder has splits if it has a training split and a held-out one. If its tables have splits or there is a README.md
+    beside them, it is a hub set, and what is not a table is left out.
+    """
+    is_json = {file: table_suffix(file) == ".json" for file in files}
+    tables = [file for file in files if table_suffix(file) and (not is_json[file] or split_of(file, folder))]
+    by_split: dict[str | None, list[Path]] = {}
+    for file in tables or [file for file in files if split_suffix(file)[0] == ".txt"]:
+        by_split.setdefault(split_of(file, folder), []).append(file)
+    named = [name for name in by_split if name]
+    has_splits = "train" in named and len(named) > 1
+    unread: set[Path] = set()
+    if has_splits:
+        chosen = _choose(named, split, spec)
+        for name, others in by_split.items():
+            if name != chosen:
+                left_out[f"files of {f'the split {name}' if name else 'no split'}"] = len(others)
+                unread.update(others)
+    if tables and (has_splits or any(file.name.lower() == "readme.md" for file in files)):
+        others = set(files) - set(tables)
+        left_out["files that are no tables"] = len(others)
+        unread |= others
+    return [file for file in files if file not in unread], has_splits
+
+
+def split_of(file: Path, folder: Path) -> str | None:
+    """Returns the split that a file's name tells (train-00000-of-00001.parquet, wiki.test.txt), or else a folder's."""
+    *folders, name = file.relative_to(folder).parts
+    words = [word for word in re.findall("[a-z]+", name.lower().split(split_suffix(file)[0])[0]) if word != "of"]
+    # The title of a text may well contain such a word.
+    told = set(words if table_suffix(file) else words[-1:])
+    for words in (told, *({part.lower()} for part in reversed(folders))):
+        for split, names in SPLITS.items():
+            if words & names:
+                return split
+    return None
