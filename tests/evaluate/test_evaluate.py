@@ -369,7 +369,7 @@ def test_several_evaluations_in_one_call(small_checkpoint, text_folder, question
         (["--data", "TEXT", "--context", "97"], "--context: 97 is longer than the model's context of 96"),
         (["--data", "TEXT", "--context", "1"], "--context 1: a row needs at least 2 tokens"),
         (["--data", "nothing.txt"], "--data: no such file or folder: nothing.txt"),
-        (["--data", "TEXT", "--data-split", "test"], "--data-split test: only hub data sets have splits"),
+        (["--data", "TEXT", "--data-split", "test"], "--data-split test: only hub data sets and folders"),
         (["--task", "chain_sun"], "(did you mean chain_sum?)"),
         (["--task", "nothing.jsonl"], "--task: cannot read nothing.jsonl"),
         (["--task", "QUESTIONS", "--samples", "4", "--k", "1,8"], "--k: 1,8 does not fit --samples 4"),
