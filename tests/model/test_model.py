@@ -206,22 +206,33 @@ def test_invalid_arguments_of_forward_are_one_clear_line(tiny_model):
     model = tiny_model()
     cache = model(IDS).past_key_values
     mask = torch.ones_like(IDS)
-    mask[0, 4] = 0
     for arguments, message in [
         ({}, "exactly one of input_ids and inputs_embeds"),
         ({"labels": IDS}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, "(2, 14), not (2, 15)"),
         ({"input_ids": IDS, "inputs_embeds": model.model.embed_tokens(IDS)}, "exactly one"),
         ({"input_ids": IDS, "attention_mask": mask[:, 1:]}, "(2, 14), not (2, 15)"),
-        ({"input_ids": IDS, "attention_mask": mask}, "padding between tokens"),
-        ({"input_ids": IDS, "attention_mask": mask, "position_ids": mask.cumsum(1) - 1}, "padding between tokens"),
         ({"input_ids": IDS[:, :1], "labels": IDS[:, :1], "past_key_values": cache}, "leave out past_key_values"),
     ]:
         with pytest.raises(ValueError) as error:
             model(**arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="the left, to generate"):
-        model.generate(IDS, attention_mask=F.pad(torch.ones_like(IDS[:, 3:]), (0, 3)), max_new_tokens=3)
+    for arguments in ({"token_type_ids": IDS}, {"output_router_logits": True}, {"is_causal": False}):
+        with pytest.raises(TypeError, match=rf"^{next(iter(arguments))}=.*leave it out$"):
+            model(IDS, **arguments)
+
+
+def test_padding_inside_a_document_changes_nothing(tiny_model):
+    """A right-padded prompt that goes on: the tokens see each other across the padding, by their position ids."""
+    for options in ({}, {"moba_topk": 2, "moba_block_size": 4}):
+        model, mask = tiny_model(**options), torch.ones_like(IDS)
+        mask[:, 6:9] = 0
+        real = mask[0].bool()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = model(IDS, attention_mask=mask, position_ids=positions).logits[:, real]
+        torch.testing.assert_close(padded, model(IDS[:, real]).logits, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="which moba_key_conv cannot skip: pad at the left"):
+        tiny_model(moba_key_conv=3)(IDS, attention_mask=mask, position_ids=positions)
 
 
 def test_padding_between_packed_documents_changes_nothing(tiny_model):

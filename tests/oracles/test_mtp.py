@@ -474,24 +474,24 @@ def test_mutant_attention_across_documents(chain, monkeypatch):
 
 
 def test_mutant_normalised_by_the_main_heads_count(chain, monkeypatch):
-    right = MoonwhaleForCausalLM.add_loss
+    right = MoonwhaleForCausalLM.losses
 
-    def add_loss(self, out, body, targets, num_items):
+    def losses(self, body, targets, num_items):
         main = (targets[0] != NO).sum() if num_items is None else num_items[0]
-        right(self, out, body, targets, main.expand(3))
+        return right(self, body, targets, main.expand(3))
 
-    monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)
+    monkeypatch.setattr(MoonwhaleForCausalLM, "losses", losses)
     caught(assert_loss_by_hand, chain())
 
 
 def test_mutant_every_micro_batch_by_its_own_count(chain, monkeypatch):
-    right = MoonwhaleForCausalLM.add_loss
+    right = MoonwhaleForCausalLM.losses
 
-    def add_loss(self, out, body, targets, num_items):
-        right(self, out, body, targets, None)
-        out.loss = out.loss if num_items is None else out.loss / 3
+    def losses(self, body, targets, num_items):
+        fields = right(self, body, targets, None)
+        return fields | {"loss": fields["loss"] if num_items is None else fields["loss"] / 3}
 
-    monkeypatch.setattr(MoonwhaleForCausalLM, "add_loss", add_loss)
+    monkeypatch.setattr(MoonwhaleForCausalLM, "losses", losses)
     caught(assert_micro_batches_are_the_large_batch, chain())
 
 

@@ -1,6 +1,7 @@
 """QK-Clip (arXiv 2507.20534 §2.1) on real attention: what it measures, scales down, and leaves bitwise unchanged."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def assert_measured_by_hand(model):
     seen = {}
 
     def look(attention, args):
-        x, _, documents, _ = args
+        x, _, documents, *_ = args
         positions = torch.where(documents.document_ids < 0, POSITIONS, documents.positions)
         seen[attention] = largest_by_hand(attention, model.config, x, positions, documents)
 
@@ -272,11 +273,9 @@ def test_mutant_columns_instead_of_rows(trained, monkeypatch):
 def test_mutant_padding_measured(trained, monkeypatch):
     right = MultiheadLatentAttention.forward
 
-    def forward(self, x, table, documents, cache=None):
-        out, _ = right(self, x, table, documents, cache)
-        documents = Documents(
-            documents.document_ids, documents.positions, torch.ones_like(documents.valid), documents.one_per_row
-        )
+    def forward(self, x, table, documents, cache=None, output_attentions=False):
+        out = right(self, x, table, documents, cache)[0]
+        documents = replace(documents, valid=torch.ones_like(documents.valid))
         return out, right(self, x, table, documents, cache)[1]
 
     model = trained()

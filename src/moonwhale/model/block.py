@@ -21,6 +21,7 @@ class BlockStatistics(NamedTuple):
     max_logit: Tensor | None  # (heads,) largest scaled attention logit; None when decoding from a cache
     balance: Tensor | None  # 0-d weighted balance loss; None for a dense block
     load: Tensor | None  # (E,) tokens that chose each expert; None for a dense block
+    attention: Tensor | None = None  # (B, heads, Tq, Tk) the softmax's weights; None unless asked for
 
 
 class Block(GradientCheckpointingLayer):
@@ -35,21 +36,30 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config, config.intermediate_size) if dense else DeepseekMoE(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, cache=None
-    ) -> tuple[Tensor, BlockStatistics]:
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        documents: Documents,
+        cache=None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Apply the block to x (B, T, hidden). See `MultiheadLatentAttention.forward` for the arguments.
 
         Returns:
-            the new x (B, T, hidden), and what was measured.
+            the new x (B, T, hidden), and the fields of `BlockStatistics`. They are not nested, since reentrant
+            checkpointing loses the gradient of what is.
         """
-        attended, max_logit = self.self_attn(self.input_layernorm(x), rotation, documents, cache)
+        attended, max_logit, *weights = self.self_attn(
+            self.input_layernorm(x), rotation, documents, cache, output_attentions
+        )
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(normed), BlockStatistics(max_logit, None, None)
+            return x + self.mlp(normed), *BlockStatistics(max_logit, None, None, *weights)
         out, balance, load = self.mlp(normed, documents.valid[:, -x.shape[1] :])
-        return x + out, BlockStatistics(max_logit, balance, load)
+        return x + out, *BlockStatistics(max_logit, balance, load, *weights)
 
+    @torch.no_grad()
     def collect(self, statistics: BlockStatistics) -> None:
         """Add a training batch's statistics to the buffers that QK-Clip and the bias update read after the step.
 

@@ -16,7 +16,15 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
     """
 
     model_type = "moonwhale"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = [  # noqa: RUF012 (a Trainer adds to it: its predictions are the logits alone)
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "losses",
+        "accuracies",
+        "targets",
+        "balance_loss",
+    ]
     attribute_map = {  # noqa: RUF012 (the base class wants a plain dict)
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",

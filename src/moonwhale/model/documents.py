@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING_BETWEEN_TOKENS = (
-    "attention_mask has padding between tokens: pad at one end (the left, to generate), "
+    "attention_mask has padding between tokens, which moba_key_conv cannot skip: pad at the left, "
     "or let position_ids restart at 0 after it"
 )
 
@@ -76,6 +76,7 @@ class Documents:
     document_ids: Tensor  # (B, T) index of the token's document within its row, -1 for padding
     positions: Tensor  # (B, T) position of the token within its document, 0 for the first one
     valid: Tensor  # (B, T) whether the token counts in statistics (expert loads, largest logits). False for padding
+    ranks: Tensor  # (B, T) tokens of its document before it. Equal to `positions` without padding between tokens
     # Every row is one document without padding, so causality is all the masking attention needs. False means "not known
     # to be", since finding out may force a host sync.
     one_per_row: bool
@@ -92,45 +93,51 @@ class Documents:
     ) -> "Documents":
         """Read padding from `attention_mask` (B, T), 0 for padding, and document starts from `position_ids` (B, T).
 
-        A document starts where `position_ids` does not continue the position before, and after padding.
+        A document starts with the first token, and where `position_ids` does not continue the position before. After
+        padding it starts only where they restart at 0: otherwise the document goes on there, as right-padded prompts do
+        when they are continued.
 
         Raises:
-            ValueError: the mask is not (B, T), or it has padding between tokens where no document ends. In training on
-                CUDA the latter is a device-side assertion.
+            ValueError: the mask is not (B, T).
         """
         if attention_mask is not None and attention_mask.shape != (batch, length):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, not {(batch, length)}: "
                 "give 0 for padding and 1 for a token"
             )
-        document_ids, positions, real, starts = _find_documents(batch, length, device, attention_mask, position_ids)
+        document_ids, positions, real, ranks = _find_documents(batch, length, device, attention_mask, position_ids)
         one_per_row = attention_mask is None and position_ids is None
-        reopened = None  # (B, T - 1) where padding interrupts a document; only a mask can have such places
-        if attention_mask is not None:
-            reopened = starts[:, 1:] & ~real[:, :-1] & (document_ids[:, 1:] > 0)
-            if position_ids is not None:
-                reopened &= position_ids[:, 1:] != 0
-
         # In training on CUDA and in compiled graphs no value is read. In inference on CUDA one is: a host sync pays for
         # the simpler attention of rows that are one document each.
         trains = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if needs_static_shapes(device) and trains:
-            if reopened is not None:
-                torch._assert_async(~reopened.any(), PADDING_BETWEEN_TOKENS)
-            return cls(document_ids, positions, real, one_per_row)
-
-        if reopened is not None and bool(reopened.any()):
-            raise ValueError(PADDING_BETWEEN_TOKENS)
-        return cls(document_ids, positions, real, one_per_row or not bool(document_ids.any()))
+        if not one_per_row and not (needs_static_shapes(device) and trains):
+            one_per_row = not bool(document_ids.any())
+        return cls(document_ids, positions, real, ranks, one_per_row)
 
     def with_successor(self, k: int) -> "Documents":
         """Return a copy in which a token is valid only if the k-th token after it is in the same document.
 
-        MTP module k reads that token's embedding, so its other positions must not count in any statistic.
+        MTP module k reads that token's embedding, so its other positions must not count in any statistic. Padding in
+        between would make it another token's.
         """
         same_document = torch.zeros_like(self.valid)
         same_document[:, :-k] = self.document_ids[:, k:] == self.document_ids[:, :-k]
+        same_document[:, :-k] &= self.ranks[:, k:] == self.ranks[:, :-k] + k
         return replace(self, valid=self.valid & same_document)
+
+    def check_unbroken(self) -> None:
+        """Check that no padding interrupts a document. MoBA's key convolution reads the tokens before by their index.
+
+        Raises:
+            ValueError: it does. On CUDA this is a device-side assertion.
+        """
+        if self.ranks is self.positions:
+            return
+        unbroken = (self.ranks == self.positions).all()
+        if needs_static_shapes(unbroken.device):
+            torch._assert_async(unbroken, PADDING_BETWEEN_TOKENS)
+        elif not bool(unbroken):
+            raise ValueError(PADDING_BETWEEN_TOKENS)
 
     @property
     def ids_to_mask_by(self) -> Tensor | None:
@@ -157,16 +164,16 @@ class Documents:
             return BlockTable(size, count, None, None, torch.zeros(1, count, dtype=torch.long, device=device))
 
         real = self.document_ids >= 0
-        opens_block = (self.positions % size == 0) & real  # (B, T)
+        opens_block = (self.ranks % size == 0) & real  # (B, T)
         block = opens_block.cumsum(1) - 1
-        slot = torch.where(real, block * size + self.positions % size, 0)
+        slot = torch.where(real, block * size + self.ranks % size, 0)
         count = max(int(opens_block.sum(1).max()), 1)
 
         # Padding goes to one extra slot, and tokens that open no block to one extra block. Both are cut off at the end.
         index = torch.arange(length, device=device).expand(batch, length)
         token = torch.zeros(batch, count * size + 1, dtype=torch.long, device=device)
         token.scatter_(1, torch.where(real, slot, count * size), index)
-        opens_document = opens_block & (self.positions == 0)
+        opens_document = opens_block & (self.ranks == 0)
         first_of_document = torch.where(opens_document, block, 0).cummax(1).values
         first = torch.zeros(batch, count + 1, dtype=torch.long, device=device)
         first.scatter_(1, torch.where(opens_block, block, count), first_of_document)
@@ -176,15 +183,20 @@ class Documents:
 def _find_documents(
     batch: int, length: int, device, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return document ids, positions, which tokens are real, and which start a document, each (B, T)."""
+    """Return document ids, positions, which tokens are real, and ranks within the document, each (B, T)."""
     index = torch.arange(length, device=device).expand(batch, length)
     real = torch.ones_like(index, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     starts = torch.zeros_like(real)
-    starts[:, 0] = True
-    starts[:, 1:] |= real[:, 1:] & ~real[:, :-1]
     if position_ids is not None:
-        starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-    starts &= real
+        after_padding = ~real[:, :-1]
+        jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        starts[:, 1:] = torch.where(after_padding, position_ids[:, 1:] == 0, jumps)
+    count = real.cumsum(1)
+    starts = (starts | (count == 1)) & real  # a row's first token starts a document
     document_ids = (starts.cumsum(1) - 1).masked_fill(~real, -1)
     first_token = torch.where(starts, index, 0).cummax(1).values
-    return document_ids, (index - first_token).masked_fill(~real, 0), real, starts
+    positions = (index - first_token).masked_fill(~real, 0)
+    if attention_mask is None:
+        return document_ids, positions, real, positions
+    ranks = (count - count.gather(1, first_token)).masked_fill(~real, 0)
+    return document_ids, positions, real, ranks

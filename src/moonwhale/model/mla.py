@@ -57,8 +57,13 @@ class MultiheadLatentAttention(nn.Module):
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, cache=None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        documents: Documents,
+        cache=None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor | None, ...]:
         """Attend from the newest Tq tokens to all Tk tokens.
 
         Args:
@@ -67,21 +72,29 @@ class MultiheadLatentAttention(nn.Module):
             documents: describes all Tk tokens.
             cache: a transformers cache. Of this layer it holds latents (B, 1, Tk, rank) and rotary keys
                 (B, 1, Tk, rope).
+            output_attentions: whether to return the softmax's weights too. This takes memory for all of them.
 
         Returns:
-            (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache.
+            (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache; then the
+            weights (B, heads, Tq, Tk), if asked for.
         """
         q_nope, q_rope, latent, k_rope = self._project(x, rotation)
         if cache is not None:
-            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            n_tokens = documents.document_ids.shape[1]  # a static cache returns its unused end too
+            latent, k_rope = (x[:, :, :n_tokens] for x in cache.update(latent, k_rope, self.layer_idx))
 
-        every_token_is_a_query = latent.shape[2] == x.shape[1]
-        if every_token_is_a_query:
+        weights, every_token_is_a_query = (), latent.shape[2] == x.shape[1]
+        if output_attentions:
+            out, *weights, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
+        elif every_token_is_a_query:
             out, max_logit = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
+        else:
+            out, _, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
+        if every_token_is_a_query:
             max_logit = max_logit.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))  # (heads,)
         else:
-            out, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents), None
-        return self.o_proj(out.transpose(1, 2).flatten(2)), max_logit
+            max_logit = None
+        return self.o_proj(out.transpose(1, 2).flatten(2)), max_logit, *weights
 
     def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> tuple[Tensor, Tensor]:
         """Return every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them the softmax sees.
@@ -113,6 +126,7 @@ class MultiheadLatentAttention(nn.Module):
         """
         k_nope, v = self._by_head(self.kv_b_proj(latent.squeeze(1))).split([self.nope, self.v_dim], dim=-1)
         if self.key_conv is not None:
+            documents.check_unbroken()
             w_k = self._split_up()[0].flatten(0, 1)
             k_nope = self._by_head(F.linear(self._convolved(latent, documents).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, heads, T, nope + rope)
@@ -122,21 +136,32 @@ class MultiheadLatentAttention(nn.Module):
             return moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
         return attend(q, k, v, self.scale, causal=True, document_ids=documents.ids_to_mask_by)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents) -> Tensor:
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Score and sum the latents themselves. W_UK moves to the query and W_UV behind the softmax, so that no key or
-        value is expanded. Returns (B, heads, Tq, v).
+        value is expanded.
+
+        Returns:
+            out (B, heads, Tq, v), the softmax's weights (B, heads, Tq, Tk), and the largest scaled logit of each query
+            (B, heads, Tq).
         """
         products, mask = self._products(q_nope, q_rope, latent, k_rope, documents)
         w_v = self._split_up()[1].to(latent.dtype)  # (heads, v, rank)
-        probs = (products.float() * self.scale).masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
-        return probs @ latent @ w_v.transpose(-1, -2)  # (B, heads, Tq, v)
+        wide = products.to(torch.promote_types(products.dtype, torch.float32))
+        logits = (wide * self.scale).masked_fill(~mask, -torch.inf)
+        probs = logits.softmax(-1).to(latent.dtype)
+        return probs @ latent @ w_v.transpose(-1, -2), probs, logits.amax(-1)
 
     def _products(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
     ) -> tuple[Tensor, Tensor]:
         """Return q·k before scaling (B, heads, Tq, Tk), and which products count (B, heads or 1, Tq, Tk)."""
         w_k = self._split_up()[0].to(q_nope.dtype)  # (heads, nope, rank)
-        key_latent = latent if self.key_conv is None else self._convolved(latent, documents)
+        key_latent = latent
+        if self.key_conv is not None:
+            documents.check_unbroken()
+            key_latent = self._convolved(latent, documents)
         products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
         if self.topk:
             return products, moba_mask(products, documents, self.block_size, self.topk)

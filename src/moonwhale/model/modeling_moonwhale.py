@@ -4,65 +4,22 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
+from transformers.utils import can_return_tuple
 
+from .arguments import check_labels, or_configured, refuse_unknown
 from .block import Block, BlockStatistics
 from .configuration_moonwhale import MoonwhaleConfig
 from .documents import Documents
 from .loss import IGNORE_INDEX, linear_cross_entropy
-from .mla import MultiheadLatentAttention
-from .moe import DeepseekMoE, Experts, Router
 from .mtp import MTPModule, prediction_targets
 from .norm import RMSNorm
 from .outputs import MoonwhaleModelOutput, MoonwhaleOutput
+from .pretrained import MoonwhalePreTrainedModel
 from .rope import rotation_table
-
-
-class MoonwhalePreTrainedModel(PreTrainedModel):
-    """Initialisation, saving and loading, shared by the body and the language model."""
-
-    config: MoonwhaleConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ("Block", "MTPModule")
-    _skip_keys_device_placement = ("past_key_values",)
-    # DeepSeek's MTP modules carry copies of the main model's embedding and head.
-    _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw weights from a normal of `initializer_range`; those that write into the residual stream start at zero.
-
-        So a new model passes its embeddings on unchanged, and the contribution of each block grows from nothing. After
-        equal time this gave 1 % fewer bits per byte than normal weights there.
-        """
-        super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False):  # set on output projections, see mla.py and moe.py
-            init.zeros_(module.weight)
-        std = self.config.initializer_range
-        if isinstance(module, Router):
-            init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.zeros_(module.down_proj)
-        elif isinstance(module, DeepseekMoE):
-            init.zeros_(module.load)
-        elif isinstance(module, MultiheadLatentAttention):
-            init.constant_(module.max_logit, -torch.inf)
-            if module.key_conv is not None:
-                init.zeros_(module.key_conv)
-
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
-        """Save as transformers does, but by default with experts as stacks: a resuming Trainer reads only these.
-
-        `save_original_format=True` saves every expert by itself, which is DeepSeek's format.
-        """
-        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
 
 class MoonwhaleModel(MoonwhalePreTrainedModel):
@@ -95,11 +52,12 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         documents: Documents | None = None,
         with_mtp: bool = False,
         collect_statistics: bool | None = None,
-        **_,
+        **kwargs,
     ) -> MoonwhaleModelOutput:
         """Run T tokens per row, after those that are already in the cache.
 
@@ -107,6 +65,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             input_ids: (B, T), or else `inputs_embeds` (B, T, hidden).
             attention_mask: (B, cached + T), 0 for padding.
             position_ids: (B, T). Where they restart, a new document begins. With a cache, a row continues its document.
+            output_hidden_states, output_attentions: whether to return every block's input, and the weights of its
+                softmax; None: as the configuration says.
             documents: what `Documents.from_inputs` makes of the two, if it is known already.
             with_mtp: whether to run the MTP modules too. They use no cache.
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
@@ -114,7 +74,11 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, or a mask of another shape.
+            TypeError: an argument that the model does not know, or knows but cannot obey.
         """
+        refuse_unknown(kwargs)
+        output_hidden_states = or_configured(output_hidden_states, self.config, "output_hidden_states")
+        output_attentions = or_configured(output_attentions, self.config, "output_attentions")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else _as_computed(inputs_embeds)
@@ -122,9 +86,11 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             collect_statistics = torch.is_grad_enabled()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:  # the recomputation would append to the cache again
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         batch, length, _ = x.shape
         if documents is None:
             starts = None if past else position_ids
@@ -134,16 +100,20 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         rotation = rotation_table(self.config, position_ids, x.dtype)
 
         embeds, balance, block_inputs = x, x.new_zeros((), dtype=torch.float32), []
+        attentions = [] if output_attentions else None
         for block in self.main_blocks:
             block_inputs.append(x)
-            x, balance = self.run([block], x, balance, rotation, documents, past_key_values, collect_statistics)
-        x, mtp = self.norm(x), ()
+            x, balance = self.run(
+                [block], x, balance, rotation, documents, past_key_values, collect_statistics, attentions
+            )
+        x, mtp = self.norm(x), None
         if with_mtp:
             mtp, balance = self.run_mtp(x, embeds, balance, rotation, documents, collect_statistics)
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*block_inputs, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
             mtp_hidden_states=mtp,
             balance_loss=balance,
         )
@@ -163,14 +133,18 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         documents: Documents,
         cache: Cache | None = None,
         collect_statistics: bool = False,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run x (B, T, hidden) through some main blocks.
+        """Run x (B, T, hidden) through some main blocks. Append the weights of each softmax to `attentions`, if given.
 
         Returns:
             the new x, and `balance` (0-d) plus the blocks' balance losses.
         """
         for block in blocks:
-            x, statistics = block(x, rotation, documents, cache)
+            x, *measured = block(x, rotation, documents, cache, attentions is not None)
+            statistics = BlockStatistics(*measured)
+            if attentions is not None:
+                attentions.append(statistics.attention)
             balance = _add_up([block], [statistics], balance, collect_statistics)
         return x, balance
 
@@ -191,7 +165,9 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         outputs = []
         for k, module in enumerate(self.mtp_modules, start=1):
             ahead = embeds.roll(-k, dims=1)  # position i has the embedding of token i + k
-            hidden, statistics = module(hidden, ahead, rotation, documents.with_successor(k))
+            hidden, *measured = module(hidden, ahead, rotation, documents.with_successor(k))
+            width = len(BlockStatistics._fields)
+            statistics = [BlockStatistics(*measured[i : i + width]) for i in range(0, len(measured), width)]
             balance = _add_up([module, *module.blocks], statistics, balance, collect_statistics)
             outputs.append(hidden)
         return tuple(outputs), balance
@@ -230,6 +206,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         self._ddp_params_and_buffers_to_ignore = statistics
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -238,6 +215,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -251,6 +229,8 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: see `MoonwhaleModel.forward`.
             labels: (B, T), -100 where there is none. They are shifted here.
+            shift_labels: (B, T), the target of each position, in place of `labels`. Sequence parallelism shifts before
+                it cuts a row.
             logits_to_keep: compute the logits of so many last positions, 0 for all, or of these positions.
             num_items_in_batch: number of targets of the whole optimizer step if this is one of its micro-batches,
                 (1 + D,) for each depth. The sum over micro-batches is then the loss of the large batch. A single number
@@ -260,20 +240,21 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
                 next optimizer step. None: if there are labels and gradients are enabled.
         """
-        has_loss = labels is not None
+        has_loss = labels is not None or shift_labels is not None
         if collect_statistics is None:
             collect_statistics = has_loss and torch.is_grad_enabled()
         if has_loss:
-            _check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+            given, shifted = (labels, False) if shift_labels is None else (shift_labels, True)
+            check_labels(given, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
             if documents is None:
-                documents = Documents.from_inputs(*labels.shape, labels.device, attention_mask, position_ids)
+                documents = Documents.from_inputs(*given.shape, given.device, attention_mask, position_ids)
             if targets is None:
-                targets = prediction_targets(labels, documents, self.config.num_nextn_predict_layers)
+                targets = prediction_targets(given, documents, self.config.num_nextn_predict_layers, shifted)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=None if has_loss else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if has_loss else use_cache,
             documents=documents,
@@ -281,18 +262,24 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             collect_statistics=collect_statistics,
             **kwargs,
         )
-        out = MoonwhaleOutput(past_key_values=body.past_key_values, hidden_states=body.hidden_states)
+        logits, losses = None, {}
         if has_loss:
-            self.add_loss(out, body, targets, num_items_in_batch)
+            losses = self.losses(body, targets, num_items_in_batch)
         if not (has_loss and self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            out.logits = self.lm_head(body.last_hidden_state[:, keep])
-        return out
+            logits = self.lm_head(body.last_hidden_state[:, keep])
+        # All at once: a field that is set later would come after the others in the output's tuple.
+        return MoonwhaleOutput(
+            logits=logits,
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+            **losses,
+        )
 
-    def add_loss(
-        self, out: MoonwhaleOutput, body: MoonwhaleModelOutput, targets: Tensor, num_items: Tensor | int | None
-    ) -> None:
-        """Fill in `out` with main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all heads in one chunked cross-entropy.
+    def losses(self, body: MoonwhaleModelOutput, targets: Tensor, num_items: Tensor | int | None) -> dict[str, Tensor]:
+        """Return the fields of `MoonwhaleOutput` about the loss: main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all
+        heads in one chunked cross-entropy.
 
         `body` needs its hidden states and balance loss. `targets` (1 + D, B, T) and `num_items` are as in `forward`.
         """
@@ -308,18 +295,13 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         loss, nll, correct = linear_cross_entropy(
             hidden.flatten(0, 2), self.lm_head.weight, targets.flatten(), row_weight.flatten()
         )
-        out.loss = loss + body.balance_loss * (own[0] / total[0])
-        out.losses = nll.view_as(targets).sum((1, 2)) / own
-        out.accuracies = correct.view_as(targets).sum((1, 2)) / own
-        out.targets = counts
-        out.balance_loss = body.balance_loss.detach()
-
-
-def _check_labels(labels: Tensor, tokens: Tensor | None, past_key_values: Cache | None) -> None:
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError("labels need the whole sequence: leave out past_key_values")
-    if tokens is not None and labels.shape != tokens.shape[:2]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(tokens.shape[:2])} as the tokens")
+        return {
+            "loss": loss + body.balance_loss * (own[0] / total[0]),
+            "losses": nll.view_as(targets).sum((1, 2)) / own,
+            "accuracies": correct.view_as(targets).sum((1, 2)) / own,
+            "targets": counts,
+            "balance_loss": body.balance_loss.detach(),
+        }
 
 
 AutoConfig.register("moonwhale", MoonwhaleConfig)

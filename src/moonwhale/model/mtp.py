@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .block import Block, BlockStatistics
+from .block import Block
 from .documents import Documents
 from .loss import IGNORE_INDEX
 from .norm import RMSNorm
@@ -26,7 +26,7 @@ class MTPModule(Block):
 
     def forward(
         self, hidden: Tensor, ahead: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, cache=None
-    ) -> tuple[Tensor, tuple[BlockStatistics, ...]]:
+    ) -> tuple[Tensor, ...]:
         """Apply one link of the chain (V3 eq. 21-23). Positions stay those of i.
 
         Args:
@@ -34,15 +34,14 @@ class MTPModule(Block):
             ahead: (B, T, hidden), at each position i the embedding of token i + k.
 
         Returns:
-            the normed output (B, T, hidden) for the head and the next link, and the statistics of each block.
+            the normed output (B, T, hidden) for the head and the next link, and the fields of each block's statistics.
         """
         x = torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1)  # (B, T, 2 * hidden)
-        x, statistics = super().forward(self.eh_proj(x), rotation, documents, cache)  # (B, T, hidden)
-        measured = [statistics]
+        x, *measured = super().forward(self.eh_proj(x), rotation, documents, cache)  # (B, T, hidden)
         for block in self.blocks:
-            x, statistics = block(x, rotation, documents, cache)
-            measured.append(statistics)
-        return self.shared_head["norm"](x), tuple(measured)
+            x, *statistics = block(x, rotation, documents, cache)
+            measured += statistics
+        return self.shared_head["norm"](x), *measured
 
 
 def shifted_labels(labels: Tensor, documents: Documents, depth: int) -> Tensor:
@@ -55,6 +54,12 @@ def shifted_labels(labels: Tensor, documents: Documents, depth: int) -> Tensor:
     return targets.masked_fill(~documents.with_successor(1 + depth).valid, IGNORE_INDEX)
 
 
-def prediction_targets(labels: Tensor, documents: Documents, n_modules: int) -> Tensor:
-    """Return the targets of the main model and of `n_modules` MTP modules, (1 + D, B, T), from `labels` (B, T)."""
+def prediction_targets(labels: Tensor, documents: Documents, n_modules: int, shifted: bool = False) -> Tensor:
+    """Return the targets of the main model and of `n_modules` MTP modules, (1 + D, B, T), from `labels` (B, T).
+
+    With `shifted`, label i is the main model's target at position i already, as transformers' `shift_labels` are.
+    """
+    if shifted:
+        ahead = [shifted_labels(labels, documents, depth - 1) for depth in range(1, 1 + n_modules)]
+        return torch.stack([labels, *ahead])
     return torch.stack([shifted_labels(labels, documents, depth) for depth in range(1 + n_modules)])

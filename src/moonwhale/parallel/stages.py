@@ -149,10 +149,9 @@ class Stage(nn.Module):
             x = body.norm(x)
             embeds = body.embed(input_ids) if len(body.mtp_modules) else x
             mtp, balance = body.run_mtp(x, embeds, balance, table, documents, collect_statistics)
-            out = MoonwhaleOutput()
             whole = MoonwhaleModelOutput(last_hidden_state=x, mtp_hidden_states=mtp, balance_loss=balance)
             targets = prediction_targets(labels, documents, len(body.mtp_modules))
-            self.model.add_loss(out, whole, targets, self.targets)
-        loss, out.loss = out.loss, out.loss.detach()
-        self.outputs.append(out)
+            losses = self.model.losses(whole, targets, self.targets)
+        loss = losses["loss"]
+        self.outputs.append(MoonwhaleOutput(**losses | {"loss": loss.detach()}))
         return loss

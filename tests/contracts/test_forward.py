@@ -1,0 +1,82 @@
+"""The forward pass keeps the contract of a transformers language model, as callers such as its Trainer rely on it."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+pytestmark = pytest.mark.contract("transformers' model tests", "callers of a forward pass")
+IDS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model(num_nextn_predict_layers=2)
+
+
+def test_the_first_output_is_the_logits_or_the_loss(model):
+    out = model(IDS, labels=IDS)
+    assert torch.equal(model(IDS)[0], out.logits) and out[0] is out.loss and out[1] is out.logits
+    as_tuple = model(IDS, labels=IDS, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out.loss)
+
+
+def test_the_configuration_turns_outputs_on(model):
+    model.config.output_hidden_states = model.config.output_attentions = True
+    out = model(IDS)
+    assert len(out.hidden_states) == 3 and [a.shape for a in out.attentions] == [(2, 3, 12, 12)] * 2
+    assert model(IDS, output_attentions=False).attentions is None
+    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 3, 12))
+    torch.testing.assert_close(out.logits, model(IDS, output_attentions=False).logits)
+
+
+def test_shift_labels_are_the_targets_at_every_depth(model):
+    by_itself = model(IDS, labels=IDS)
+    shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(IDS, shift_labels=shifted).losses, by_itself.losses)
+    torch.testing.assert_close(model(IDS, labels=IDS.flip(1), shift_labels=shifted).losses, by_itself.losses)
+
+
+def test_a_plain_trainers_predictions_are_the_logits(model, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=2)
+    trainer = Trainer(model, arguments, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(model(IDS, labels=IDS).loss.item(), rel=1e-5)
+    predictions = trainer.predict(rows).predictions
+    torch.testing.assert_close(torch.from_numpy(predictions), model(IDS).logits.detach())
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_statistics_and_bias_stay_in_fp32(tiny_model, cast, tmp_path):
+    model = getattr(tiny_model(), cast)()
+    assert {b.dtype for b in model.buffers()} == {torch.float32} and model.lm_head.weight.dtype != torch.float32
+    assert {b.dtype for b in model.to(torch.bfloat16).buffers()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {b.dtype for b in loaded.buffers()} == {torch.float32} and loaded.dtype == torch.bfloat16
+
+
+def test_a_starved_experts_bias_grows_beyond_a_half_in_bf16(tiny_model):
+    moe = tiny_model().bfloat16().model.layers[0].mlp
+    moe.gate.e_score_correction_bias.fill_(0.5)
+    moe.load.copy_(torch.tensor([0.0, 9, 9, 9, 9, 9]))
+    moe.update_bias_()
+    assert moe.gate.e_score_correction_bias[0] > 0.5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_keeps_every_gradient(tiny_model, use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(num_nextn_predict_layers=2, mtp_num_blocks=2, aux_loss_alpha=1.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        statistics = [b.clone() for b in model.buffers()]
+        assert not any(b.requires_grad for b in statistics)
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_unknown_argument_is_refused(model):
+    with pytest.raises(TypeError, match=r"token_type_ids=.* no such argument"):
+        model(IDS, token_type_ids=IDS)
