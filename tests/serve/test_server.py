@@ -145,7 +145,7 @@ BAD = {
     "a temperature in words": ({"temperature": "hot"}, 400, "temperature: ", "temperature"),
     "an empty stop string": ({"stop": ""}, 400, "a stop string must not be empty", "stop"),
     "stops of the wrong type": ({"stop": [1]}, 400, "stop", "stop"),
-    "an unknown field": ({"tools": []}, 400, "tools: this server does not know this field", "tools"),
+    "an unknown field": ({"tool": []}, 400, "tool: this server does not know this field", "tool"),
     "a penalty it does not have": ({"presence_penalty": 1}, 400, "presence_penalty: ", "presence_penalty"),
     "top_logprobs without logprobs": ({"top_logprobs": 2}, 400, "set logprobs to true", None),
     "stream options without a stream": ({"stream_options": {}}, 400, "set stream to true", "stream_options"),
@@ -179,7 +179,7 @@ def test_a_body_that_is_not_a_request(server, body, message):
     assert_error(httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers), 400, message)
 
 
-@pytest.mark.parametrize("prompt", [[], [[]], [99999], [-1], [True], {"a": 1}, None, [["x"]], "x " * 3000])
+@pytest.mark.parametrize("prompt", [[], [[]], [99999], [-1], [True], {"a": 1}, [["x"]], "x " * 3000])
 def test_a_bad_prompt(server, prompt):
     answer = server.post("/v1/completions", prompt=prompt, messages=None)
     assert answer.status_code == 400

@@ -18,6 +18,8 @@ class Request:
 
     logprobs: for each token, its log-probability and those of the most likely tokens as {id: log-probability}. Recorded
         if `top_logprobs`, the number of these tokens, is not None.
+    prompt_logprobs: the same for each token of the prompt but the first. Recorded if `scores_prompt`.
+    limit: the largest number of tokens to add. 0 ends the request after its prefill.
     """
 
     prompt: list[int]
@@ -25,11 +27,13 @@ class Request:
     eos: set[int]
     text: TextStream
     noise: Noise
-    limit: int  # the largest number of tokens to add
+    limit: int
     top_logprobs: int | None = None
+    scores_prompt: bool = False
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
     finish_reason: str | None = None
     forwards: int = 0
     drafted: list[int] = field(default_factory=list)

@@ -64,6 +64,17 @@ def choose(logits: Tensor, requests: list, ahead: int = 0) -> list[int]:
     return chosen
 
 
+def logprobs_of(logits: Tensor, tokens: list[int], num_top: int) -> list[tuple[float, dict[int, float]]]:
+    """Return each token's log-probability under its row of logits (N, V), and those of the `num_top` likeliest ids."""
+    logprobs = logits.float().log_softmax(-1)
+    top = logprobs.topk(min(num_top, logits.shape[1]))
+    alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        (row[token].item(), dict(zip(ids, values, strict=True)))
+        for row, token, (ids, values) in zip(logprobs, tokens, alternatives, strict=True)
+    ]
+
+
 def _choose_with_same_options(scores: Tensor, requests: tuple, ahead: int) -> list[int]:
     options: SamplingOptions = requests[0].options
     if options.repetition_penalty != 1:

@@ -19,7 +19,7 @@ from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
 from moonwhale.infer.request import Request
-from moonwhale.infer.sampling import choose
+from moonwhale.infer.sampling import choose, logprobs_of
 
 PREFILL_TOKENS = 256  # tokens of one or several prompts that are prefilled in a step
 
@@ -42,14 +42,18 @@ class Scheduler:
         return not (self.running or self.prefilling or self.waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises UserError if even an empty cache could not hold it."""
+        """Queue a request. Raises UserError as `check_memory`."""
+        self.check_memory(request)
+        self.waiting.append(request)
+
+    def check_memory(self, request: Request) -> None:
+        """Raise UserError if even an empty cache could not hold the request."""
         needed = self._cache_bytes(1, self._entries(request))
         if needed > self.memory:
             raise UserError(
                 f"the prompt and its answer need a cache of {needed / 1e6:.1f} MB, and there are "
                 f"{self.memory / 1e6:.1f} MB: shorten the prompt, or ask for fewer tokens"
             )
-        self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """End a request now. Its slot is free at the next step."""
@@ -110,11 +114,11 @@ class Scheduler:
         """Choose the next token of each row from (N, V) logits, add it, and return all of them."""
         chosen = choose(logits, rows)
         for row, token, scores in zip(rows, chosen, logits, strict=True):
+            if row.limit == 0:  # the prompt was only to be scored
+                row.finish_reason = "length"
+                continue
             if row.top_logprobs is not None:
-                logprobs = scores.float().log_softmax(-1)
-                top = logprobs.topk(row.top_logprobs)
-                alternatives = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-                row.logprobs.append((logprobs[token].item(), alternatives))
+                row.logprobs += logprobs_of(scores[None], [token], row.top_logprobs)
             row.push(token)
         return chosen
 
@@ -161,7 +165,11 @@ class Scheduler:
 
     def _take_pieces(self, rows: list[Request], pieces: list[list[int]], hidden: Tensor) -> None:
         """Let requests run once their prompts are complete, and give each its first token."""
-        for row, piece in zip(rows, pieces, strict=True):
+        for row, piece, states in zip(rows, pieces, hidden, strict=True):
+            if row.scores_prompt:
+                targets = row.prompt[row.cached + 1 : row.cached + len(piece) + 1]
+                logits = self.decoder.head(states[: len(targets)])  # (Q, V)
+                row.prompt_logprobs += logprobs_of(logits, targets, row.top_logprobs)
             row.cached += len(piece)
         self.prefilling = rows[0] if rows[0].cached < len(rows[0].prompt) else None
         if self.prefilling:

@@ -1,10 +1,12 @@
 """The server's ASGI application: OpenAI's API, the chat page, X-rays and metrics over one engine."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from moonwhale import __version__
 from moonwhale.infer.engine import Engine
@@ -27,13 +29,15 @@ def create_app(
     limits: Limits = DEFAULT_LIMITS,
     api_key: str | None = None,
     hosts: set[str] | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Returns the ASGI application.
 
     model_name: name of the model in the API.
     folder: the model's checkpoint, which X-rays open.
     api_key: key that clients must send. None lets all clients in.
-    hosts: host names that the server answers to. None allows any name.
+    hosts: host names that the server answers to, in lower case. None allows any name.
+    origins: origins of web pages that may call the server from a browser (CORS); "*" allows all.
     """
     worker = Worker(engine.scheduler)
     metrics = Metrics(worker)
@@ -55,5 +59,8 @@ def create_app(
     # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(AccessControl, hosts=hosts, api_key=api_key)
+    if origins:  # outside of AccessControl: a browser asks without a key whether it may send one
+        methods = ["GET", "HEAD", "POST"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"])
     app.add_middleware(RequestCounter, metrics=metrics, paths={route.path for route in app.routes})
     return app

@@ -1,15 +1,15 @@
 """The verb `moonwhale serve`. It imports torch and FastAPI only after it has checked the arguments."""
 
 import os
+import re
 import socket
+from argparse import Namespace
 from pathlib import Path
 
 from moonwhale.errors import UserError
 from moonwhale.infer.commands import add_machine_options, load_engine
 from moonwhale.options import Parser, require
-from moonwhale.serve.limits import Limits
-
-LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+from moonwhale.serve.limits import LOOPBACK, Limits
 
 
 def main(argv: list[str]) -> None:
@@ -22,14 +22,17 @@ def main(argv: list[str]) -> None:
     name = args.name or Path(args.folder).resolve().name
     api_key = args.api_key or os.environ.get("MOONWHALE_API_KEY")
     cache_bytes = None if args.cache_mb is None else 1_000_000 * args.cache_mb
-    hosts = LOOPBACK if args.host in ("127.0.0.1", "localhost", "::1") else None
+    hosts = _hosts(args)
+    for origin in args.cors_origin:
+        is_origin = origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin)
+        require(args, "cors_origin", is_origin, "give https://NAME or https://NAME:PORT without a path, or *")
     with _listen(args.host, args.port) as listener:
         engine = load_engine(args, memory=cache_bytes, sequences=args.max_sequences)
 
         from moonwhale.serve.server import run_server
 
         limits = Limits(body=args.max_body, queue=args.max_queue, answer=args.timeout)
-        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts)
+        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts, args.cors_origin)
 
 
 def _parser() -> Parser:
@@ -43,6 +46,10 @@ def _parser() -> Parser:
     add("--port", type=int, default=8000, metavar="P", help="port; 0 takes a free one (%(default)s)")
     add("--name", metavar="NAME", help="name of the model in the API (the folder's)")
     add("--api-key", metavar="KEY", help="key that clients must send; or set MOONWHALE_API_KEY (none)")
+    help = "another host name to answer to, such as a proxy's; repeatable (localhost's, or any with --host)"
+    add("--allowed-host", action="append", default=[], metavar="NAME", help=help)
+    help = "origin whose web pages may call the server (CORS), or '*'; repeatable (none)"
+    add("--cors-origin", action="append", default=[], metavar="URL", help=help)
     add = parser.add_argument_group("limits").add_argument
     add("--max-sequences", type=int, default=64, metavar="N", help="answers generated at a time (%(default)s)")
     help = "prompts that may wait; one more gets 429 (%(default)s)"
@@ -58,6 +65,15 @@ def _parser() -> Parser:
     add("--cache-mb", type=int, metavar="MB", help="memory for the latent cache (half of the free memory)")
     add_machine_options(parser)
     return parser
+
+
+def _hosts(args: Namespace) -> set[str] | None:
+    """Returns the host names to answer to, or None for any name."""
+    for name in args.allowed_host:
+        is_name = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+", name)
+        require(args, "allowed_host", is_name, "give a host name without https:// and port")
+    is_local = args.host in ("127.0.0.1", "localhost", "::1")
+    return LOOPBACK | {name.lower() for name in args.allowed_host} if is_local or args.allowed_host else None
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -19,7 +19,6 @@ from moonwhale.serve.requests import ChatRequest, CompletionRequest, GenerationR
 from moonwhale.serve.responses import ChatFormat, CompletionFormat, ResponseFormat, event
 from moonwhale.serve.worker import GenerationJob, TokenChunk, Worker, WorkerError
 
-COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 DISCONNECT_POLL = 0.25  # seconds
 
 
@@ -45,19 +44,18 @@ class OpenAIEndpoints:
     def add_routes(self, app: FastAPI) -> None:
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/completions")(self.complete)
-        app.get("/v1/models")(self.models)
-        app.get("/v1/models/{model}")(self.model)
+        app.api_route("/v1/models", methods=["GET", "HEAD"])(self.models)
+        app.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])(self.model)  # a name may hold slashes
 
     async def chat(self, body: ChatRequest, http: HTTPRequest):
         """Answers a conversation."""
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        max_new_tokens = body.max_completion_tokens or body.max_tokens or self.engine.context
-        job = self._submit(body, [messages], max_new_tokens)
+        messages = [message.for_template() for message in body.messages]
+        job = self._submit(body, [messages], body.max_new_tokens or self.engine.context)
         return await self._respond(job, ChatFormat(self.engine, self.model_name, body), http)
 
     async def complete(self, body: CompletionRequest, http: HTTPRequest):
         """Continues one or more texts."""
-        job = self._submit(body, body.prompts, body.max_tokens or COMPLETION_TOKENS)
+        job = self._submit(body, body.prompt, body.max_new_tokens, scores_prompt=bool(body.echo))
         return await self._respond(job, CompletionFormat(self.engine, self.model_name, body), http)
 
     async def models(self):
@@ -66,20 +64,28 @@ class OpenAIEndpoints:
 
     async def model(self, model: str):
         """Describes the model."""
+        if not model:
+            return await self.models()
         require_model(model, self.model_name)
         return self.model_card
 
-    def _submit(self, body: GenerationRequest, prompts: list[Prompt], max_new_tokens: int) -> GenerationJob:
+    def _submit(
+        self, body: GenerationRequest, prompts: list[Prompt], max_new_tokens: int, scores_prompt: bool = False
+    ) -> GenerationJob:
         """Submits `body.num_choices` requests for each prompt to the worker."""
         require_model(body.model, self.model_name)
         if body.stream_options and not body.stream:
             raise UserError("`stream_options`: set stream to true with it")
-        options = body.sampling_options(max_new_tokens)
+        self.limits.check_queue(self.worker.num_waiting, len(prompts), body.num_choices)
+        options = body.sampling_options(max(max_new_tokens, 1))
         requests: list[Request] = []
         for ids in map(self.engine.encode, prompts):
             for _ in range(body.num_choices):
-                requests.append(self.engine.request(ids, options, len(requests), body.num_top_logprobs))
-        self.limits.check_queue(self.worker.num_waiting, len(requests))
+                request = self.engine.request(ids, options, len(requests), body.num_top_logprobs)
+                request.limit = min(request.limit, max_new_tokens)
+                request.scores_prompt = scores_prompt and request.top_logprobs is not None
+                self.engine.scheduler.check_memory(request)  # a stream could no longer answer with a 400
+                requests.append(request)
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         return self.worker.submit(requests)
 

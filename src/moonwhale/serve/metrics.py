@@ -46,7 +46,7 @@ class Metrics:
 
 
 def add_status_routes(app: FastAPI, model_name: str, worker: Worker, metrics: Metrics) -> None:
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():
         return {"status": "ok", "model": model_name, "running": worker.num_running, "waiting": worker.num_waiting}
 

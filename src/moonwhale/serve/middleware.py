@@ -5,17 +5,19 @@ All of it is plain ASGI. Starlette's BaseHTTPMiddleware would keep a client's di
 
 import asyncio
 import hmac
+import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moonwhale.serve import page
 from moonwhale.serve.errors import APIError
-from moonwhale.serve.limits import Limits
+from moonwhale.serve.limits import LOOPBACK, Limits
 from moonwhale.serve.metrics import Metrics
 
 CLOSE = {"connection": "close"}  # the server does not read the rest of the body
 NO_KEY_NEEDED = {*page.FILES, "/health", "/favicon.ico"}  # a browser loads the page before it can send the key
+XRAY_PAGES = "/xray/"  # a frame sends no key; only the client that made an X-ray knows its random name
 
 
 class RequestCounter:
@@ -62,15 +64,18 @@ class AccessControl:
 
     def _error(self, path: str, headers: Headers) -> APIError | None:
         # A web page may have pointed its own host name at this machine (DNS rebinding).
-        host = headers.get("host", "").rsplit(":", 1)[0]
+        host = re.sub(r":\d*$", "", headers.get("host", "").lower())  # without the port
         if self.hosts is not None and host not in self.hosts:
-            message = "this server answers to localhost only: call it by that name, or serve it at another address"
+            names = " and ".join(["localhost", *sorted(self.hosts - LOOPBACK)])
+            message = f"this server answers to {names} only: call it by that name, or start it with this one allowed"
             return APIError(403, message)
-        if self.api_key and path not in NO_KEY_NEEDED:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), self.api_key):
+        if self.api_key and path not in NO_KEY_NEEDED and not path.startswith(XRAY_PAGES):
+            scheme, _, given = headers.get("authorization", "").strip().partition(" ")
+            is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key)
+            if scheme.lower() != "bearer" or not is_right:
                 message = "no valid API key: send it as `Authorization: Bearer KEY`"
-                return APIError(401, message, code="invalid_api_key")
+                headers = {"www-authenticate": "Bearer"}
+                return APIError(401, message, code="invalid_api_key", headers=headers)
         return None
 
 

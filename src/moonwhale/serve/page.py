@@ -19,7 +19,7 @@ PAGE_POLICY = f"{LOAD_NOTHING}script-src 'self'; style-src 'self'; connect-src '
 def add_page_routes(app: FastAPI) -> None:
     # StaticFiles mounted at / would match every other path too, and answer 404 where the API answers 405.
     for path in FILES:
-        app.get(path, include_in_schema=False)(send_file)
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(send_file)
 
 
 async def send_file(http: HTTPRequest) -> FileResponse:

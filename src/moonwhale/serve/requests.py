@@ -1,46 +1,17 @@
-"""The bodies of requests: OpenAI's fields that a small text model can serve. Other fields are refused, not ignored."""
+"""The bodies of requests: every field of OpenAI's API is supported, accepted if it asks for nothing, or refused."""
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, model_validator
 
 from moonwhale.errors import UserError
 from moonwhale.infer.sampling_options import SamplingOptions
+from moonwhale.serve.fields import LogitBias, Message, Metadata, Prompts, Stop, StreamOptions, StrictModel, neutral
 
 MAX_CHOICES = 8
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 TokenCount = Annotated[int, Field(ge=1, le=1_000_000)]
-Stop = str | Annotated[list[str], Field(max_length=16)] | None
-T = TypeVar("T")
-PromptList = Annotated[list[T], Field(max_length=64)]
-
-
-class StrictModel(BaseModel):
-    """A model that refuses unknown fields, and values of another type, such as a number in quotes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(StrictModel):
-    include_usage: bool = False
-
-
-class Message(StrictModel):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[dict[str, Any]]
-    name: str | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _join_text_parts(cls, content: str | list[dict[str, Any]]) -> str:
-        """Joins OpenAI's content parts. All of them must be text."""
-        if isinstance(content, str):
-            return content
-        for part in content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type")
-                raise ValueError(f"this model reads text only, no part of type {kind!r}: give text parts, or a string")
-        return "".join(part["text"] for part in content)
 
 
 class GenerationRequest(StrictModel):
@@ -53,23 +24,14 @@ class GenerationRequest(StrictModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: Stop = None
+    stop: Stop = Field(default=None, validate_default=True)
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: TokenCount | None = None
-    # Accepted only with the value that has no effect.
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    user: str | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _refuse_empty_stop(cls, stop: Stop) -> list[str]:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if not all(stops):
-            raise ValueError("a stop string must not be empty")
-        return stops
+    frequency_penalty: neutral(0, 0.0, reason="use repetition_penalty") = None
+    presence_penalty: neutral(0, 0.0, reason="use repetition_penalty") = None
+    logit_bias: LogitBias = None
+    user: str | None = None  # names the client's user for OpenAI's monitoring; there is none here
 
     def sampling_options(self, max_new_tokens: int) -> SamplingOptions:
         """Returns the options given. By default, as in OpenAI's API, temperature is 1 and min_p is off."""
@@ -86,9 +48,47 @@ class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    # Accepted only if they ask for nothing.
+    audio: neutral(reason="this model writes text only: leave it out") = None
+    function_call: neutral("none", "auto", reason="this model calls no functions: leave it out") = None
+    functions: list[Any] | None = None
+    modalities: neutral(["text"], reason='this model writes text only: give ["text"]') = None
+    moderation: neutral(reason="this server moderates nothing: leave it out") = None
+    prediction: neutral(reason="this server uses no prediction: leave it out") = None
+    prompt_cache_options: neutral(reason="this server keeps no prompts: leave it out") = None
+    prompt_cache_retention: neutral("in_memory", reason="this server keeps no prompts: leave it out") = None
+    reasoning_effort: neutral("none", reason='the effort cannot be set: give "none"') = None
+    response_format: neutral({"type": "text"}, reason='the form cannot be set: give {"type": "text"}') = None
+    service_tier: neutral("auto", "default", reason='there is one tier: give "auto"') = None
+    store: neutral(False, reason="this server stores no answers: give false") = None
+    tool_choice: neutral("none", "auto", reason='this model calls no tools: give "none"') = None
+    tools: list[Any] | None = None
+    verbosity: neutral("medium", reason='the length cannot be set in words: give "medium"') = None
+    web_search_options: neutral(reason="this server searches nothing: leave it out") = None
+    # Labels and hints, which change no answer of OpenAI's either.
+    metadata: Metadata | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_tools(self) -> Self:
+        """Tools are accepted only if the model may not call them."""
+        for given, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            if getattr(self, given) and getattr(self, choice) != "none":
+                raise UserError(f'`{given}`: this model calls none: leave them out, or set {choice} to "none"')
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise UserError("`max_tokens`: it differs from max_completion_tokens: give only one of them")
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -99,25 +99,35 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """The body of POST /v1/completions."""
+    """The body of POST /v1/completions.
 
-    prompt: str | list[int] | PromptList[str] | PromptList[list[int]]
+    `max_tokens: 0` generates nothing. With `echo` and `logprobs` it scores the prompt.
+    """
+
+    prompt: Prompts = Field(default=None, validate_default=True)
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = COMPLETION_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: neutral("", reason="this model only continues a text: leave it out") = None
+
+    @model_validator(mode="after")
+    def _refuse_best_of(self) -> Self:
+        if self.best_of not in (None, self.num_choices):
+            raise UserError(f"`best_of`: {self.best_of} is not supported: give as many as n, {self.num_choices}")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int:
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, also if the body gives only one."""
-        prompt = self.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [prompt]
-        if not prompt:
-            raise UserError("`prompt`: the list is empty: give at least one prompt")
-        return prompt
+    def has_text_prompts(self) -> bool:
+        return isinstance(self.prompt[0], str)
 
 
 class XrayRequest(StrictModel):

@@ -1,13 +1,14 @@
 """OpenAI's response shapes: whole responses, the chunks of a stream, log-probabilities and usage."""
 
+import codecs
 import json
 import time
 import uuid
-from itertools import accumulate
 
+from moonwhale import __version__
 from moonwhale.infer.engine import Engine
 from moonwhale.infer.request import Request
-from moonwhale.serve.requests import GenerationRequest
+from moonwhale.serve.requests import CompletionRequest, GenerationRequest
 from moonwhale.serve.worker import TokenChunk
 
 FINISH_REASON = {None: None, "eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
@@ -30,6 +31,7 @@ class ResponseFormat:
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model_name,
+            "system_fingerprint": f"moonwhale-{__version__}",
         }
 
     def whole(self, requests: list[Request]) -> dict:
@@ -43,7 +45,9 @@ class ResponseFormat:
     def chunk(self, chunk: TokenChunk) -> dict:
         """Returns a chunk of a stream."""
         choice = self._choice(chunk, self.delta(chunk))
-        return self._header | {"object": self.chunk_object, "choices": [choice]}
+        options = self.body.stream_options
+        usage = {"usage": None} if options and options.include_usage else {}  # the last chunk has it
+        return self._header | {"object": self.chunk_object, "choices": [choice]} | usage
 
     def usage_chunk(self, requests: list[Request]) -> dict:
         """Returns the last chunk of a stream with `include_usage`."""
@@ -59,9 +63,6 @@ class ResponseFormat:
         prompt = sum(len(request.prompt) for request in requests[:: self.body.num_choices])
         written = sum(len(request.token_ids) for request in requests)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-    def _token_text(self, token: int) -> str:
-        return self.engine.token_bytes[token].decode("utf-8", "replace")
 
 
 class ChatFormat(ResponseFormat):
@@ -85,37 +86,80 @@ class ChatFormat(ResponseFormat):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict:
-        return {"token": self._token_text(token), "logprob": logprob, "bytes": list(self.engine.token_bytes[token])}
+        spelling = self.engine.token_bytes[token]
+        return {"token": spelling.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelling)}
 
 
 class CompletionFormat(ResponseFormat):
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
+    body: CompletionRequest
 
     def delta(self, chunk: TokenChunk) -> dict:
         text = chunk.text
         if self.body.echo and chunk.span.start == 0:
-            text = self.engine.tokenizer.decode(chunk.request.prompt, skip_special_tokens=True) + text
+            text = self.engine.tokenizer.decode(self._echoed(chunk.request), skip_special_tokens=True) + text
         return {"text": text}
 
     message = delta
 
     def logprobs(self, chunk: TokenChunk) -> dict:
-        texts = [self._token_text(token) for token in chunk.request.token_ids[: chunk.span.stop]]
-        offsets = list(accumulate(map(len, texts), initial=0))[:-1]
-        logprobs = chunk.request.logprobs[chunk.span]
+        """Returns the log-probabilities of a chunk's tokens, and before the first ones those of an echoed prompt."""
+        request, span = chunk.request, chunk.span
+        echoed = self._echoed(request) if self.body.echo else []
+        scored = request.logprobs[span]
+        if echoed and span.start == 0:
+            # No token comes before a prompt's first one, so it has no probability.
+            scored = [(None, {}), *request.prompt_logprobs][-len(echoed) :] + scored
+        ids = echoed + request.token_ids[: span.stop]
+        first = len(ids) - len(scored)
+        tokens = ids[first:]
         return {
-            "tokens": texts[chunk.span],
-            "token_logprobs": [logprob for logprob, _ in logprobs],
-            "top_logprobs": [{self._token_text(other): value for other, value in top.items()} for _, top in logprobs],
-            "text_offset": offsets[chunk.span],
+            "tokens": [self._name(token) for token in tokens],
+            "token_logprobs": [logprob for logprob, _ in scored],
+            "top_logprobs": [
+                None if logprob is None else self._named(top | {token: logprob})
+                for token, (logprob, top) in zip(tokens, scored, strict=True)
+            ],
+            "text_offset": self._offsets(ids)[first:],
         }
+
+    def _echoed(self, request: Request) -> list[int]:
+        """Returns the prompt as the client sent it: without bos, which the server puts before a text."""
+        return request.prompt[1:] if self.body.has_text_prompts else request.prompt
+
+    def _named(self, logprobs: dict[int, float]) -> dict[str, float]:
+        """Keys log-probabilities by the tokens' texts, as OpenAI does. Of two equal texts the second one is an id."""
+        named: dict[str, float] = {}
+        for token, logprob in logprobs.items():
+            name = self._name(token)
+            named[f"token_id:{token}" if name in named else name] = logprob
+        return named
+
+    def _name(self, token: int) -> str:
+        """Returns a token's text, in OpenAI's form "bytes:\\xe2" for a part of a character."""
+        spelling = self.engine.token_bytes[token]
+        if not spelling:
+            return self.engine.tokenizer.convert_ids_to_tokens(token) or f"token_id:{token}"
+        try:
+            return spelling.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+
+    def _offsets(self, ids: list[int]) -> list[int]:
+        """Returns the number of characters before each token."""
+        decoder, length, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+        for token in ids:
+            offsets.append(length)
+            length += len(decoder.decode(self.engine.token_bytes[token]))
+        return offsets
 
 
 def event(body: dict) -> str:
     """Encodes a body as a server-sent event.
 
     sse-starlette runs several tasks per stream, which takes a fifth more CPU time per token with 64 streams, and it
-    replaces uvicorn's signal handler. FastAPI's EventSourceResponse is only for endpoints that always stream.
+    replaces uvicorn's signal handler. FastAPI's EventSourceResponse is only for endpoints that always stream. All but
+    ASCII is escaped, because some clients also end a line at U+0085, U+2028 or U+2029.
     """
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body)}\n\n"

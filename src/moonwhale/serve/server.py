@@ -22,6 +22,7 @@ def run_server(
     limits: Limits,
     api_key: str | None,
     hosts: set[str] | None,
+    origins: list[str],
 ) -> None:
     """Answers requests on a bound socket until Ctrl-C or SIGTERM. `create_app` describes the rest."""
     if engine.fits_cache and engine.decoder.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -30,7 +31,7 @@ def run_server(
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     # The model's thread waits at most 0.2 ms for the event loop to release the GIL. Python's default is 5 ms.
     sys.setswitchinterval(2e-4)
-    app = create_app(engine, model_name, folder, limits, api_key, hosts)
+    app = create_app(engine, model_name, folder, limits, api_key, hosts, origins)
     gc.freeze()  # all objects so far live as long as the server: the garbage collector can skip them
     # Without TCP_NODELAY the second packet of an answer waits 40 ms for the acknowledgement of the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -35,7 +35,7 @@ class XrayEndpoints:
     async def create(self, body: XrayRequest):
         """Draws the X-ray of a conversation, and returns its URL."""
         require_model(body.model, self.model_name)
-        messages = [message.model_dump() for message in body.messages]
+        messages = [message.for_template() for message in body.messages]
         async with self._lock:
             page = await asyncio.to_thread(self._draw, messages)
         page_id = uuid.uuid4().hex

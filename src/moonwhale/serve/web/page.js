@@ -50,6 +50,12 @@ function show() {
   const { messages } = state.current;
   $("messages").replaceChildren(...messages.map(bubble));
   if (!messages.length) $("messages").append(element("p", { className: "empty", textContent: "A small model, so expect small talk." }));
+  const { failure } = state.current;
+  if (failure) {
+    $("messages").append(element("p", { className: "message error", textContent: failure.text, role: "alert" }));
+    if (!$("text").value) $("text").value = failure.question;
+    failure.question = "";
+  }
   $("messages").scrollTop = $("messages").scrollHeight;
 }
 function bubble(message, index) {
@@ -111,10 +117,9 @@ function requestBody() {
 
 async function ask(text) {
   const conversation = state.current;
-  if (!conversation.messages.length) {
-    conversation.title = text.slice(0, 60);
-    state.conversations.unshift(conversation);
-  }
+  if (!conversation.messages.length) conversation.title = text.slice(0, 60);
+  if (!state.conversations.includes(conversation)) state.conversations.unshift(conversation);
+  delete conversation.failure;
   const question = { role: "user", content: text };
   conversation.messages.push(question);
   const body = { ...requestBody(), stream: true, stream_options: { include_usage: true } };
@@ -149,18 +154,18 @@ async function ask(text) {
   if (!answer.content) conversation.messages = conversation.messages.filter((message) => message !== answer);
   setBusy(false);
   save();
-  if (state.current === conversation && !$("messages").querySelector(".error")) show();
+  if (state.current === conversation && !conversation.failure) show();
   $("text").focus();
 }
-// Shows an error, takes the unanswered messages back, and returns the question to the message box.
+// Takes the unanswered messages back, and leaves the error and the question with their conversation.
 function fail(conversation, unanswered, error) {
   conversation.messages = conversation.messages.filter((message) => !unanswered.includes(message));
-  if (!conversation.messages.length) state.conversations = state.conversations.filter((other) => other !== conversation);
-  show();
+  const isOpen = state.current === conversation;
+  if (isOpen && !conversation.messages.length) state.conversations = state.conversations.filter((other) => other !== conversation);
   // fetch raises a TypeError if it cannot connect.
   const text = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
-  $("messages").append(element("p", { className: "message error", textContent: text, role: "alert" }));
-  if (!$("text").value) $("text").value = unanswered[0].content;
+  conversation.failure = { text, question: unanswered[0].content };
+  if (isOpen) show();
 }
 function setBusy(busy) {
   $("send").hidden = busy;
