@@ -179,6 +179,22 @@ def test_named_tests_exist():
     assert not [name for name in named if f"def {name}(" not in sources]
 
 
+def test_a_path_that_no_gpu_has_run_names_the_test_that_emulates_it():
+    rows = [line for line in read("docs/precision.md").splitlines() if line.startswith("|") and "| never run |" in line]
+    assert len(rows) >= 8
+    for row in rows:
+        targets = re.findall(r"\]\(\.\./(tests/[^)]*)\)", row)
+        assert targets and all((ROOT / target).exists() for target in targets), row
+
+
+def test_thresholds_are_called_guesses_until_they_are_measured():
+    from moonwhale.model import thresholds
+
+    assert ("which are guesses until then | not measured" in read("docs/precision.md")) == (not thresholds.MEASURED_ON)
+    if thresholds.MEASURED_ON:
+        assert re.fullmatch(r".+, \d{4}-\d\d-\d\d", thresholds.MEASURED_ON)
+
+
 # --- the picture of the architecture ---------------------------------------------------------------------------------
 
 

@@ -178,3 +178,10 @@ def test_mixed_devices_and_a_host_sync_are_detected(fake):
         x + torch.zeros(4)
     with pytest.raises(DataDependentOutputException):
         x.sum().item()
+
+
+@pytest.mark.parametrize(("key_width", "value_width", "has"), [(16, 16, True), (8, 16, False), (16, 8, False)])
+def test_narrow_heads_take_the_dense_path(key_width, value_width, has, fake):
+    """flex_attention's kernels refuse keys or values of fewer than 16 features."""
+    q, v = (torch.empty(1, 1, 8, width, device="cuda") for width in (key_width, value_width))
+    assert flex._has_flex(q, v) == has

@@ -35,7 +35,7 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "needs_static_shapes", lambda device: True)
     monkeypatch.setattr(mla, "flex_serves", lambda q, layout: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
-    monkeypatch.setattr(flex, "_has_flex", lambda q: True)
+    monkeypatch.setattr(flex, "_has_flex", lambda q, v: True)
     monkeypatch.setattr(flex, "_flex", dense)
     monkeypatch.setattr(flex, "FLEX_TILE", 8)
 

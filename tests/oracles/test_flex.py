@@ -26,7 +26,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(moba, "needs_static_shapes", lambda device: True)
-    monkeypatch.setattr(flex, "_has_flex", lambda q: True)
+    monkeypatch.setattr(flex, "_has_flex", lambda q, v: True)
     monkeypatch.setattr(flex, "FLEX_TILE", 2)
 
 
@@ -66,7 +66,7 @@ def assert_naive(rows, topk):
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_flex_equals_moba(rows, topk, way, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if way == "long" else 99)
-    monkeypatch.setattr(flex, "_has_flex", lambda q: way != "in a graph elsewhere")
+    monkeypatch.setattr(flex, "_has_flex", lambda q, v: way != "in a graph elsewhere")
     assert_naive(rows, topk)
 
 

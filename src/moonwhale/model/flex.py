@@ -55,7 +55,7 @@ def _attention(q, k, v, document_ids, positions, scale, block_size, topk) -> tup
     chosen = table.choose(q, k, topk - 1) if topk > 1 and length > block_size else None
 
     is_long = length > LONG_CONTEXT * topk * block_size
-    if chosen is not None and is_long and _has_flex(q) and block_size % FLEX_TILE == 0:
+    if chosen is not None and is_long and _has_flex(q, v) and block_size % FLEX_TILE == 0:
         out, max_logit = _lined_up(q, k, v, scale, table, chosen)
     else:
         out, _, max_logit = _masked(q, k, v, scale, table, chosen)
@@ -67,8 +67,9 @@ def _compiled():
     return torch.compile(_attention, dynamic=False)
 
 
-def _has_flex(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.shape[-1] >= 16  # the least head width of its kernels
+def _has_flex(q: Tensor, v: Tensor) -> bool:
+    least = min(q.shape[-1], v.shape[-1])
+    return q.device.type == "cuda" and least >= 16  # the least head width of its kernels
 
 
 @dataclass
@@ -133,7 +134,7 @@ def _masked(
             visible = visible | (chosen[b, h, query, j] == full_block[b, key])
         return visible
 
-    if not _has_flex(q):
+    if not _has_flex(q, v):
         return _dense(q, k, v, scale, mask)
     return _flex(q, k, v, scale, _tile_mask(table, chosen, mask, q.shape[2]))
 
