@@ -133,6 +133,10 @@ def test_csv_as_python_and_excel_write_it(tmp_path):
     refused(tmp_path / "open.csv", "quote in the row of line 3 is never closed")
     (tmp_path / "twice.csv").write_text("text,text\na,b\n")
     refused(tmp_path / "twice.csv", "two columns called text")
+    (tmp_path / "excel.csv").write_bytes("text,n\r\na,1\r\n".encode("utf-16"))
+    refused(tmp_path / "excel.csv", "excel.csv is not UTF-8 text")
+    (tmp_path / "latin.csv").write_bytes("Füße,n\r\na,1\r\n".encode("latin-1"))
+    refused(tmp_path / "latin.csv", r"it has F\\udcfc")
     (tmp_path / "chat.csv").write_text('conversations\n"{}"\n'.format(json.dumps([Q, A]).replace('"', '""')))
     assert read(tmp_path / "chat.csv") == [[Q, A]]
 
@@ -331,6 +335,17 @@ def test_conversations_without_an_answer_are_counted(tmp_path, small_tokenizer, 
     mixed = load_source(str(lines(tmp_path / "b.jsonl", silent + answered)))
     train, held_out = load_conversations(mixed, small_tokenizer, tmp_path)
     assert len(train) + len(held_out) == 9 and "left out 3 of 12 conversations" in caplog.text
+
+
+def test_rows_without_an_answer_are_left_out(caplog):
+    datasets, sft_trainer = (
+        importlib.import_module("datasets"),
+        importlib.import_module("moonwhale.posttrain.sft_trainer"),
+    )
+    conversations = datasets.Dataset.from_dict({"input_ids": [[5] * 20], "labels": [[-100] * 18 + [5, 6]]})
+    rows, n_split = sft_trainer.pack(conversations, 8)
+    assert n_split == 1 and len(rows) == 1 and rows[0]["labels"][-2:] == [5, 6]
+    assert "left out 2 of 3 rows" in caplog.text
 
 
 # ---- caches

@@ -86,7 +86,7 @@ def _check_columns(seen: dict[str, None], where: str, columns: Sequence[str]) ->
     missing = [column for column in columns if column not in seen]
     if missing or not (columns or columns_of(seen)):
         asked = f"no column {','.join(missing)}" if columns else "no column of messages or text"
-        raise UserError(f"`data_columns`: {where} has {asked}; it has {', '.join(map(str, seen))}")
+        raise UserError(f"`data_columns`: {where} has {asked}; it has {_readable(', '.join(map(str, seen)))}")
 
 
 def _check_unicode(document: Document | None) -> None:

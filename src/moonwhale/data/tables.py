@@ -54,6 +54,8 @@ def _separated(path: Path, delimiter: str) -> Rows:
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         names = next(reader, [])
+        if any("\0" in name for name in names):
+            raise UserError(f"`data`: {path} is not UTF-8 text (its header contains zero bytes): convert it first")
         if repeated := {name for name in names if names.count(name) > 1}:
             raise UserError(f"`data`: {path} has two columns called {min(repeated)}: rename one")
         while True:

@@ -6,6 +6,7 @@ import datasets
 import torch
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
+from moonwhale.data.source import warn_once
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.train.mtp_trainer import MTPTrainerMixin
 from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin
@@ -60,9 +61,16 @@ class Collator:
 def pack(conversations: datasets.Dataset, context: int) -> tuple[datasets.Dataset, int]:
     """Packs whole conversations into rows of at most `context` tokens, by TRL's best-fit-decreasing strategy.
 
+    Rows without a label, such as the middle of a long question, are left out: nothing could be learned from them.
+
     Returns:
         rows {"input_ids", "labels", "seq_lengths"}, and the number of conversations that are longer than a row and
         were split over several.
     """
     n_split = sum(len(ids) > context for ids in conversations["input_ids"])
-    return pack_dataset(conversations, context, "bfd_split"), n_split
+    packed = pack_dataset(conversations, context, "bfd_split")
+    labelled = [i for i, labels in enumerate(packed["labels"]) if max(labels) >= 0] if n_split else range(len(packed))
+    if len(labelled) == len(packed):
+        return packed, n_split
+    warn_once(f"left out {len(packed) - len(labelled):,} of {len(packed):,} rows, in which the assistant says nothing")
+    return packed.select(labelled), n_split
