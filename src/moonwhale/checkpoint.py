@@ -248,11 +248,11 @@ def unfinished_folder(out: str | os.PathLike) -> Path:
     return folder
 
 
-def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None) -> None:
+def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None, best: str | None = None) -> None:
     """Moves the complete checkpoint `written` into the run's folder `out`, in one step.
 
     Before that, the sizes and SHA-256 sums of its files are recorded in its manifest. Afterwards the oldest checkpoints
-    are deleted until `keep` are left.
+    are deleted until `keep` are left. `written` and the checkpoint `best` always stay.
     """
     files = {
         path.relative_to(written).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
@@ -261,15 +261,22 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
     }
     (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     final = Path(out) / written.name
-    # A checkpoint of this or a later step is damaged: else the run would have resumed from it. Keep it, renamed.
-    for damaged in list_checkpoints(out):
-        if step_of(damaged) >= step_of(final):
-            new_name = damaged.with_name(f"damaged-{damaged.name}")
+    # A run resumes from its newest whole checkpoint, so one of this or a later step is damaged: keep it, renamed. Or it
+    # is whole and of an earlier call of `Trainer.train`.
+    for other in list_checkpoints(out):
+        if step_of(other) >= step_of(final) and find_damage(other):
+            new_name = other.with_name(f"damaged-{other.name}")
             shutil.rmtree(new_name, ignore_errors=True)
-            damaged.rename(new_name)
+            other.rename(new_name)
+    replaced = written.with_name("replaced")
+    if final.exists():
+        final.rename(replaced)
     written.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     written.parent.rmdir()
-    for old in list_checkpoints(out)[keep:] if keep else ():
+    others = [path for path in list_checkpoints(out) if path.name not in (final.name, best and Path(best).name)]
+    n_protected = len(list_checkpoints(out)) - len(others)
+    for old in others[max(keep - n_protected, 0) :] if keep else ():
         shutil.rmtree(old, ignore_errors=True)
 
 

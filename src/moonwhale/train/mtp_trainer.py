@@ -1,17 +1,18 @@
 """`MTPTrainer`: transformers' Trainer on the model's own loss, which is logged for each prediction depth."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.mtp import prediction_targets
+from moonwhale.model.outputs import MoonwhaleOutput
 from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin, MuonClipTrainerMixin
 
 
@@ -23,9 +24,13 @@ class MTPTrainingArguments(MuonClipArgumentsMixin, TrainingArguments):
 class MTPTrainerMixin(MuonClipTrainerMixin):
     """Makes a Trainer class optimize the model's own loss, MTP and balance loss included, and log each of its parts.
 
-    The Trainer comes after it among the bases. Its rows are {"input_ids", "position_ids", "labels"}.
+    The Trainer comes after it among the bases. Its batches have "input_ids" and "labels", and may have "position_ids"
+    and "attention_mask". Data sets and collators are of any kind that Trainer takes.
 
     byte_lengths: (V,) bytes that each token stands for, to report evaluations in bits per byte.
+
+    Raises:
+        ValueError: `compute_loss_func` is given.
 
     Example:
 
@@ -36,17 +41,28 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     def __init__(self, *args, byte_lengths: Tensor | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func is not supported: the model's own loss has MTP and balancing; override compute_loss"
+            )
         self.model_accepts_loss_kwargs = True  # the model divides by num_items_in_batch itself
         self.byte_lengths = byte_lengths
-        self._loss_sums = _LossSums()
+        self._loss_sums = self._no_losses()
+        self._step_targets: Tensor | None = None  # (1 + D,) targets of the whole step
+        self._wants_logits = False
+
+    def _no_losses(self) -> "_LossSums":
+        return _LossSums(1 + self.model.config.num_nextn_predict_layers, self.args.device)
 
     # One optimizer step
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Counts the targets of the whole step for each depth, (1 + D,): an MTP module has fewer than the main head.
+        """Counts the main head's targets in the whole step, and keeps all depths' counts: MTP modules have fewer.
 
         The documents and targets that this takes are added to the micro-batches, for the model's forward to use.
         """
+        if any(batch.get("labels") is None for batch in batch_samples):
+            return None
         n_modules = self.model.config.num_nextn_predict_layers
         total = torch.zeros(1 + n_modules, dtype=torch.long, device=device)
         for batch in batch_samples:
@@ -59,14 +75,23 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
             total += (targets != IGNORE_INDEX).sum((1, 2))
             if self.passes_targets:
                 batch.update(documents=documents, targets=targets)
-        return self.accelerator.reduce(total, "sum")
+        average = self.args.average_tokens_across_devices
+        self._step_targets = self.accelerator.reduce(total, "sum") if average else total
+        return self._step_targets[0]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        batch, self._context = inputs[self.model.main_input_name].shape[:2]
+        if self._step_start is not None:
+            self._window_tokens += batch * self._context * self.args.world_size
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (model.training or self._wants_logits):
+            inputs = {**inputs, "logits_to_keep": 1}
+        n_targets = None if num_items_in_batch is None else self._step_targets
         # Trainer's method, not TRL's, which would use the loss of the next token alone.
-        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, n_targets)
         self._loss_sums.add(outputs)
-        if self._step_start is not None:
-            self._window_tokens += inputs["labels"].numel() * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     # Logging
@@ -80,35 +105,90 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """This rank's share of the rows, each row on one rank. Training's random state is not used."""
+        """This rank's share of the rows, each row on one rank. Training's random state is not used.
+
+        Where predictions are wanted, or the rows are a stream, it is Trainer's, which repeats rows to fill a batch.
+        """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        share = Subset(rows, range(self.args.process_index, len(rows), self.args.world_size))
-        return DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator, generator=torch.Generator())
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        args = self.args
+        casts_weights = args.bf16_full_eval or args.fp16_full_eval
+        if self.compute_metrics is not None or casts_weights or isinstance(rows, IterableDataset):
+            return super().get_eval_dataloader(eval_dataset)
+        collate = self._get_collator_with_removed_columns(self.data_collator, "Evaluation")
+        share = _RowsOfRank(rows, range(args.process_index, len(rows), args.world_size))
+        return DataLoader(
+            share,
+            args.eval_batch_size,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
 
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Computes the loss in nats per token and the accuracy of the main head and of each MTP module, and bits per
-        byte of the main head.
-        """
-        sums, n_bytes = _LossSums(), torch.zeros((), dtype=torch.long, device=self.args.device)
-        self.model.eval()
-        for inputs in map(self._prepare_inputs, dataloader):
-            sums.add(self._evaluate_batch(inputs))
-            if self.byte_lengths is not None:
-                targets = inputs["labels"][:, 1:]
-                n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE_INDEX]].sum()
-        metrics = sums.pop_logs(self.accelerator)
-        n_bytes = self.accelerator.reduce(n_bytes, "sum").item()
-        if n_bytes:
-            metrics["bits_per_byte"] = metrics["loss_main"] * metrics["targets"] / math.log(2) / n_bytes
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset) * self.args.world_size)
+        """Computes the loss to be optimized, and the metrics of `compute_metrics`, as Trainer does.
 
-    def _evaluate_batch(self, inputs: dict[str, Tensor]):
+        Adds the loss in nats per token and the accuracy of the main head and of each MTP module, and bits per byte of
+        the main head.
+        """
+        of_training, self._loss_sums = self._loss_sums, self._no_losses()
+        self._n_bytes = torch.zeros((), dtype=torch.long, device=self.args.device)
+        try:
+            if isinstance(getattr(dataloader, "dataset", None), _RowsOfRank):
+                output = self._evaluate_share(dataloader, metric_key_prefix)
+            else:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            metrics = self._loss_sums.pop_logs(self.accelerator)
+        finally:
+            self._loss_sums = of_training
+        n_bytes = self.accelerator.reduce(self._n_bytes, "sum").item()
+        if n_bytes and metrics:
+            metrics["bits_per_byte"] = metrics["loss_main"] * metrics["targets"] / math.log(2) / n_bytes
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _evaluate_share(self, dataloader: DataLoader, prefix: str) -> EvalLoopOutput:
+        """Averages the loss over all ranks' rows. The ranks may have different numbers of batches, or none."""
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        loss_and_rows = torch.zeros(2, device=self.args.device)
+        for inputs in map(self._prepare_inputs, dataloader):
+            n_rows = len(inputs[self.model.main_input_name])
+            loss_and_rows += torch.stack([self._evaluate_batch(inputs).float(), loss_and_rows.new_ones(())]) * n_rows
+            self._count_bytes(inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss, n_rows = self.accelerator.reduce(loss_and_rows, "sum").tolist()
+        return EvalLoopOutput(None, None, {f"{prefix}_loss": loss / n_rows} if n_rows else {}, int(n_rows))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Trainer's method. The predictions are the main head's logits."""
+        if ignore_keys is None:
+            ignore_keys = [f.name for f in fields(MoonwhaleOutput) if f.name not in ("loss", "logits")]
+        self._count_bytes(inputs)
+        self._wants_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._wants_logits = False
+
+    def _count_bytes(self, inputs: dict[str, Tensor]) -> None:
+        if self.byte_lengths is not None and inputs.get("labels") is not None:
+            targets = inputs["labels"][:, 1:].to(self._n_bytes.device)
+            self._n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE_INDEX]].sum()
+
+    def _evaluate_batch(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Returns the loss of a batch, and adds its parts to the sums."""
         with self.accelerator.autocast():
-            return self.model(**inputs, logits_to_keep=1)
+            return self.compute_loss(self.model, inputs)
+
+
+class _RowsOfRank(Subset):
+    """The rows that one rank evaluates."""
 
 
 class MTPTrainer(MTPTrainerMixin, Trainer):
@@ -122,26 +202,27 @@ class _LossSums:
     and number of micro-batches.
     """
 
-    def __init__(self):
-        self.per_depth: Tensor | None = None
-        self.balance: Tensor | None = None
+    def __init__(self, depths: int, device: torch.device):
+        self.per_depth = torch.zeros(3, depths, device=device)
+        self.balance = torch.zeros(2, device=device)
 
     @torch.no_grad()
     def add(self, out) -> None:
-        """Adds the outputs of one micro-batch, a `MoonwhaleOutput`."""
+        """Adds the outputs of one micro-batch, a `MoonwhaleOutput` with losses."""
         n = out.targets.float()
-        per_depth = torch.stack([out.losses * n, out.accuracies * n, n])
-        balance = torch.stack([out.balance_loss, torch.ones_like(out.balance_loss)])
-        if self.per_depth is None:
-            self.per_depth, self.balance = per_depth, balance
-        else:
-            self.per_depth, self.balance = self.per_depth + per_depth, self.balance + balance
+        self.per_depth = self.per_depth + torch.stack([out.losses * n, out.accuracies * n, n])
+        self.balance = self.balance + torch.stack([out.balance_loss, torch.ones_like(out.balance_loss)])
 
     def pop_logs(self, accelerator) -> dict[str, float]:
-        """Returns the means over all ranks and the number of the main head's targets, and starts anew."""
+        """Returns the means over all ranks and the number of the main head's targets, and starts anew.
+
+        Returns nothing if no rank added outputs, as with a `compute_loss` of one's own.
+        """
         nll, correct, n = accelerator.reduce(self.per_depth, "sum")
         balance, n_batches = accelerator.reduce(self.balance, "sum")
-        self.per_depth = self.balance = None
+        self.per_depth, self.balance = torch.zeros_like(self.per_depth), torch.zeros_like(self.balance)
+        if not n_batches:
+            return {}
         losses, accuracies = (nll / n.clamp(min=1)).tolist(), (correct / n.clamp(min=1)).tolist()
         logs = {"targets": n[0].item(), "loss_balance": (balance / n_batches).item()}
         for depth, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):

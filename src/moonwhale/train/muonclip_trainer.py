@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer import SCHEDULER_NAME
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from moonwhale.checkpoint import UNFINISHED, explain_full_disk, newest_checkpoint, publish_checkpoint, unfinished_folder
 from moonwhale.costs import flops_per_token
@@ -21,10 +22,30 @@ from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
 
+# Fields of TrainingArguments that these trainers cannot serve, with the reason and the remedy
+REFUSED = {
+    "fp16": "a step that overflows would end the run; use bf16=True",
+    "label_smoothing_factor": "the model's own loss, with MTP and balancing, has none; leave it at 0",
+    "use_liger_kernel": "Liger has no kernels for this model; leave it False",
+    "liger_kernel_config": "Liger has no kernels for this model; leave it None",
+    "deepspeed": "MuonClip needs whole weights; start several processes with torchrun, for DDP",
+    "fsdp": "MuonClip needs whole weights; leave it None, or train with `parallel`",
+    "fsdp_config": "MuonClip needs whole weights; leave it None, or train with `parallel`",
+    "parallelism_config": "MuonClip needs whole weights; leave it None, or train with `parallel`",
+    "push_to_hub": "checkpoints move into place after they are written; call model.push_to_hub after the training",
+    "enable_jit_checkpoint": "it writes past the verified checkpoints; add the callback StopAtStepEnd instead",
+}
+
 
 @dataclass
 class MuonClipArgumentsMixin:
-    """The arguments that MuonClip and MTP add to a TrainingArguments class, which comes after it among the bases."""
+    """The arguments that MuonClip and MTP add to a TrainingArguments class, which comes after it among the bases.
+
+    The optimizer is MuonClip while `optim` has its default. Any other value chooses transformers' optimizer.
+
+    Raises:
+        ValueError: a field has a value that these trainers cannot serve.
+    """
 
     use_cache: bool = field(
         default=True, metadata={"help": "The saved configuration's use_cache; training never caches."}
@@ -41,9 +62,19 @@ class MuonClipArgumentsMixin:
     decay_steps: int = field(default=0, metadata={"help": "Number of last steps that use mtp_loss_weight_final."})
 
     def __post_init__(self):
+        for name, why in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {why}")
         super().__post_init__()
+        for name in ("optim_args", "optim_target_modules"):
+            if getattr(self, name) and self.uses_muonclip:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by MuonClip: choose another optim")
         # Several GPUs need DDP. With more than one GPU in a process, Trainer would split batches over threads.
         self._n_gpu = min(self.n_gpu, 1)
+
+    @property
+    def uses_muonclip(self) -> bool:
+        return self.optim == OptimizerNames(TrainingArguments.optim)
 
 
 class MuonClipTrainerMixin:
@@ -69,31 +100,41 @@ class MuonClipTrainerMixin:
         MuonClipTrainer(model=model, args=args, train_dataset=rows).train()
 
     Raises:
+        TypeError: `args` is of another class.
         UserError: the loss or the gradient norm is not finite (names the step and the newest checkpoint), or the disk
             is full.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MuonClipArgumentsMixin):
+            given = type(self.args).__name__
+            raise TypeError(f"args is a {given}, without MuonClip's settings: give MTPTrainingArguments or the like")
         self._hooks: StepHooks | None = None
         self._hook_statistics = _HookStatistics(self.model.config.first_k_dense_replace)
         self._unchecked_steps: dict[int, Tensor] = {}  # step -> (loss, gradient norm), not yet checked to be finite
         # Speed since the last log line. The first step is left out, since it warms up.
         self._step_start: float | None = None
         self._window_tokens = self._window_seconds = 0.0
+        self._context = 0  # tokens in a row of the latest batch
         self._save_folder: str | None = None  # where a checkpoint is being written
+        self._last_save = -1  # the step of the latest attempt to write a checkpoint
         self.add_callback(_MuonClipCallback(self))
 
     # Optimizer
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Creates MuonClip over all trained parameters, unless an optimizer was given.
+        """Creates MuonClip over all trained parameters, unless the caller gave or chose another optimizer.
 
-        Either one has QK-clip and the router-bias update as its step hooks. They leave frozen weights as they are.
+        Any of them has QK-clip and the router-bias update as its step hooks. They leave frozen weights as they are.
         """
         args = self.args
         if self.optimizer is None:
-            self.optimizer = self._make_optimizer(param_groups(self.model, args.learning_rate, args.weight_decay))
+            self._hooks = None  # those of an earlier `train()`, if `model_init` has made a new model
+            if self.optimizer_cls_and_kwargs is not None or not args.uses_muonclip:
+                super().create_optimizer(model)
+            else:
+                self.optimizer = self._make_optimizer(param_groups(self.model, args.learning_rate, args.weight_decay))
         if self._hooks is None:
             self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
         return self.optimizer
@@ -153,7 +194,13 @@ class MuonClipTrainerMixin:
             self._stop_unless_finite()
         if self._step_start is not None:
             self._window_seconds += time.perf_counter() - self._step_start
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Exception:
+            # An evaluation that failed must not cost the steps before it. One rank alone could not save.
+            if self.control.should_save and self._last_save != self.state.global_step and self.args.world_size == 1:
+                self._save_checkpoint(self.model, None)
+            raise
         self._step_start = time.perf_counter()  # evaluations and checkpoints do not count
 
     def _speed_logs(self) -> dict[str, float]:
@@ -165,25 +212,30 @@ class MuonClipTrainerMixin:
         fp32 = not self.args.bf16 and torch.get_float32_matmul_precision() == "highest"
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
-        context = len(self.train_dataset[0]["labels"])
-        return {"tokens_per_second": speed, "mfu": speed * flops_per_token(self.model.config, context) / peak}
+        flops = flops_per_token(self.model.config, self._context)
+        return {"tokens_per_second": speed, "mfu": speed * flops / peak}
 
     # Checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes the checkpoint into an unfinished folder, then publishes it under its name."""
-        out = self.args.output_dir
+        out = super()._get_output_dir(trial)
+        self._last_save = self.state.global_step
         if self.args.should_save:
             folder = unfinished_folder(out)
         self.accelerator.wait_for_everyone()
         self._save_folder = f"{out}/{UNFINISHED}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:  # Trainer has the unfinished folder's path
+                self.state.best_model_checkpoint = f"{out}/checkpoint-{self.state.global_step}"
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 written = folder / f"checkpoint-{self.state.global_step}"
                 (written / "training_args.bin").unlink()  # a pickle, which nothing reads
-                publish_checkpoint(written, out, self.args.save_total_limit)
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # with the path of the best one
+                publish_checkpoint(written, out, self.args.save_total_limit, self.state.best_model_checkpoint)
         except Exception as error:
             if explained := explain_full_disk(error, out):
                 raise explained from error

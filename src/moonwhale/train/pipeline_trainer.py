@@ -66,6 +66,8 @@ class PipelineTrainer(MTPTrainer):
     ):
         self.placement, self.fsdp = placement, fsdp
         targs, context = kwargs["args"], kwargs["train_dataset"][0]["labels"].numel()
+        if targs.load_best_model_at_end or not targs.uses_muonclip or kwargs.get("compute_metrics"):
+            raise ValueError("a pipeline has no load_best_model_at_end, compute_metrics or optim of one's own")
         self._describe_whole(model, targs)
         if targs.activation_checkpointing:
             model.gradient_checkpointing_enable()
@@ -155,8 +157,9 @@ class PipelineTrainer(MTPTrainer):
         step, self._micro_batches_of_step = self._micro_batches_of_step, []
         if self._step_start is not None:
             self._window_tokens += sum(inputs["labels"].numel() for inputs in step)
+        self._context = step[0]["labels"].shape[1]
         for stage in self.pipeline.stages:
-            stage.targets = num_items_in_batch
+            stage.targets = self._step_targets
         batch, num_real = self._batch_of_replica(step)
         self.pipeline.step(batch)
         taken = [(i, out) for i, out in self.pipeline.take_outputs() if i < num_real]
@@ -248,11 +251,13 @@ class PipelineTrainer(MTPTrainer):
 
     # Evaluation
 
-    def _evaluate_batch(self, inputs: dict[str, Tensor]) -> MoonwhaleOutput:
+    def _evaluate_batch(self, inputs: dict[str, Tensor]) -> Tensor:
         """Evaluate the same rows on every replica, and count the first replica's."""
         self.pipeline.evaluate(inputs)
         taken = self.pipeline.take_outputs()
-        return self._outputs_of_all([(0, out) for _, out in taken] if self.placement.replica == 0 else [], 1)[0]
+        [out] = self._outputs_of_all([(0, out) for _, out in taken] if self.placement.replica == 0 else [], 1)
+        self._loss_sums.add(out)
+        return out.loss
 
     # Checkpoints
 
