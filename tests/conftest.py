@@ -157,3 +157,21 @@ def small_checkpoint(small_model, small_tokenizer, tmp_path_factory):
     small_model.save_pretrained(folder)
     small_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(text_folder, tmp_path_factory):
+    """The folder that `moonwhale train` writes for a model with every mechanism, after two steps."""
+    from moonwhale.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    model = [f"--model.{name}={'0,1' if name.startswith('moba_full') else value}" for name, value in TOY.items()]
+    options = (
+        "--context 32 --batch-size 2 --tokens-per-step 128 --steps 2 --warmup-steps 1 --eval-every 0 --eval-rows 4"
+    )
+    fixed = "--save-every 0 --report-to none --device cpu --precision fp32"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        arguments = ["--data", str(text_folder), "--out", str(folder / "run"), *options.split(), *fixed.split(), *model]
+        assert main(["train", *arguments]) == 0
+    return folder / "run"

@@ -6,12 +6,16 @@ cover the context. The exported folder also holds our configuration, in `moonwha
 MoBA's settings.
 """
 
+import json
+import math
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import DeepseekV3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moonwhale.checkpoint import load_model, load_tokenizer_of, open_checkpoint, read_json
 from moonwhale.errors import UserError
@@ -28,12 +32,11 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     """
     model, tokenizer = open_checkpoint(folder, dtype)
     config = model.config
-    notes = without_moba(folder, config, config.num_blocks)
-    if config.scoring_func != "sigmoid":
-        raise UserError(
-            f"{folder}: DeepSeek-V3's router scores by sigmoid, not {config.scoring_func}: export it with `to` code"
-        )
-    weights, n_blocks = model.state_dict(), config.num_hidden_layers
+    config.use_cache = True
+    _require_representable(folder, config)
+    notes = without_moba(folder, config, config.num_blocks) + _read_differently(config)
+    weights = {name: interleaved(name, weight, config) for name, weight in model.state_dict().items()}
+    config.rope_interleave, n_blocks = True, config.num_hidden_layers
     modules = config.num_nextn_predict_layers
     if any(blocks > 1 for blocks in config.mtp_blocks):
         weights = {name: weight for name, weight in weights.items() if layer_of(name) < n_blocks}
@@ -48,18 +51,95 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     with torch.device("meta"):  # a loaded model would save its experts in the layout of the file it came from
         new = type(model)(config)
     new.save_pretrained(out, state_dict=weights, save_original_format=True)
-    _deepseek_config(config, dtype, modules).save_pretrained(out)
+    values = _deepseek_config(config, dtype, modules)
+    (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(out)
     config.to_json_file(out / MOONWHALE_JSON, use_diff=False)
     return notes
 
 
-def _deepseek_config(config: MoonwhaleConfig, dtype, modules: int) -> DeepseekV3Config:
-    """The fields that both configurations have, for a DeepSeek-V3 with `modules` MTP modules."""
+def _require_representable(folder: Path, config: MoonwhaleConfig) -> None:
+    """Raises UserError if DeepSeek-V3's router and experts cannot compute what the model's do."""
+    has_experts = config.first_k_dense_replace < config.num_blocks
+    for fault, present in {
+        f"router scores by sigmoid, not {config.scoring_func}": config.scoring_func != "sigmoid",
+        "blocks have a shared expert (n_shared_experts is 0)": has_experts and not config.n_shared_experts,
+        "router compares at least two experts (n_routed_experts is 1)": has_experts and config.n_routed_experts == 1,
+    }.items():
+        if present:
+            raise UserError(f"{folder}: DeepSeek-V3's {fault}: export it with `to` code")
+
+
+def _read_differently(config: MoonwhaleConfig) -> list[str]:
+    """Returns a warning for each setting that transformers reads from the exported folder, and other readers do not."""
+    warning, rope = "warning: read by transformers, but not by DeepSeek's own code: ", config.rope_parameters
+    notes = []
+    if config.norm_topk_prob and config.num_experts_per_tok == 1 and config.first_k_dense_replace < config.num_blocks:
+        notes.append(f"{warning}norm_topk_prob with num_experts_per_tok=1")
+    if not rope.get("truncate", True):
+        notes.append(f"{warning}truncate=false in rope_parameters")
+    if rope["rope_type"] == "llama3":
+        notes.append(f"{warning}rope_type llama3")
+    return notes
+
+
+def _deepseek_config(config: MoonwhaleConfig, dtype, modules: int) -> dict:
+    """The configuration of a DeepSeek-V3 with `modules` MTP modules, with all that its released config.json holds.
+
+    Every value is written. DeepSeek's own class, for one, has softmax scores without a bias among its defaults.
+    """
     shared = {f.name for f in fields(DeepseekV3Config)} & config.to_dict().keys()
     values = {name: getattr(config, name) for name in shared}
     values |= {"architectures": ["DeepseekV3ForCausalLM"], "dtype": dtype, "num_nextn_predict_layers": modules}
-    return DeepseekV3Config(**values)
+    written = DeepseekV3Config(**values).to_dict()
+    return written | {
+        "aux_loss_alpha": config.aux_loss_alpha,
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "rope_scaling": _rope_scaling(config),  # with rope_theta, how versions 4 of transformers name rope_parameters
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "scoring_func": config.scoring_func,
+        "seq_aux": config.balance_loss == "sequence",
+        "topk_method": "noaux_tc",
+        "torch_dtype": written["dtype"],
+    }
+
+
+def _rope_scaling(config: MoonwhaleConfig) -> dict | None:
+    """RoPE's settings under their older names, with no default left to the reader; None without scaling.
+
+    For YaRN, DeepSeek's code multiplies the rotated parts by m(mscale) / m(mscale_all_dim) with
+    m(x) = 1 + 0.1 x ln factor. transformers does so only if both are given, so `mscale` is set such that they agree.
+    """
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
+    kind = rope["rope_type"]
+    if kind == "default":
+        return None
+    rope["type"] = kind
+    if kind == "yarn":
+        rope["beta_fast"], rope["beta_slow"] = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+        all_dim, log = rope.get("mscale_all_dim") or 0.0, 0.1 * math.log(rope["factor"])
+        as_given = rope.get("mscale") and all_dim and rope.get("attention_factor") is None
+        if log and not as_given:
+            rotated = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1]
+            rope["attention_factor"] = rotated
+            rope["mscale"] = (rotated * (1 + all_dim * log) - 1) / log
+        rope["mscale_all_dim"] = all_dim
+    return rope
+
+
+def interleaved(name: str, weight: Tensor, config: MoonwhaleConfig) -> Tensor:
+    """Reorders the rotary rows of a queries' or keys' projection so that pairs are adjacent, as DeepSeek rotates.
+
+    The model computes the same: queries and keys are reordered alike. Other weights are returned as they are.
+    """
+    rope, layer = config.qk_rope_head_dim, name.rsplit(".", 2)[-2]
+    if config.rope_interleave or layer not in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
+        return weight
+    heads = 1 if layer == "kv_a_proj_with_mqa" else config.num_attention_heads
+    rows = weight.unflatten(0, (heads, -1))
+    rotated = rows[:, -rope:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([rows[:, :-rope], rotated], dim=1).flatten(0, 1)
 
 
 def without_moba(folder: Path, config: MoonwhaleConfig, blocks: int) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
-from moonwhale.export.deepseek import layer_of, without_moba
+from moonwhale.export.deepseek import interleaved, layer_of, without_moba
 
 try:
     import gguf
@@ -225,7 +225,7 @@ def _tensors(model) -> Iterator[tuple[str, Tensor]]:
 
 def _converted(name: str, weight: Tensor, config) -> Iterator[tuple[str, Tensor]]:
     """Yields one of our weights with the names and shapes that llama.cpp's converter expects."""
-    heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    heads, nope = config.num_attention_heads, config.qk_nope_head_dim
     if name.endswith("kv_b_proj.weight"):
         w_k, w_v = weight.unflatten(0, (heads, -1)).split([nope, config.v_head_dim], dim=1)
         yield name.replace("kv_b_proj", "k_b_proj"), w_k.transpose(1, 2)  # (heads, rank, nope)
@@ -238,17 +238,5 @@ def _converted(name: str, weight: Tensor, config) -> Iterator[tuple[str, Tensor]
         yield f"{name}.weight", weight
     elif name.endswith("e_score_correction_bias"):
         yield name.replace("_bias", ".bias"), weight
-    elif name.endswith(("q_b_proj.weight", "q_proj.weight")):
-        yield name, _interleaved(weight.unflatten(0, (heads, nope + rope)), rope, config).flatten(0, 1)
-    elif name.endswith("kv_a_proj_with_mqa.weight"):
-        yield name, _interleaved(weight.unsqueeze(0), rope, config).squeeze(0)
     else:
-        yield name, weight
-
-
-def _interleaved(weight: Tensor, rope: int, config) -> Tensor:
-    """Reorders the last `rope` rows of a (heads, width, in) weight so that pairs are adjacent, as llama.cpp rotates."""
-    if config.rope_interleave:
-        return weight
-    rotated = weight[:, -rope:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([weight[:, :-rope], rotated], dim=1)
+        yield name, interleaved(name, weight, config)

@@ -19,7 +19,7 @@ def to_remote_code(folder: Path, out: Path, dtype) -> list[str]:
     Nothing is lost, so the returned list of notes is empty.
     """
     model, tokenizer = open_checkpoint(folder, dtype)
-    model.config.auto_map = AUTO_MAP
+    model.config.auto_map, model.config.use_cache = AUTO_MAP, True
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     for path in Path(model_package.__file__).parent.glob("*.py"):
