@@ -69,8 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         # Each library raises its own exception for a full disk, so the message decides.
         no_space = "No space left on device" in str(error)
-        if debug or not (no_space or isinstance(error, UserError)):
+        denied = isinstance(error, PermissionError) and error.filename is not None
+        if debug or not (no_space or denied or isinstance(error, UserError)):
             raise
+        if denied:
+            return _fail(f"error: {error.filename} is not yours to use: {error.strerror}", 2)
         return _fail(f"error: {error}" + (": free some, or give another `out`" if no_space else ""), 2)
 
 

@@ -76,6 +76,19 @@ def new_folder(final: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Raises UserError, naming `option`, if no file can be written in `folder`, which need not exist yet."""
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
+    if not os.path.isdir(existing):
+        raise UserError(f"`{option}`: {existing} is a file: name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK | (os.R_OK if existing == absolute else 0)):
+        raise UserError(f"`{option}`: {existing} is not yours to write in: give yourself the right, or name another")
+
+
 def _cannot_write(folder: Path, error: OSError) -> UserError:
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return UserError(f"cannot write in {folder}: {reason} (free some space; MOONWHALE_CACHE moves the cache)")
+    full = error.errno == errno.ENOSPC
+    reason = "the disk is full" if full else error.strerror or str(error)
+    hints = ["free some space"] if full else []
+    hints += ["MOONWHALE_CACHE moves the cache"] if folder.is_relative_to(cache_folder()) else []
+    return UserError(f"cannot write in {folder}: {reason}" + (f" ({'; '.join(hints)})" if hints else ""))

@@ -203,3 +203,38 @@ def test_an_answer_that_cannot_be_given_is_refused(tmp_path, answer):
 def test_a_task_of_the_gym_that_takes_gigabytes_is_refused():
     with pytest.raises(UserError, match="acre builds all its questions at once"):
         load_task("acre")
+
+
+def test_errors_of_a_task_that_is_data_name_that_option():
+    for spec in ("task:chain_sums", "task:word_ladder", "task:nowhere.jsonl"):
+        with pytest.raises(UserError, match="^`data`"):
+            demonstration_source(spec)
+
+
+REFUSED = {
+    "acre": "builds all its questions at once",
+    "boxnet": "has no right answers to show",
+    "composite": "Must specify at least one dataset",
+    "graph_color": "has no right answers to show",
+    "propositional_logic": "has no right answers to show",
+    "rubiks_cube": "has no right answers to show",
+    "rush_hour": "has no right answers to show",
+    "word_ladder": "Dataset size too large",
+}
+
+
+@pytest.mark.slow
+def test_every_task_of_the_gym_scores_its_own_answers_or_is_refused_by_name():
+    from reasoning_gym.factory import DATASETS
+
+    refused = {}
+    for name in DATASETS:
+        try:
+            task = load_task(name)
+            scores = [task.accuracy(problem, task.demonstrate(problem)) for problem in task.problems(2)]
+            assert scores == [1, 1], name
+        except UserError as error:
+            refused[name] = str(error)
+    assert refused.keys() == REFUSED.keys()
+    for name, reason in REFUSED.items():
+        assert f"{name}" in refused[name] and reason in refused[name] and "choose another task" in refused[name]

@@ -1,6 +1,7 @@
 """Tests GRPO at toy size: runs learn what is rewarded, resume exactly, and refuse impossible options."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -129,3 +130,40 @@ def test_the_engine_and_generate_draw_from_the_same_policy(options, small_checkp
     with torch.no_grad():
         theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
     assert ours == theirs[: len(ours)]
+
+
+def test_changed_questions_are_noticed(options, tmp_path):
+    config = options(steps=1)
+    grpo(config)
+    shutil.rmtree(Path(config.out, "checkpoint-1"))
+    (tmp_path / "task.jsonl").write_text((tmp_path / "task.jsonl").read_text().replace("+", "-"))
+    resumed = options(steps=1, resume=True)
+    with pytest.raises(UserError, match=r"^`task`: task.jsonl has changed since the run in .* began"):
+        grpo(resumed)
+    Path(config.out, "data.txt").unlink()
+    grpo(resumed)  # a run from before `data.txt` takes what it gets
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        (["none:all", "format"], r"reward 0.000  format 0.000  no signal .*\n.*held out: format 0.000"),
+        (["none:all"], r"no reward applies  KL .*\n.*held out: no reward applies"),
+        (["none:but_one"], r"reward 1.000  none:but_one 1.000"),
+    ],
+)
+def test_rewards_that_do_not_apply(options, tmp_path, rewards, said, capsys):
+    """TRL's semantics: None leaves a reward out. A completion without any reward teaches nothing."""
+    (tmp_path / "none.py").write_text(
+        "def all(completions, **_): return [None] * len(completions)\n"
+        "def but_one(completions, **_): return [None] * (len(completions) - 1) + [1]\n"
+    )
+    grpo(options(rewards=rewards, steps=1))
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_an_unknown_reporter_is_one_line_before_anything_is_written(options):
+    config = options(report_to=["tensorbord"])
+    with pytest.raises(UserError, match=r"^`report_to`: 'tensorbord' is no reporter .*did you mean tensorboard"):
+        grpo(config)
+    assert not Path(config.out).exists()

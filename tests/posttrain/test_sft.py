@@ -1,6 +1,7 @@
 """Tests supervised fine-tuning: the labels, the packing of rows, and whole runs at toy size."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint
@@ -17,7 +19,7 @@ from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.split import document_hash
 from moonwhale.errors import UserError
-from moonwhale.posttrain.sft import SFTOptions, sft
+from moonwhale.posttrain.sft import SFTOptions, contents_of, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
 from moonwhale.train import run_folder
 from moonwhale.train.run_options import parse_run
@@ -219,3 +221,62 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(options, tmp_path):
         sft(config)
     with pytest.raises(UserError, match=r"`lr`: 0.5 differs from the 0.003 that the run"):
         sft(options(resume=True, lr=0.5))
+
+
+def test_changed_conversations_are_noticed(options, chats, tmp_path):
+    """A run is resumed on the same conversations only. A run from before `data.txt` takes what it gets."""
+    data = shutil.copy(chats, tmp_path / "chats.jsonl")
+    config = options(data=str(data), steps=1, context=96)
+    sft(config)
+    shutil.rmtree(Path(config.out, "checkpoint-1"))
+    resumed = options(data=str(data), steps=1, context=96, resume=True)
+    data.write_text(data.read_text())  # the same again
+    sft(resumed)
+    shutil.rmtree(Path(config.out, "checkpoint-1"))
+    data.write_text(data.read_text().replace("whale", "whales"))
+    with pytest.raises(UserError, match=r"^`data`: .*chats.jsonl, or its tokenizer, has changed since the run in "):
+        sft(resumed)
+    Path(config.out, "data.txt").unlink()
+    sft(resumed)
+    assert "checksum" in Path(config.out, "data.txt").read_text()
+
+
+def test_the_checksum_covers_tokens_labels_and_the_ends_of_rows():
+    def contents(ids, labels):
+        return contents_of(Dataset.from_dict({"input_ids": ids, "labels": labels}))
+
+    before = contents([[1, 2], [3]], [[-100, 2], [3]])
+    assert before == contents([[1, 2], [3]], [[-100, 2], [3]])
+    assert before != contents([[1, 2], [4]], [[-100, 2], [3]])
+    assert before != contents([[1, 2], [3]], [[1, 2], [3]])
+    assert before != contents([[1], [2, 3]], [[-100], [2, 3]])
+
+
+def test_an_interrupted_lora_merge_leaves_no_model_and_is_made_up_for(options, monkeypatch):
+    def interrupted(checkpoint, out):
+        raise KeyboardInterrupt
+
+    config = options(lora_rank=2, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("moonwhale.posttrain.lora.publish_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sft(config)
+    assert not Path(config.out, "config.json").exists() and not list(Path(config.out).glob(".merged-*"))
+    sft(parse_run(SFTOptions, ["--out", config.out, "--resume"]))
+    open_checkpoint(config.out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_encoded(options, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^`out`: .*/file is a file: name a folder"):
+        sft(options(out=str(tmp_path / "file" / "below")))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(UserError, match=r"^`out`: .* is not yours to write in: give yourself the right"):
+            sft(options())
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"^cannot write in .*/file/conversations: .* \(MOONWHALE_CACHE moves the cache\)"
+    ):
+        sft(options())
+    assert os.listdir(tmp_path) == ["file"]

@@ -4,6 +4,7 @@ import errno
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,14 +54,14 @@ def at_step(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(MTPTrainer, "training_step", training_step)
 
 
-def interrupt(monkeypatch, config, step: int) -> None:
-    """Starts a run and presses Ctrl-C while it computes step number `step`."""
+def interrupt(monkeypatch, config, step: int, number=signal.SIGINT) -> None:
+    """Starts a run and presses Ctrl-C, or raises another signal, while it computes step number `step`."""
     pressed = []
 
     def press():
         if not pressed:  # once, though a step has several micro-batches
             pressed.append(True)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         at_step(patch, step, press)
@@ -411,3 +412,14 @@ def test_no_space_for_the_model_itself(tiny_run, monkeypatch):
     assert not (Path(config.out) / "config.json").exists()
     resume(config.out)
     assert (Path(config.out) / "config.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_leaves_a_checkpoint_and_a_command_to_paste(tiny_run, tmp_path, monkeypatch, capsys, number):
+    config = tiny_run(out=str(tmp_path / "my run"))
+    interrupt(monkeypatch, config, 2, number)
+    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-2"]
+    command = capsys.readouterr().out.rpartition("go on with: moonwhale train ")[2]
+    assert shlex.split(command) == ["--out", config.out, "--resume"]
+    pretrain.train(parse(shlex.split(command)))
+    assert f"moonwhale chat '{config.out}'" in capsys.readouterr().out

@@ -67,8 +67,9 @@ def _train(options: SourceOptions, args: argparse.Namespace) -> None:
         raise UserError(f"`out`: {out} already exists and is not an empty folder")
 
     from moonwhale.data.tokenizer import load_or_train_tokenizer
-    from moonwhale.files import new_folder
+    from moonwhale.files import new_folder, require_writable
 
+    require_writable(out.parent, "out")
     source = options.load_source()
     tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
     with new_folder(out, replace=False) as building:

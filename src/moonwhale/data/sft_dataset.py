@@ -42,7 +42,6 @@ def load_conversations(
         )
     key = cache_key(FORMAT, source.fingerprint, tokenizer_fingerprint(tokenizer))
     folder = cache_folder(cache_dir) / "conversations"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder / key):
             rows = datasets.Dataset.from_generator(

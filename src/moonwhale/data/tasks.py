@@ -5,6 +5,7 @@ A completion has DeepSeek-R1's form (arXiv 2501.12948 §2.2): `<think>…</think
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -48,12 +49,14 @@ class Task:
 
     `draw(seed, held_out)` yields the problems of one side of the split. `score(problem, answer)` is 1 for a right
     answer and 0 for a wrong one. `steps(problem)` is the reasoning of a solution, or "" if the task knows none.
+    `package` is the name and version of the package that makes the questions, or "" if they are read.
     """
 
     name: str
     draw: Callable[[int, bool], Iterator[Problem]]
     score: Callable[[Problem, str], float]
     steps: Callable[[Problem], str]
+    package: str = ""
 
     def problems(self, n: int, seed: int = 0, held_out: bool = False) -> list[Problem]:
         """Returns the first `n` problems of a seed. No question is ever both in training and held out.
@@ -123,15 +126,26 @@ def load_task(spec: str) -> Task:
 def demonstration_source(spec: str, limit: int | None = None) -> Source:
     """Returns the source of `--data task:SPEC`: conversations of a training question and its demonstration."""
     name, n = spec.removeprefix("task:"), limit or DEMONSTRATIONS
-    task = load_task(name)
+    with _named_as_data():
+        task = load_task(name)
 
     def read() -> Iterator[Document]:
-        for problem in itertools.islice(task.draw(0, False), n):
-            yield [*problem.messages, {"role": "assistant", "content": task.demonstrate(problem)}]
+        with _named_as_data():
+            for problem in itertools.islice(task.draw(0, False), n):
+                yield [*problem.messages, {"role": "assistant", "content": task.demonstrate(problem)}]
 
     path = Path(name)
     modified = path.stat().st_mtime_ns if path.is_file() else None
     return Source(spec, digest(spec, n, modified), read, n)
+
+
+@contextlib.contextmanager
+def _named_as_data():
+    """Context in which errors of a task name the option `data`, by which the task was given."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("`task`", "`data`")) from error
 
 
 # ---- tasks of reasoning-gym
@@ -161,7 +175,8 @@ def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
     try:
         scorer = build(0)
     except Exception as error:  # each task checks its settings in its own way
-        raise UserError(f"`task`: {spec}: {one_line(error) or 'impossible settings'}") from error
+        reason = one_line(error) or "impossible settings"
+        raise UserError(f"`task`: {spec}: {reason}: change its settings, or choose another task") from error
 
     def score(problem: Problem, answer: str) -> float:
         try:  # only 1 is right: the gym also gives a little for answers that merely contain the right one
@@ -169,7 +184,7 @@ def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
         except Exception:  # some scorers fail on answers of an unexpected form
             return 0.0
 
-    return Task(spec, draw, score, _running_sums)
+    return Task(spec, draw, score, _running_sums, f"reasoning-gym {importlib.metadata.version('reasoning-gym')}")
 
 
 def _gym_options(spec: str, name: str, settings: list[str]) -> dict:

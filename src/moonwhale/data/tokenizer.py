@@ -212,6 +212,8 @@ def _package_folder(package: str, name: str) -> Path:
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Loads tokenizer.json as it is. The class named in tokenizer_config.json might rebuild it differently."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder} is not yours to read: give yourself the right, or name another")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"no tokenizer.json in {folder}")
     try:

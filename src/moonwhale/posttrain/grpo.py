@@ -1,5 +1,6 @@
 """The verb `moonwhale grpo`: reinforcement learning from answers that a rule can check."""
 
+import json
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -137,8 +138,13 @@ def build(config: GRPOOptions) -> Run:
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = open_model(config, choice)
     args = trainer_arguments(config, choice, weights)
-    describe(config, choice, args, f"{task.name}: {len(problems):,} questions")
+    task_description = f"{task.name}: {len(problems):,} questions"
+    describe(config, choice, args, task_description)
     run_folder.create(config)
+    # Some of reasoning-gym's questions depend on Python's hash seed: the same task may give others when it is resumed.
+    contents = task.package or json.dumps([[problem.question, problem.answer] for problem in problems])
+    what, record = f"`task`: {config.task}", f"{'task':<11}{task_description}"
+    run_folder.check_data_unchanged(config, what, contents.encode(), record)
     make_trainer = partial(
         MTPGRPOTrainer,
         model=model,

@@ -9,6 +9,8 @@ from moonwhale.errors import UserError, did_you_mean, one_line
 from moonwhale.posttrain import grpo, sample, sft
 from moonwhale.train import pretrain, run_folder
 from moonwhale.train.config import TrainConfig
+from moonwhale.train.run import check_reporters
+from moonwhale.train.run_options import RunOptions
 
 # For each verb: the class that checks its options, and the function that runs it.
 STAGES = {
@@ -40,6 +42,9 @@ def recipe(path: str) -> None:
         UserError: the file is not a recipe, or the options of a stage are impossible.
     """
     stages = read(path)
+    for _, config in stages:
+        if isinstance(config, RunOptions):
+            check_reporters(config.report_to)
     for number, (verb, config) in enumerate(stages, start=1):
         print(f"\n--- stage {number} of {len(stages)}: {verb} into {config.out} ---", flush=True)
         if is_done(verb, config):

@@ -10,6 +10,7 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_task
 from moonwhale.errors import UserError
+from moonwhale.files import require_writable
 from moonwhale.infer.commands import DEVICES, PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require_at_least_one
@@ -63,6 +64,7 @@ def sample(config: SampleOptions) -> None:
     """
     if Path(config.out).exists():
         raise UserError(f"`out`: {config.out} already exists: name a new file")
+    require_writable(Path(config.out).parent, "out")
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
     kept = draw_right_answers(config, task, problems)

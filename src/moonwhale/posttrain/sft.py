@@ -1,5 +1,6 @@
 """The verb `moonwhale sft`: supervised fine-tuning, which makes a base model an assistant."""
 
+import hashlib
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -87,6 +88,8 @@ def build(config: SFTOptions) -> Run:
     steps = config.steps or max(1, round(config.epochs * len(train_rows) / rows_per_step))
     describe(config, choice, data_description, steps, rows_per_step)
     run_folder.create(config)
+    what = f"`data`: {config.data}, or its tokenizer,"
+    run_folder.check_data_unchanged(config, what, contents_of(train_rows), data_description)
     make_trainer = partial(
         MTPSFTTrainer,
         model=model,
@@ -139,6 +142,17 @@ def load_rows(config: SFTOptions, tokenizer, context: int) -> tuple["Dataset", "
         )
     eval_rows, _ = pack(held_out, context)
     return rows, eval_rows.select(range(min(config.eval_rows, len(eval_rows)))), description
+
+
+def contents_of(rows: "Dataset") -> bytes:
+    """Returns bytes that differ if a token, a label or a row's end does."""
+    sums = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(1000):
+        for name in ("input_ids", "labels"):
+            column = batch[name].combine_chunks()
+            sums.update(column.value_lengths().to_numpy().tobytes())
+            sums.update(column.flatten().to_numpy().tobytes())
+    return sums.digest()
 
 
 def describe(config: SFTOptions, choice, data_description: str, steps: int, rows_per_step: int) -> None:

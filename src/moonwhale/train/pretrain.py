@@ -1,19 +1,15 @@
 """`moonwhale train`: pretrain a model on text. See `train/run.py` for the stages of a run."""
 
-import hashlib
 import os
 from functools import partial
 from pathlib import Path
 
-from moonwhale import options
 from moonwhale.errors import UserError
-from moonwhale.processes import is_main_process, print_once, world_size
+from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
 from moonwhale.train.lr_schedule import lr_schedule_arguments
 from moonwhale.train.run import Run, common_trainer_arguments, execute
-
-DATA_FILE = "data.txt"
 
 
 def main(argv: list[str]) -> None:
@@ -74,7 +70,8 @@ def build(config: TrainConfig) -> Run:
     model = build_model(config, model_config, data.tokenizer, choice)
     describe(config, choice, data, model_config, world)
     run_folder.create(config)
-    check_data_unchanged(data, config)
+    contents = repr(data.train.shards.index["files"]).encode()  # it holds the files' checksums
+    run_folder.check_data_unchanged(config, f"`data`: {config.data}, or its tokenizer,", contents, data.describe())
 
     trainer_class, of_pipeline = MTPTrainer, {}
     if placement:
@@ -162,25 +159,6 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     if memory:
         print_once(memory)
     print_once(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {config.out}")
-
-
-def check_data_unchanged(data, config: TrainConfig) -> None:
-    """Compares the checksum of the tokens with that of `data.txt` in the run's folder, which a new run writes.
-
-    Raises:
-        UserError: a resumed run has other data, or another tokenizer, than at its start.
-    """
-    if not is_main_process():
-        return
-    record = Path(config.out) / DATA_FILE
-    checksum = hashlib.sha256(repr(data.train.shards.index["files"]).encode()).hexdigest()
-    if not record.exists():
-        options.write_whole(record, f"{data.describe()}\nchecksum   {checksum}\n")
-    elif checksum not in record.read_text(encoding="utf-8"):
-        raise UserError(
-            f"`data`: {config.data}, or its tokenizer, has changed since the run in {config.out} began (see {record}): "
-            "bring it back, or train into another `out`"
-        )
 
 
 def trainer_arguments(config: TrainConfig, choice, replicas: int):

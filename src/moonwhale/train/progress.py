@@ -1,5 +1,6 @@
 """What a run on text prints and draws: log lines, a summary, and the loss curves."""
 
+import shlex
 from pathlib import Path
 
 from moonwhale.train.plots import save_plot, step_plot
@@ -43,10 +44,11 @@ def summary(history: list[dict], tokens_per_step: int | None, out: Path) -> str:
     steps = history[-1]["step"]
     held_out = next(evaluation_line(entry) for entry in reversed(history) if "eval_loss_main" in entry)
     tokens = f", {steps * tokens_per_step:,} tokens" if tokens_per_step else ""
+    folder = shlex.quote(str(out))
     return (
         f"done       {steps:,} steps{tokens}; {held_out}\n"
-        f"curves     {out / 'loss.png'}; all of them: tensorboard --logdir {out}\n"
-        f"model      {out}; talk to it: moonwhale chat {out}"
+        f"curves     {out / 'loss.png'}; all of them: tensorboard --logdir {folder}\n"
+        f"model      {out}; talk to it: moonwhale chat {folder}"
     )
 
 

@@ -1,13 +1,14 @@
 """The stages of a training run, shared by `moonwhale train`, `sft` and `grpo`: check, build, carry out, finish."""
 
 import os
+import shlex
 import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, did_you_mean
 from moonwhale.processes import is_main_process, print_once
 from moonwhale.train import run_folder
 from moonwhale.train.run_options import RunOptions
@@ -88,7 +89,27 @@ def check_run(config: RunOptions) -> Path | None:
             f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint"
         )
     silence_libraries()
+    check_reporters(config.report_to)
     return checkpoint
+
+
+def check_reporters(names: list[str]) -> None:
+    """Raises UserError for a reporter that the Trainer does not know, or whose package is missing."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if names in (["none"], ["all"]):
+        return
+    usable = get_available_reporting_integrations()
+    choices = f"give {', '.join([*usable, 'none'])}, or all"
+    for name in names:
+        if name in ("none", "all"):
+            raise UserError(f"`report_to`: {name} stands alone, not in {','.join(names)}: {choices}")
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = did_you_mean(name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+            raise UserError(f"`report_to`: {name!r} is no reporter of the Trainer{near}: {choices}")
+        if name not in usable:
+            raise UserError(f"`report_to`: the package of {name} is not installed: install it, or {choices}")
 
 
 def silence_libraries() -> None:
@@ -155,7 +176,7 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
     if step < trainer.state.max_steps:
         print_once(
             f"stopped    at step {step}, which is saved; go on with: "
-            f"moonwhale {run.config.verb} `out` {run.config.out} `resume`"
+            f"moonwhale {run.config.verb} `out` {shlex.quote(run.config.out)} `resume`"
         )
         raise KeyboardInterrupt
     return trainer

@@ -1,14 +1,17 @@
-"""The folder of a run: what it may hold before the run starts, and `run.yaml`, which replays the run."""
+"""The folder of a run: what it may hold before the run starts, `run.yaml`, which replays the run, and `data.txt`."""
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
 from moonwhale import options
 from moonwhale.errors import UserError
+from moonwhale.files import require_writable
 from moonwhale.processes import is_main_process
 
 RUN_FILE = "run.yaml"
+DATA_FILE = "data.txt"
 # A resumed run may change these options. They alter how it computes and what it reports, not what the model learns.
 FREE_TO_CHANGE = {
     "out",
@@ -30,12 +33,11 @@ def check_folder(config) -> None:
     """Checks that `config.out` is a new folder, or that of the run that `config` resumes.
 
     Raises:
-        UserError: the folder holds other files, or a run that would be overwritten; or an option that affects training
+        UserError: the folder cannot be written, holds other files, or a run that would be overwritten; or an option that affects training
             differs from that of the run to be resumed.
     """
     out, run_file = Path(config.out), Path(config.out) / RUN_FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"`out`: {out} is a file: name a folder")
+    require_writable(out, "out")
     if not run_file.exists():
         if out.exists() and any(not path.name.startswith(f".{RUN_FILE}") for path in out.iterdir()):
             raise UserError(f"`out`: {out} holds files that are not a run's: name a new or an empty folder")
@@ -74,6 +76,30 @@ def create(config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         write_run_file(config, out / RUN_FILE)
+
+
+def check_data_unchanged(config, what: str, contents: bytes, description: str) -> None:
+    """Compares the checksum of the data with that of `data.txt` in the folder `config.out`, which a new run writes.
+
+    Args:
+        what: names the data in an error, such as "`task`: chain_sum".
+        contents: bytes that differ if the data do.
+        description: the lines about the data in `data.txt`.
+
+    Raises:
+        UserError: a resumed run has other data than at its start.
+    """
+    if not is_main_process():
+        return
+    record = Path(config.out) / DATA_FILE
+    checksum = hashlib.sha256(contents).hexdigest()
+    if not record.exists():
+        options.write_whole(record, f"{description}\nchecksum   {checksum}\n")
+    elif checksum not in record.read_text(encoding="utf-8"):
+        raise UserError(
+            f"{what} has changed since the run in {config.out} began (see {record}): bring it back, or train into "
+            "another `out`"
+        )
 
 
 def write_run_file(config, path: str | os.PathLike) -> None:
