@@ -207,8 +207,8 @@ def test_a_task_of_the_gym_that_takes_gigabytes_is_refused():
 
 def test_errors_of_a_task_that_is_data_name_that_option():
     for spec in ("task:chain_sums", "task:word_ladder", "task:nowhere.jsonl"):
-        with pytest.raises(UserError, match="^`data`"):
-            demonstration_source(spec)
+        with pytest.raises(UserError, match=r"^`data`"):
+            load_source(spec)
 
 
 REFUSED = {

@@ -215,7 +215,6 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -229,8 +228,6 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: see `MoonwhaleModel.forward`.
             labels: (B, T), -100 where there is none. They are shifted here.
-            shift_labels: (B, T), the target of each position, in place of `labels`. Sequence parallelism shifts before
-                it cuts a row.
             logits_to_keep: compute the logits of so many last positions, 0 for all, or of these positions.
             num_items_in_batch: number of targets of the whole optimizer step if this is one of its micro-batches,
                 (1 + D,) for each depth. The sum over micro-batches is then the loss of the large batch. A single number
@@ -239,7 +236,11 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
             targets: (1 + D, B, T), what `prediction_targets` makes of labels and documents, if it is known already.
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
                 next optimizer step. None: if there are labels and gradients are enabled.
+            **kwargs: `shift_labels` (B, T), the target of each position, in place of `labels`: sequence parallelism
+                shifts before it cuts a row. In the signature, Trainer would take them for labels that every batch has.
+                The others go to `MoonwhaleModel.forward`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         has_loss = labels is not None or shift_labels is not None
         if collect_statistics is None:
             collect_statistics = has_loss and torch.is_grad_enabled()

@@ -253,6 +253,8 @@ class PipelineTrainer(MTPTrainer):
 
     def _evaluate_batch(self, inputs: dict[str, Tensor]) -> Tensor:
         """Evaluate the same rows on every replica, and count the first replica's."""
+        for stage in self.pipeline.stages:
+            stage.targets = None  # the loss is divided by this batch's own targets, not by those of a training step
         self.pipeline.evaluate(inputs)
         taken = self.pipeline.take_outputs()
         [out] = self._outputs_of_all([(0, out) for _, out in taken] if self.placement.replica == 0 else [], 1)

@@ -33,8 +33,8 @@ def check_folder(config) -> None:
     """Checks that `config.out` is a new folder, or that of the run that `config` resumes.
 
     Raises:
-        UserError: the folder cannot be written, holds other files, or a run that would be overwritten; or an option that affects training
-            differs from that of the run to be resumed.
+        UserError: the folder cannot be written, or holds other files, or a run that would be overwritten; or an option
+            that affects training differs from that of the run to be resumed.
     """
     out, run_file = Path(config.out), Path(config.out) / RUN_FILE
     require_writable(out, "out")
