@@ -17,6 +17,7 @@ def test_the_first_output_is_the_logits_or_the_loss(model):
     out = model(IDS, labels=IDS)
     assert torch.equal(model(IDS)[0], out.logits) and out[0] is out.loss and out[1] is out.logits
     as_tuple = model(IDS, labels=IDS, return_dict=False)
+    assert isinstance(model.model(IDS, return_dict=False), tuple)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out.loss)
 
 

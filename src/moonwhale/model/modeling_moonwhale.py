@@ -44,6 +44,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
     def mtp_modules(self) -> nn.ModuleList:
         return self.layers[self.config.num_hidden_layers :]
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
