@@ -207,7 +207,7 @@ def test_mutants_are_caught(model, monkeypatch, tmp_path, file, right, wrong):
     assert (steps(decoder, read(decoder), [1] * 7)[0] - want).norm() > 1e-3 * want.norm()
 
 
-@pytest.mark.parametrize("topk", [PROMPT, 10**9, 2**62])
+@pytest.mark.parametrize("topk", [PROMPT, 10**9])
 @torch.inference_mode()
 def test_more_chosen_blocks_than_there_are_is_full_attention(tiny_model, topk):
     out = []
