@@ -494,15 +494,15 @@ def test_mutant_sign_inverted(tiny_moe, monkeypatch):
 
 
 def test_mutant_bias_cast_to_bf16(tiny_model, tmp_path, monkeypatch):
-    right = Router.__init__
+    right = MoonwhaleForCausalLM.from_pretrained
 
-    def init(self, config):
-        right(self, config)
-        self.e_score_correction_bias = self.e_score_correction_bias.to(torch.get_default_dtype())
+    def casting(*args, **kwargs):
+        loaded = right(*args, **kwargs)
+        for block in loaded.model.layers:
+            block.mlp.gate.e_score_correction_bias = block.mlp.gate.e_score_correction_bias.bfloat16()
+        return loaded
 
-    monkeypatch.setattr(Router, "__init__", init)
-    monkeypatch.setattr("moonwhale.model.pretrained.FP32_BUFFERS", ())  # nothing undoes the cast
-    monkeypatch.setattr(MoonwhaleForCausalLM, "_keep_in_fp32_modules_strict", ())
+    monkeypatch.setattr(MoonwhaleForCausalLM, "from_pretrained", casting)
     caught(assert_bias_stays_fp32, tiny_model(), tmp_path)
 
 
