@@ -274,8 +274,9 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
     written.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
     written.parent.rmdir()
-    others = [path for path in list_checkpoints(out) if path.name not in (final.name, best and Path(best).name)]
-    n_protected = len(list_checkpoints(out)) - len(others)
+    checkpoints = list_checkpoints(out)
+    others = [path for path in checkpoints if path.name not in (final.name, best and Path(best).name)]
+    n_protected = len(checkpoints) - len(others)
     for old in others[max(keep - n_protected, 0) :] if keep else ():
         shutil.rmtree(old, ignore_errors=True)
 

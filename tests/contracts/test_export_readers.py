@@ -219,7 +219,7 @@ class DeepSeek:
         return torch.view_as_real(pairs * torch.polar(torch.full_like(angles, factor), angles)).flatten(-2)
 
 
-@pytest.mark.contract(AREA, "DeepSeek's own modeling code")
+@pytest.mark.contract(AREA, "a reader of ours with the defaults of DeepSeek's configuration class")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_deepseeks_own_code(name, variant, tmp_path):
     folder, model = variant(**VARIANTS[name])

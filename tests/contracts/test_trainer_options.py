@@ -137,7 +137,7 @@ WORKS = {
     "length_column_name": "n",
     "skip_memory_metrics": False,
 }
-TOGETHER = {  # what transformers wants beside a field
+TOGETHER = {  # what transformers wants together with a field
     "num_train_epochs": {"max_steps": -1},
     "eval_steps": {"eval_strategy": "steps"},
     "save_steps": {"save_strategy": "steps"},
@@ -241,19 +241,24 @@ def test_eval_loss_is_a_plain_trainers(make):
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
 
 
+def scored(make, values, **options):
+    """Returns a run that evaluates after each step and gets these values of its metric, one after the other."""
+    remaining = iter(values)
+    metrics = {"compute_metrics": lambda prediction: {"score": next(remaining)}}
+    return make(metrics, eval_strategy="steps", eval_steps=1, metric_for_best_model="score", **options)
+
+
 @pytest.mark.parametrize("greater", [False, True])
 def test_the_best_checkpoint_is_kept_and_loaded(make, greater):
-    values = iter([3.0, 1.0, 2.0, 2.5] if not greater else [1.0, 3.0, 2.0, 2.5])
-    best = make(
-        {"compute_metrics": lambda prediction: {"score": next(values)}},
+    values = [3.0, 1.0, 2.0, 2.5] if not greater else [1.0, 3.0, 2.0, 2.5]
+    best = scored(
+        make,
+        values,
         max_steps=4,
-        eval_strategy="steps",
-        eval_steps=1,
         save_strategy="steps",
         save_steps=1,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="score",
         greater_is_better=greater,
     )
     best.train()
@@ -269,16 +274,8 @@ def test_the_best_checkpoint_is_kept_and_loaded(make, greater):
 
 
 def test_save_strategy_best_saves_only_improvements(make):
-    values = iter([3.0, 1.0, 2.0])
-    run = make(
-        {"compute_metrics": lambda prediction: {"score": next(values)}},
-        max_steps=3,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="best",
-        metric_for_best_model="score",
-        greater_is_better=False,
-    )
+    values = [3.0, 1.0, 2.0]
+    run = scored(make, values, max_steps=3, save_strategy="best", greater_is_better=False)
     run.train()
     assert [path.name for path in list_checkpoints(run.args.output_dir)] == ["checkpoint-2", "checkpoint-1"]
 

@@ -494,15 +494,13 @@ def test_mutant_sign_inverted(tiny_moe, monkeypatch):
 
 
 def test_mutant_bias_cast_to_bf16(tiny_model, tmp_path, monkeypatch):
-    right = MoonwhaleForCausalLM.from_pretrained
+    right = Router.__init__
 
-    def casting(*args, **kwargs):
-        loaded = right(*args, **kwargs)
-        for block in loaded.model.layers:
-            block.mlp.gate.e_score_correction_bias = block.mlp.gate.e_score_correction_bias.bfloat16()
-        return loaded
+    def init(self, config):
+        right(self, config)
+        self.e_score_correction_bias = self.e_score_correction_bias.to(torch.get_default_dtype())
 
-    monkeypatch.setattr(MoonwhaleForCausalLM, "from_pretrained", casting)
+    monkeypatch.setattr(Router, "__init__", init)
     caught(assert_bias_stays_fp32, tiny_model(), tmp_path)
 
 

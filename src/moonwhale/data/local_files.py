@@ -1,6 +1,6 @@
 """Finds the files that a path names: a file, a glob, a folder of texts, or a folder that holds a data set.
 
-Two kinds of folders are data sets. `datasets.save_to_disk` writes Arrow files beside their metadata. A clone of a hub
+Two kinds of folders are data sets. `datasets.save_to_disk` writes Arrow files and their metadata. A clone of a hub
 set has tables, perhaps of several splits, and a README.md. Of both, one split is read and nothing else.
 """
 
@@ -158,8 +158,8 @@ def _choose_split(
 ) -> tuple[list[Path], bool]:
     """Returns the files of one split if the folder's tables or texts have splits, otherwise all that are data.
 
-    A folder has splits if it has a training split and a held-out one. If its tables have splits or there is a README.md
-    beside them, it is a hub set, and what is not a table is left out.
+    A folder has splits if it has a training split and a held-out one. If its tables have splits, or it has tables
+    and a README.md, it is a hub set, and what is not a table is left out.
     """
     is_json = {file: table_suffix(file) == ".json" for file in files}
     tables = [file for file in files if table_suffix(file) and (not is_json[file] or split_of(file, folder))]

@@ -48,6 +48,11 @@ RANGES = {  # the least and the largest value; other combinations are checked by
     "mtp_num_blocks": (1, DEEPEST),  # of every module
     "mtp_loss_weight": (0, 1e6),
 }
+TOO_SMALL = {  # what to give in place of a value below the range, where a number is not all there is to say
+    "q_lora_rank": "give a width, or null for uncompressed queries",
+    "moba_block_size": "a block holds at least one key; moba_topk=0 switches MoBA off",
+    "mtp_num_blocks": "give one number >= 1, or one for each MTP module",
+}
 CHOICES = {
     "hidden_act": ("silu",),  # the experts' activation is SwiGLU's
     "scoring_func": ("sigmoid", "softmax"),
@@ -102,11 +107,14 @@ def check_types(config) -> None:
         value = getattr(config, field)
         if not any(_is(value, k) for k in kinds):
             refuse(field, value, f"give {' or '.join(NOUNS[k] for k in kinds)}")
-        if field in RANGES:
+        if field in RANGES and value is not None:
             least, most = RANGES[field]
             numbers = value if isinstance(value, list | tuple) else [value]
-            if not all(number is None or least <= number <= most for number in numbers):
-                refuse(field, value, _between(least, most))
+            noun = NOUNS[float if float in kinds else int]
+            if any(number < least for number in numbers):
+                refuse(field, value, TOO_SMALL.get(field, f"give {noun}, at least {least:,}"))
+            if any(number > most for number in numbers):
+                refuse(field, value, f"give {noun}, at most {most:,}")
         if field in CHOICES and value not in CHOICES[field]:
             refuse(field, value, f"choose one of {', '.join(CHOICES[field])}")
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):

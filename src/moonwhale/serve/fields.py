@@ -86,7 +86,7 @@ def _list_prompts(prompt: Any) -> list[str] | list[list[int]]:
 
 def _token_ids(ids: Any, where: str) -> list[int]:
     if not isinstance(ids, list):
-        raise ValueError(f"{where}a list of token ids is needed beside the others, not {shown(ids)}")
+        raise ValueError(f"{where}one prompt is a list of token ids, so all must be, not {shown(ids)}")
     for i, token in enumerate(ids):
         if type(token) is not int:
             raise ValueError(f"{where}item {i}: a token id is a whole number, not {shown(token)}")

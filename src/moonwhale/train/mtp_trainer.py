@@ -1,7 +1,7 @@
 """`MTPTrainer`: transformers' Trainer on the model's own loss, which is logged for each prediction depth."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.model.mtp import prediction_targets
-from moonwhale.model.outputs import MoonwhaleOutput
 from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin, MuonClipTrainerMixin
 
 
@@ -167,8 +166,6 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Trainer's method. The predictions are the main head's logits."""
-        if ignore_keys is None:
-            ignore_keys = [f.name for f in fields(MoonwhaleOutput) if f.name not in ("loss", "logits")]
         self._count_bytes(inputs)
         self._wants_logits = not prediction_loss_only
         try:
