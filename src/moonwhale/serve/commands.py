@@ -1,7 +1,6 @@
 """The verb `moonwhale serve`. It imports torch and FastAPI only after it has checked the arguments."""
 
 import os
-import re
 import socket
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +9,7 @@ from moonwhale.errors import UserError
 from moonwhale.infer.commands import add_machine_options, load_engine
 from moonwhale.options import Parser, require
 from moonwhale.serve.limits import LOOPBACK, Limits
+from moonwhale.serve.names import host_name, origin
 
 
 def main(argv: list[str]) -> None:
@@ -23,16 +23,14 @@ def main(argv: list[str]) -> None:
     api_key = args.api_key or os.environ.get("MOONWHALE_API_KEY")
     cache_bytes = None if args.cache_mb is None else 1_000_000 * args.cache_mb
     hosts = _hosts(args)
-    for origin in args.cors_origin:
-        is_origin = origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin)
-        require(args, "cors_origin", is_origin, "give https://NAME or https://NAME:PORT without a path, or *")
+    origins = [origin(given) for given in args.cors_origin]
     with _listen(args.host, args.port) as listener:
         engine = load_engine(args, memory=cache_bytes, sequences=args.max_sequences)
 
         from moonwhale.serve.server import run_server
 
         limits = Limits(body=args.max_body, queue=args.max_queue, answer=args.timeout)
-        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts, args.cors_origin)
+        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts, origins)
 
 
 def _parser() -> Parser:
@@ -69,11 +67,9 @@ def _parser() -> Parser:
 
 def _hosts(args: Namespace) -> set[str] | None:
     """Returns the host names to answer to, or None for any name."""
-    for name in args.allowed_host:
-        is_name = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+", name)
-        require(args, "allowed_host", is_name, "give a host name without https:// and port")
+    names = {host_name(given) for given in args.allowed_host}
     is_local = args.host in ("127.0.0.1", "localhost", "::1")
-    return LOOPBACK | {name.lower() for name in args.allowed_host} if is_local or args.allowed_host else None
+    return LOOPBACK | names if is_local or names else None
 
 
 def _listen(host: str, port: int) -> socket.socket:
