@@ -6,7 +6,9 @@ import threading
 import time
 
 import httpx
-import uvicorn
+
+from moonwhale.serve.app import DEFAULT_LIMITS
+from moonwhale.serve.server import uvicorn_server
 
 NAME = "tiny"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -15,11 +17,11 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class Running:
     """Runs a server in a thread, on a free loopback port, while the context is open."""
 
-    def __init__(self, app):
+    def __init__(self, app, limits=DEFAULT_LIMITS):
         self.app, self.listener = app, socket.create_server(("127.0.0.1", 0))
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as run_server does
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        self._server = uvicorn_server(app, limits)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.listener]}, daemon=True)
 
     def __enter__(self):

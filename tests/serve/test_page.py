@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 
 from moonwhale.inspect.xray import record, render
 from moonwhale.serve.app import create_app
@@ -139,6 +141,45 @@ def test_the_xray_panel(page):
     assert frame.locator("#experts .taken").count() == 2
     page.click("#close-xray")
     assert page.is_hidden("#xray")
+
+
+def test_the_page_asks_for_the_key(browser, small_engine, small_checkpoint):
+    with Running(create_app(small_engine(), NAME, small_checkpoint, api_key="sesame")) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#key-dialog:visible")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#key-note:has-text('refused')")
+        page.fill("#key", "sesame")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#model:has-text('tiny')")
+        set_option(page, "max_tokens", "8")
+        say(page, "Hello whale")
+        page.click("text=X-ray >> nth=0")
+        page.frame_locator("#xray-frame").locator("#text button").first.wait_for()
+
+        page.reload()  # the tab keeps the key, and nothing else does
+        page.wait_for_selector("#model:has-text('tiny')")
+        assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
+        page.close()
+
+
+def test_no_other_page_can_frame_the_page(browser, server):
+    with Running(create_app_of_a_frame(server.url)) as other:
+        page = browser.new_page()
+        refused = []
+        page.on("console", lambda said: refused.append(said.text))
+        page.goto(other.url)
+        page.wait_for_timeout(300)
+        assert any("frame-ancestors" in text for text in refused)
+        page.close()
+
+
+def create_app_of_a_frame(url):
+    app = FastAPI()
+    app.get("/")(lambda: HTMLResponse(f'<iframe src="{url}"></iframe>'))
+    return app
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

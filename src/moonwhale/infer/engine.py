@@ -109,6 +109,7 @@ class Engine:
         known = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
         self.token_bytes = TokenBytes(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()))  # a byte is at least a character of its name
         self.fits_cache = sum(parameter.nbytes for parameter in model.parameters()) < CPU_CACHE_BYTES
         with torch.inference_mode():
             self.decoder = Decoder(model, int8)
@@ -145,22 +146,43 @@ class Engine:
             UserError: the prompt is empty or malformed, or leaves no room in the context for a new token.
         """
         if isinstance(prompt, str):
+            self._check_characters(len(prompt))
             ids = encode_prompt(self.tokenizer, prompt)
         elif prompt and isinstance(prompt[0], dict):
+            self._check_characters(sum(len(message.get("content") or "") for message in prompt))
             ids = encode_conversation(self.tokenizer, prompt)
         else:
+            self._check_length(len(prompt))
             ids = list(prompt)
         if not ids:
             raise UserError("the prompt is empty: give at least one token")
         vocabulary = self.config.vocab_size
         if not all(0 <= id < vocabulary for id in ids):
             raise UserError(f"the prompt has ids outside of the model's vocabulary, 0 to {vocabulary - 1}")
-        if len(ids) + 1 > self.context:
+        self._check_length(len(ids))
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text within a conversation. Raises UserError if it cannot fit into the context."""
+        self._check_characters(len(text))
+        ids = encode_prompt(self.tokenizer, text)
+        return ids[self.tokenizer.bos_token_id is not None :]
+
+    def _check_characters(self, count: int) -> None:
+        """Raise UserError for a text that is too long whatever its tokens are: reading it could take seconds."""
+        most = self.context * self._longest_token
+        if count > most:
             raise UserError(
-                f"the prompt has {len(ids):,} tokens, and with at least one more it exceeds the model's context of "
+                f"the prompt has {count:,} characters, and the model's context of {self.context:,} tokens holds at "
+                f"most {most:,}: shorten it"
+            )
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens + 1 > self.context:
+            raise UserError(
+                f"the prompt has {tokens:,} tokens, and with at least one more it exceeds the model's context of "
                 f"{self.context:,}: shorten it"
             )
-        return ids
 
     def generate(self, prompts: Sequence[Prompt], **options) -> list[Completion]:
         """Continue all prompts. Prompt i gives what it would give alone with the seed `seed + i`.

@@ -1,7 +1,7 @@
 """The server's ASGI application: OpenAI's API, the chat page, X-rays and metrics over one engine."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,12 +10,14 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from moonwhale import __version__
 from moonwhale.infer.engine import Engine
+from moonwhale.serve.body import Preparation, describe_bodies
 from moonwhale.serve.endpoints import OpenAIEndpoints
 from moonwhale.serve.errors import add_error_handlers
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics, add_status_routes
 from moonwhale.serve.middleware import AccessControl, BodyLimit, RequestCounter
 from moonwhale.serve.page import add_page_routes
+from moonwhale.serve.requests import ChatRequest, CompletionRequest, XrayRequest
 from moonwhale.serve.worker import Worker
 from moonwhale.serve.xray import XrayEndpoints
 
@@ -30,6 +32,8 @@ def create_app(
     api_key: str | None = None,
     hosts: set[str] | None = None,
     origins: Sequence[str] = (),
+    restarts: bool = False,
+    on_end: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Returns the ASGI application.
 
@@ -38,8 +42,9 @@ def create_app(
     api_key: key that clients must send. None lets all clients in.
     hosts: host names that the server answers to, in lower case. None allows any name.
     origins: origins of web pages that may call the server from a browser (CORS); "*" allows all.
+    restarts, on_end: what happens if the model's thread fails; see `Worker`.
     """
-    worker = Worker(engine.scheduler)
+    worker = Worker(engine.scheduler, restarts, on_end)
     metrics = Metrics(worker)
 
     @asynccontextmanager
@@ -50,11 +55,13 @@ def create_app(
 
     app = FastAPI(title="moonwhale", version=__version__, docs_url=None, redoc_url=None, lifespan=run_worker)
     app.state.worker = worker
-    OpenAIEndpoints(engine, model_name, worker, limits, metrics).add_routes(app)
-    XrayEndpoints(engine, model_name, folder).add_routes(app)
+    preparation = Preparation()
+    OpenAIEndpoints(engine, model_name, worker, preparation, limits, metrics).add_routes(app)
+    XrayEndpoints(engine, model_name, folder, preparation, limits).add_routes(app)
     add_status_routes(app, model_name, worker, metrics)
     add_page_routes(app)
     add_error_handlers(app)
+    describe_bodies(app, ChatRequest, CompletionRequest, XrayRequest)
 
     # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, limits=limits)

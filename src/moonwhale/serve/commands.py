@@ -1,7 +1,9 @@
 """The verb `moonwhale serve`. It imports torch and FastAPI only after it has checked the arguments."""
 
 import os
+import re
 import socket
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from moonwhale.infer.commands import add_machine_options, load_engine
 from moonwhale.options import Parser, require
 from moonwhale.serve.limits import LOOPBACK, Limits
 from moonwhale.serve.names import host_name, origin
+
+LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine reaches
 
 
 def main(argv: list[str]) -> None:
@@ -20,17 +24,22 @@ def main(argv: list[str]) -> None:
         require(args, name, value is None or value > 0, "give a number above 0")
     require(args, "port", 0 <= args.port < 65536, "give a number from 0 to 65535")
     name = args.name or Path(args.folder).resolve().name
-    api_key = args.api_key or os.environ.get("MOONWHALE_API_KEY")
+    api_key = os.environ.get("MOONWHALE_API_KEY") if args.api_key is None else args.api_key
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):  # one that is empty would let everyone in
+        raise UserError("`api_key`: give at least one character, only printable ASCII ones without spaces")
     cache_bytes = None if args.cache_mb is None else 1_000_000 * args.cache_mb
     hosts = _hosts(args)
     origins = [origin(given) for given in args.cors_origin]
+    if args.host not in LOCAL and not api_key:
+        print(f"warning: whoever reaches {args.host} can use this server: give it an --api-key", file=sys.stderr)
     with _listen(args.host, args.port) as listener:
         engine = load_engine(args, memory=cache_bytes, sequences=args.max_sequences)
 
         from moonwhale.serve.server import run_server
 
-        limits = Limits(body=args.max_body, queue=args.max_queue, answer=args.timeout)
-        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts, origins)
+        bodies = max(Limits.bodies, args.max_body)
+        limits = Limits(body=args.max_body, bodies=bodies, queue=args.max_queue, answer=args.timeout)
+        run_server(engine, name, Path(args.folder), listener, limits, api_key, hosts, origins, args.restart)
 
 
 def _parser() -> Parser:
@@ -48,6 +57,8 @@ def _parser() -> Parser:
     add("--allowed-host", action="append", default=[], metavar="NAME", help=help)
     help = "origin whose web pages may call the server (CORS), or '*'; repeatable (none)"
     add("--cors-origin", action="append", default=[], metavar="URL", help=help)
+    help = "restart the model's thread if it fails, instead of ending with status 1"
+    add("--restart", action="store_true", help=help)
     add = parser.add_argument_group("limits").add_argument
     add("--max-sequences", type=int, default=64, metavar="N", help="answers generated at a time (%(default)s)")
     help = "prompts that may wait; one more gets 429 (%(default)s)"
@@ -68,8 +79,7 @@ def _parser() -> Parser:
 def _hosts(args: Namespace) -> set[str] | None:
     """Returns the host names to answer to, or None for any name."""
     names = {host_name(given) for given in args.allowed_host}
-    is_local = args.host in ("127.0.0.1", "localhost", "::1")
-    return LOOPBACK | names if is_local or names else None
+    return LOOPBACK | names if args.host in LOCAL or names else None
 
 
 def _listen(host: str, port: int) -> socket.socket:

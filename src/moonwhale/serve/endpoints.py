@@ -1,17 +1,19 @@
 """The endpoints of OpenAI's API: chat completions, completions and models."""
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
 
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Engine, Prompt
 from moonwhale.infer.request import Request
+from moonwhale.serve.body import Preparation, body_of
 from moonwhale.serve.errors import APIError, api_error, require_model
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics
@@ -30,9 +32,17 @@ class OpenAIEndpoints:
         UserError: a value is impossible, or a prompt is too long.
     """
 
-    def __init__(self, engine: Engine, model_name: str, worker: Worker, limits: Limits, metrics: Metrics):
+    def __init__(
+        self,
+        engine: Engine,
+        model_name: str,
+        worker: Worker,
+        preparation: Preparation,
+        limits: Limits,
+        metrics: Metrics,
+    ):
         self.engine, self.model_name, self.worker = engine, model_name, worker
-        self.limits, self.metrics = limits, metrics
+        self.preparation, self.limits, self.metrics = preparation, limits, metrics
         self.model_card = {
             "id": model_name,
             "object": "model",
@@ -42,20 +52,30 @@ class OpenAIEndpoints:
         }
 
     def add_routes(self, app: FastAPI) -> None:
-        app.post("/v1/chat/completions")(self.chat)
-        app.post("/v1/completions")(self.complete)
+        app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))(self.chat)
+        app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))(self.complete)
         app.api_route("/v1/models", methods=["GET", "HEAD"])(self.models)
         app.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])(self.model)  # a name may hold slashes
 
-    async def chat(self, body: ChatRequest, http: HTTPRequest):
+    async def chat(self, http: HTTPRequest):
         """Answers a conversation."""
-        messages = [message.for_template() for message in body.messages]
-        job = self._submit(body, [messages], body.max_new_tokens or self.engine.context)
+        body = await self.preparation.read(http, ChatRequest)
+
+        def requests() -> list[Request]:
+            messages = [message.for_template() for message in body.messages]
+            return self._requests(body, [messages], body.max_new_tokens or self.engine.context)
+
+        job = await self._submit(requests)
         return await self._respond(job, ChatFormat(self.engine, self.model_name, body), http)
 
-    async def complete(self, body: CompletionRequest, http: HTTPRequest):
+    async def complete(self, http: HTTPRequest):
         """Continues one or more texts."""
-        job = self._submit(body, body.prompt, body.max_new_tokens, scores_prompt=bool(body.echo))
+        body = await self.preparation.read(http, CompletionRequest)
+
+        def requests() -> list[Request]:
+            return self._requests(body, body.prompt, body.max_new_tokens, scores_prompt=bool(body.echo))
+
+        job = await self._submit(requests)
         return await self._respond(job, CompletionFormat(self.engine, self.model_name, body), http)
 
     async def models(self):
@@ -69,10 +89,10 @@ class OpenAIEndpoints:
         require_model(model, self.model_name)
         return self.model_card
 
-    def _submit(
+    def _requests(
         self, body: GenerationRequest, prompts: list[Prompt], max_new_tokens: int, scores_prompt: bool = False
-    ) -> GenerationJob:
-        """Submits `body.num_choices` requests for each prompt to the worker."""
+    ) -> list[Request]:
+        """Returns `body.num_choices` requests for each prompt."""
         require_model(body.model, self.model_name)
         if body.stream_options and not body.stream:
             raise UserError("`stream_options`: set stream to true with it")
@@ -86,16 +106,23 @@ class OpenAIEndpoints:
                 request.scores_prompt = scores_prompt and request.top_logprobs is not None
                 self.engine.scheduler.check_memory(request)  # a stream could no longer answer with a 400
                 requests.append(request)
+        return requests
+
+    async def _submit(self, make_requests: Callable[[], list[Request]]) -> GenerationJob:
+        """Submits what `make_requests` returns, which takes time, to the worker."""
+        requests = await self.preparation.run(make_requests)
+        self.limits.check_queue(self.worker.num_waiting, len(requests), 1)  # others may have come meanwhile
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         return self.worker.submit(requests)
 
-    async def _respond(self, job: GenerationJob, format: ResponseFormat, http: HTTPRequest):
+    async def _respond(self, job: GenerationJob, format: ResponseFormat, http: HTTPRequest) -> Response:
         """Returns a stream of events if the body asks for one, else the whole response once it is complete."""
         if format.body.stream:
             headers = {"cache-control": "no-cache"}
             return StreamingResponse(self._events(job, format), media_type="text/event-stream", headers=headers)
         await self._wait_for_end(job, http)
-        return format.whole(job.requests)
+        content = await self.preparation.run(lambda: json.dumps(format.whole(job.requests)))
+        return Response(content, media_type="application/json")
 
     async def _events(self, job: GenerationJob, format: ResponseFormat) -> AsyncIterator[str]:
         """Yields a server-sent event for each chunk. An error is an event as well: the status has been sent."""

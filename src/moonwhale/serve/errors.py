@@ -1,15 +1,14 @@
 """The errors that the server sends, in OpenAI's shape.
 
-middleware.py refuses with 401, 403, 408 and 413; limits.py with 429; requests.py and this file with 400 and 404.
+middleware.py refuses with 401, 403, 408, 413 and 429; limits.py with 429; body.py and requests.py with 400; this file
+with 404.
 """
 
 import json
 import re
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from moonwhale.errors import UserError
@@ -37,15 +36,17 @@ class APIError(HTTPException):
 def require_model(asked: str, served: str) -> None:
     """Raises a 404 if a client asks for another model than the one that is served."""
     if asked != served:
-        message = f"there is no model {asked!r} here: ask for {served!r}"
+        message = f"there is no model {shown(asked)} here: ask for {served!r}"
         raise APIError(404, message, param="model", code="model_not_found")
 
 
-def api_error(error: Exception, headers: Headers | None = None) -> APIError:
-    """Returns what the client learns of an error: APIErrors, bad values and bodies, unknown routes, and bugs.
+def busy(reason: str) -> APIError:
+    """Returns a 429, which asks the client to try again."""
+    return APIError(429, f"{reason}: try again soon", headers={"retry-after": "1"})
 
-    headers: those of the request, which can explain why its body cannot be read.
-    """
+
+def api_error(error: Exception) -> APIError:
+    """Returns what the client learns of an error: APIErrors, bad values, unknown routes, and bugs."""
     match error:
         case APIError():
             return error
@@ -53,10 +54,6 @@ def api_error(error: Exception, headers: Headers | None = None) -> APIError:
             message = str(error)
             field = re.match(r"`([\w.]+)`", message)  # the field that the message names first
             return APIError(400, message.replace("`", ""), param=field and field[1])
-        case RequestValidationError():
-            return _bad_body(error, headers or Headers())
-        case StarletteHTTPException(status_code=400):  # bytes that are no text, or a number of thousands of digits
-            return _bad_headers(headers or Headers()) or APIError(400, "the body cannot be read: send JSON in UTF-8")
         case StarletteHTTPException():
             known = {
                 404: "there is nothing at this path: see /v1/models and /health",
@@ -68,43 +65,11 @@ def api_error(error: Exception, headers: Headers | None = None) -> APIError:
             return APIError(500, "the server made a mistake; its log says which")
 
 
-def _bad_headers(headers: Headers) -> APIError | None:
-    """A 400 if the headers say that the body is not plain JSON."""
-    encoding, kind = headers.get("content-encoding", "identity"), headers.get("content-type", "")
-    if encoding != "identity":
-        return APIError(400, f"the body has the content-encoding {shown(encoding)}: send it uncompressed")
-    if not re.fullmatch(r"application/(.+\+)?json", kind.partition(";")[0].strip().lower()):
-        given = f"the content-type is {shown(kind)}" if kind else "there is no content-type"
-        return APIError(400, f"{given}: send the header `content-type: application/json`")
-    return None
-
-
-def _bad_body(error: RequestValidationError, headers: Headers) -> APIError:
-    """A 400 that describes the first invalid field of a body."""
-    if (refused := _bad_headers(headers)) is not None:
-        return refused
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):  # about fields that do not fit each other
-        return api_error(cause)
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "it cannot be read")
-        return APIError(400, f"the body is not JSON: {reason}")
-
-    path = ".".join(str(step) for step in first["loc"][1:])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "this server does not know this field: leave it out"
-    elif first["type"] not in ("value_error", "missing"):
-        message += f", not {shown(first['input'])}"
-    return APIError(400, f"{path or 'the body'}: {message[:1].lower()}{message[1:]}", param=path or None)
-
-
 def add_error_handlers(app: FastAPI) -> None:
     """Sends whatever an endpoint raises as OpenAI's error object."""
 
-    async def send_error(http: Request, error: Exception) -> Response:
-        return api_error(error, http.headers).response()
+    async def send_error(_: Request, error: Exception) -> Response:
+        return api_error(error).response()
 
-    for kind in (UserError, RequestValidationError, StarletteHTTPException, Exception):
+    for kind in (UserError, StarletteHTTPException, Exception):
         app.add_exception_handler(kind, send_error)

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+MAX_STOP = 1000  # characters
 MAX_SHOWN = 60  # characters of a bad value that an error message repeats
 
 
@@ -61,6 +62,8 @@ def _list_stops(stop: Any) -> list[str]:
         raise ValueError("a stop string must not be empty: leave it out")
     if len(stops) > 16:
         raise ValueError(f"give at most 16 stop strings, not {len(stops)}")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP:
+        raise ValueError(f"a stop string has at most {MAX_STOP:,} characters, not {longest:,}: shorten it")
     return stops
 
 

@@ -47,8 +47,12 @@ class Metrics:
 
 def add_status_routes(app: FastAPI, model_name: str, worker: Worker, metrics: Metrics) -> None:
     @app.api_route("/health", methods=["GET", "HEAD"])
-    async def health():
-        return {"status": "ok", "model": model_name, "running": worker.num_running, "waiting": worker.num_waiting}
+    async def health(response: Response):
+        state = {"model": model_name, "running": worker.num_running, "waiting": worker.num_waiting}
+        if worker.failure:
+            response.status_code = 503
+            return {"status": "failed", "reason": f"the model's thread has ended: {worker.failure}"} | state
+        return {"status": "ok"} | state
 
     @app.get("/metrics")
     async def prometheus():

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moonwhale.serve import page
-from moonwhale.serve.errors import APIError
+from moonwhale.serve.errors import APIError, busy
 from moonwhale.serve.limits import LOOPBACK, Limits
 from moonwhale.serve.metrics import Metrics
 
@@ -80,7 +80,7 @@ class AccessControl:
 
 
 class BodyLimit:
-    """Limits the size of a request body (413) and the time to receive it (408).
+    """Limits the size of a request body (413), the time to receive it (408), and the bytes of all bodies (429).
 
     The errors are raised where the endpoint reads the body. Starlette's RequestBodyLimitMiddleware has no time limit,
     and answers in plain text.
@@ -88,37 +88,43 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp, limits: Limits):
         self.app, self.limits = app, limits
+        self._held = 0  # bytes of the bodies of all requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            receive = self._limited(receive, Headers(scope=scope).get("content-length", ""))
-        await self.app(scope, receive, send)
-
-    def _limited(self, receive: Receive, content_length: str) -> Receive:
-        """Returns a `receive` that raises an APIError for a body over the limits."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        content_length = Headers(scope=scope).get("content-length", "")
         announced = int(content_length) if content_length.isdecimal() else 0
         deadline = asyncio.get_running_loop().time() + self.limits.receive
         received, complete = 0, False
-
-        def check_size(size: int) -> None:
-            if size > self.limits.body:
-                message = f"the body is larger than {self.limits.body:,} bytes: send less at a time"
-                raise APIError(413, message, headers=CLOSE)
 
         async def receive_within_limits() -> Message:
             nonlocal received, complete
             if complete:  # the next message is the client's disconnect, which has no deadline
                 return await receive()
-            check_size(announced)
+            self._check_size(announced)
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
                 message = f"the body did not come within {self.limits.receive:g} seconds"
                 raise APIError(408, message, headers=CLOSE) from None
-            received += len(message.get("body", b""))
-            check_size(received)
+            size = len(message.get("body", b""))
+            received += size
+            self._held += size
+            self._check_size(received)
+            if self._held > self.limits.bodies:
+                raise busy("the bodies of other requests take all the space")
             complete = not message.get("more_body", False)
             return message
 
-        return receive_within_limits
+        try:
+            await self.app(scope, receive_within_limits, send)
+        finally:
+            self._held -= received
+
+    def _check_size(self, size: int) -> None:
+        if size > self.limits.body:
+            message = f"the body is larger than {self.limits.body:,} bytes: send less at a time"
+            raise APIError(413, message, headers=CLOSE)

@@ -13,7 +13,8 @@ FILES = {
     "/page.css": ("page.css", "text/css"),
 }
 LOAD_NOTHING = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-PAGE_POLICY = f"{LOAD_NOTHING}script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'"
+SOURCES = "script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'"
+PAGE_POLICY = f"{LOAD_NOTHING}{SOURCES}; frame-ancestors 'none'"  # another page's frame could steal clicks
 
 
 def add_page_routes(app: FastAPI) -> None:

@@ -10,6 +10,7 @@ from moonwhale.errors import UserError, one_line
 from moonwhale.infer.request import Request
 from moonwhale.infer.scheduler import Scheduler
 
+MAX_FAILURES = 5  # steps that fail in a row before the model counts as broken
 JOBS_PER_STEP = 8  # for every 8 jobs, chunks collect the tokens of one more step
 
 
@@ -76,8 +77,11 @@ class GenerationJob:
 class Worker:
     """Steps a scheduler in its own thread for as long as there are jobs."""
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, restarts: bool = False, on_end: Callable[[], None] = lambda: None):
+        """`restarts`: go on after a failure that would end the thread. Else `on_end` is called when it has ended."""
         self.scheduler = scheduler
+        self.failure: str | None = None  # why the thread has ended
+        self._restarts, self._on_end = restarts, on_end
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._jobs: list[GenerationJob] = []
         self._num_steps = 0
@@ -85,11 +89,12 @@ class Worker:
 
     @property
     def num_running(self) -> int:
-        return len(self.scheduler.running) + (self.scheduler.prefilling is not None)
+        prefilling = [self.scheduler.prefilling] if self.scheduler.prefilling else []
+        return _num_open([*self.scheduler.running, *prefilling])
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.waiting) + self._inbox.qsize()
+        return _num_open(list(self.scheduler.waiting)) + self._inbox.qsize()
 
     def start(self) -> None:
         self._thread.start()
@@ -102,6 +107,8 @@ class Worker:
     def submit(self, requests: list[Request]) -> GenerationJob:
         job = GenerationJob(requests)
         self._inbox.put(lambda: self._schedule(job))
+        if self.failure:  # the thread may have emptied its inbox before
+            job.queue.put_nowait(WorkerError(self.failure))
         return job
 
     def cancel(self, job: GenerationJob) -> None:
@@ -111,16 +118,44 @@ class Worker:
 
     def _run(self) -> None:
         while True:
+            try:
+                self._work()
+                reason = "the server is shutting down"
+            except BaseException as error:  # whatever ends this thread must be seen by the clients
+                reason = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+                if self._restarts:
+                    self._fail_all(WorkerError(reason))
+                    continue
+                self.failure = reason
+            break
+        while not self._inbox.empty():  # jobs that nobody would answer
+            if (action := self._inbox.get()) is not None:
+                action()
+        self._fail_all(WorkerError(reason))
+        if self.failure:
+            self._on_end()
+
+    def _work(self) -> None:
+        """Steps until the inbox holds None.
+
+        One failed step fails the running jobs, and the next ones are tried. A model that cannot do a step at all ends
+        the loop: raises the error of the last of MAX_FAILURES failures in a row.
+        """
+        failures = 0
+        while True:
             while not self._jobs or not self._inbox.empty():
                 action = self._inbox.get()
                 if action is None:
-                    self._fail_all(WorkerError("the server is shutting down"))
                     return
                 action()
             try:
                 self.scheduler.step()
                 self._deliver()
-            except Exception as error:  # after any failure the server goes on with the next request
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures == MAX_FAILURES:
+                    raise
                 self._fail_all(WorkerError(one_line(error)))
 
     def _schedule(self, job: GenerationJob) -> None:
@@ -161,3 +196,8 @@ class Worker:
     def _fail(self, job: GenerationJob, error: Exception) -> None:
         self._cancel_requests(job)
         job.loop.call_soon_threadsafe(job.queue.put_nowait, error)
+
+
+def _num_open(requests: list[Request]) -> int:
+    """Counts the requests that have not ended. The scheduler drops the others only at its next step."""
+    return sum(request.finish_reason is None for request in requests)

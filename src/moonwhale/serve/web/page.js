@@ -2,8 +2,11 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const DEFAULTS = { system: "", temperature: 0.8, top_p: 1, min_p: 0.05, top_k: 0, repetition_penalty: 1, max_tokens: 256, seed: "", key: "" };
-const state = { model: "", conversations: load("conversations", []), current: null, settings: { ...DEFAULTS, ...load("settings", {}) }, busy: null };
+const DEFAULTS = { system: "", temperature: 0.8, top_p: 1, min_p: 0.05, top_k: 0, repetition_penalty: 1, max_tokens: 256, seed: "" };
+const KEY = "moonwhale.key"; // in sessionStorage: the browser forgets it with the tab
+const state = { model: "", conversations: load("conversations", []), current: null, settings: { ...DEFAULTS, ...load("settings", {}) }, busy: null, key: "" };
+delete state.settings.key; // where earlier versions kept it
+try { state.key = sessionStorage.getItem(KEY) ?? ""; } catch { /* the page asks again after each reload */ }
 
 function load(name, fallback) {
   try { return JSON.parse(localStorage.getItem(`moonwhale.${name}`)) ?? fallback; } catch { return fallback; }
@@ -79,12 +82,12 @@ function facts(message, index) {
 // --- the server ------------------------------------------------------------------------------------------------------
 
 function headers() {
-  const key = state.settings.key;
-  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+  return { "content-type": "application/json", ...(state.key ? { authorization: `Bearer ${state.key}` } : {}) };
 }
 async function call(path, body, signal) {
   const post = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
   const response = await fetch(path, body ? post : { headers: headers() });
+  if (response.status === 401) askForKey();
   if (!response.ok) {
     const message = await response.json().then(({ error }) => error.message, () => `the server answered ${response.status}`);
     throw new Error(message);
@@ -109,7 +112,7 @@ async function* events(response) {
   }
 }
 function requestBody() {
-  const { system, key, seed, ...numbers } = state.settings;
+  const { system, seed, ...numbers } = state.settings;
   const turns = state.current.messages.map(({ role, content }) => ({ role, content }));
   const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
   return { model: state.model, messages, ...numbers, ...(seed === "" ? {} : { seed: Number(seed) }) };
@@ -230,6 +233,17 @@ $("settings").onclose = () => {
   }
   save();
   if (chosen && !state.model) connect();
+};
+function askForKey() {
+  $("key-note").textContent = state.key ? "The server refused this key." : "This server answers only with its API key.";
+  $("key").value = "";
+  if (!$("key-dialog").open) $("key-dialog").showModal();
+}
+$("key-form").onsubmit = () => { // the dialog closes by itself
+  state.key = $("key").value.trim();
+  try { sessionStorage.setItem(KEY, state.key); } catch { /* it is kept until the next reload */ }
+  connect();
+  $("text").focus();
 };
 async function connect() {
   try {
