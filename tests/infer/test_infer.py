@@ -112,12 +112,24 @@ def test_the_seed_decides(engine):
 # What each option does
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, *({"temperature": t} for t in (1e-4, 2e-6, 1e-38, 5e-324))],
+)
 def test_the_narrowest_sampling_is_greedy(engine, options):
     wide = {"temperature": 1.5, "min_p": 0.0, "max_new_tokens": 16, "seed": 0}
     greedy = engine.generate(["The"], temperature=0, max_new_tokens=16)[0].token_ids
     assert engine.generate(["The"], **wide | options)[0].token_ids == greedy
     assert engine.generate(["The"], **wide)[0].token_ids != greedy
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e38])
+@pytest.mark.parametrize("temperature", [0, 2e-6, 1])
+def test_an_extreme_penalty_gives_no_nan(engine, penalty, temperature):
+    options = {"temperature": temperature, "repetition_penalty": penalty, "max_new_tokens": 16, "seed": 0}
+    seen = engine.generate(["The whale"], **options)[0].token_ids
+    prompt = engine.encode("The whale")
+    assert len(set(seen) - set(prompt)) == (0 if penalty < 1 else len(set(seen)))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +244,9 @@ def test_user_text_never_becomes_control_tokens(engine):
         ([-1], "outside of the model's vocabulary"),
         ("\udcff", "not valid UTF-8"),
         ([{"role": "user"}], "needs"),
+        ([{"role": "user", "content": 5}], "needs"),
+        ("x" * 10**6, "characters, and the model's context of .* holds at most .*: shorten it"),
+        ([1] * 10**6, "the prompt has 1,000,000 tokens"),
         ([{"role": "pirate", "content": "arr"}], "unknown role pirate"),
         ([{"role": "user", "content": "\ud83d"}], "not valid UTF-8"),
     ],

@@ -52,7 +52,7 @@ NO_HOSTS += [
 @pytest.mark.parametrize("given", NO_HOSTS)
 def test_no_host_name(given, small_checkpoint):
     with pytest.raises(UserError, match=r"`allowed_host`: .* is no host name: give one like") as caught:
-        commands.main([str(small_checkpoint), "--allowed-host", "ai.example", "--allowed-host", given])
+        commands.main([str(small_checkpoint), "--allowed-host", "ai.example", f"--allowed-host={given}"])
     assert repr(given) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -149,7 +149,8 @@ class Engine:
             self._check_characters(len(prompt))
             ids = encode_prompt(self.tokenizer, prompt)
         elif prompt and isinstance(prompt[0], dict):
-            self._check_characters(sum(len(message.get("content") or "") for message in prompt))
+            contents = (message.get("content") for message in prompt)
+            self._check_characters(sum(len(content) for content in contents if isinstance(content, str)))
             ids = encode_conversation(self.tokenizer, prompt)
         else:
             self._check_length(len(prompt))

@@ -22,6 +22,9 @@ from transformers.generation.logits_process import (
 
 from moonwhale.infer.sampling_options import SamplingOptions
 
+GREEDY = 1e-6  # a lower temperature tells apart logits that fp32 does not, and dividing by it could overflow
+LARGEST = 1e30  # logits after an extreme penalty, which a temperature can still divide without overflow
+
 
 class Noise:
     """Exponential noise (vocabulary,) fp32 for each token of one answer, drawn in order."""
@@ -82,7 +85,8 @@ def _choose_with_same_options(scores: Tensor, requests: tuple, ahead: int) -> li
         for i, request in enumerate(requests):
             seen = [token for token in request.ids if token < scores.shape[1]]
             scores[i] = penalty(torch.tensor([seen], device=scores.device), scores[i : i + 1].clone())[0]
-    if options.temperature == 0:
+        scores.clamp_(-LARGEST, LARGEST)
+    if options.temperature < GREEDY:
         return scores.argmax(-1).tolist()
     for warper in _warpers(*_key(options)):  # transformers' own list inspects signatures first: 0.1 ms a token
         scores = warper(None, scores)
