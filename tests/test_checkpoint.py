@@ -148,7 +148,7 @@ def test_a_missing_shard_is_refused(folder):
     names = ["lm_head.weight"]
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(folder, "damaged or cut short")
+    refused(folder, "names model-00001-of-00001.safetensors, which is missing")
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(folder, good, capfd, caplog, monkeypatch):

@@ -10,7 +10,19 @@ SOURCE = Path(__file__).parent.parent / "src" / "moonwhale"
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 # The moonwhale modules that each room (a subpackage) or top-level file may import. `cli` loads each command by name,
 # so only `__main__` imports `cli`. The graph has no cycle: see `test_the_import_rules_have_no_cycle`.
-BASE = {"errors", "files", "options", "presets", "processes", "units", "costs", "precision", "fp8", "checkpoint"}
+BASE = {
+    "errors",
+    "files",
+    "options",
+    "presets",
+    "processes",
+    "units",
+    "costs",
+    "precision",
+    "fp8",
+    "checkpoint",
+    "weights",
+}
 TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
 MAY_IMPORT = {
@@ -26,7 +38,8 @@ MAY_IMPORT = {
     "fp8": {"errors", "model"},
     "optim": {"optim", "errors"},
     "data": {"data", "errors", "files", "options"},
-    "checkpoint": {"errors", "files", "options", "model", "data"},
+    "weights": {"errors", "files", "model"},
+    "checkpoint": {"errors", "files", "options", "weights", "model", "data"},
     "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},
     "train": TRAINING,
     "native": {"native", "errors", "files"},

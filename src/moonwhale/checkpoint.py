@@ -15,22 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from moonwhale.data.tokenizer import load_tokenizer_folder
-from moonwhale.errors import UserError, one_line
-from moonwhale.files import checksum
+from moonwhale.errors import UserError, one_line, shown
+from moonwhale.files import checksum, read_json
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.model.config_checks import check_token_ids, refuse_attributes
 from moonwhale.model.config_fields import ConfigFields
 from moonwhale.options import convert
+from moonwhale.weights import WEIGHTS, read_weights, weight_files
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 UNFINISHED = ".unfinished"  # folder in a run's folder in which a checkpoint is written
-COPY_AGAIN = "save or copy the checkpoint again"
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ def open_checkpoint(
     """
     folder = Path(folder)
     config = read_config(folder)
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise UserError(f"{folder} holds no weights ({WEIGHTS[0]}){_newest_checkpoint_hint(folder)}")
+    if not weight_files(folder):
+        raise UserError(f"{folder} holds no weights ({WEIGHTS}){_newest_checkpoint_hint(folder)}")
     model = load_model(folder, config, dtype)
     return model, load_tokenizer_of(folder, model)
 
@@ -65,54 +64,58 @@ def read_config(folder: Path, overrides: dict | None = None) -> MoonwhaleConfig:
         kind = "is a file, not a checkpoint folder" if folder.exists() else "is no folder"
         raise UserError(f"{folder} {kind} (give the folder that a training run wrote with `out`)")
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{folder} is not a checkpoint: it holds no config.json{_newest_checkpoint_hint(folder)}")
     values = read_json(path)
     if values.get("model_type") != MoonwhaleConfig.model_type:
-        raise UserError(f"{path} is of a model of type {values.get('model_type')!r}, not 'moonwhale'")
+        raise UserError(f"{path} is of a model of type {shown(values.get('model_type'))}, not 'moonwhale'")
     for name, kind in ConfigFields.__annotations__.items():
         if name in values:
             convert(values[name], kind, f"{path}: {name}")
-    if (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")
+    read_generation_config(folder)
     try:
         return MoonwhaleConfig.from_dict(values | (overrides or {}))
-    except (ValueError, KeyError) as error:  # a KeyError for an incomplete RoPE setting
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a KeyError for an incomplete RoPE setting
         raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
     """Loads the weights of a folder into a model with the given configuration.
 
-    transformers would fill missing tensors with noise and print a warning. Here they are an error.
+    transformers gets the tensors, not the folder: it would follow an index to files outside, load a pickle, fetch the
+    base model of an adapter, and fill missing tensors with noise.
 
     Raises:
-        UserError: the weights are damaged, or a tensor is missing, unknown or of another shape.
+        UserError: the weights are damaged, a tensor is missing, unknown or of another shape, or generation_config.json
+            is damaged.
     """
-    try:
-        with quiet_loading():
-            model, info = MoonwhaleForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with all other faults
-                output_loading_info=True,
-            )
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: the weights are damaged or cut short ({one_line(error)}); {COPY_AGAIN}") from error
-
-    def size(shape) -> str:
-        return "×".join(map(str, shape))
-
-    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    faults += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
-    faults += [f"{name} is {size(got)}, not {size(wanted)}" for name, got, wanted in sorted(info["mismatched_keys"])]
-    faults += info["error_msgs"]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{folder}: the weights do not fit config.json: {faults[0]}{more}; {COPY_AGAIN}")
+    generation = read_generation_config(folder)
+    with quiet_loading():
+        model = MoonwhaleForCausalLM.from_pretrained(
+            None, config=config, dtype=dtype, state_dict=read_weights(folder, config)
+        )
+    model.config.name_or_path = str(folder)
+    if generation is not None:
+        model.generation_config = generation
     return model
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Reads generation_config.json; None if there is none.
+
+    Raises:
+        UserError: it is damaged, or a value is impossible.
+    """
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return None
+    values = read_json(path)
+    try:
+        refuse_attributes(GenerationConfig, values.keys() - vars(GenerationConfig()).keys() - {"transformers_version"})
+        check_token_ids(values)
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTokenizerFast:
@@ -136,21 +139,6 @@ def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTo
         f"{folder}: the tokenizer is of another vocabulary, {difference}; copy the one that the model was trained "
         "with there"
     )
-
-
-def read_json(path: Path) -> dict:
-    """Reads a JSON object from a file.
-
-    Raises:
-        UserError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}; {COPY_AGAIN}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"cannot read {path}: it holds no JSON object; {COPY_AGAIN}")
-    return values
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The exception for bad input, and help with its message."""
 
 import re
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -13,9 +14,48 @@ class UserError(ValueError):
     """
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 3, 6, 12, 120, 120
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def one_line(message: object) -> str:
     """Return the message of a library's error without line breaks, cut to 300 characters."""
     return " ".join(str(message).split())[:300]
+
+
+def shown(value: object) -> str:
+    """Return a value's repr for a message, shortened: a file's values can be of any size and depth."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return f"{type(value).__name__} too long to print"
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Escape a text's control characters except those in `keep`, so that a terminal shows but doesn't obey them.
+
+    Halves of surrogate pairs, which stand for bytes that are not UTF-8, are escaped too: no stream could encode them.
+    """
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+class PrintableStream:
+    """A text stream in place of another, which it hands every text as `printable` returns it."""
+
+    def __init__(self, stream, keep: str = "\n\t"):
+        self._stream, self._keep = stream, keep
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text, self._keep))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

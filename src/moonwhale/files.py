@@ -1,16 +1,20 @@
-"""The cache folder, and folders that are built completely or not at all."""
+"""The cache folder, folders that are built completely or not at all, and small files from elsewhere."""
 
 import errno
 import hashlib
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, one_line, shown
+
+JSON_BYTES = 1 << 24  # parsed, JSON takes up to thirty times its size
 
 
 def cache_folder(override: str | Path | None = None) -> Path:
@@ -27,6 +31,52 @@ def checksum(path: Path) -> str:
     """Returns the SHA-256 sum of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path, most: int) -> str:
+    """Returns the text of a plain file of at most `most` bytes.
+
+    Raises:
+        UserError: it is a pipe, device or folder, is too large, cannot be read, or is not UTF-8.
+    """
+    try:
+        if not path.is_file():  # opening a pipe would block
+            raise UserError(f"cannot read {path}: it is " + ("no plain file" if os.path.lexists(path) else "missing"))
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise UserError(f"cannot read {path}: it is larger than {most:,} bytes")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text (at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def read_json(path: Path, most: int = JSON_BYTES) -> dict:
+    """Returns the JSON object in a file of at most `most` bytes.
+
+    Raises:
+        UserError: as `read_text`; or the file holds no JSON object, or an object with the same key twice.
+    """
+    hint = "save or copy the checkpoint again"
+    try:
+        values = json.loads(read_text(path, most), object_pairs_hook=_unique)
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}; {hint}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"cannot read {path}: it holds no JSON object; {hint}")
+    return values
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} occurs twice")
+    return values
 
 
 @contextmanager

@@ -8,18 +8,20 @@ MoBA's settings.
 
 import json
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moonwhale.checkpoint import load_model, load_tokenizer_of, open_checkpoint, read_json
-from moonwhale.errors import UserError
+from moonwhale.checkpoint import load_model, load_tokenizer_of, open_checkpoint
+from moonwhale.errors import UserError, one_line, shown
+from moonwhale.files import read_json
 from moonwhale.model import MoonwhaleConfig
+from moonwhale.weights import read_headers, weight_files
 
 MOONWHALE_JSON = "moonwhale.json"  # our configuration, in an exported folder
 
@@ -170,20 +172,29 @@ def from_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     Raises:
         UserError: the folder holds no DeepSeek-V3, or its files are damaged or do not fit together.
     """
-    values = read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path)
     if values.get("model_type") != "deepseek_v3":
-        raise UserError(f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not 'deepseek_v3'")
+        raise UserError(f"{path} is of a model of type {shown(values.get('model_type'))}, not 'deepseek_v3'")
     exported_by_us = (folder / MOONWHALE_JSON).exists()
-    if exported_by_us:
-        values = read_json(folder / MOONWHALE_JSON)
-    else:
-        deepseek = DeepseekV3Config.from_pretrained(folder).to_dict()
-        values = {f.name: deepseek[f.name] for f in fields(MoonwhaleConfig) if f.name in deepseek}
-
-    modules = _mtp_modules(folder, values["num_hidden_layers"])
-    blocks = range(values["num_hidden_layers"] + modules)
-    values["moba_full_attention_layers"] = [i for i in values.get("moba_full_attention_layers") or [] if i in blocks]
-    config = MoonwhaleConfig.from_dict(values | {"num_nextn_predict_layers": modules, "mtp_num_blocks": 1})
+    layers = [layer_of(name) for name in read_headers(weight_files(folder))]
+    try:
+        if exported_by_us:
+            path = folder / MOONWHALE_JSON
+            values = read_json(path)
+        else:
+            known = {f.name for f in fields(DeepseekV3Config)} | {"rope_theta", "rope_scaling"}
+            deepseek = DeepseekV3Config(**{name: values[name] for name in known & values.keys()}).to_dict()
+            values = {f.name: deepseek[f.name] for f in fields(MoonwhaleConfig) if f.name in deepseek}
+        modules = max(max(layers, default=-1) + 1 - values["num_hidden_layers"], 0)
+        blocks = range(values["num_hidden_layers"] + modules)
+        full = [i for i in values.get("moba_full_attention_layers") or [] if i in blocks]
+        new = {"num_nextn_predict_layers": modules, "mtp_num_blocks": 1, "moba_full_attention_layers": full}
+        config = MoonwhaleConfig.from_dict(values | new)
+    except UserError:
+        raise
+    except Exception as error:  # transformers' own checks of types raise many kinds
+        raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     model = load_model(folder, config, dtype)
     model.save_pretrained(out)
     load_tokenizer_of(folder, model).save_pretrained(out)
@@ -192,15 +203,7 @@ def from_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     return [f"note: {folder} holds no {MOONWHALE_JSON}: MoBA is off; set moba_topk to use it"]
 
 
-def _mtp_modules(folder: Path, n_layers: int) -> int:
-    """Counts the MTP modules in the weight files of a folder."""
-    layers = {-1}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            layers |= set(map(layer_of, file.keys()))
-    return max(max(layers) + 1 - n_layers, 0)
-
-
 def layer_of(name: str) -> int:
     """The layer that a weight belongs to; -1 for the embedding, the head and the last norm."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+    layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return int(layer[1]) if layer else -1

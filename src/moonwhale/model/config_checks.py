@@ -14,6 +14,22 @@ from .config_fields import ConfigFields
 
 log = logging.get_logger(__name__)
 
+ATTRIBUTES = {  # of the configuration's class, but a file may name them
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+    "_from_model_config",
+    "_attn_implementation_autoset",
+    "num_labels",
+    "output_attentions",
+    "rope_scaling",
+    "use_return_dict",
+}
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # transformers fetches those with a / from the hub
+PRETRAINED_FIELDS = {"architectures": list, "id2label": dict, "label2id": dict, "problem_type": str}
+MOST_LABELS = 10_000  # a name is made up for each
+
 LARGEST = 2**31 - 1  # positions and token ids are 32-bit numbers in the kernels
 WIDEST, DEEPEST = 2**20, 10_000  # beyond every machine, but a model of this size can still be described
 RANGES = {  # the least and the largest value; other combinations are checked by name below
@@ -64,6 +80,7 @@ NOUNS = {
     bool: "true or false",
     str: "a name",
     dict: "a mapping",
+    list: "a list",
     list[int]: "a list of whole numbers",
     types.NoneType: "null",
 }
@@ -100,6 +117,40 @@ def refuse(field: str, value, fix: str) -> typing.NoReturn:
     raise ValueError(f"{field}={text[:200]} is impossible: {fix}")
 
 
+def refuse_attributes(cls: type, names) -> None:
+    """Refuses extra fields that would replace an attribute or a method of the configuration's class."""
+    for name in sorted(names, key=str):
+        if not isinstance(name, str):
+            refuse("a field's name", name, "it is text")
+        shadows = name.startswith("_") or hasattr(cls, name)
+        if shadows and name not in ATTRIBUTES and name not in getattr(cls, "attribute_map", ()):
+            raise ValueError(f"{name[:100]!r} is no field of a configuration: leave it out")
+
+
+def check_extra_fields(cls: type, fields: dict) -> None:
+    """Checks the fields that moonwhale does not declare, but transformers obeys."""
+    for name in IMPLEMENTATIONS:
+        for spelling in (name, f"_{name}"):
+            value = fields.get(spelling)
+            if value is not None and (not isinstance(value, str) or "/" in value):
+                refuse(spelling, value, "the model's own attention and experts need none from elsewhere; leave it out")
+    own = {f"_{name}" for name in IMPLEMENTATIONS}
+    refuse_attributes(cls, fields.keys() - own)
+    labels = fields.get("num_labels")
+    if labels is not None and (type(labels) is not int or not 0 <= labels <= MOST_LABELS):
+        refuse("num_labels", labels, f"give a whole number, at most {MOST_LABELS:,}")
+    if not isinstance(fields.get("auto_map"), dict | None):
+        refuse("auto_map", fields["auto_map"], "give a mapping, or leave it out")
+
+
+def check_token_ids(fields: dict) -> None:
+    """Checks the types of the token ids of a generation_config.json."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = fields.get(name)
+        if value is not None and not _is(value, int) and not _is(value, list[int]):
+            refuse(name, value, "give a whole number, a list of them, or null")
+
+
 def check_types(config) -> None:
     """Checks each field's type and range alone, so that what is derived from the fields cannot fail."""
     for field, kind in typing.get_type_hints(ConfigFields).items():
@@ -117,8 +168,12 @@ def check_types(config) -> None:
                 refuse(field, value, f"give {noun}, at most {most:,}")
         if field in CHOICES and value not in CHOICES[field]:
             refuse(field, value, f"choose one of {', '.join(CHOICES[field])}")
-    if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
-        refuse("dtype", config.dtype, "give a dtype of torch, such as float32 or bfloat16")
+    dtype = getattr(torch, config.dtype, None) if isinstance(config.dtype, str) else config.dtype
+    if config.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        refuse("dtype", config.dtype, "give a floating dtype of torch, such as float32 or bfloat16")
+    for field, kind in PRETRAINED_FIELDS.items():
+        if not isinstance(getattr(config, field), kind | None):
+            refuse(field, getattr(config, field), f"give {NOUNS[kind]}, or null")
 
 
 def _is(value, kind) -> bool:

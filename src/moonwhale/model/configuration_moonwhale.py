@@ -4,7 +4,7 @@ import math
 
 from transformers import PreTrainedConfig
 
-from .config_checks import check_fit, check_rope, check_types, rope_of
+from .config_checks import check_extra_fields, check_fit, check_rope, check_types, rope_of
 from .config_fields import ConfigFields
 
 
@@ -33,6 +33,7 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_types(self)
+        check_extra_fields(type(self), kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.moba_full_attention_layers = sorted(self.moba_full_attention_layers or [])
