@@ -1,6 +1,7 @@
 """The command line itself: what it prints, how it exits, and how little it imports."""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -126,3 +127,25 @@ def test_a_closed_pipe_is_not_reported(argv):
     os.close(writing)
     assert result.returncode in (0, 141)  # argparse itself ignores a closed pipe
     assert result.stderr == ""
+
+
+def test_control_characters_are_shown_not_obeyed(capsys, monkeypatch):
+    hostile = "red \x1b[31m bell \x07 title \x1b]0;x\x07 c1 \x9b2J back\rover half \udcff\tand\nlines"
+
+    def verb(argv):
+        print(hostile)
+        sys.stdout.write(hostile)
+        sys.stdout.writelines([hostile])
+        print(hostile, file=sys.stderr)
+        logging.getLogger("moonwhale").warning(hostile)
+        raise UserError(hostile)
+
+    monkeypatch.delenv("MOONWHALE_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "_function", lambda name: verb)
+    assert cli.main(["info"]) == 2
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert not set(text) & {"\x1b", "\x07", "\x9b", "\udcff"}
+        assert r"\x1b[31m bell \x07 title \x1b]0;x\x07 c1 \x9b2J" in text
+    assert out.count("\tand\nlines") == 3 and "\r" not in out
+    assert err.splitlines()[-1].startswith("moonwhale: error: red ") and r"back\rover" in err.splitlines()[-1]

@@ -22,6 +22,7 @@ BASE = {
     "fp8",
     "checkpoint",
     "weights",
+    "yaml_files",
 }
 TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
@@ -30,8 +31,9 @@ MAY_IMPORT = {
     "units": set(),
     "costs": set(),
     "presets": {"errors"},
-    "options": {"errors"},
     "files": {"errors"},
+    "yaml_files": {"errors", "files"},
+    "options": {"errors", "yaml_files"},
     "processes": {"errors"},
     "precision": {"errors"},
     "model": set(),

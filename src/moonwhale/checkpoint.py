@@ -29,6 +29,7 @@ from moonwhale.weights import WEIGHTS, read_weights, weight_files
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+STATE_BYTES = 1 << 28  # it holds the log of the whole run
 UNFINISHED = ".unfinished"  # folder in a run's folder in which a checkpoint is written
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> Moo
         model = MoonwhaleForCausalLM.from_pretrained(
             None, config=config, dtype=dtype, state_dict=read_weights(folder, config)
         )
-    model.config.name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)  # adapters record which model they belong to
     if generation is not None:
         model.generation_config = generation
     return model
@@ -215,15 +216,30 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def read_state(checkpoint: Path) -> dict:
+    """The Trainer's state in a checkpoint: `global_step`, `max_steps`, `log_history` and more.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = checkpoint / STATE
+    state = read_json(path, STATE_BYTES)
+    steps, history = [state.get("global_step"), state.get("max_steps")], state.get("log_history")
+    is_list = isinstance(history, list) and all(isinstance(entry, dict) for entry in history)
+    if not is_list or not all(type(step) is int and step >= 0 for step in steps):
+        raise UserError(f"cannot read {path}: it is no state of a run; delete {checkpoint.name} to go on without it")
+    return state
+
+
 def is_last_checkpoint(checkpoint: Path) -> bool:
     """Whether a checkpoint was written after its run's last step."""
-    state = read_json(checkpoint / STATE)
+    state = read_state(checkpoint)
     return state["global_step"] >= state["max_steps"]
 
 
 def log_history(checkpoint: Path) -> list[dict]:
     """The Trainer's log entries up to a checkpoint."""
-    return read_json(checkpoint / STATE)["log_history"]
+    return read_state(checkpoint)["log_history"]
 
 
 # Publish

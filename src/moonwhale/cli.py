@@ -4,10 +4,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 
 from moonwhale import __version__
-from moonwhale.errors import UserError, did_you_mean, with_option_names
+from moonwhale.errors import PrintableStream, UserError, did_you_mean, printable, with_option_names
 
 VERBS = {
     "train": ("moonwhale.train.pretrain:main", "train a model on text"),
@@ -34,6 +35,8 @@ VERBS = {
     ),
 }
 
+LONGEST_LINE = 2000  # characters of an error or a warning
+
 
 def usage() -> str:
     """Return the text of `moonwhale --help`."""
@@ -55,10 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     debug = os.environ.get("MOONWHALE_DEBUG") == "1"
     handler = logging.StreamHandler()
-    handler.format = lambda record: with_option_names(record.getMessage())  # one line, fields spelled as options
+    handler.format = lambda record: _line(record.getMessage())
     logging.basicConfig(handlers=[handler])
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        # A model, a file or a row of data may hold a terminal's control sequences: they are shown, not obeyed.
+        with redirect_stdout(PrintableStream(sys.stdout)), redirect_stderr(PrintableStream(sys.stderr, "\n\t\r")):
+            return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -107,5 +112,11 @@ def _function(verb: str) -> Callable[[list[str]], int | None]:
 
 def _fail(message: str, status: int) -> int:
     """Print a message as one line and return the status."""
-    print("moonwhale: " + with_option_names(message).replace("\n", " "), file=sys.stderr)
+    print("moonwhale: " + _line(message), file=sys.stderr)
     return status
+
+
+def _line(message: str) -> str:
+    """Return a message as one line, with fields spelled as options and control characters escaped."""
+    line = printable(with_option_names(message).replace("\n", " "), "")
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " …"

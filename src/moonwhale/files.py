@@ -41,7 +41,8 @@ def read_text(path: Path, most: int) -> str:
     """
     try:
         if not path.is_file():  # opening a pipe would block
-            raise UserError(f"cannot read {path}: it is " + ("no plain file" if os.path.lexists(path) else "missing"))
+            reason = "it is no plain file" if os.path.lexists(path) else "No such file or directory"
+            raise UserError(f"cannot read {path}: {reason}")
         with path.open("rb") as file:
             content = file.read(most + 1)
         if len(content) > most:

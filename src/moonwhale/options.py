@@ -17,7 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from moonwhale.errors import UserError, did_you_mean
+from moonwhale.errors import UserError, did_you_mean, shown
+from moonwhale.yaml_files import parse_yaml, read_yaml_file
 
 NOUNS = {
     bool: "true or false",
@@ -199,16 +200,12 @@ def read_yaml(path: str | os.PathLike, cls: type) -> dict:
     """Read the options of `cls` that a YAML file gives.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping, an unknown key, or a value of the wrong type.
+        UserError: no such file, not plain YAML, not a mapping, an unknown key, or a value of the wrong type.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"`config`: can't read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where, why = (f", line {mark.line + 1}", error.problem) if mark else ("", "it is not text")
-        raise UserError(f"`config`: {path}{where} is not YAML: {why}") from error
+        values = read_yaml_file(path)
+    except UserError as error:
+        raise UserError(f"`config`: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"`config`: {path} holds no 'option: value' lines")
     return check(cls, values, str(path))
@@ -231,7 +228,7 @@ def check(cls: type, values: dict, source: str, outer: str = "") -> dict:
         name = f"{outer}{key}"
         if key not in fields:
             known = [outer + field for field in fields]
-            raise UserError(f"{source}: unknown key {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"{source}: unknown key {shown(name)}{did_you_mean(name[:100], known)}")
         if nested := fields[key].metadata.get("fields"):
             checked[key] = check(nested, convert(value, dict, f"{source}: {name}"), source, f"{name}.")
         else:
@@ -243,7 +240,9 @@ def _convert(value: typing.Any, field: dataclasses.Field, kind: typing.Any, name
     """Convert a field's value to its annotation and check it against the field's choices."""
     value, choices = convert(value, kind, name, from_text), field.metadata.get("choices")
     if choices and value not in choices:
-        raise UserError(f"{name}: {value!r} is none of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+        raise UserError(
+            f"{name}: {shown(value)} is none of {', '.join(choices)}{did_you_mean(str(value)[:100], choices)}"
+        )
     return value
 
 
@@ -260,7 +259,7 @@ def convert(value: typing.Any, kind: typing.Any, name: str, from_text: bool = Fa
             fits, converted = _as(reading, k)
             if fits:
                 return converted
-    raise UserError(f"{name}: {value!r} is not {' or '.join(NOUNS[k] for k in kinds)}")
+    raise UserError(f"{name}: {shown(value)} is not {' or '.join(NOUNS[k] for k in kinds)}")
 
 
 def _readings(text: str, kinds: tuple) -> list:
@@ -271,8 +270,8 @@ def _readings(text: str, kinds: tuple) -> list:
         return [text.split(",")]
     readings = []
     for candidate in (text, f"[{text}]"):
-        with contextlib.suppress(yaml.YAMLError):
-            readings.append(yaml.safe_load(candidate))
+        with contextlib.suppress(UserError):
+            readings.append(parse_yaml(candidate, "it"))
     return readings
 
 
@@ -281,7 +280,7 @@ def _as(value: typing.Any, kind: typing.Any) -> tuple[bool, typing.Any]:
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_as(item, typing.get_args(kind)[0])[0] for item in value), value
     if kind is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3, which has no point, as text
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):  # an int may exceed all floats
             value = float(value)
     return type(value) is kind and (kind is not float or math.isfinite(value)), value
 
@@ -311,7 +310,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 def require(config: object, name: str, ok: bool, fix: str) -> None:
     """Raise a UserError about the option `name` of `config` unless its value is ok."""
     if not ok:
-        raise UserError(f"`{name}`: {getattr(config, name)!r} is impossible: {fix}")
+        raise UserError(f"`{name}`: {shown(getattr(config, name))} is impossible: {fix}")
 
 
 def require_at_least_one(config: object, *names: str) -> None:

@@ -125,7 +125,7 @@ BAD = [
         ["--tokens-per-step", "100", "--context", "256", "--batch-size", "8"],
         "100 is no multiple of .* = 2048 tokens: give 2048$",
     ),
-    (["--config", "no_such.yaml"], "`config`: can't read no_such.yaml: No such file"),
+    (["--config", "no_such.yaml"], "`config`: cannot read no_such.yaml: No such file"),
 ]
 
 
@@ -163,7 +163,7 @@ def test_bad_yaml_is_one_line(yaml_file, text, message):
 
 def test_a_binary_file_is_refused_as_yaml(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(UserError, match="is not YAML: it is not text"):
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
         parse(["--config", str(tmp_path / "run.yaml")])
 
 

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import yaml
-
 from moonwhale import options
-from moonwhale.errors import UserError, did_you_mean, one_line
+from moonwhale.errors import UserError, did_you_mean, shown
 from moonwhale.posttrain import grpo, sample, sft
 from moonwhale.train import pretrain, run_folder
 from moonwhale.train.config import TrainConfig
 from moonwhale.train.run import check_reporters
 from moonwhale.train.run_options import RunOptions
+from moonwhale.yaml_files import read_yaml_file
 
 # For each verb: the class that checks its options, and the function that runs it.
 STAGES = {
@@ -55,12 +54,7 @@ def recipe(path: str) -> None:
 
 def read(path: str) -> list[tuple[str, object]]:
     """Returns each stage's verb and checked options. Files that an earlier stage writes need not exist yet."""
-    try:
-        stages = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {one_line(error)}") from error
+    stages = read_yaml_file(path)
     if not isinstance(stages, list) or not stages:
         raise UserError(f"{path} is not a list of stages, such as `- sft: {{checkpoint: runs/demo, out: runs/talks}}`")
     return [_read_stage(stage, f"{path}, stage {number}") for number, stage in enumerate(stages, start=1)]
@@ -71,7 +65,7 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
         raise UserError(f"{where}: it must be one verb with its options")
     ((verb, given),) = stage.items()
     if verb not in STAGES:
-        raise UserError(f"{where}: {verb!r} is none of {', '.join(STAGES)}{did_you_mean(str(verb), STAGES)}")
+        raise UserError(f"{where}: {shown(verb)} is none of {', '.join(STAGES)}{did_you_mean(str(verb)[:100], STAGES)}")
     if not given.get("out"):
         raise UserError(f"{where}: {verb} needs an `out`, where it writes")
     cls = STAGES[verb][0]

@@ -21,6 +21,7 @@ from moonwhale.optim.muonclip import param_groups
 from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
+from moonwhale.train.resuming import check_weights, resuming_from
 
 # Fields of TrainingArguments that these trainers cannot serve, with the reason and the remedy
 REFUSED = {
@@ -249,12 +250,22 @@ class MuonClipTrainerMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads optimizer states that one process wrote as transformers does, and also those that several wrote."""
-        if checkpoint is None or not has_sharded_optimizer(Path(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        load_optimizer(Path(checkpoint), self.optimizer, names, self._optimizer_shards())
-        self._load_scheduler(checkpoint)
+        with resuming_from(checkpoint):
+            if checkpoint is None or not has_sharded_optimizer(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            load_optimizer(Path(checkpoint), self.optimizer, names, self._optimizer_shards())
+            self._load_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        with resuming_from(resume_from_checkpoint):
+            check_weights(Path(resume_from_checkpoint), self.model.config)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with resuming_from(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _optimizer_shards(self) -> dict[str, Tensor]:
         """This rank's shard of each parameter, by name."""

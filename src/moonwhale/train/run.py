@@ -85,6 +85,10 @@ def check_run(config: RunOptions) -> Path | None:
             raise UserError(
                 f"`resume`: every checkpoint in {config.out} is damaged (see above): train anew into another `out`"
             )
+        if checkpoint:
+            from moonwhale.train.resuming import check_state
+
+            check_state(checkpoint)
         print_once(
             f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint"
         )
