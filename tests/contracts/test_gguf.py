@@ -27,6 +27,8 @@ TEXTS = [
     "a <|eos|> that is text",
     "x",
 ]
+READER = pytest.mark.contract("Readers of our exports", "gguf.GGUFReader")
+LLAMA = pytest.mark.contract("Readers of our exports", "llama.cpp")
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -67,6 +69,7 @@ def read(path) -> tuple[dict, dict[str, np.ndarray], dict]:
     return metadata, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
 
 
+@READER
 def test_metadata(exported):
     path, model, said = exported(n_group=3, topk_group=2, routed_scaling_factor=2.5, first_k_dense_replace=1)
     found, config = read(path)[0], model.config
@@ -102,6 +105,7 @@ def test_metadata(exported):
     }
 
 
+@READER
 def test_tensors(exported):
     path, model, _ = exported(first_k_dense_replace=1, rope_interleave=False)
     _, found, types = read(path)
@@ -138,6 +142,7 @@ def test_tensors(exported):
     assert same("attn_q_b.weight", q_b.reshape(48, 20))
 
 
+@READER
 def test_bf16_keeps_vectors_and_routers(exported):
     path, model, _ = exported("--dtype", "bf16", tie_word_embeddings=True)
     metadata, found, types = read(path)
@@ -149,6 +154,7 @@ def test_bf16_keeps_vectors_and_routers(exported):
     assert (found["token_embd.weight"] == embedding).all()
 
 
+@READER
 def test_vocabulary(exported, small_tokenizer):
     found, tokenizer = read(exported()[0])[0], small_tokenizer
     found = {name.removeprefix("tokenizer."): value for name, value in found.items()}
@@ -265,6 +271,7 @@ VARIANTS = {
 }
 
 
+@LLAMA
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_computes_the_same(variant, exported, llama, small_tokenizer):
@@ -282,6 +289,7 @@ def test_llama_cpp_computes_the_same(variant, exported, llama, small_tokenizer):
         assert found == greedy(model, torch.tensor([ids]), eos_token_id=None)
 
 
+@LLAMA
 @pytest.mark.slow
 def test_llama_cpp_reads_bf16(exported, llama, small_tokenizer):
     """llama.cpp rounds the inputs of products. All experts are chosen, so that rounding cannot change the choice."""
@@ -293,6 +301,7 @@ def test_llama_cpp_reads_bf16(exported, llama, small_tokenizer):
     assert np.abs(theirs.scores[: len(ids)] - expected).max() < 0.04 * np.abs(expected).max()
 
 
+@LLAMA
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trained here", "gpt2", "deepseek"])
 def test_llama_cpp_tokenizes_text_the_same(name, exported, llama, small_tokenizer):
@@ -307,6 +316,7 @@ def test_llama_cpp_tokenizes_text_the_same(name, exported, llama, small_tokenize
     assert theirs.tokenize(chat.encode(), add_bos=False, special=True) == ids
 
 
+@LLAMA
 @pytest.mark.slow
 def test_llama_cpp_chats(exported, llama, small_tokenizer):
     """With the template in the file, llama.cpp has the same prompt and answer tokens."""
