@@ -1,5 +1,6 @@
-"""The exception for bad input, and help with its message."""
+"""The exception for bad input, help with its message, and the check for an optional package."""
 
+import importlib.util
 import re
 import reprlib
 from collections.abc import Iterable
@@ -62,6 +63,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` with the known word nearest to `word`, or "" if none is near."""
     near = get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def require_package(module: str, extra: str, purpose: str) -> None:
+    """Check, without importing it, that the module of an optional package is there.
+
+    extra: the extra of moonwhale that brings the package.
+    purpose: what needs it, as the message begins: "`task`".
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f'{purpose} needs the package {module}, which is missing: pip install "moonwhale[{extra}]"')
 
 
 def with_option_names(message: str) -> str:

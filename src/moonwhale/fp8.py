@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, require_package
 from moonwhale.model.moe import grouped_product
 
 TILE_SIZE = 128
@@ -75,10 +75,9 @@ def _check_widths(modules: dict[str, nn.Module], recipe: str) -> None:
 
 
 def _convert_by_torchao(model: nn.Module, names: set[str], recipe: str, emulate: bool) -> None:
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise UserError(f"fp8-{recipe} needs torchao (pip install 'moonwhale[fp8]')") from error
+    require_package("torchao", "fp8", f"fp8-{recipe}")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     config = Float8LinearConfig.from_recipe_name(recipe)
     object.__setattr__(config, "emulate", emulate)  # the dataclass is frozen, and recipes take no such argument
     convert_to_float8_training(model, module_filter_fn=lambda _, name: name in names, config=config)

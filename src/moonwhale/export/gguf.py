@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -18,11 +19,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.export.deepseek import interleaved, layer_of, without_moba
-
-try:
-    import gguf
-except ModuleNotFoundError as error:
-    raise UserError('`to` gguf needs a package: pip install "moonwhale[gguf]"') from error
 
 ARCH = gguf.MODEL_ARCH.DEEPSEEK2
 DIGIT = r"\p{N}"

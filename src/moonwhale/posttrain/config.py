@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, require_package
 from moonwhale.options import option, require_not_negative
 from moonwhale.processes import init_process_group
 from moonwhale.train.run_options import RunOptions, with_default
@@ -34,6 +34,7 @@ class PostTrainOptions(RunOptions):
     def __post_init__(self):
         if self.checkpoint is None:
             raise UserError("CHECKPOINT: name the folder of the model to start from")
+        require_package("trl", "rl", f"moonwhale {self.verb}")
         super().__post_init__()
         require_not_negative(self, "bias_update_speed")
 

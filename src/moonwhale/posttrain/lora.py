@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale.checkpoint import publish_model
-from moonwhale.errors import UserError
 
 if typing.TYPE_CHECKING:
     from peft import LoraConfig
@@ -18,15 +17,9 @@ MODULES = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "o_proj", "ga
 
 
 def lora_config(model, rank: int) -> "LoraConfig":
-    """Returns peft's configuration of adapters on those of MODULES that the model has.
+    """Returns peft's configuration of adapters on those of MODULES that the model has."""
+    from peft import LoraConfig
 
-    Raises:
-        UserError: peft is not installed.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError('`lora_rank` needs the package peft: pip install "moonwhale[rl]"') from None
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[name for name in MODULES if name in present])
 

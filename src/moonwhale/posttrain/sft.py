@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.data.source_options import SourceOptions
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, require_package
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.posttrain.config import PostTrainOptions, open_model
 from moonwhale.processes import print_once, world_size
@@ -45,6 +45,8 @@ class SFTOptions(SourceOptions, PostTrainOptions):
         super().__post_init__()
         require_at_least_one(self, "accumulation", "eval_rows", "steps", "data_documents")
         require_not_negative(self, "lora_rank")
+        if self.lora_rank:
+            require_package("peft", "rl", "`lora_rank`")
         require(self, "context", self.context is None or self.context >= 2, "a row needs at least 2 tokens")
         require(self, "epochs", self.epochs > 0, "it must be above 0")
 
