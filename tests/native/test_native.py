@@ -1,26 +1,30 @@
-"""Compares steps in C++ with the same steps in PyTorch. tests/infer/test_decoder.py compares both with the model."""
+"""Compares steps in C++ with the same steps in PyTorch, for the vectors of this machine and of lesser ones.
+
+tests/infer/test_decoder.py compares both with the model.
+"""
 
 import copy
 import ctypes
+import functools
 import platform
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from moonwhale.errors import UserError
 from moonwhale.infer.decoder import Decoder
 from moonwhale.native import build
 from moonwhale.native.packed_linear import PackedLinear
 from moonwhale.native.structures import STRUCTURES
 
-SHAPES = {  # widths are several whole SIMD vectors and a remainder
+SHAPES = {  # the latent and its rotary key are several whole SIMD vectors of 16 or 8, and a remainder
     "hidden_size": 48,
     "num_attention_heads": 5,
     "q_lora_rank": 40,
     "kv_lora_rank": 72,
     "qk_nope_head_dim": 20,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 12,
     "v_head_dim": 24,
     "moe_intermediate_size": 40,
     "moba_block_size": 16,
@@ -30,10 +34,55 @@ SHAPES = {  # widths are several whole SIMD vectors and a remainder
 PROMPT = 300  # several pieces of full attention, many blocks of MoBA
 
 
-@pytest.fixture(autouse=True)
-def _compiler():
+LEVELS = {"this machine": "", "AVX2": "-march=haswell", "no AVX": "-march=x86-64"}  # MOONWHALE_CXXFLAGS
+MUTANTS = {  # expressions: file, right, wrong
+    "the gate takes the worst blocks": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
+    "block means are never written": ("attention.h", "(position(t) + 1) % w.block_size", "true"),
+    "a step takes full attention": ("attention.h", "topk && position(token) / w.block_size >= topk", "false"),
+    "every token is rotated as if it were the first": ("attention.h", "p.cos + position * half", "p.cos"),
+    "pieces are merged without their scales": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
+    "experts are chosen without the bias": (
+        "experts.h",
+        "scores[i] + w.bias[i] > scores[j] + w.bias[j]",
+        "scores[i] > scores[j]",
+    ),
+    "the rest after whole vectors is lost": ("products.h", "sum(total[o][r]) + rest", "sum(total[o][r])"),
+}
+
+
+@functools.cache
+def with_mutants(level: str, folder: Path) -> ctypes.CDLL:
+    """Compile the steps with every mutant in them, of which the integer `mutant` chooses one. 0 is none."""
+    sources = folder / level
+    shutil.copytree(build.SOURCES, sources)
+    for number, (file, right, wrong) in enumerate(MUTANTS.values(), 1):
+        source = (sources / file).read_text()
+        assert source.count(right) == 1
+        (sources / file).write_text(source.replace(right, f"(mutant == {number} ? {wrong} : {right})"))
+    main = sources / "step.cpp"
+    main.write_text("int mutant;\n" + main.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOONWHALE_CXXFLAGS", f"-O1 {LEVELS[level]}")
+        build.compile_steps(build.compiler(), sources, sources)
+    return build.load(sources)
+
+
+@pytest.fixture(params=LEVELS)
+def mutants(request, tmp_path_factory) -> ctypes.CDLL:
     if reason := build.unavailable_reason():
         pytest.skip(reason)
+    if request.param != "this machine" and platform.machine() != "x86_64":
+        pytest.skip("these are x86-64's vectors")
+    if request.param == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no AVX2")
+    return with_mutants(request.param, tmp_path_factory.getbasetemp() / "levels")
+
+
+@pytest.fixture(autouse=True)
+def library(request, mutants, monkeypatch):
+    """Each test runs at each level. At this machine's, it takes the steps that users run."""
+    if request.node.callspec.params["mutants"] != "this machine":
+        monkeypatch.setattr(build, "library", lambda: mutants)
 
 
 @pytest.fixture
@@ -135,76 +184,21 @@ def test_structures_have_the_size_of_their_cpp_twins():
     assert build.library().sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
 
 
-def test_without_a_compiler_steps_run_in_pytorch_with_a_message(model, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "which", lambda name: None)
-        with pytest.raises(UserError, match="install g\\+\\+"):
-            build.library.__wrapped__()
-        patch.setattr(build, "library", build.library.__wrapped__)
-        assert build.unavailable_reason.__wrapped__() == "no C++ compiler found (install g++)"
-    assert in_pytorch(model, monkeypatch).main[0].native is None
-
-
-def test_a_compiler_that_fails_says_why(tmp_path):
-    (tmp_path / "step.cpp").write_text("int broken(")
-    with pytest.raises(UserError, match=r"can't compile decoding steps: .*step\.cpp:1"):
-        build.compile_steps("c++", tmp_path, tmp_path)
-
-
-def compiled_from(sources, folder, monkeypatch, machine=None):
-    """Let decoders use steps compiled from other sources or for another machine, with fewer optimizations."""
-    flags = ["-O1" if flag == "-O3" else flag for flag in build.FLAGS if not machine or not flag.startswith("-m")]
-    monkeypatch.setattr(build, "FLAGS", flags + (machine or []))
-    build.compile_steps("c++", sources, folder)
-    built = build.load(folder)
-    monkeypatch.setattr(build, "library", lambda: built)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86-64's vectors")
-@pytest.mark.parametrize("machine", [["-mavx2", "-mfma"], ["-march=x86-64"]], ids=["AVX2", "no intrinsics"])
+@pytest.mark.parametrize("number", range(1, 1 + len(MUTANTS)), ids=MUTANTS)
 @torch.inference_mode()
-def test_vector_widths_of_other_machines(model, monkeypatch, tmp_path, machine):
-    for dtype in (torch.float32, torch.bfloat16):
-        model, tolerance = model.to(dtype), 1e-5 if dtype is torch.float32 else 1e-2
-        here = Decoder(model, int8=dtype is torch.bfloat16)
-        prompt = read(here)
-        want = steps(here, copy.deepcopy(prompt))
-        with monkeypatch.context() as patch:
-            compiled_from(build.SOURCES, tmp_path, patch, machine)
-            assert max(distances(steps(here, prompt), want)) < tolerance
-
-
-MUTANTS = {
-    "the gate takes the worst blocks": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
-    "block means are never written": ("attention.h", "if (cache.means) average(keys);", ""),
-    "a step takes full attention": ("attention.h", "return topk && position", "return false && position"),
-    "every token is rotated as if it were the first": ("attention.h", "p.cos + position * half", "p.cos + 0 * half"),
-    "pieces are merged without their scales": ("attention.h", "std::exp(top[place + k] - largest)", "1"),
-    "experts are chosen without the bias": (
-        "experts.h",
-        "scores[i] + w.bias[i] > scores[j] + w.bias[j]",
-        "scores[i] > scores[j]",
-    ),
-    "the rest after whole vectors is lost": ("products.h", "sum(total[o][r]) + rest", "sum(total[o][r])"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "right", "wrong"), MUTANTS.values(), ids=MUTANTS)
-@torch.inference_mode()
-def test_mutants_are_caught(model, monkeypatch, tmp_path, file, right, wrong):
+def test_mutants_are_caught(model, mutants, monkeypatch, number):
     for layer in model.model.layers[: model.config.num_hidden_layers]:
         layer.mlp.gate.e_score_correction_bias.copy_(torch.linspace(1, 0, model.config.n_routed_experts))
     naive = in_pytorch(model, monkeypatch)
-    want = steps(naive, read(naive), [1] * 7)[0]
-    sources = shutil.copytree(build.SOURCES, tmp_path / "step")
-    source = (sources / file).read_text()
-    assert source.count(right) == 1
-    (sources / file).write_text(source.replace(right, wrong))
-    compiled_from(sources, tmp_path, monkeypatch)
-    decoder = Decoder(model)
-    assert (steps(decoder, read(decoder), [1] * 7)[0] - want).norm() > 1e-3 * want.norm()
+    want = steps(naive, read(naive), [1] * 20)[0]
+    monkeypatch.setattr(build, "library", lambda: mutants)
+    decoder, chosen = Decoder(model), ctypes.c_int.in_dll(mutants, "mutant")
+    assert (steps(decoder, read(decoder), [1] * 20)[0] - want).norm() < 1e-5 * want.norm()
+    try:
+        chosen.value = number
+        assert (steps(decoder, read(decoder), [1] * 20)[0] - want).norm() > 1e-3 * want.norm()
+    finally:
+        chosen.value = 0
 
 
 @pytest.mark.parametrize("topk", [PROMPT, 10**9])
@@ -237,6 +231,6 @@ def test_a_step_outside_the_cache_is_refused(model):
 def test_a_step_without_memory_says_so(model):
     decoder = Decoder(model)
     cache = read(decoder)
-    decoder.main[0].native._block.hidden = 2**60  # numbers that no machine can hold
+    decoder.main[0].native._block.attention.heads = 2**40  # numbers that no machine can hold
     with pytest.raises(MemoryError, match="no memory"):
         decoder.run(tokens(1, 1), cache, decoder.place(cache, 0, [PROMPT], 1))

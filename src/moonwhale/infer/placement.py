@@ -31,8 +31,8 @@ class Placement:
     @cached_property
     def for_native(self) -> PlacementStruct:
         self._start = torch.tensor(self.start)  # kept alive for the structure
-        addresses = map(address, (self._start, *self.rotations))
-        return PlacementStruct(len(self.start), self.length, self.first_slot, torch.get_num_threads(), *addresses)
+        sizes = len(self.start), self.length, self.first_slot, torch.get_num_threads(), len(self.rotations[0])
+        return PlacementStruct(*sizes, *map(address, (self._start, *self.rotations)))
 
     @cached_property
     def positions(self) -> Tensor:

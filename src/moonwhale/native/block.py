@@ -52,17 +52,36 @@ class NativeBlock:
         Raises:
             MemoryError: there is no memory for intermediate values.
             IndexError: the placement lies outside the cache.
+            ValueError: shapes or fields contradict each other.
         """
         x = x.float().contiguous()
         keys, values, means = entries
-        cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], DTYPE_CODES[keys.dtype])
+        self._check(x, keys, values, means, placement)
+        dtype = DTYPE_CODES.get(keys.dtype, -1)  # which the step refuses
+        cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], dtype)
         structures = map(ctypes.byref, (self._block, cache, placement))
         match build.library().run_block(*structures, x.data_ptr()):
             case 1:
                 raise MemoryError(f"no memory for a decoding step of {len(x)} sequences")
             case 2:
                 raise IndexError(f"a decoding step lies outside the cache of {tuple(keys.shape[:2])} slots and tokens")
+            case 3:
+                raise ValueError("the fields of a compiled block contradict each other")
         return x
+
+    def _check(self, x: Tensor, keys: Tensor, values: Tensor, means: Tensor | None, placement: PlacementStruct) -> None:
+        """Raise ValueError if tensors are not what the compiled step, which sees only addresses, takes them to be."""
+        w = self._block.attention
+        slots, length, width = *keys.shape[:2], w.rank + w.rope
+        good = x.shape == (placement.rows, placement.length, self._block.hidden)
+        good &= keys.shape == (slots, length, width) and keys.is_contiguous()
+        good &= values.shape == (slots, length, w.rank if w.taps else width) and values.is_contiguous()
+        good &= values.dtype is keys.dtype
+        if means is not None:
+            good &= means.shape == (slots, length // w.block_size, width) and means.is_contiguous()
+            good &= means.dtype is torch.float32
+        if not good:
+            raise ValueError("the tensors of a decoding step do not fit the compiled block")
 
     def _fill(self, structure: type, values: Mapping):
         """Fill each field with the value of its name. Raises KeyError if a value is missing."""
@@ -83,9 +102,11 @@ class NativeBlock:
         if field_type is NormStruct:
             return NormStruct(self._fp32(value.weight), value.eps)
         if field_type is MatrixStruct:
-            self._kept.append(value)
             if isinstance(value, PackedLinear):
+                self._kept.append(value)
                 return value.matrix
+            value = value.contiguous()
+            self._kept.append(value)
             return MatrixStruct(address(value), None, None, *value.shape, DTYPE_CODES[value.dtype])  # not in panels
         assert field_type is POINTER, f"no way to fill a field of type {field_type}"
         return self._fp32(value) if isinstance(value, Tensor) else self._networks(value)

@@ -22,7 +22,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False):
         self.dtype, self.out, self.scale = weight.dtype, len(weight), None
-        self.bias = None if bias is None else bias.float()
+        self.bias = None if bias is None else bias.float().contiguous()
         native = build.supports(weight)
         if int8:
             self.scale = weight.float().abs().amax(1).clamp_(min=1e-12) / 127
@@ -50,8 +50,11 @@ class PackedLinear:
         return out.unflatten(0, x.shape[:-1])
 
     def _native_product(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"a product of x {tuple(x.shape)} and a weight of {self.weight.shape[1]} inputs")
         out, threads = torch.empty(len(x), self.out), torch.get_num_threads()
-        build.library().run_product(ctypes.byref(self.matrix), out.data_ptr(), x.data_ptr(), len(x), threads)
+        if build.library().run_product(ctypes.byref(self.matrix), out.data_ptr(), x.data_ptr(), len(x), threads):
+            raise ValueError(f"no product of {len(x)} rows on {threads} threads")
         return out
 
 

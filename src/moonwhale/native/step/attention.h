@@ -3,7 +3,10 @@
 #pragma once
 #include <vector>
 
+#include "checks.h"
 #include "products.h"
+
+extern "C" int omp_get_thread_num(); // torch has loaded the library
 
 constexpr long CHUNK = 128;   // keys of a piece of full attention
 constexpr int HEAD_GROUP = 4; // heads that read a piece together
@@ -11,11 +14,12 @@ constexpr int HEAD_GROUP = 4; // heads that read a piece together
 // Attention of ROWS heads' queries q (ROWS, width) over n keys. For each head it writes the largest score to `top`, the
 // sum of exponentials relative to that score to `total`, and the sum of values weighted by them to `latent` (rank).
 // Successive heads are `step` numbers apart in `top` and `total`, and `step * rank` in `latent`.
+// `scores` is scratch space for ROWS times n numbers, rounded up to whole vectors.
 template <int ROWS, class T>
 static void attend(const AttentionFields &w, const float *q, const T *keys, const T *values, long values_step, long n,
-                   float *top, float *total, float *latent, long step) {
-  const long width = w.rank + w.rope, room = (n + LANES - 1) / LANES * LANES;
-  std::vector<float> scores(ROWS * room, -1e30f); // padding of the last vector has weight 0
+                   float *top, float *total, float *latent, long step, float *scores) {
+  const long width = w.rank + w.rope, room = whole_vectors(n);
+  std::fill_n(scores, ROWS * room, -1e30f); // padding of the last vector has weight 0
   dots<ROWS>(q, width, keys, width, n, width,
              [&](long k, long r, float score) { scores[r * room + k] = score * w.scale; });
   for (int r = 0; r < ROWS; r++) {
@@ -29,7 +33,7 @@ static void attend(const AttentionFields &w, const float *q, const T *keys, cons
     top[r * step] = largest;
     total[r * step] = sum(all);
   }
-  mix<ROWS>(latent, step * w.rank, scores.data(), room, values, values_step, n, w.rank);
+  mix<ROWS>(latent, step * w.rank, scores, room, values, values_step, n, w.rank);
 }
 
 // Rotates pairs of x (rope) and writes them as two halves, as model/rope.py does
@@ -50,17 +54,23 @@ struct Attention {
   const long tokens = p.rows * p.length, width = w.rank + w.rope;
   const long compressed = w.q_up.in; // 0 if queries are not compressed
   const long last = *std::max_element(p.start, p.start + p.rows) + p.length - 1; // the last position
-  const long topk = std::min<long>(w.topk, last / w.block_size + 1);             // no sequence has more blocks
+  const long blocks = last / w.block_size + 1, topk = std::min<long>(w.topk, blocks); // no sequence has more
   const long pieces = std::max(topk, last / CHUNK + 1);                          // of a token's keys, at most
+  const long longest = std::max<long>(CHUNK, topk ? std::min<long>(w.block_size, last + 1) : 0); // piece, at most
+  const long scratch_step = std::max({HEAD_GROUP * whole_vectors(longest), long(w.rope), pieces + long(w.rank), last + 1});
   std::vector<float> projected, compressed_q, q, queries, top, total, latents, out;
   std::vector<long> chosen; // (tokens, heads, topk) blocks
+  std::vector<float> scratch; // (threads, scratch_step), since nothing may be allocated in a parallel region
+  std::vector<long> earlier;  // (threads, blocks)
 
   Attention(const AttentionFields &w, const Cache &cache, const Placement &p)
-      : w(w), cache(cache), p(p), projected(tokens * w.down.out), compressed_q(tokens * compressed),
-        q(tokens * w.heads * (w.nope + w.rope)), queries(tokens * w.heads * width), top(tokens * w.heads * pieces),
-        total(top.size()), latents(top.size() * w.rank), out(tokens * w.heads * w.v),
-        chosen(tokens * w.heads * topk) {}
+      : w(w), cache(cache), p(p), projected(count({tokens, w.down.out})), compressed_q(count({tokens, compressed})),
+        q(count({tokens, w.heads, w.nope + w.rope})), queries(count({tokens, w.heads, width})),
+        top(count({tokens, w.heads, pieces})), total(top.size()), latents(count({tokens, w.heads, pieces, w.rank})),
+        out(count({tokens, w.heads, w.v})), chosen(count({tokens, w.heads, topk})),
+        scratch(count({p.threads, scratch_step})), earlier(topk ? count({p.threads, blocks}) : 0) {}
 
+  float *own_scratch() { return &scratch[omp_get_thread_num() * scratch_step]; }
   long position(long token) const { return p.start[token / p.length] + token % p.length; }
   long slot(long token) const { return p.first_slot + token / p.length; }
   long entry(long token) const { return slot(token) * cache.length + position(token); }
@@ -94,8 +104,8 @@ struct Attention {
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
       float *c = latent(t), inverse = inverse_rms(c, w.rank, w.kv_norm.eps);
-      std::vector<float> rotated(w.rope);
-      rotate(w, p, c + w.rank, position(t), rotated.data());
+      float *rotated = own_scratch();
+      rotate(w, p, c + w.rank, position(t), rotated);
       for (long i = 0; i < w.rank; i++) {
         c[i] *= inverse * w.kv_norm.weight[i];
         store(w.taps ? &values[entry(t) * w.rank + i] : &keys[entry(t) * width + i], c[i]);
@@ -155,17 +165,17 @@ struct Attention {
       for (long h = 0; h < w.heads; h++) {
         if (!chooses(t)) continue;
         const long own = position(t) / w.block_size;
-        std::vector<float> gates(own);
-        std::vector<long> blocks(own);
-        for (long i = 0; i < own; i++) blocks[i] = i;
+        float *gates = own_scratch();
+        long *order = &earlier[omp_get_thread_num() * blocks];
+        for (long i = 0; i < own; i++) order[i] = i;
         const float *means = cache.means + slot(t) * (cache.length / w.block_size) * width;
         dots<1>(&queries[(t * w.heads + h) * width], 0, means, width, own, width,
                 [&](long block, long, float gate) { gates[block] = gate; });
-        std::partial_sort(blocks.begin(), blocks.begin() + topk - 1, blocks.end(), [&](long i, long j) {
+        std::partial_sort(order, order + topk - 1, order + own, [&](long i, long j) {
           return gates[i] > gates[j] || (gates[i] == gates[j] && i < j);
         });
         long *best = &chosen[(t * w.heads + h) * topk];
-        std::copy_n(blocks.begin(), topk - 1, best);
+        std::copy_n(order, topk - 1, best);
         best[topk - 1] = own;
       }
   }
@@ -184,7 +194,7 @@ struct Attention {
             long entry = slot_start + from, place = (t * w.heads + h) * pieces + k;
             attend<decltype(rows)::value>(w, &queries[(t * w.heads + h) * width], keys + entry * width,
                                           values + entry * values_step, values_step, n, &top[place], &total[place],
-                                          &latents[place * w.rank], pieces);
+                                          &latents[place * w.rank], pieces, own_scratch());
           };
           if (chooses(t)) {
             for (long h = head; h < head + heads && k < topk; h++) {
@@ -208,13 +218,12 @@ struct Attention {
       for (long h = 0; h < w.heads; h++) {
         const long place = (t * w.heads + h) * pieces, n = chooses(t) ? topk : position(t) / CHUNK + 1;
         const float largest = *std::max_element(&top[place], &top[place] + n);
-        float sum = 0;
-        std::vector<float> weights(n), latent(w.rank);
+        float sum = 0, *weights = own_scratch(), *latent = weights + n;
         for (long k = 0; k < n; k++) sum += (weights[k] = std::exp(top[place + k] - largest)) * total[place + k];
         for (long k = 0; k < n; k++) weights[k] /= sum;
-        mix<1>(latent.data(), 0, weights.data(), 0, &latents[place * w.rank], w.rank, n, w.rank);
+        mix<1>(latent, 0, weights, 0, &latents[place * w.rank], w.rank, n, w.rank);
         typed(w.up.dtype, w.up.data, [&](auto *up) {
-          dots<1>(latent.data(), 0, up + (h * (w.nope + w.v) + w.nope) * w.rank, w.rank, w.v, w.rank,
+          dots<1>(latent, 0, up + (h * (w.nope + w.v) + w.nope) * w.rank, w.rank, w.v, w.rank,
                   [&](long o, long, float y) { out[(t * w.heads + h) * w.v + o] = y; });
         });
       }

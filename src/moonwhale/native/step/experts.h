@@ -5,22 +5,30 @@
 #include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "products.h"
 
 struct FeedForward {
   const FeedForwardFields &w;
-  const long tokens, assigned = tokens * w.chosen;
+  const long tokens, assigned = w.experts ? count({tokens, w.chosen}) : 0;
   const long width = w.networks->up.in, inner = w.networks->down.in;
   const long shared = w.experts ? (w.shared ? w.networks[w.experts].down.in : 0) : inner;
   std::vector<float> logits, gates, inputs, hidden, outputs, hidden_shared;
   std::vector<long> order; // (assigned) the row of each of a token's choices, where rows are sorted by expert
   std::vector<long> ends;  // (experts + 1) expert e has rows ends[e] to ends[e + 1]
   std::vector<long> busy;  // experts that have rows
+  std::vector<long> choices, open; // what `route` works on: (assigned) experts, and those it chooses from
+  std::vector<float> biased;
+  std::vector<std::pair<float, long>> groups;
 
   FeedForward(const FeedForwardFields &w, long tokens)
-      : w(w), tokens(tokens), logits(tokens * w.experts), gates(assigned), inputs(assigned * width),
-        hidden(assigned * 2 * inner), outputs(assigned * width), hidden_shared(tokens * 2 * shared), order(assigned),
-        ends(w.experts + 1) {}
+      : w(w), tokens(tokens), logits(count({tokens, w.experts})), gates(assigned), inputs(count({assigned, width})),
+        hidden(count({assigned, 2, inner})), outputs(count({assigned, width})),
+        hidden_shared(count({tokens, 2, shared})), order(assigned), ends(w.experts + 1), choices(assigned),
+        biased(w.experts), groups(w.experts ? w.groups : 0) {
+    busy.reserve(w.experts); // nothing may be allocated in a parallel region
+    open.reserve(w.experts);
+  }
 
   // Adds the networks' output for h, the normed x, to x (tokens, hidden)
   void run(float *x, const float *h) {
@@ -70,7 +78,6 @@ struct FeedForward {
 
   // Chooses experts by the logits, as Router in model/moe.py does, and sorts the rows by expert
   void route() {
-    std::vector<long> experts(assigned), best;
     for (long t = 0; t < tokens; t++) {
       float *scores = &logits[t * w.experts], all = 0;
       const float largest = *std::max_element(scores, scores + w.experts);
@@ -80,41 +87,38 @@ struct FeedForward {
       }
       if (!w.sigmoid)
         for (long e = 0; e < w.experts; e++) scores[e] /= all;
-      best = open_groups(scores);
-      std::partial_sort(best.begin(), best.begin() + w.chosen, best.end(),
+      open_groups(scores);
+      std::partial_sort(open.begin(), open.begin() + w.chosen, open.end(),
                         [&](long i, long j) { return scores[i] + w.bias[i] > scores[j] + w.bias[j]; });
       float total = 1e-20f;
-      for (long k = 0; k < w.chosen; k++) total += scores[best[k]];
+      for (long k = 0; k < w.chosen; k++) total += scores[open[k]];
       for (long k = 0; k < w.chosen; k++) {
-        experts[t * w.chosen + k] = best[k];
-        gates[t * w.chosen + k] = scores[best[k]] * w.factor / (w.normalise ? total : 1);
+        choices[t * w.chosen + k] = open[k];
+        gates[t * w.chosen + k] = scores[open[k]] * w.factor / (w.normalise ? total : 1);
       }
     }
     long next = 0;
     for (long e = 0; e < w.experts; e++) {
       ends[e] = next;
       for (long a = 0; a < assigned; a++)
-        if (experts[a] == e) order[a] = next++;
+        if (choices[a] == e) order[a] = next++;
       if (next > ends[e]) busy.push_back(e);
     }
     ends[w.experts] = next;
   }
 
-  // Returns the experts of the `chosen_groups` groups whose two best experts score highest
-  std::vector<long> open_groups(const float *scores) const {
+  // Fills `open` with the experts of the `chosen_groups` groups whose two best experts score highest. Unlike std::sort,
+  // std::partial_sort stays within its range if a score is NaN.
+  void open_groups(const float *scores) {
     const long size = w.experts / w.groups;
-    std::vector<std::pair<float, long>> groups;
     for (long g = 0; g < w.groups; g++) {
-      std::vector<float> biased(size);
       for (long i = 0; i < size; i++) biased[i] = scores[g * size + i] + w.bias[g * size + i];
-      std::sort(biased.begin(), biased.end(), std::greater<float>());
-      groups.push_back({-(size > 1 ? biased[0] + biased[1] : biased[0]), g});
+      std::partial_sort(&biased[0], &biased[0] + std::min(size, 2L), &biased[0] + size, std::greater<float>());
+      groups[g] = {-(size > 1 ? biased[0] + biased[1] : biased[0]), g};
     }
-    std::sort(groups.begin(), groups.end());
-    std::vector<long> open;
+    std::partial_sort(groups.begin(), groups.begin() + w.chosen_groups, groups.end());
+    open.clear();
     for (long g = 0; g < w.chosen_groups; g++)
       for (long i = 0; i < size; i++) open.push_back(groups[g].second * size + i);
-    return open;
   }
 };
-

@@ -23,6 +23,8 @@ constexpr long PANEL_WIDTH = 64;              // outputs of a panel, as in packe
 constexpr int MAX_ROWS = LANES == 16 ? 4 : 2; // rows multiplied with a panel at once: as many as fit the registers
 #define INLINE [[gnu::always_inline]] inline
 
+constexpr long whole_vectors(long n) { return (n + LANES - 1) / LANES * LANES; } // n, rounded up
+
 struct bf16 {
   uint16_t bits;
 };

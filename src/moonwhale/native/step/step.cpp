@@ -11,18 +11,15 @@
 #include <vector>
 
 #include "attention.h"
+#include "checks.h"
 #include "experts.h"
-
-static bool fits(const Placement &p, const Cache &cache) {
-  const int64_t *last = std::max_element(p.start, p.start + p.rows), *first = std::min_element(p.start, p.start + p.rows);
-  return p.first_slot >= 0 && p.first_slot + p.rows <= cache.slots && *first >= 0 && *last + p.length <= cache.length;
-}
 
 extern "C" {
 // Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache. Returns 0, or why nothing
-// was computed: 1 if memory ran out, 2 if an entry would lie outside the cache.
+// was computed: 1 if memory ran out, 2 if an entry would lie outside the cache, 3 if values contradict each other.
 int run_block(const Block *b, const Cache *cache, const Placement *p, float *x) try {
-  if (!fits(*p, *cache)) return 2;
+  if (!b || !cache || !p || !x || !is_valid(*b, *cache, *p)) return 3;
+  if (!is_inside(*p, *cache)) return 2;
   const long tokens = p->rows * p->length;
   std::vector<float> h(tokens * b->hidden);
   Attention attention(b->attention, *cache, *p);
@@ -41,10 +38,15 @@ int run_block(const Block *b, const Cache *cache, const Placement *p, float *x) 
   return 1;
 }
 
-// y (rows, out) = x (rows, in) @ m.T
-void run_product(const Matrix *m, float *y, const float *x, int64_t rows, int64_t threads) {
+// y (rows, out) = x (rows, in) @ m.T. Returns 0, or 3 as `run_block` does.
+int run_product(const Matrix *m, float *y, const float *x, int64_t rows, int64_t threads) try {
+  if (!m || !y || !x || rows < 0 || !is_within(threads, 1, MAX_THREADS) || !is_valid(*m, m->out, m->in)) return 3;
+  count({rows, m->out}), count({rows, m->in});
 #pragma omp parallel num_threads(threads)
   product(y, x, m->in, rows, *m);
+  return 0;
+} catch (const std::length_error &) {
+  return 3;
 }
 
 // Bytes of each structure in the order of structures.h. A test compares them with the ctypes structures.

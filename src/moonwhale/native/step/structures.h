@@ -11,6 +11,7 @@
 //   3. Here: declare it in AttentionFields under the name of that attribute. native/block.py fills fields by name.
 //   4. attention.h: use it as `w.name`.
 //   5. tests/infer/test_decoder.py: add a configuration that uses it to CONFIGS. It compares all of these.
+//   6. checks.h: refuse values with which attention.h would leave its arrays.
 // A field of the feed-forward half goes the same way: ExpertLayer.native_fields, FeedForwardFields, experts.h.
 #pragma once
 #include <cstdint>
@@ -73,6 +74,7 @@ struct Cache { // one block's tensors of a LatentCache
 
 struct Placement { // where new tokens go in the cache, see infer/placement.py
   int64_t rows, length, first_slot, threads;
+  int64_t positions;      // that `cos` and `sin` have
   const int64_t *start;   // (rows)
   const float *cos, *sin; // (positions, rope / 2)
 };
