@@ -23,6 +23,7 @@ BASE = {
     "checkpoint",
     "weights",
     "yaml_files",
+    "outputs",
 }
 TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
@@ -34,14 +35,16 @@ MAY_IMPORT = {
     "files": {"errors"},
     "yaml_files": {"errors", "files"},
     "options": {"errors", "yaml_files"},
+    "manifest": {"files"},
+    "outputs": {"errors", "files"},
     "processes": {"errors"},
     "precision": {"errors"},
     "model": set(),
     "fp8": {"errors", "model"},
     "optim": {"optim", "errors"},
-    "data": {"data", "errors", "files", "options"},
+    "data": {"data", "errors", "files", "outputs", "options"},
     "weights": {"errors", "files", "model"},
-    "checkpoint": {"errors", "files", "options", "weights", "model", "data"},
+    "checkpoint": {"errors", "files", "manifest", "outputs", "options", "weights", "model", "data"},
     "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},
     "train": TRAINING,
     "native": {"native", "errors", "files"},

@@ -1,11 +1,10 @@
-"""Checkpoint folders: opens, verifies, finds and publishes them. This is the only module that does.
+"""Checkpoint folders: opens, finds and publishes them. This is the only module that does.
 
 A checkpoint folder holds config.json, model.safetensors and the tokenizer. A run's own, `checkpoint-STEP` in its
-folder, also hold the optimizer's state and a manifest with the checksums of all files.
+folder, also hold the optimizer's state and a manifest with the checksums of all files (see manifest.py).
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -20,14 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 from moonwhale.data.tokenizer import load_tokenizer_folder
 from moonwhale.errors import UserError, one_line, shown
-from moonwhale.files import checksum, read_json
+from moonwhale.files import read_json
+from moonwhale.manifest import MANIFEST, find_damage, write_manifest
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.model.config_checks import check_token_ids, refuse_attributes
 from moonwhale.model.config_fields import ConfigFields
 from moonwhale.options import convert
+from moonwhale.outputs import sync, sync_names
 from moonwhale.weights import WEIGHTS, read_weights, weight_files
 
-MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 STATE_BYTES = 1 << 28  # it holds the log of the whole run
 UNFINISHED = ".unfinished"  # folder in a run's folder in which a checkpoint is written
@@ -156,33 +156,6 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-# Verify
-
-
-def find_damage(checkpoint: str | os.PathLike) -> str | None:
-    """Compares the files of a run's checkpoint with its manifest.
-
-    Returns:
-        what is wrong, in a few words, or None if all files are as they were written.
-    """
-    folder = Path(checkpoint)
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except ValueError:
-        return f"{MANIFEST} is damaged"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} is truncated: {path.stat().st_size} of {expected['bytes']} bytes"
-        if checksum(path) != expected["sha256"]:
-            return f"{name} is damaged: its checksum differs"
-    return None
-
-
 # Find
 
 
@@ -245,6 +218,13 @@ def log_history(checkpoint: Path) -> list[dict]:
 # Publish
 
 
+def restore_replaced(out: str | os.PathLike) -> None:
+    """Puts a checkpoint back in its place from which `publish_checkpoint` had moved it when it was killed."""
+    for replaced in Path(out, UNFINISHED, "replaced").glob("checkpoint-*"):
+        if not (Path(out) / replaced.name).exists():
+            replaced.rename(Path(out) / replaced.name)
+
+
 def unfinished_folder(out: str | os.PathLike) -> Path:
     """The folder in which the next checkpoint of the run in `out` is written. What a killed run left is removed."""
     folder = Path(out) / UNFINISHED
@@ -255,16 +235,13 @@ def unfinished_folder(out: str | os.PathLike) -> Path:
 def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None, best: str | None = None) -> None:
     """Moves the complete checkpoint `written` into the run's folder `out`, in one step.
 
-    Before that, the sizes and SHA-256 sums of its files are recorded in its manifest. Afterwards the oldest checkpoints
-    are deleted until `keep` are left. `written` and the checkpoint `best` always stay.
+    Before that, its manifest is written, and all of it is on the disk: a power cut leaves a whole checkpoint or none.
+    Afterwards the oldest checkpoints are deleted until `keep` are left. `written` and the checkpoint `best` always
+    stay.
     """
-    files = {
-        path.relative_to(written).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
-        for path in sorted(written.rglob("*"))
-        if path.is_file()
-    }
-    (written / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-    final = Path(out) / written.name
+    write_manifest(written)
+    sync(written)
+    final, replaced = Path(out) / written.name, written.parent / "replaced" / written.name
     # A run resumes from its newest whole checkpoint, so one of this or a later step is damaged: keep it, renamed. Or it
     # is whole and of an earlier call of `Trainer.train`.
     for other in list_checkpoints(out):
@@ -272,11 +249,12 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
             new_name = other.with_name(f"damaged-{other.name}")
             shutil.rmtree(new_name, ignore_errors=True)
             other.rename(new_name)
-    replaced = written.with_name("replaced")
     if final.exists():
+        replaced.parent.mkdir()
         final.rename(replaced)
     written.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    sync_names(final.parent)
+    shutil.rmtree(replaced.parent, ignore_errors=True)
     written.parent.rmdir()
     checkpoints = list_checkpoints(out)
     others = [path for path in checkpoints if path.name not in (final.name, best and Path(best).name)]
@@ -300,7 +278,11 @@ def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:
         for path in sorted(files, key=lambda p: p.name == "config.json"):
             copy = Path(out) / f".{path.name}"
             shutil.copyfile(path, copy)
+            sync(copy)
+            if path.name == "config.json":
+                sync_names(Path(out))  # the other files have their names before it has
             os.replace(copy, Path(out) / path.name)
+        sync_names(Path(out))
     except OSError as error:
         copy.unlink(missing_ok=True)
         if explained := explain_full_disk(error, out):

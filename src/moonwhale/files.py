@@ -102,16 +102,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(final: Path, replace: bool = True) -> Iterator[Path]:
+def new_folder(final: Path) -> Iterator[Path]:
     """Context that yields an empty folder. When the block succeeds, the folder replaces `final`, or becomes it.
-
-    With `replace=False`, for a folder that a user named, `final` must still be absent or empty then.
 
     Hold `locked(final)` around it: the next entry removes what a killed build left behind, which is safe only while no
     other process builds.
 
     Raises:
-        UserError: the disk is full, the parent folder cannot be written, or `final` was filled meanwhile.
+        UserError: the disk is full, or the parent folder cannot be written.
     """
     building = final.with_name(f".{final.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -119,7 +117,7 @@ def new_folder(final: Path, replace: bool = True) -> Iterator[Path]:
         building.mkdir(parents=True)
         yield building
         if final.exists():
-            shutil.rmtree(final) if replace else final.rmdir()
+            shutil.rmtree(final)
         os.replace(building, final)
     except OSError as error:
         raise _cannot_write(final.parent, error) from error

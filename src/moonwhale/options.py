@@ -300,10 +300,13 @@ def write_yaml(path: str | os.PathLike, values: dict, comment: str) -> None:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a file atomically: under another name first, then renamed."""
+    """Write a file atomically: under another name first, then, when it is on the disk, renamed."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 

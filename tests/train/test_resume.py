@@ -1,6 +1,7 @@
 """However a run is stopped, resuming it gives the same model, bit for bit, as an uninterrupted run."""
 
 import errno
+import json
 import os
 import pkgutil
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from moonwhale.checkpoint import (
     log_history,
     newest_checkpoint,
     publish_checkpoint,
+    restore_replaced,
     step_of,
     unfinished_folder,
 )
@@ -232,6 +235,36 @@ def corrupt(path: Path) -> None:
     path.write_bytes(data)
 
 
+def write_checkpoint(out: Path, step: int, names: tuple = ("weights",), keep: int | None = None) -> None:
+    written = unfinished_folder(out) / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    for name in names:
+        (written / name).write_text(str(step))
+    publish_checkpoint(written, out, keep)
+
+
+DAMAGED_MANIFESTS = [
+    lambda good: b"",
+    lambda good: good[: len(good) // 2],
+    lambda good: good + b"}",
+    lambda good: b"\xff\xfe" + good,
+    lambda good: b"\0" * len(good),
+    lambda good: b"[" * 100_000,
+    lambda good: b"null",
+    lambda good: b"[]",
+    lambda good: b"{}",
+    lambda good: b"1" * 10_000,
+    lambda good: good.replace(b'"files"', b'"filet"'),
+    lambda good: good.replace(b'"sha256"', b'"sha257"'),
+    lambda good: good.replace(b'"bytes"', b'"bites"'),
+    lambda good: json.dumps({"files": []} | {"sha256": json.loads(good)["sha256"]}).encode(),
+    lambda good: json.dumps(json.loads(good) | {"files": {}}).encode(),
+    lambda good: json.dumps(json.loads(good)["files"]).encode(),
+    lambda good: json.dumps(dict.fromkeys(("trainer_state.json", "optimizer.pt", "scheduler.pt"), 1)).encode(),
+    lambda good: json.dumps({name: {} for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt")}).encode(),
+]
+
+
 def test_a_damaged_checkpoint_is_skipped(finished, tmp_path, caplog):
     for hurt, name, said in [
         (truncate, "model.safetensors", r"model\.safetensors is truncated: \d+ of \d+ bytes"),
@@ -252,6 +285,69 @@ def test_a_damaged_checkpoint_is_skipped(finished, tmp_path, caplog):
         assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "damaged-checkpoint-6"}
 
 
+@pytest.mark.parametrize("content", DAMAGED_MANIFESTS)
+def test_a_damaged_manifest_costs_one_checkpoint(tmp_path, caplog, content):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    manifest = tmp_path / "checkpoint-2" / "manifest.json"
+    manifest.write_bytes(content(manifest.read_bytes()))
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert [r.getMessage() for r in caplog.records] == [f"skipping {tmp_path}/checkpoint-2: manifest.json is damaged"]
+
+
+def test_flipped_bits_of_a_manifest_are_noticed_or_change_nothing(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    manifest = tmp_path / "checkpoint-1" / "manifest.json"
+    good = manifest.read_bytes()
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(data)
+        assert find_damage(manifest.parent) or json.loads(data) == json.loads(good)
+
+
+def test_a_manifest_of_an_earlier_version(tmp_path):
+    names = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+    write_checkpoint(tmp_path, 1, names)
+    manifest = tmp_path / "checkpoint-1" / "manifest.json"
+    files = json.loads(manifest.read_bytes())["files"]
+    manifest.write_text(json.dumps(files))
+    assert find_damage(manifest.parent) is None
+    for name in names:  # nothing but the list itself could tell
+        manifest.write_text(json.dumps({other: entry for other, entry in files.items() if other != name}))
+        assert find_damage(manifest.parent) == "manifest.json is damaged"
+
+
+def test_a_kill_while_a_checkpoint_replaces_another(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1)
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.parent.name == ".unfinished":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(tmp_path, 1)
+    assert newest_checkpoint(tmp_path) is None
+    restore_replaced(tmp_path)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: (done.append("rename"), rename(path, target)))
+    write_checkpoint(tmp_path, 1)
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    written = tmp_path / ".unfinished" / "checkpoint-1"
+    assert set(before) == {str(written), str(written / "weights"), str(written / "manifest.json")}
+    assert after == [str(tmp_path)]
+
+
 def test_all_damaged(finished):
     for checkpoint in list_checkpoints(finished):
         truncate(checkpoint / "optimizer.pt")
@@ -260,12 +356,7 @@ def test_all_damaged(finished):
 
 
 def test_a_damaged_one_never_pushes_out_a_whole_one(tmp_path):
-    def write(step: int) -> None:
-        written = unfinished_folder(tmp_path) / f"checkpoint-{step}"
-        written.mkdir(parents=True)
-        (written / "weights").write_text(str(step))
-        publish_checkpoint(written, tmp_path, keep=1)
-
+    write = partial(write_checkpoint, tmp_path, keep=1)
     write(5)
     write(30)
     truncate(tmp_path / "checkpoint-30" / "weights")

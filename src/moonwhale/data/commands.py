@@ -1,10 +1,8 @@
 """The verbs `moonwhale data` and `moonwhale tokenizer`. Heavy imports wait until the arguments have been checked."""
 
 import argparse
-from pathlib import Path
 
 from moonwhale.data.source_options import SourceOptions
-from moonwhale.errors import UserError
 from moonwhale.options import Parser, add_options, read_argv
 
 CACHE_HELP = "folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)"
@@ -62,19 +60,14 @@ def main_tokenizer(argv: list[str]) -> None:
 
 
 def _train(options: SourceOptions, args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"`out`: {out} already exists and is not an empty folder")
-
     from moonwhale.data.tokenizer import load_or_train_tokenizer
-    from moonwhale.files import new_folder, require_writable
+    from moonwhale.outputs import new_named_folder
 
-    require_writable(out.parent, "out")
-    source = options.load_source()
-    tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
-    with new_folder(out, replace=False) as building:
+    with new_named_folder(args.out, "out") as building:
+        source = options.load_source()
+        tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
         tokenizer.save_pretrained(building)
-    print(f"{out}: {len(tokenizer):,} tokens")
+    print(f"{args.out}: {len(tokenizer):,} tokens")
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 from moonwhale import __version__
 from moonwhale.evaluate.config import EvalConfig
 from moonwhale.options import Parser, add_options, read_argv, write_whole
+from moonwhale.outputs import new_file
 
 
 def main(argv: list[str]) -> None:
@@ -18,8 +21,9 @@ def main(argv: list[str]) -> None:
 
     from moonwhale.evaluate.evaluation import evaluate
 
-    results = evaluate(args.folder, config)
-    if config.json:
-        settings = dataclasses.asdict(config)
-        report = {"checkpoint": args.folder, "moonwhale": __version__, "settings": settings, "results": results}
-        write_whole(config.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    with new_file(Path(config.json), "json") if config.json else nullcontext():
+        results = evaluate(args.folder, config)
+        if config.json:
+            settings = dataclasses.asdict(config)
+            report = {"checkpoint": args.folder, "moonwhale": __version__, "settings": settings, "results": results}
+            write_whole(config.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -1,11 +1,13 @@
 """The command `moonwhale export`, which writes a checkpoint in another format."""
 
+import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
 
-from moonwhale.errors import UserError, require_package
+from moonwhale.errors import require_package
 from moonwhale.options import Parser
+from moonwhale.outputs import new_named_folder
 
 # Each writer takes the source folder, an empty folder and the dtype of the weights, and returns the notes to print.
 # Writers are named here and imported in `main`, since they need torch and transformers.
@@ -30,23 +32,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (%(default)s)")
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"`out`: {out} exists and is not an empty folder: name a new one; nothing is overwritten")
-
     if args.to == "gguf":
         require_package("gguf", "gguf", "`to` gguf")
+    with new_named_folder(args.out, "out") as unfinished:
+        notes = export(args, unfinished)
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"written    {args.out}, {FORMATS[args.to][1]}")
+
+
+def export(args: argparse.Namespace, out: Path) -> list[str]:
+    """Writes the checkpoint `args.folder` into the empty folder `out`, and returns the notes to print."""
     import torch
 
     from moonwhale.checkpoint import quiet_loading
-    from moonwhale.files import new_folder
 
-    writer, summary = FORMATS[args.to]
-    module, function = writer.split(":")
+    module, function = FORMATS[args.to][0].split(":")
     write = getattr(import_module(module), function)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    with new_folder(out, replace=False) as unfinished, quiet_loading():
-        notes = write(Path(args.folder), unfinished, dtype)
-    for note in notes:
-        print(note, file=sys.stderr)
-    print(f"written    {out}, {summary}")
+    with quiet_loading():
+        return write(Path(args.folder), out, dtype)

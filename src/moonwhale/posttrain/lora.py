@@ -1,5 +1,6 @@
 """LoRA through peft: which modules get adapters, and how the adapters become part of a plain checkpoint."""
 
+import shutil
 import tempfile
 import typing
 from pathlib import Path
@@ -29,6 +30,8 @@ def merge_adapters(model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None
 
     `publish_model` copies config.json last: a merge that was interrupted leaves no folder that looks like a model.
     """
+    for left in out.glob(".merged-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     merged = model.merge_and_unload()
     with tempfile.TemporaryDirectory(dir=out, prefix=".merged-") as folder:
         merged.save_pretrained(folder)

@@ -10,10 +10,10 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_task
 from moonwhale.errors import UserError
-from moonwhale.files import require_writable
 from moonwhale.infer.commands import DEVICES, PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require_at_least_one
+from moonwhale.outputs import new_file
 
 
 @dataclass
@@ -62,9 +62,11 @@ def sample(config: SampleOptions) -> None:
     Raises:
         UserError: no answer was right, or as `load_task` and `Engine.load` do.
     """
-    if Path(config.out).exists():
-        raise UserError(f"`out`: {config.out} already exists: name a new file")
-    require_writable(Path(config.out).parent, "out")
+    with new_file(Path(config.out), "out"):
+        _sample(config)
+
+
+def _sample(config: SampleOptions) -> None:
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
     kept = draw_right_answers(config, task, problems)
@@ -79,11 +81,9 @@ def sample(config: SampleOptions) -> None:
         for answer in sorted(answers)
     ]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    options.write_whole(out, "".join(lines))
+    options.write_whole(config.out, "".join(lines))
     solved = sum(map(bool, kept))
-    print(f"kept {n_kept:,} of {n_drawn:,} answers, to {solved:,} of {len(problems):,} questions: {out}")
+    print(f"kept {n_kept:,} of {n_drawn:,} answers, to {solved:,} of {len(problems):,} questions: {config.out}")
 
 
 def draw_right_answers(config: SampleOptions, task: Task, problems: list[Problem]) -> list[set[str]]:

@@ -55,31 +55,32 @@ def execute(config: RunOptions, build: Callable[[RunOptions], Run], plot: Callab
         build: prepares the data, the model, and how to make the trainer.
         plot: draws the Trainer's log history into the run's folder.
     """
-    checkpoint = check_run(config)
-    if already_finished(config, checkpoint, plot):
-        return
-    run = build(config)
-    trainer = carry_out(run, checkpoint, plot)
-    if is_main_process():
-        run.publish(trainer, run.out)
-    print_once(run.summarize(trainer.state.log_history))
+    with run_folder.owned_folder(config):
+        checkpoint = check_run(config)
+        if already_finished(config, checkpoint, plot):
+            return
+        run = build(config)
+        trainer = carry_out(run, checkpoint, plot)
+        if is_main_process():
+            run.publish(trainer, run.out)
+        print_once(run.summarize(trainer.state.log_history))
 
 
 def check_run(config: RunOptions) -> Path | None:
-    """Checks the run's folder, silences the libraries, and finds the checkpoint to resume from.
+    """Silences the libraries, checks the reporters, and finds the checkpoint to resume from.
 
     Returns:
         the newest undamaged checkpoint if `config.resume` is set and there is one, else None.
 
     Raises:
-        UserError: see `run_folder.check_folder`; or every checkpoint is damaged.
+        UserError: every checkpoint is damaged, or a reporter is unknown.
     """
-    if is_main_process():
-        run_folder.check_folder(config)
     checkpoint = None
     if config.resume:
-        from moonwhale.checkpoint import list_checkpoints, newest_checkpoint
+        from moonwhale.checkpoint import list_checkpoints, newest_checkpoint, restore_replaced
 
+        if is_main_process():
+            restore_replaced(config.out)
         checkpoint = newest_checkpoint(config.out)
         if checkpoint is None and list_checkpoints(config.out):
             raise UserError(

@@ -3,14 +3,18 @@
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.files import require_writable
+from moonwhale.outputs import owned
 from moonwhale.processes import is_main_process
 
 RUN_FILE = "run.yaml"
+LOCK = ".lock"
 DATA_FILE = "data.txt"
 # A resumed run may change these options. They alter how it computes and what it reports, not what the model learns.
 FREE_TO_CHANGE = {
@@ -29,6 +33,22 @@ FREE_TO_CHANGE = {
 }
 
 
+@contextmanager
+def owned_folder(config) -> Iterator[None]:
+    """Context in which this run alone owns its folder `config.out`. All its processes share it: the main one holds it.
+
+    Raises:
+        UserError: as `check_folder` does, or another process owns the folder.
+    """
+    if not is_main_process():
+        yield
+        return
+    check_folder(config)  # before a file is written into it
+    with owned(Path(config.out) / LOCK, config.out, "out"):
+        check_folder(config)  # another run may have ended meanwhile
+        yield
+
+
 def check_folder(config) -> None:
     """Checks that `config.out` is a new folder, or that of the run that `config` resumes.
 
@@ -39,7 +59,7 @@ def check_folder(config) -> None:
     out, run_file = Path(config.out), Path(config.out) / RUN_FILE
     require_writable(out, "out")
     if not run_file.exists():
-        if out.exists() and any(not path.name.startswith(f".{RUN_FILE}") for path in out.iterdir()):
+        if out.exists() and any(not path.name.startswith((LOCK, f".{RUN_FILE}")) for path in out.iterdir()):
             raise UserError(f"`out`: {out} holds files that are not a run's: name a new or an empty folder")
         return
     if not config.resume:

@@ -1,0 +1,105 @@
+"""A folder or file that is written has one owner, which the operating system knows."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moonwhale.errors import UserError
+from moonwhale.outputs import new_file, new_named_folder, owned
+
+
+def attempt(lock: Path) -> str:
+    try:
+        with owned(lock, lock.parent, "out"):
+            return "owned"
+    except UserError as error:
+        return str(error)
+
+
+def elsewhere(function, *args):
+    """Calls a function in a forked process."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def test_one_owner(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    with owned(lock, lock.parent, "out"):
+        host = os.uname().nodename
+        said = elsewhere(attempt, lock)
+        assert said.startswith(f"`out`: {lock.parent} is in use by process {os.getpid()} on {host} since 20")
+        assert said.endswith(": wait until it has ended, or name another") and "\n" not in said
+    assert elsewhere(attempt, lock) == "owned"
+    assert not lock.parent.exists()  # nothing was put into the folder
+
+
+def hold_for_good(lock: Path, child: bool, started):
+    with owned(lock, lock.parent, "out"):
+        pid = os.fork() if child else 0  # such as a DataLoader's worker
+        if child and not pid:
+            signal.pause()
+        started.send(pid)
+        signal.pause()
+
+
+@pytest.mark.parametrize("child", [False, True])
+def test_a_killed_owner_leaves_a_file_that_holds_nothing(tmp_path, child):
+    lock, fork = tmp_path / ".lock", multiprocessing.get_context("fork")
+    started, there = fork.Pipe()
+    owner = fork.Process(target=hold_for_good, args=(lock, child, there))
+    owner.start()
+    pid = started.recv()
+    try:
+        assert f"process {owner.pid} on " in attempt(lock)
+        owner.kill()
+        owner.join()
+        assert lock.exists() and attempt(lock) == "owned"
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (b"process 1 on elsewhere since 2001-01-01 00:00:00 UTC\n", "is taken over from process 1 on elsewhere since"),
+        (b"\xff\x00\x1b[31m" + b"x" * 10_000, "is taken over from "),
+        (b"", None),
+        (f"process 1 on {os.uname().nodename} since 2001-01-01".encode(), None),
+    ],
+)
+def test_whatever_a_lock_file_says_it_is_taken_over(tmp_path, caplog, left, said):
+    (tmp_path / ".lock").write_bytes(left)
+    assert attempt(tmp_path / ".lock") == "owned"
+    assert [record.getMessage() for record in caplog.records if said is None or said not in record.getMessage()] == []
+    assert len(caplog.records) == (said is not None)
+    assert all(record.getMessage().isprintable() and len(record.getMessage()) < 500 for record in caplog.records)
+
+
+def test_a_new_file_and_a_new_folder_have_one_writer(tmp_path):
+    def write_file(path):
+        with new_file(path, "json"):
+            path.write_text("x")
+
+    def write_folder(path):
+        with new_named_folder(str(path), "out") as folder:
+            (folder / "x").write_text("x")
+
+    for write, option in ((write_file, "json"), (write_folder, "out")):
+        path = tmp_path / option
+        with owned(path.with_name(f".{option}.lock"), path, option):
+            pass
+        write(path)
+        with pytest.raises(UserError, match=rf"^`{option}`: .*(already exists|is not an empty folder): name a new"):
+            write(path)
+    assert sorted(os.listdir(tmp_path)) == ["json", "out"]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(UserError, match="cannot write in"), new_named_folder(str(tmp_path / "out"), "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("dear")
+    assert os.listdir(tmp_path / "out") == ["thesis.txt"]
