@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 pytestmark = pytest.mark.contract("transformers' model tests", "callers of a forward pass")
 IDS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -28,6 +28,15 @@ def test_the_configuration_turns_outputs_on(model):
     assert model(IDS, output_attentions=False).attentions is None
     torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 3, 12))
     torch.testing.assert_close(out.logits, model(IDS, output_attentions=False).logits)
+
+
+def test_hidden_states_are_chosen_by_index(model):
+    every = model(IDS, output_hidden_states=True).hidden_states
+    for wanted, indices in ((0, {0}), (-1, {2}), ([1, -1, 7], {1, 2})):
+        some = model(IDS, output_hidden_states=wanted).hidden_states
+        assert {i for i, x in enumerate(some) if x is not None} == indices
+        assert all(torch.equal(some[i], every[i]) for i in indices)
+    assert model(IDS, output_hidden_states=[]).hidden_states is None
 
 
 def test_shift_labels_are_the_targets_at_every_depth(model):
@@ -76,6 +85,72 @@ def test_checkpointing_keeps_every_gradient(tiny_model, use_reentrant):
         statistics = [b.clone() for b in model.buffers()]
         assert not any(b.requires_grad for b in statistics)
     torch.testing.assert_close(*gradients)
+
+
+PACKED = {
+    "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]),
+    "cu_seq_lens_q": torch.tensor([0, 5, 9, 12], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 5, 9, 12], dtype=torch.int32),
+    "max_length_q": 5,
+    "max_length_k": 5,
+    "seq_idx": torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize(
+    "given", [["cu_seq_lens_q"], ["cu_seq_lens_k", "max_length_k"], ["seq_idx"], [*PACKED]], ids=str
+)
+def test_every_description_of_packed_documents_keeps_them_apart(model, given):
+    ids, arguments = IDS[:1], {name: PACKED[name] for name in given}
+    packed = model(ids, labels=ids, **arguments)
+    alone = torch.cat([model(part).logits for part in ids.split([5, 4, 3], dim=1)], dim=1)
+    torch.testing.assert_close(packed.logits, alone)
+    torch.testing.assert_close(model(ids, **arguments).logits, alone)
+    torch.testing.assert_close(packed.losses, model(ids, labels=ids, position_ids=PACKED["position_ids"]).losses)
+
+
+def test_cumulative_lengths_count_through_all_rows(model):
+    ends = torch.tensor([0, 5, 12, 24])
+    rows = torch.cat([torch.arange(5), torch.arange(7), torch.arange(12)]).view(2, 12)
+    torch.testing.assert_close(model(IDS, cu_seq_lens_q=ends).logits, model(IDS, position_ids=rows).logits)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "cu_seq_lens_k": torch.tensor([0, 6, 12])},
+        {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "position_ids": torch.arange(12)[None]},
+        {"seq_idx": PACKED["seq_idx"], "position_ids": torch.arange(12)[None]},
+        {"seq_idx": PACKED["seq_idx"][:, 1:]},
+        {"cu_seq_lens_q": torch.tensor([0, 5])},
+        {"cu_seq_lens_q": torch.tensor([0, 13, 12])},
+        {"cu_seq_lens_q": torch.tensor([[0, 12]])},
+        {"max_length_q": 5},
+        {"cache_position": torch.arange(3, 15)},
+        {"cache_position": torch.arange(3)},
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused(model, arguments):
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        model(IDS[:1], **arguments)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        model(IDS[:1], labels=IDS[:1], **arguments)
+
+
+def test_packing_is_refused_after_a_cache(model):
+    cache = model(IDS[:1], use_cache=True).past_key_values
+    model(IDS[:1], past_key_values=cache, cache_position=torch.arange(12, 24))
+    with pytest.raises(ValueError, match="leave out past_key_values"):
+        model(IDS[:1], past_key_values=cache, seq_idx=PACKED["seq_idx"])
+
+
+def test_a_flattening_collators_batch_is_read(model):
+    rows = [{"input_ids": part} for part in IDS[0].split([5, 4, 3])]
+    for options in ({"return_flash_attn_kwargs": True}, {"return_seq_idx": True}):
+        batch = DataCollatorWithFlattening(return_position_ids=False, return_tensors="pt", **options)(rows)
+        wanted = model(IDS[:1], position_ids=PACKED["position_ids"], labels=batch["labels"])
+        torch.testing.assert_close(model(**batch).loss, wanted.loss)
 
 
 def test_an_unknown_argument_is_refused(model):

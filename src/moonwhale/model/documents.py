@@ -21,6 +21,14 @@ def needs_static_shapes(device: torch.device | str) -> bool:
     return torch.compiler.is_compiling() or torch.device(device).type == "cuda"
 
 
+def require(ok: Tensor, problem: str) -> None:
+    """Raise a ValueError unless `ok` (0-d) is true, or assert it on the device where its value can't be read."""
+    if needs_static_shapes(ok.device):
+        torch._assert_async(ok, problem)
+    elif not bool(ok):
+        raise ValueError(problem)
+
+
 @dataclass
 class BlockTable:
     """The MoBA blocks of a batch. Block n of a row owns the slots n * size … (n + 1) * size - 1.
@@ -131,13 +139,8 @@ class Documents:
         Raises:
             ValueError: it does. On CUDA this is a device-side assertion.
         """
-        if self.ranks is self.positions:
-            return
-        unbroken = (self.ranks == self.positions).all()
-        if needs_static_shapes(unbroken.device):
-            torch._assert_async(unbroken, PADDING_BETWEEN_TOKENS)
-        elif not bool(unbroken):
-            raise ValueError(PADDING_BETWEEN_TOKENS)
+        if self.ranks is not self.positions:
+            require((self.ranks == self.positions).all(), PADDING_BETWEEN_TOKENS)
 
     @property
     def ids_to_mask_by(self) -> Tensor | None:

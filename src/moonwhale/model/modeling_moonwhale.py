@@ -7,13 +7,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from .arguments import check_labels, or_configured, refuse_unknown
+from .arguments import (
+    check_cache_position,
+    check_labels,
+    chosen_hidden_states,
+    or_configured,
+    packed_positions,
+    refuse_unknown,
+)
 from .block import Block, BlockStatistics
 from .configuration_moonwhale import MoonwhaleConfig
 from .documents import Documents
+from .generation import MoonwhaleGenerationMixin
 from .loss import IGNORE_INDEX, linear_cross_entropy
 from .mtp import MTPModule, prediction_targets
 from .norm import RMSNorm
@@ -53,7 +60,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         documents: Documents | None = None,
         with_mtp: bool = False,
@@ -66,8 +73,10 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             input_ids: (B, T), or else `inputs_embeds` (B, T, hidden).
             attention_mask: (B, cached + T), 0 for padding.
             position_ids: (B, T). Where they restart, a new document begins. With a cache, a row continues its document.
-            output_hidden_states, output_attentions: whether to return every block's input, and the weights of its
-                softmax; None: as the configuration says.
+                Flash attention's `cu_seq_lens_q`, `seq_idx` and so on in `kwargs` are read as such position ids.
+            output_hidden_states: whether to return every block's input and the normed output, or the indices of those
+                to return, with None for the others. None: as the configuration says.
+            output_attentions: whether to return the weights of every block's softmax; None: as the configuration says.
             documents: what `Documents.from_inputs` makes of the two, if it is known already.
             with_mtp: whether to run the MTP modules too. They use no cache.
             collect_statistics: whether the batch counts in the statistics that QK-Clip and the router bias use at the
@@ -77,12 +86,14 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             ValueError: neither or both of input_ids and inputs_embeds, or a mask of another shape.
             TypeError: an argument that the model does not know, or knows but cannot obey.
         """
-        refuse_unknown(kwargs)
-        output_hidden_states = or_configured(output_hidden_states, self.config, "output_hidden_states")
+        cache_position = kwargs.pop("cache_position", None)
+        chosen = chosen_hidden_states(output_hidden_states, self.config, len(self.main_blocks) + 1)
         output_attentions = or_configured(output_attentions, self.config, "output_attentions")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else _as_computed(inputs_embeds)
+        position_ids = packed_positions(kwargs, position_ids, x, past_key_values)
+        refuse_unknown(kwargs)
         if collect_statistics is None:
             collect_statistics = torch.is_grad_enabled()
         if use_cache is None:
@@ -93,6 +104,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         batch, length, _ = x.shape
+        check_cache_position(cache_position, past, length)
         if documents is None:
             starts = None if past else position_ids
             documents = Documents.from_inputs(batch, past + length, x.device, attention_mask, starts)
@@ -100,10 +112,10 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             position_ids = documents.positions[:, past:]
         rotation = rotation_table(self.config, position_ids, x.dtype)
 
-        embeds, balance, block_inputs = x, x.new_zeros((), dtype=torch.float32), []
+        embeds, balance, hidden_states = x, x.new_zeros((), dtype=torch.float32), []
         attentions = [] if output_attentions else None
-        for block in self.main_blocks:
-            block_inputs.append(x)
+        for i, block in enumerate(self.main_blocks):
+            hidden_states.append(x if i in chosen else None)
             x, balance = self.run(
                 [block], x, balance, rotation, documents, past_key_values, collect_statistics, attentions
             )
@@ -113,7 +125,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         return MoonwhaleModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            hidden_states=(*block_inputs, x) if output_hidden_states else None,
+            hidden_states=(*hidden_states, x if len(hidden_states) in chosen else None) if chosen else None,
             attentions=tuple(attentions) if output_attentions else None,
             mtp_hidden_states=mtp,
             balance_loss=balance,
@@ -192,7 +204,7 @@ def _as_computed(embeds: Tensor) -> Tensor:
     return embeds.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embeds
 
 
-class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
+class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
     """The language model. With MoBA and MTP off, its weights load into a `DeepseekV3ForCausalLM` name by name."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class wants a plain dict)
@@ -248,6 +260,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, GenerationMixin):
         if has_loss:
             given, shifted = (labels, False) if shift_labels is None else (shift_labels, True)
             check_labels(given, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+            position_ids = packed_positions(kwargs, position_ids, given, past_key_values)
             if documents is None:
                 documents = Documents.from_inputs(*given.shape, given.device, attention_mask, position_ids)
             if targets is None:

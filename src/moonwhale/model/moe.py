@@ -1,6 +1,7 @@
 """DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared experts, and a balanced router."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -133,14 +134,22 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         (R, out) for rows a (R, in) and a stack b (E, in, out); or, for a (M, R) and b (R, N), each group's own product
         (E, M, N).
     """
-    # In a graph F.grouped_mm supports bf16 only. A custom operator hides the other dtypes from the compiler.
-    needs_custom_op = torch.compiler.is_compiling() and a.dtype != torch.bfloat16
+    # In a graph F.grouped_mm supports bf16 only, and fp64 nowhere. A custom operator hides these from the compiler.
+    needs_custom_op = a.dtype == torch.float64 or (torch.compiler.is_compiling() and a.dtype != torch.bfloat16)
     return _grouped_product(a, b, ends) if needs_custom_op else F.grouped_mm(a, b, offs=ends)
 
 
 @torch.library.custom_op("moonwhale::grouped_product", mutates_args=())
 def _grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(a, b, offs=ends)
+    if a.dtype != torch.float64:
+        return F.grouped_mm(a, b, offs=ends)
+    groups = list(pairwise([0, *ends.tolist()]))
+    if b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
+    out = a.new_zeros(len(a), b.shape[-1])
+    for matrix, (i, j) in zip(b, groups, strict=True):
+        out[i:j] = a[i:j] @ matrix
+    return out
 
 
 @_grouped_product.register_fake

@@ -13,7 +13,7 @@ class MoonwhaleModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None  # (B, T, hidden) the main model's normed output
     past_key_values: Cache | None = None  # the cache, if one was used
-    hidden_states: tuple[Tensor, ...] | None = None  # if asked for, the input of every block and the normed output
+    hidden_states: tuple[Tensor, ...] | None = None  # of those asked for: every block's input, the normed output
     attentions: tuple[Tensor, ...] | None = None  # if asked for, (B, heads, T, cached + T) of every main block
     mtp_hidden_states: tuple[Tensor, ...] | None = None  # (B, T, hidden) the normed output of each MTP module that ran
     balance_loss: Tensor | None = None  # 0-d sum over all blocks, weighted by α
@@ -29,7 +29,7 @@ class MoonwhaleOutput(ModelOutput):
     loss: Tensor | None = None  # 0-d, to be differentiated: main + λ/D Σ MTP + balance
     logits: Tensor | None = None  # (B, T or logits_to_keep, V) of the main head. None in training mode with labels
     past_key_values: Cache | None = None  # the cache, if one was used
-    hidden_states: tuple[Tensor, ...] | None = None  # if asked for, the input of every block and the normed output
+    hidden_states: tuple[Tensor, ...] | None = None  # of those asked for: every block's input, the normed output
     attentions: tuple[Tensor, ...] | None = None  # if asked for, (B, heads, T, cached + T) of every main block
     losses: Tensor | None = None  # (1 + D,) mean cross-entropy of each depth over this batch, in nats
     accuracies: Tensor | None = None  # (1 + D,) share of targets that were the most likely token

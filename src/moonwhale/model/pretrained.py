@@ -21,6 +21,7 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block", "MTPModule")
     _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)  # for loaders and quantizers; `_apply` keeps the others
     # DeepSeek's MTP modules carry copies of the main model's embedding and head.
     _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
 
