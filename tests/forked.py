@@ -8,7 +8,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from forked_processes import ForkedProcess, finish, rank_variables
 
-__all__ = ["ForkedProcess", "finish", "start"]
+__all__ = ["ForkedProcess", "finish", "rank_variables", "start"]
 
 
 def train(argv: list[str]) -> int:

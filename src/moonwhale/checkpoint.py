@@ -204,6 +204,11 @@ def read_state(checkpoint: Path) -> dict:
     return state
 
 
+def n_processes(checkpoint: Path) -> int:
+    """The number of processes that wrote a checkpoint. Each leaves its random state."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
 def is_last_checkpoint(checkpoint: Path) -> bool:
     """Whether a checkpoint was written after its run's last step."""
     state = read_state(checkpoint)

@@ -19,7 +19,7 @@ from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.split import document_hash
 from moonwhale.errors import UserError
-from moonwhale.posttrain.sft import SFTOptions, contents_of, sft
+from moonwhale.posttrain.sft import SFTOptions, check_processes, contents_of, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
 from moonwhale.train import run_folder
 from moonwhale.train.run_options import parse_run
@@ -264,6 +264,18 @@ def test_an_interrupted_lora_merge_leaves_no_model_and_is_made_up_for(options, m
     assert not Path(config.out, "config.json").exists() and not list(Path(config.out).glob(".merged-*"))
     sft(parse_run(SFTOptions, ["--out", config.out, "--resume"]))
     open_checkpoint(config.out)
+
+
+def test_another_number_of_processes_is_one_line(options, tmp_path, monkeypatch):
+    config = options(resume=True)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    for rank in range(2):
+        (checkpoint / f"rng_state_{rank}.pth").touch()
+    with pytest.raises(UserError, match=r"^`resume`: the run in .* has its steps from 2 processes, not 1: start 2, or"):
+        check_processes(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(config)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_encoded(options, tmp_path, monkeypatch):

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from forked import ForkedProcess, finish, start
+from forked import ForkedProcess, finish, rank_variables, start, train
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import pretrain
+from moonwhale.train.mtp_trainer import MTPTrainer
 from moonwhale.train.run_folder import write_run_file
 
 SCRIPT = """
@@ -120,6 +121,30 @@ def test_two_processes_train_as_one(tiny_run, tmp_path, monkeypatch):
     together("--out", str(out), "--resume")
     resumed, before = load_file(out / "model.safetensors"), load_file(tmp_path / "aside-model.safetensors")
     assert not [name for name, value in resumed.items() if not torch.equal(value, before[name])]
+
+
+def fail_in_evaluation(rank: int, argv: list[str]) -> int:
+    def evaluation_loop(self, *args, **kwargs):
+        if rank == 1:
+            raise RuntimeError("a bad row")
+        return evaluate(self, *args, **kwargs)
+
+    evaluate, MTPTrainer.evaluation_loop = MTPTrainer.evaluation_loop, evaluation_loop
+    return train(argv)
+
+
+def test_a_rank_that_fails_in_the_last_evaluation_costs_nothing(tiny_run, tmp_path):
+    config = tiny_run(**OPTIONS | {"steps": 2, "save_every": 0})
+    write_run_file(config, tmp_path / "run.yaml")
+    variables, argv = rank_variables(2), ["--config", str(tmp_path / "run.yaml")]
+    ranks = [
+        ForkedProcess(tmp_path / f"{rank}.out", variables[rank], fail_in_evaluation, rank, argv) for rank in range(2)
+    ]
+    with pytest.raises(RuntimeError, match="a bad row"):
+        finish(ranks)
+    assert newest_checkpoint(config.out) == Path(config.out) / "checkpoint-2"
+    together("--out", config.out, "--resume")
+    assert Path(config.out, "config.json").exists()
 
 
 def run_hooks(rank: int, store: Path) -> None:

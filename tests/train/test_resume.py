@@ -448,6 +448,14 @@ def test_foreign_folders_are_left_alone(tiny_run, resuming):
     assert files_of(out) == before
 
 
+def test_a_checkpoint_in_place_of_its_run(tiny_run, tmp_path):
+    config = tiny_run(out=str(tmp_path / "run" / "checkpoint-2"), resume=True)
+    write_checkpoint(tmp_path / "run", 2)
+    write_run_file(config, tmp_path / "run" / "run.yaml")
+    with pytest.raises(UserError, match=rf"^`out`: .* are not a run's: name the run's own folder, {tmp_path}/run$"):
+        pretrain.train(config)
+
+
 def test_another_run_is_left_alone(finished, tiny_run):
     before = files_of(finished)
     with pytest.raises(UserError, match=r"^`out`: .* already holds a run: go on with it by `resume`"):

@@ -82,6 +82,7 @@ def build(config: SFTOptions) -> Run:
     from moonwhale.posttrain.lora import lora_config, merge_adapters
     from moonwhale.posttrain.sft_trainer import MTPSFTTrainer
 
+    check_processes(config)
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = open_model(config, choice)
     context = choose_context(config, model.config.max_position_embeddings)
@@ -107,6 +108,18 @@ def build(config: SFTOptions) -> Run:
     if config.lora_rank:
         run.publish = lambda trainer, out: merge_adapters(trainer.model, tokenizer, out)
     return run
+
+
+def check_processes(config: SFTOptions) -> None:
+    """Raises UserError if the run to be resumed was begun on another number of processes, with other steps."""
+    from moonwhale.checkpoint import list_checkpoints, n_processes
+
+    before = [n_processes(checkpoint) for checkpoint in list_checkpoints(config.out)[:1] if config.resume]
+    if before and before[0] not in (0, world_size()):
+        raise UserError(
+            f"`resume`: the run in {config.out} has its steps from {before[0]} processes, not {world_size()}: start "
+            f"{before[0]}, or train into another `out`"
+        )
 
 
 def choose_context(config: SFTOptions, longest: int) -> int:

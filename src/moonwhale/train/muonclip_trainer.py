@@ -195,11 +195,15 @@ class MuonClipTrainerMixin:
             self._stop_unless_finite()
         if self._step_start is not None:
             self._window_seconds += time.perf_counter() - self._step_start
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        is_last = self.state.global_step >= self.state.max_steps
+        if several and is_last and self.control.should_evaluate and self.control.should_save:
+            self._save_checkpoint(self.model, None)  # after a failed evaluation one rank alone could not save
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except Exception:
-            # An evaluation that failed must not cost the steps before it. One rank alone could not save.
-            if self.control.should_save and self._last_save != self.state.global_step and self.args.world_size == 1:
+            # An evaluation that failed must not cost the steps before it.
+            if self.control.should_save and self._last_save != self.state.global_step and not several:
                 self._save_checkpoint(self.model, None)
             raise
         self._step_start = time.perf_counter()  # evaluations and checkpoints do not count

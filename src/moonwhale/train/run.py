@@ -1,6 +1,5 @@
 """The stages of a training run, shared by `moonwhale train`, `sft` and `grpo`: check, build, carry out, finish."""
 
-import os
 import shlex
 import typing
 import warnings
@@ -118,8 +117,7 @@ def check_reporters(names: list[str]) -> None:
 
 
 def silence_libraries() -> None:
-    """Turns off the libraries' progress bars and warnings, and TRL's telemetry."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    """Turns off the libraries' progress bars and warnings."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     import datasets

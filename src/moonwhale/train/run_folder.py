@@ -60,7 +60,9 @@ def check_folder(config) -> None:
     require_writable(out, "out")
     if not run_file.exists():
         if out.exists() and any(not path.name.startswith((LOCK, f".{RUN_FILE}")) for path in out.iterdir()):
-            raise UserError(f"`out`: {out} holds files that are not a run's: name a new or an empty folder")
+            is_inside_run = (out.parent / RUN_FILE).exists()  # such as checkpoint-40
+            fix = f"the run's own folder, {out.parent}" if is_inside_run else "a new or an empty folder"
+            raise UserError(f"`out`: {out} holds files that are not a run's: name {fix}")
         return
     if not config.resume:
         raise UserError(f"`out`: {out} already holds a run: go on with it by `resume`, or name another folder")
