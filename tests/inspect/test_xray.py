@@ -9,7 +9,7 @@ import torch
 
 from moonwhale.errors import UserError
 from moonwhale.inspect.commands import main_xray
-from moonwhale.inspect.xray import MAX_TOKENS, record, render
+from moonwhale.inspect.xray import MAX_TOKENS, clip_threshold, record, render
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def test_the_recording_equals_what_the_model_computed(recorded, small_model, ids
     for index, block in enumerate((*small_model.model.main_blocks, *small_model.model.mtp_modules)):
         attention, layer = block.self_attn, recorded["layers"][index]
         given, (out, largest) = seen[index]
+        assert layer["counted"] == n - (index == 2), "the MTP module has no token ahead of the last position"
         assert layer["largest"] == pytest.approx(largest.tolist(), abs=0.01)
         # The drawn attention weights, applied to the values, reproduce the attention's output.
         shares = (array(layer["attention"], attention.heads, n, n).double() / 255).square()
@@ -84,6 +85,17 @@ def test_accepted_guesses_equal_the_tokens(recorded, small_tokenizer, ids):
     for id, guesses in zip(ids[2:], recorded["guesses"][2:], strict=True):
         (guess,) = guesses
         assert guess["depth"] == 1 and (not guess["held"] or guess["text"] == small_tokenizer.decode([id]))
+
+
+@pytest.mark.parametrize(
+    ("text", "tau"), [("qk_clip_tau: 30.0", 30), ("qk_clip_tau: 0", 0), ("lr: 1", None), ("- 3", None), (None, None)]
+)
+@pytest.mark.parametrize("place", [".", "checkpoint-10"])
+def test_the_threshold_is_that_of_the_run(text, tau, place, tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    assert clip_threshold(tmp_path / place) == tau
 
 
 def test_facts_agree_with_the_configuration(recorded, small_model):

@@ -56,13 +56,13 @@ def main_xray(argv: list[str]) -> None:
 
     from moonwhale.checkpoint import open_checkpoint
     from moonwhale.infer.engine import Engine
-    from moonwhale.inspect.xray import xray
+    from moonwhale.inspect.xray import clip_threshold, xray
 
     model, tokenizer = open_checkpoint(args.folder)
     engine = Engine(model, tokenizer)
     ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
     answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
-    out.write_text(xray(model, tokenizer, ids + answer, len(ids)), encoding="utf-8")
+    out.write_text(xray(model, tokenizer, ids + answer, len(ids), clip_threshold(args.folder)), encoding="utf-8")
     print(f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")
 
 

@@ -8,6 +8,7 @@ import base64
 import json
 from contextlib import ExitStack
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,22 +20,54 @@ from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.block import Block
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moe import DeepseekMoE, Router
+from moonwhale.train.run_folder import RUN_FILE
+from moonwhale.yaml_files import read_yaml_file
 
 MAX_TOKENS = 512  # the file holds each head's attention between all tokens, so it grows quadratically
 TOP_TOKENS = 6  # tokens shown for each prediction
 
 
-def xray(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], prompt_tokens: int) -> str:
+def xray(
+    model: MoonwhaleForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    prompt_tokens: int,
+    tau: float | None = None,
+) -> str:
     """Returns the page about a text. The first `prompt_tokens` ids are the prompt; the model wrote the rest.
+
+    tau: threshold of QK-clip in the model's training; 0 if it was off, None if it is not known.
 
     Raises:
         UserError: the text is empty or longer than MAX_TOKENS.
     """
-    return render(record(model, tokenizer, ids, prompt_tokens))
+    return render(record(model, tokenizer, ids, prompt_tokens, tau))
+
+
+def clip_threshold(folder: str | Path) -> float | None:
+    """Returns QK-clip's τ from the run.yaml of the run that wrote the checkpoint, or None if there is no such file.
+
+    A run's folder holds run.yaml itself; for a checkpoint within the run it is one folder above.
+
+    Raises:
+        UserError: the file is not YAML.
+    """
+    for place in (Path(folder), Path(folder).resolve().parent):
+        if (place / RUN_FILE).is_file():
+            options = read_yaml_file(place / RUN_FILE)
+            tau = options.get("qk_clip_tau") if isinstance(options, dict) else None
+            return tau if isinstance(tau, int | float) and 0 <= tau < float("inf") else None
+    return None
 
 
 @torch.no_grad()
-def record(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], prompt_tokens: int) -> dict:
+def record(
+    model: MoonwhaleForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    prompt_tokens: int,
+    tau: float | None = None,
+) -> dict:
     """Returns everything that `render` draws, as JSON values. Arrays of bytes are base64 strings."""
     if not 1 <= len(ids) <= MAX_TOKENS:
         raise UserError(f"the text has {len(ids):,} tokens: an X-ray shows from 1 to {MAX_TOKENS}")
@@ -65,7 +98,7 @@ def record(model: MoonwhaleForCausalLM, tokenizer: PreTrainedTokenizerFast, ids:
             }
             for name, block in zip(_block_names(model), blocks, strict=True)
         ],
-        "facts": _facts(model),
+        "facts": _facts(model) | {"tau": tau},
     }
 
 
@@ -89,15 +122,21 @@ def _block_names(model: MoonwhaleForCausalLM) -> list[str]:
 
 
 def _attention(attention: MultiheadLatentAttention, x: Tensor, table, documents) -> dict:
-    """Each head's attention between all tokens, the blocks it read, and its largest logit."""
+    """Each head's attention between all tokens, the blocks it read, and its largest logit.
+
+    "counted" is the number of tokens that the block sees properly. An MTP module also reads a token further on, which
+    the last positions do not have.
+    """
     logits, mask = attention.logits(x, table, documents)  # (1, H, T, T)
     logits = logits.masked_fill(~mask, -torch.inf)
     probabilities, length = logits.softmax(-1)[0], x.shape[1]
+    counted = int(documents.valid.sum())
     found = {
+        "counted": counted,
         "heads": attention.heads,
         # The square root makes small weights visible, and one byte is precise enough to draw.
         "attention": _bytes((probabilities.sqrt() * 255).round()),
-        "largest": [round(value, 2) for value in logits[0].amax((1, 2)).tolist()],
+        "largest": [round(value, 2) for value in logits[0, :, : max(counted, 1)].amax((1, 2)).tolist()],
     }
     if attention.topk:
         size = attention.block_size
@@ -152,7 +191,6 @@ def _facts(model: MoonwhaleForCausalLM) -> dict:
     """Facts about the model. The cache sizes are bytes per token in all main blocks, in bf16."""
     config, size = model.config, model_size(model.config)
     return {
-        "tau": 100,  # QK-clip's default
         "parameters": sum(p.numel() for p in model.parameters()),
         "latent_bytes": size.kv_cache_bytes_per_token,
         "plain_bytes": size.mha_cache_bytes_per_token,

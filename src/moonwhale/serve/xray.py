@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Engine
-from moonwhale.inspect.xray import xray
+from moonwhale.inspect.xray import clip_threshold, xray
 from moonwhale.serve.body import Preparation, body_of
 from moonwhale.serve.errors import APIError, busy, require_model
 from moonwhale.serve.limits import Limits
@@ -86,7 +86,7 @@ class XrayEndpoints:
 
     def _draw(self, ids: list[int], prompt_tokens: int) -> bytes:
         model, tokenizer = self._model
-        return xray(model, tokenizer, ids, prompt_tokens).encode()
+        return xray(model, tokenizer, ids, prompt_tokens, clip_threshold(self.folder)).encode()
 
 
 async def _each(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
