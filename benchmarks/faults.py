@@ -1,0 +1,31 @@
+"""What do faults, hostile files and hostile clients do to moonwhale? Writes results/faults.json.
+
+Part `files` opens checkpoint folders and files that were damaged on purpose, `runs` kills and damages training runs,
+and `server` attacks a server while somebody else's answer is streamed. docs/reliability.md says what is promised.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import common
+
+PARTS = ("files", "runs", "server")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.options(__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=common.ROOT / "runs" / "demo", help="model that is served")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to run; other figures stay")
+    args = parser.parse_args(argv)
+    path = args.results / "faults.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for part in args.parts:
+        run = import_module(f"faults_{part}").run
+        result |= run(args.checkpoint) if part == "server" else run()
+        result["environment"] = common.environment("fp32", allocator_tuned=False)
+        common.write(args.results, "faults", result)
+
+
+if __name__ == "__main__":
+    main()
