@@ -36,7 +36,6 @@ NO_HOSTS = [
 ]
 NO_HOSTS += [
     "a..b",
-    "-a.example",
     "a-.example",
     "bücher.example",
     "::1",
