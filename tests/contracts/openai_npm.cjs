@@ -42,11 +42,11 @@ async function main() {
   const runner = client.chat.completions.stream(chat);
   let text = "";
   runner.on("content", (delta) => (text += delta));
-  found.runner = await runner.finalChatCompletion();
+  found.collected = await runner.finalChatCompletion();
   found.content = text;
   found.sampled = await client.chat.completions.create(sampled);
   found.sampledStream = await client.chat.completions.stream(sampled).finalChatCompletion();
-  found.request = (await client.chat.completions.create(chat).withResponse()).response.status;
+  found.response = (await client.chat.completions.create(chat).withResponse()).response.status;
 
   const prompt = { model, prompt: ["The whale", "and the moon"], max_tokens: 6, temperature: 0, echo: true, logprobs: 1 };
   found.completion = await client.completions.create(prompt);

@@ -108,7 +108,8 @@ def test_logprobs(client):
         assert entry.logprob == entry.top_logprobs[0].logprob >= entry.top_logprobs[2].logprob
         assert entry.logprob <= 0 and bytes(entry.bytes).decode("utf-8", "replace") == entry.token
     streamed = client.chat.completions.create(**options, messages=HELLO, logprobs=True, stream=True)
-    assert [e.token for c in streamed for e in c.choices[0].logprobs.content] == [e.token for e in content]
+    parts = [chunk.choices[0].logprobs for chunk in streamed]
+    assert parts[0] is None and [e.token for part in parts[1:] for e in part.content] == [e.token for e in content]
     old = client.completions.create(**options, prompt="The", logprobs=2).choices[0].logprobs
     assert len(old.tokens) == len(old.token_logprobs) == len(old.top_logprobs) == len(old.text_offset)
     assert old.text_offset[0] == 0 and old.text_offset[1] == len(old.tokens[0])

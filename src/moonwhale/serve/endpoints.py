@@ -125,12 +125,12 @@ class OpenAIEndpoints:
         return Response(content, media_type="application/json")
 
     async def _events(self, job: GenerationJob, format: ResponseFormat) -> AsyncIterator[str]:
-        """Yields a server-sent event for each chunk. An error is an event as well: the status has been sent."""
+        """Yields the server-sent events of each chunk. An error is an event as well: the status has been sent."""
         options = format.body.stream_options
         try:
             async with aclosing(self._chunks(job)) as chunks:
                 async for chunk in chunks:
-                    yield event(format.chunk(chunk))
+                    yield "".join(map(event, format.chunks(chunk)))
             if options and options.include_usage:
                 yield event(format.usage_chunk(job.requests))
         except (APIError, UserError) as error:

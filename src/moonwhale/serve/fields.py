@@ -117,13 +117,13 @@ class Message(StrictModel):
     """A message of plain text. The empty fields of an answer are accepted, so that clients can send it back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
     name: neutral(reason="the chat template has no names: leave it out") = None
     refusal: neutral(reason="this model does not refuse: leave it out") = None
     annotations: neutral([], reason="this model cites nothing: leave it out") = None
     audio: neutral(reason="this model reads text only: leave it out") = None
     function_call: neutral(reason="this model calls no functions: leave it out") = None
     tool_calls: neutral([], reason="this model calls no tools: leave it out") = None
+    content: Text  # last, because the first error is reported: a call without content is refused for the call
 
     def for_template(self) -> dict[str, str]:
         """Returns the message for the chat template, which calls a developer the system."""

@@ -42,9 +42,11 @@ class ResponseFormat:
             choices.append(self._choice(answer, self.message(answer)))
         return self._header | {"object": self.whole_object, "choices": choices, "usage": self._usage(requests)}
 
-    def chunk(self, chunk: TokenChunk) -> dict:
-        """Returns a chunk of a stream."""
-        choice = self._choice(chunk, self.delta(chunk))
+    def chunks(self, chunk: TokenChunk) -> list[dict]:
+        """Returns the chunks of a stream that send what one step has added to a choice."""
+        return [self._chunk(self._choice(chunk, self.delta(chunk)))]
+
+    def _chunk(self, choice: dict) -> dict:
         options = self.body.stream_options
         usage = {"usage": None} if options and options.include_usage else {}  # the last chunk has it
         return self._header | {"object": self.chunk_object, "choices": [choice]} | usage
@@ -73,9 +75,14 @@ class ChatFormat(ResponseFormat):
     def message(self, answer: TokenChunk) -> dict:
         return {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
 
+    def chunks(self, chunk: TokenChunk) -> list[dict]:
+        """As OpenAI does, opens a choice with a chunk of its role alone: the npm client counts its tokens twice."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        opening = {"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [self._chunk(opening)] * (chunk.span.start == 0) + super().chunks(chunk)
+
     def delta(self, chunk: TokenChunk) -> dict:
-        role = {"role": "assistant"} if chunk.span.start == 0 else {}
-        return {"delta": role | {"content": chunk.text}}
+        return {"delta": {"content": chunk.text}}
 
     def logprobs(self, chunk: TokenChunk) -> dict:
         content = []
