@@ -22,7 +22,7 @@ NOT_HERE = {
     ChatCompletion: {"metadata", "moderation", "service_tier"},
     ChatCompletionChunk: {"moderation", "obfuscation", "service_tier"},
     ChatCompletionMessage: {"annotations", "audio", "function_call", "tool_calls"},
-    ChoiceDelta: {"function_call", "tool_calls"},
+    ChoiceDelta: {"audio", "function_call", "tool_calls"},
     CompletionUsage: {"completion_tokens_details", "prompt_tokens_details"},
     Model: {"shutdown_date"},
 }
