@@ -125,7 +125,7 @@ def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTo
     Raises:
         UserError: there is none, or its vocabulary or end token is not the model's.
     """
-    if not (folder / "tokenizer.json").is_file():
+    if not os.path.lexists(folder / "tokenizer.json"):
         raise UserError(f"{folder} holds no tokenizer.json: copy the one that the model was trained with there")
     tokenizer = load_tokenizer_folder(folder)
     largest, size = max(tokenizer.get_vocab().values()), model.config.vocab_size

@@ -1,22 +1,17 @@
 """Compares answers: as text after normalisation, then as mathematics (math-verify) within a time limit.
 
 An answer such as 9^{9^{9}} would take math-verify longer than a lifetime. So a worker process compares, and an alarm of
-the operating system ends it. This file is also the worker's script, and imports only what the worker needs.
+the operating system ends it: see worker_process.py.
 """
 
-import contextlib
-import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import unicodedata
+from itertools import count
+
+from moonwhale.data.worker_process import WorkerProcess
 
 TIME_LIMIT = 3.0  # seconds for one comparison
-MEMORY_LIMIT = 4 << 30  # bytes of the worker's address space, where the operating system limits it
 MAX_LENGTH = 2000  # characters of an answer that are compared as mathematics
 QUOTES = ('""', "''", "``", "“”", "‘’", "«»", "„“", "$$")
 WRAPPED = re.compile(r"\\(?:boxed|text|textbf|mathrm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -54,84 +49,27 @@ def same_answer(right: str, given: str) -> bool:
         return True
     if not given.strip() or len(given) > MAX_LENGTH:
         return False
-    return _worker.compare(right, given)
+    same = _worker.ask([right, given])
+    if same is None:
+        log.warning("an answer counts as wrong, for comparing it takes too long (%d so far)", next(_out_of_time))
+    return bool(same)
 
 
-class _Worker:
-    """The process that compares answers. It is started at the first comparison, and after each that ended it."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
-        self.owner: int | None = None  # a forked process must not share the pipes of its parent
-        self.out_of_time = 0
-
-    def compare(self, right: str, given: str) -> bool:
-        with self.lock:
-            if self.process is None or self.owner != os.getpid():
-                self._start()
-            try:
-                self.process.stdin.write(json.dumps([right, given]).encode() + b"\n")
-                self.process.stdin.flush()
-                answer = self.process.stdout.readline()
-            except BrokenPipeError:
-                answer = b""
-            except BaseException:  # an interrupt leaves an answer unread: the next comparison would take it as its own
-                self._end()
-                raise
-            if answer:
-                return answer == b"1\n"
-            self._end()
-            self.out_of_time += 1
-        log.warning("an answer counts as wrong, for comparing it takes too long (%d so far)", self.out_of_time)
-        return False
-
-    def _start(self) -> None:
-        # A session of its own keeps Ctrl-C from the worker. It ends when its input does.
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.owner = os.getpid()
-        self.process.stdout.readline()  # the time limit does not cover the worker's imports
-
-    def _end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.raw.close()
-        self.process.stdout.close()
-        self.process = None
+_worker = WorkerProcess("moonwhale.data.answers", TIME_LIMIT)
+_out_of_time = count(1)
 
 
-_worker = _Worker()
-os.register_at_fork(after_in_child=lambda: setattr(_worker, "lock", threading.Lock()))
+def prepare() -> None:
+    """Imports in the worker process what would take most of the first comparison's time."""
+    import math_verify  # noqa: F401
 
 
-def _serve() -> None:
-    """Answers each line [right, given] of the input by 1 or 0. The alarm ends the process, also within C code."""
-    sys.path.pop(0)  # this file's folder, whose modules have the names of others
+def answer(request: list[str]) -> bool:
+    """Compares two answers in the worker process."""
     import math_verify
 
-    logging.disable()
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    print("ready", flush=True)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
-        try:
-            right, given = (math_verify.parse(text, parsing_timeout=None) for text in json.loads(line))
-            same = math_verify.verify(right, given, timeout_seconds=None)
-        except Exception:  # sympy fails on some expressions in its own ways, and MemoryError is one of them
-            same = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(int(same), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+    try:
+        right, given = (math_verify.parse(text, parsing_timeout=None) for text in request)
+        return bool(math_verify.verify(right, given, timeout_seconds=None))
+    except Exception:  # sympy fails on some expressions in its own ways, and MemoryError is one of them
+        return False

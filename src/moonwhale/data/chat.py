@@ -9,32 +9,13 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.source import ROLES, Document
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, one_line
 
 ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
-
-# `generation` encloses everything that the assistant has to produce, the end token of its message included, so that
-# fine-tuning can put the loss on exactly that.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    f"{{% if message['role'] not in {ROLES} %}}"
-    "{{ raise_exception('unknown role ' ~ message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' ~ message['role'] ~ '|>' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim ~ eos_token }}{% endgeneration %}"
-    "{% else %}"
-    "{{ message['content'] | trim ~ eos_token }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 # A long text is encoded in pieces: in parallel and in bounded memory.
 PIECE_CHARACTERS = 1 << 16
@@ -178,8 +159,8 @@ def _render(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]], **optio
             return_dict=True,
             **options,
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+    except Exception as error:  # Jinja's own, and any that a template's parser raises
+        raise UserError(f"the tokenizer's chat template refuses a conversation: {one_line(error)}") from error
 
 
 def _mentions_control_token(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> bool:

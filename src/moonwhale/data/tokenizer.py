@@ -5,15 +5,18 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moonwhale.data.chat import CHAT_TEMPLATE, ROLE_TOKENS
+from moonwhale.data.chat import ROLE_TOKENS, TOKENIZER_OPTIONS
 from moonwhale.data.source import Source, texts_of
+from moonwhale.data.templates import CHAT_TEMPLATE
+from moonwhale.data.tokenizer_checks import check_tokenizer, check_tokenizer_folder
 from moonwhale.errors import UserError, one_line, require_package
 from moonwhale.files import cache_folder, cache_key, locked, new_folder
 
@@ -24,6 +27,8 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 MARKUP_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]
 MIN_VOCAB_SIZE = 256 + len([BOS, EOS, PAD, *ROLE_TOKENS, *MARKUP_TOKENS])
 TRAINING_CHARACTERS = 1 << 28  # of the source's beginning; more text hardly changes the merges
+LONGEST_WORD = 1000  # characters
+LONG_RUN = re.compile(rf"[^\W\d_]{{{LONGEST_WORD}}}|(?:[^\w\s]|_){{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -147,10 +152,23 @@ def _training_texts(source: Source) -> Iterable[str]:
     characters = 0
     for document in source:
         texts = texts_of(document)
-        yield from texts
+        yield from (part for text in texts for part in _cut_long_words(text))
         characters += sum(map(len, texts))
         if characters > TRAINING_CHARACTERS:
             return
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Cuts a text inside runs of letters, of signs or of spaces that are longer than LONGEST_WORD.
+
+    To the trainer a run is one word, and its time grows with the square of a word's length.
+    """
+    start = 0
+    if len(text) > LONGEST_WORD:
+        for run in LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+    yield text[start:]
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -212,11 +230,18 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Loads tokenizer.json as it is. The class named in tokenizer_config.json might rebuild it differently."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder} is not yours to read: give yourself the right, or name another")
-    if not (folder / "tokenizer.json").is_file():
+    if not os.path.lexists(folder / "tokenizer.json"):
         raise UserError(f"no tokenizer.json in {folder}")
+    check_tokenizer_folder(folder)
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the Rust library raises plain Exception for a damaged file
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_file=str(folder / "tokenizer.json"))
+        # tokenizer_config.json may hold values of any type, and they fail when they are used.
+        tokenizer.decode(tokenizer("whale", **TOKENIZER_OPTIONS)["input_ids"])
+        tokenizer.special_tokens_map, tokenizer.eos_token_id  # noqa: B018
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises plain Exception for a damaged file, or panics
         raise UserError(f"cannot read {folder}: {one_line(error)[:200]}") from error
 
 
@@ -230,4 +255,5 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name} has no fast tokenizer (tokenizer.json), which moonwhale needs")
+    check_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), name)
     return tokenizer
