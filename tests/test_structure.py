@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "model": set(),
     "fp8": {"errors", "model"},
     "optim": {"optim", "errors"},
-    "data": {"data", "errors", "files", "outputs", "options"},
+    "data": {"data", "errors", "files", "outputs", "options", "yaml_files"},
     "weights": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "manifest", "outputs", "options", "weights", "model", "data"},
     "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},

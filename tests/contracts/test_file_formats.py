@@ -10,6 +10,7 @@ import lzma
 import pytest
 
 from moonwhale.data.loading import load_source
+from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.errors import UserError
 
@@ -236,6 +237,71 @@ def test_a_cloned_hub_set(tmp_path, caplog):
     (line,) = [line for line in caplog.text.splitlines() if "the split test" in line]
     assert "1 files of the split test" in line and "1 files of the split validation" in line
     assert "2 files that are no tables" in line
+
+
+def test_fine_tuning_evaluates_on_the_validation_split(tmp_path, small_tokenizer, monkeypatch):
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
+    lines(tmp_path / "data" / "train.jsonl", [{"messages": [Q | {"content": str(i)}, A]} for i in range(3)])
+    lines(tmp_path / "data" / "dev.jsonl", [{"messages": [Q, A]}])
+    train, held_out = load_conversations(load_source(str(tmp_path / "data")), small_tokenizer)
+    assert (len(train), len(held_out)) == (3, 1) and train.column_names == ["input_ids", "labels"]
+
+
+def declare(clone, *configs: str) -> None:
+    (clone / "README.md").write_text("---\nlicense: mit\nconfigs:\n" + "".join(configs) + "---\n# A set\n")
+
+
+def test_a_cloned_hub_set_whose_readme_declares_its_splits(tmp_path, small_tokenizer, monkeypatch):
+    monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path / "cache"))
+    clone = tmp_path / "clone"
+    for name in ("a-1", "a-2", "b", "c", "d/e"):
+        parquet(clone / "data" / f"{name}.parquet", {"text": [f"whale {name} sang {i}" for i in range(3)]})
+    declare(
+        clone,
+        "- config_name: other\n  data_files: data/c.parquet\n",
+        "- config_name: main\n  default: true\n  data_dir: data\n  data_files:\n",
+        "  - {split: train, path: ['*.parquet']}\n",
+        "  - split: test\n    path: b.parquet\n",
+        "  - {split: dev, path: d/**}\n  - {split: none, path: x.csv}\n",
+    )
+    rows = {name: [f"whale {name} sang {i}" for i in range(3)] for name in ("a-1", "a-2", "b", "c", "d/e")}
+    assert read(clone) == rows["a-1"] + rows["a-2"] + rows["c"]  # b is in the test split
+    assert read(clone, split="test") == rows["b"] and read(f"{clone}:other") == rows["c"]
+    source = load_source(str(clone))
+    assert list(source.held_out) == rows["d/e"]  # validation comes before test
+    train, held_out = pack_split(source, small_tokenizer, 16)
+    assert (train.n_documents, held_out.n_documents) == (9, 3)
+    assert load_source(str(clone), "train").held_out is None
+    refused(clone, "has only train, test, dev, none", split="validation")
+    refused(clone, "the files of the split none that .*README.md declares are not here", split="none")
+    refused(f"{clone}:others", r"has no configuration others \(did you mean other\?\).*FOLDER:NAME.*other, main")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("- data_files: ../secret.csv\n", "names files outside of its folder"),
+        ("- data_files: /etc/passwd\n", "names files outside of its folder"),
+        ("- data_files: https://example.com/a.csv\n", "names files outside of its folder"),
+        ("- data_files: [{split: train}]\n", "data_files without split and path"),
+        ("- data_files: [{split: train, path: 3}]\n", "data_files without split and path"),
+        ("- data_files: 3\n", "data_files without split and path"),
+        ("- {config_name: a, data_files: a}\n- {config_name: b, data_files: b}\n", "needs a configuration.*a, b"),
+        ("- data_files: [{split: train, path: a.csv}, {split: test, path: a.csv}]\n", "are all in another split too"),
+        ("- [\n", "is not YAML"),
+    ],
+)
+def test_a_readme_that_declares_nothing_readable(tmp_path, config, reason):
+    (tmp_path / "a.csv").write_text("text\na\n")
+    declare(tmp_path, config)
+    refused(tmp_path, reason)
+
+
+@pytest.mark.parametrize("head", ["", "---\nlicense: mit\n---\n", "---\nconfigs: 3\n---\n", "configs:\n- a\n", "---\n"])
+def test_a_readme_that_declares_no_files(tmp_path, head):
+    (tmp_path / "README.md").write_text(head)
+    (tmp_path / "train.csv").write_text("text\na\n")
+    assert read(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize(

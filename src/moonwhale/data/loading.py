@@ -32,6 +32,7 @@ class Location:
     kind: Literal["files", "chitchat", "hub", "task"]
     files: Sequence[Path] = ()
     has_splits: bool = False
+    held_out: Sequence[Path] = ()
 
     @property
     def has_columns(self) -> bool:
@@ -48,7 +49,8 @@ def load_source(
 
     Args:
         spec: one of
-            - a file, a folder or a glob. A text file is one document; each row of a table (see TABLES) is one. Both may
+            - a file, a folder or a glob. A folder whose README.md declares configurations may be followed by
+              `:configuration`. A text file is one document; each row of a table (see TABLES) is one. Both may
               be compressed (see OPENERS). A path that exists is never read as a glob.
             - "chitchat" or "python", the built-in sets.
             - a hub set: a name in HUB_SETS, or `owner/name`. Both may be followed by `:configuration`.
@@ -87,7 +89,7 @@ def locate(spec: str, split: str | None = None) -> Location:
     if spec == "python":
         return Location(spec, "files", standard_library_files())
     if found := find_files(spec, split):
-        return Location(spec, "files", *found)
+        return Location(spec, "files", found.files, found.has_splits, found.held_out)
     path = Path(spec)
     if re.fullmatch(HUB_NAME, spec) and not path.parent.is_dir() and path.suffix.lower() not in FILE_SUFFIXES:
         return Location(spec, "hub", has_splits=True)
@@ -127,7 +129,10 @@ def _open(location: Location, split: str, columns: list[str], limit: int | None)
         return Source(spec, fingerprint, lambda: read_chitchat(files[0]), limit, limit)
     # Only reading a table tells how many documents it has.
     n_documents = limit if any(map(table_suffix, files)) else min(len(files), limit or len(files))
-    return Source(spec, fingerprint, lambda: read_files(files, columns), n_documents, limit)
+    held_out = None
+    if location.held_out:
+        held_out = _open(Location(f"{spec}, held out", "files", location.held_out), split, columns, limit)
+    return Source(spec, fingerprint, lambda: read_files(files, columns), n_documents, limit, held_out=held_out)
 
 
 def _file_state(path: Path) -> tuple[str, int, int]:

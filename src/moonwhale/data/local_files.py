@@ -1,7 +1,8 @@
 """Finds the files that a path names: a file, a glob, a folder of texts, or a folder that holds a data set.
 
 Two kinds of folders are data sets. `datasets.save_to_disk` writes Arrow files and their metadata. A clone of a hub
-set has tables, perhaps of several splits, and a README.md. Of both, one split is read and nothing else.
+set has tables, perhaps of several splits, and a README.md, which may declare the files of each split. Of both, one
+split is read, and another may be held out for evaluation.
 """
 
 import glob
@@ -9,8 +10,10 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from moonwhale.data.declared_splits import README, declared_splits
 from moonwhale.data.opening import split_suffix
 from moonwhale.data.source import warn_once
 from moonwhale.data.tables import table_suffix
@@ -25,7 +28,20 @@ SPLITS = {
 IGNORED_FOLDERS = {"__pycache__"}
 
 
-def find_files(spec: str, split: str | None = None) -> tuple[list[Path], bool] | None:
+@dataclass(frozen=True)
+class Found:
+    """The files that a path names.
+
+    has_splits: whether they are one of several splits.
+    held_out: the files of the split to evaluate on, if there is one.
+    """
+
+    files: list[Path]
+    has_splits: bool = False
+    held_out: list[Path] = field(default_factory=list)
+
+
+def find_files(spec: str, split: str | None = None) -> Found | None:
     """Finds the files that a path or glob names.
 
     A file that several links name is read once, under its first name. Hidden files and folders are left out. A line
@@ -35,8 +51,7 @@ def find_files(spec: str, split: str | None = None) -> tuple[list[Path], bool] |
         split: the split of a folder with splits, "train" by default.
 
     Returns:
-        the files, sorted, and whether they are one of several splits; None if `spec` is neither an existing path nor
-        a glob.
+        None if `spec` is neither an existing path nor a glob.
 
     Raises:
         UserError: there are no files, or no such split.
@@ -45,16 +60,19 @@ def find_files(spec: str, split: str | None = None) -> tuple[list[Path], bool] |
     if path.is_dir():
         return _files_of_folder(path, spec, split)
     if path.is_file():
-        return [path], False
+        return Found([path])
     if os.path.lexists(path):
         raise UserError(f"`data`: {spec} is a broken link, or neither a file nor a folder")
+    folder, _, configuration = str(path).rpartition(":")
+    if folder and Path(folder, README).is_file():
+        return _declared(Path(folder), configuration, spec, split)
     if not WILDCARD.search(spec):
         return None
     matches = map(Path, glob.glob(_escape_existing(path), recursive=True))
     found = _once(sorted(match for match in matches if match.is_file()))
     if not found:
         raise UserError(f"`data`: no files in {spec}")
-    return found, False
+    return Found(found)
 
 
 def _escape_existing(pattern: Path) -> str:
@@ -68,20 +86,50 @@ def _once(files: Iterable[Path]) -> list[Path]:
     return list({file.resolve(): file for file in reversed(list(files))}.values())[::-1]
 
 
-def _files_of_folder(folder: Path, spec: str, split: str | None) -> tuple[list[Path], bool]:
+def _declared(folder: Path, configuration: str | None, spec: str, split: str | None) -> Found | None:
+    """Returns the files of one split that the folder's README.md declares, None if it declares none.
+
+    A file of another split is never among those to train on.
+    """
+    splits = declared_splits(folder, configuration, spec)
+    if splits is None:
+        return None
+    chosen = _choose(splits, split, spec)
+    others = {file for name, files in splits.items() if name != chosen for file in files}
+    files = [file for file in splits[chosen] if chosen != "train" or file not in others]
+    if not files:
+        why = "are all in another split too" if splits[chosen] else "are not here"
+        raise UserError(f"`data`: the files of the split {chosen} that {folder / README} declares {why}")
+    left_out = {f"files of the split {name}": len(those) for name, those in splits.items() if name != chosen}
+    _report(left_out | {"files of both": len(splits[chosen]) - len(files)}, spec)
+    return Found(files, True, _held_out(splits, split))
+
+
+def _held_out(splits: dict[str, list[Path]], split: str | None) -> list[Path]:
+    """Returns the files to evaluate on: those of validation, else of test, unless the user asked for one split."""
+    if split or "train" not in splits:
+        return []
+    held_out = next((name for kind in ("validation", "test") for name in splits if name in SPLITS[kind]), None)
+    return splits.get(held_out, [])
+
+
+def _files_of_folder(folder: Path, spec: str, split: str | None) -> Found:
+    if found := _declared(folder, None, spec, split):
+        return found
     if (folder / "dataset_dict.json").is_file():
         splits = _metadata(folder / "dataset_dict.json", "splits")
         chosen = _choose(splits, split, spec)
         _report({f"splits ({', '.join(name for name in splits if name != chosen)})": len(splits) - 1}, spec)
-        return _saved_files(folder / chosen), True
+        rows = {name: _saved_files(folder / name) for name in splits}
+        return Found(rows[chosen], True, _held_out(rows, split))
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return _saved_files(folder), False
+        return Found(_saved_files(folder))
     left_out: dict[str, int] = {}
-    found, has_splits = _choose_split(_walk(folder, left_out), folder, spec, split, left_out)
+    found = _choose_split(_walk(folder, left_out), folder, spec, split, left_out)
     _report(left_out, spec)
-    if not found:
+    if not found.files:
         raise UserError(f"`data`: no files in {spec}")
-    return found, has_splits
+    return found
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -153,9 +201,7 @@ def _walk(folder: Path, left_out: dict[str, int]) -> list[Path]:
     return sorted(files)
 
 
-def _choose_split(
-    files: list[Path], folder: Path, spec: str, split: str | None, left_out: dict[str, int]
-) -> tuple[list[Path], bool]:
+def _choose_split(files: list[Path], folder: Path, spec: str, split: str | None, left_out: dict[str, int]) -> Found:
     """Returns the files of one split if the folder's tables or texts have splits, otherwise all that are data.
 
     A folder has splits if it has a training split and a held-out one. If its tables have splits, or it has tables
@@ -169,8 +215,10 @@ def _choose_split(
     named = [name for name in by_split if name]
     has_splits = "train" in named and len(named) > 1
     unread: set[Path] = set()
+    held_out: list[Path] = []
     if has_splits:
         chosen = _choose(named, split, spec)
+        held_out = _held_out(by_split, split)
         for name, others in by_split.items():
             if name != chosen:
                 left_out[f"files of {f'the split {name}' if name else 'no split'}"] = len(others)
@@ -179,7 +227,7 @@ def _choose_split(
         others = set(files) - set(tables)
         left_out["files that are no tables"] = len(others)
         unread |= others
-    return [file for file in files if file not in unread], has_splits
+    return Found([file for file in files if file not in unread], has_splits, held_out)
 
 
 def split_of(file: Path, folder: Path) -> str | None:

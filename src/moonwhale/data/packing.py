@@ -145,13 +145,17 @@ def pack_split(
 ) -> tuple[PackedDataset, PackedDataset]:
     """Packs a source into training and held-out rows, and builds its shards if necessary (see `build_shards`).
 
-    split.py decides which documents are held out. If all documents are the same, the end of the first is held out and
+    The documents that the source itself holds out are the second split. Without such, split.py decides which documents
+    are held out. If all documents are the same, the end of the first is held out and
     the others are not used.
 
     Raises:
         UserError: the context is below 2, or the source has fewer than four tokens.
     """
     shards = _build_shards(source, tokenizer, context, cache_dir, verify)
+    if source.held_out:
+        aside = _build_shards(source.held_out, tokenizer, context, cache_dir, verify)
+        return tuple(_pack(s, np.ones(len(s.documents), bool), tokenizer, context) for s in (shards, aside))
     hashes = shards.documents["hash"]
     if (hashes == hashes[0]).all():
         return _split_by_position(shards, tokenizer, context, held_out_share)

@@ -29,7 +29,7 @@ def load_conversations(
 
     Conversations are encoded once and kept in the cache. The label of a token is its id where the chat template marks
     the assistant's output, end token included, and -100 elsewhere. Conversations without such a token are dropped. The
-    split is that of pretraining (see split.py).
+    split is that of pretraining (see `pack_split`).
 
     Raises:
         UserError: the source holds text instead of conversations, or fewer than two different conversations; the chat
@@ -40,21 +40,28 @@ def load_conversations(
             "the tokenizer's chat template has no {% generation %} marks, which tell what the assistant wrote: put "
             "{% generation %} and {% endgeneration %} around the assistant's output in chat_template.jinja"
         )
-    key = cache_key(FORMAT, source.fingerprint, tokenizer_fingerprint(tokenizer))
-    folder = cache_folder(cache_dir) / "conversations"
-    try:
-        with locked(folder / key):
-            rows = datasets.Dataset.from_generator(
-                lambda: _encode(source, tokenizer), cache_dir=str(folder), fingerprint=key
-            )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+    rows = _rows(source, tokenizer, cache_dir)
+    if source.held_out:
+        return tuple(part.remove_columns("hash") for part in (rows, _rows(source.held_out, tokenizer, cache_dir)))
     hashes = np.array(rows["hash"] if len(rows) else [], np.uint64)
     if len(np.unique(hashes)) < 2:
         raise UserError(f"`data`: {source.name} holds fewer than two different conversations with an answer: give more")
     held_out = held_out_mask(hashes)
     rows = rows.remove_columns("hash")
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+
+
+def _rows(source: Source, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path | None) -> datasets.Dataset:
+    """Returns the rows of a source, with the hash of each conversation. They are encoded once and kept in the cache."""
+    key = cache_key(FORMAT, source.fingerprint, tokenizer_fingerprint(tokenizer))
+    folder = cache_folder(cache_dir) / "conversations"
+    try:
+        with locked(folder / key):
+            return datasets.Dataset.from_generator(
+                lambda: _encode(source, tokenizer), cache_dir=str(folder), fingerprint=key
+            )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
 
 
 def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict]:

@@ -96,6 +96,7 @@ class Source:
     n_documents: int | None = None  # an upper bound for the progress bar; None if only reading can tell
     limit: int | None = None  # the source ends after this many documents
     keeps: str = ""  # describes what a filter lets through
+    held_out: "Source | None" = None  # documents to evaluate on, which are not among its own
 
     def __iter__(self) -> Iterator[Document]:
         counter = RowCounter(self.name, self.keeps)

@@ -70,8 +70,12 @@ def build(config: TrainConfig) -> Run:
     model = build_model(config, model_config, data.tokenizer, choice)
     describe(config, choice, data, model_config, world)
     run_folder.create(config)
-    contents = repr(data.train.shards.index["files"]).encode()  # it holds the files' checksums
-    run_folder.check_data_unchanged(config, f"`data`: {config.data}, or its tokenizer,", contents, data.describe())
+    contents = repr(data.train.shards.index["files"])  # it holds the files' checksums
+    if data.held_out.shards is not data.train.shards:  # of a split of their own
+        contents += repr(data.held_out.shards.index["files"])
+    run_folder.check_data_unchanged(
+        config, f"`data`: {config.data}, or its tokenizer,", contents.encode(), data.describe()
+    )
 
     trainer_class, of_pipeline = MTPTrainer, {}
     if placement:
