@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 import httpx
@@ -35,10 +36,10 @@ SLOW = 20.0  # seconds after which a request counts as hanging
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """Yields the server's URL and its process."""
+def serving(checkpoint: Path, log: IO | None = None) -> Iterator[tuple[str, psutil.Process]]:
+    """Yields the server's URL and its process, which writes its errors to `log`."""
     command = [sys.executable, "-m", "moonwhale", "serve", str(checkpoint), "--port", "0", "--name", "model"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         try:
             line = process.stdout.readline()
             yield re.search(r"http://[\d.:]+", line)[0], psutil.Process(process.pid)
@@ -120,16 +121,22 @@ WRONG = [
 FIELDS = ["model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed"]
 FIELDS += ["stream", "stream_options", "logprobs", "top_logprobs", "repetition_penalty", "echo", "user", "tools", "🐳"]
 
+HELLO = [{"role": "user", "content": "hi"}]
+PATHS = ["/v1/" + "x" * 300, "/v1/models/%00", "/../../etc/passwd", "/xray/..%2f", "/v1", "/v1/models", "/health"]
+PATHS += ["/metrics", "/", "/page.js", "/page.css", "/openapi.json", "/xray/%1b[2J", "/v1/models/model", "/%ff"]
+
 
 def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
     """Returns the method, path, body and headers of a broken request."""
-    chat = draw.random() < 0.6
-    path = "/v1/chat/completions" if chat else "/v1/completions"
-    body: dict = {"model": "model", "max_tokens": 1}
-    body |= {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hi"}
+    path = draw.choice(["/v1/chat/completions"] * 5 + ["/v1/completions"] * 3 + ["/xray"] * 2)
+    body: dict = {"model": "model"} | ({} if path == "/xray" else {"max_tokens": 1})
+    has_messages = path != "/v1/completions"
+    body |= {"messages": [{"role": "user", "content": "hi"}]} if has_messages else {"prompt": "hi"}
     for field in draw.sample(FIELDS, draw.randint(1, 3)):
         body[field] = draw.choice(WRONG)
-    if chat and draw.random() < 0.3:
+    if path == "/xray" and draw.random() < 0.5:
+        body["messages"] = [*HELLO, {"role": "assistant", "content": draw.choice(WRONG)}]
+    elif has_messages and draw.random() < 0.3:
         message = {"role": draw.choice(["user", "robot", None, 3]), "content": draw.choice(WRONG)}
         body["messages"] = [message, *([] if draw.random() < 0.5 else [draw.choice(WRONG)])]
     data = json.dumps(body).encode()
@@ -138,7 +145,7 @@ def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
         data = data[:at] + (b"" if draw.random() < 0.5 else bytes([draw.randrange(256)]) + data[at + 1 :])
     headers = {"content-type": draw.choice(["application/json"] * 6 + ["text/plain", "application/xml", "x"])}
     if draw.random() < 0.1:
-        path = draw.choice(["/v1/" + "x" * 300, "/v1/models/%00", "/../../etc/passwd", "/xray/..%2f", "/v1", "/xray"])
+        path = draw.choice(PATHS)
     method = draw.choice(["POST"] * 12 + ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
     return method, path, data, headers
 

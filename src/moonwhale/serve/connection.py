@@ -11,6 +11,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from moonwhale.serve.limits import Limits
 
 MAX_HEADERS = 100
+MAX_PIECES = 20_000  # chunks of a body
+MAX_PIPELINED = 16  # requests that a client sends before it has the first one's answer
 FRAMING = 4  # bytes on the wire for each byte of the largest body: chunks have sizes, extensions and trailers
 
 
@@ -20,7 +22,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args, limits: Limits, **keywords):
         super().__init__(*args, **keywords)
         self.limits = limits
-        self._received = 0  # bytes of the request that is being received
+        self._received, self._pieces = 0, 0  # bytes of the request that is being received, and chunks of its body
         self._idle_since = 0.0
         self._head_timer: TimerHandle | None = None  # runs while no request is being answered
         self._read_timer: TimerHandle | None = None  # runs while the client has much to read
@@ -56,12 +58,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._received = 0
+        self._received = self._pieces = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             raise ValueError("too many headers")  # uvicorn answers with a 400
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise ValueError("too many requests before the first answer")
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces += 1
+        if self._pieces > MAX_PIECES:
+            raise ValueError("chunks of a few bytes each cost more time than they are worth")
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -127,10 +127,12 @@ class OpenAIEndpoints:
     async def _events(self, job: GenerationJob, format: ResponseFormat) -> AsyncIterator[str]:
         """Yields the server-sent events of each chunk. An error is an event as well: the status has been sent."""
         options = format.body.stream_options
+        echoes = getattr(format.body, "echo", False)  # a chunk may then be as long as the prompt
         try:
             async with aclosing(self._chunks(job)) as chunks:
                 async for chunk in chunks:
-                    yield "".join(map(event, format.chunks(chunk)))
+                    bodies = await self.preparation.run(format.chunks, chunk) if echoes else format.chunks(chunk)
+                    yield "".join(map(event, bodies))
             if options and options.include_usage:
                 yield event(format.usage_chunk(job.requests))
         except (APIError, UserError) as error:

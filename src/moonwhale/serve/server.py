@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def uvicorn_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
 
     It logs errors only: a client could fill a disk with warnings about its requests.
     """
-    formatters = {"default": {"()": LineFormatter, "fmt": "%(levelprefix)s %(message)s"}}
-    logs = LOGGING_CONFIG | {"formatters": LOGGING_CONFIG["formatters"] | formatters}
+    logs = deepcopy(LOGGING_CONFIG)
+    logs["formatters"]["default"]["()"] = LineFormatter
+    logs["loggers"]["asyncio"] = {"handlers": ["default"], "level": "ERROR", "propagate": False}
     protocol = partial(BoundedProtocol, limits=limits)
     options = {"log_config": logs, "log_level": "error", "server_header": False, "timeout_graceful_shutdown": 5}
     return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", **options))

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from moonwhale.infer.request import Request
 from moonwhale.infer.scheduler import Scheduler
 
 MAX_FAILURES = 5  # steps that fail in a row before the model counts as broken
-JOBS_PER_STEP = 8  # for every 8 jobs, chunks collect the tokens of one more step
+JOBS_PER_STEP = 8  # for every 8 jobs, chunks collect the tokens of one more step,
+LONGEST_CHUNK = 0.2  # but not for longer than this, in seconds
 
 
 class TokenChunk(NamedTuple):
@@ -84,7 +86,7 @@ class Worker:
         self._restarts, self._on_end = restarts, on_end
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._jobs: list[GenerationJob] = []
-        self._num_steps = 0
+        self._num_steps, self._delivered = 0, 0.0  # steps so far, and the time of the last full delivery
         self._thread = threading.Thread(target=self._run, name="moonwhale-model", daemon=True)
 
     @property
@@ -177,7 +179,10 @@ class Worker:
         collects the tokens of several steps.
         """
         self._num_steps += 1
-        ends_only = self._num_steps % (1 + len(self._jobs) // JOBS_PER_STEP) > 0
+        is_late = time.monotonic() > self._delivered + LONGEST_CHUNK
+        ends_only = self._num_steps % (1 + len(self._jobs) // JOBS_PER_STEP) > 0 and not is_late
+        if not ends_only:
+            self._delivered = time.monotonic()
         deliveries = [(job, chunk) for job in self._jobs for chunk in job.collect(ends_only)]
         self._jobs = [job for job in self._jobs if not job.ended]
 
