@@ -76,14 +76,14 @@ class Bench:
     def seconds(self, function: Callable[[], object]) -> float:
         taken = []
         for _ in range(self.rounds + 3):
-            self._synchronize()
+            self.synchronize()
             start = time.perf_counter()
             function()
-            self._synchronize()
+            self.synchronize()
             taken.append(time.perf_counter() - start)
         return median(taken[3:])
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 

@@ -10,7 +10,7 @@ into benchmarks/wheels/site, next to what is there, and then runs the parts in t
 time limit. A part that fails or runs out of time does not stop the others. The last part gets the time that is left.
 
     part        at most   on an H200, estimated
-    tests         150 s   the CUDA tests and the oracles; compiling takes most of it
+    tests         150 s   the CUDA tests, oracles and mutants on the device, six at a time; most of it compiles
     speed         180 s   mfu, then transformers' DeepseekV3 and the dense GPT; about 10 s of steps, the rest compiles
     moba          110 s   8 k, 32 k, 128 k at two settings, then the largest logits' share; flash at 128 k takes 0.1 s
     decode         60 s   1 and 64 sequences, with and without graphs
@@ -38,8 +38,9 @@ MEGABYTES = 60
 # What the parts import. torch and all that it needs are the target's own.
 ROOTS = (
     *("transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pyyaml", "psutil", "tqdm", "filelock"),
-    *("jinja2", "pytest", "torchao"),
+    *("jinja2", "pytest", "pytest-xdist", "torchao"),
 )
+PROCESSES = 6  # that share the GPU in the part `tests`
 TESTS = (
     "tests/test_cuda.py",
     "tests/infer/test_graphs.py",
@@ -47,6 +48,9 @@ TESTS = (
     "tests/test_fp8.py",
     "tests/oracles",
 )
+
+
+ON_DEVICE = {"MOONWHALE_TEST_DEVICE": "cuda"}  # read by tests/test_cuda.py and tests/oracles
 
 
 class Part(NamedTuple):
@@ -59,8 +63,10 @@ def parts(rehearse: bool, results: Path, texts: list[str]) -> list[Part]:
     """Returns the parts in the order of their worth."""
     toy = ["--rehearse"] if rehearse else []
     gpu = [sys.executable, str(HERE / "gpu.py"), *toy, "--results", str(results), "--only"]
-    tests = ["tests/test_cuda.py"] if rehearse else [*TESTS]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x" if rehearse else "--maxfail=20", "-p", "no:cacheprovider"]
+    tests = ["-x", "tests/test_cuda.py", "tests/oracles/test_deepseek_v3.py"]
+    if not rehearse:
+        tests = ["--maxfail=20", "-n", str(PROCESSES), *TESTS]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return [
         Part("tests", 150, [*pytest, *tests]),
         Part("speed", 180, [*gpu, "mfu,peers"]),
@@ -193,8 +199,7 @@ def run(chosen: list[Part], minutes: float, results: Path, site: Path | None, re
     """Runs the parts and prints a line for each. Returns the number of parts that failed."""
     paths = [str(HERE.parent / "src"), *([str(site)] if site else []), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if rehearse:
-        environment |= {"MOONWHALE_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    environment |= {"MOONWHALE_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} if rehearse else ON_DEVICE
     end, failures, known = time.monotonic() + 60 * minutes, 0, {}
     figures(results, known)
     for part in chosen:

@@ -60,8 +60,10 @@ def capture_after(bench, decoder: Decoder) -> dict:
     captures, right, usual, recorded = [], graphs.capture, graphs.CAPTURE_AFTER, decoder.graphs
 
     def timed(function, pool):
+        bench.synchronize()
         start = time.perf_counter()
         made = right(function, pool)
+        bench.synchronize()
         captures.append(time.perf_counter() - start)
         return made
 

@@ -6,12 +6,23 @@ runs them on a CPU, as a rehearsal of the tests themselves.
 
 import copy
 import os
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from moonwhale.infer import graphs
+from moonwhale.infer.decoder import Decoder
+from moonwhale.model import flex
+from moonwhale.model.block import Block
 from moonwhale.model.moe import Experts
+from moonwhale.optim.muon_distributed import DistributedMuonClip
+from moonwhale.optim.muonclip import param_groups
+from moonwhale.parallel.expert_parallel import AllToAll
+from moonwhale.precision import choose
+from moonwhale.train.pretrain import build, compile_blocks
 
 DEVICE = os.environ.get("MOONWHALE_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
@@ -57,8 +68,6 @@ def difference(found, wanted):
 
 def both(tiny_model, changes, dtype, monkeypatch, spoil=lambda model: None):
     """Return the difference of a step on the device from one on the CPU in fp32."""
-    from moonwhale.model import flex
-
     changes = dict(changes)
     monkeypatch.setattr(flex, "LONG_CONTEXT", changes.pop("long", 99))
     model = tiny_model(**SHAPES | changes).train()
@@ -125,8 +134,6 @@ def test_a_step_forces_no_host_sync(dtype, tiny_model):
 
 
 def test_tf32_is_used_only_when_asked_for():
-    from moonwhale.precision import choose
-
     before = torch.get_float32_matmul_precision()
     try:
         choose(DEVICE, "fp32").apply()
@@ -137,3 +144,115 @@ def test_tf32_is_used_only_when_asked_for():
             assert (x @ x)[0, 0].item() == 256
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_leaves_the_residual_stream_in_bf16(tiny_model):
+    """CUDA's autocast returns fp32 from sums, norms and softmax, where a CPU's keeps bf16."""
+    model, seen = tiny_model(**SHAPES | MOBA).train().to(DEVICE), []
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.register_forward_hook(lambda module, inputs, out: seen.append(out[0].dtype))
+    step(model, torch.randint(61, (2, 256), device=DEVICE), "bf16")
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_rows_of_many_lengths_compile_few_times(tiny_model, monkeypatch):
+    """GRPO's batches have a new length each. From the ninth graph on torch would run attention uncompiled."""
+    model, compiled = tiny_model(**SHAPES | MOBA).train().to(DEVICE), []
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    right = flex._compiled
+    monkeypatch.setattr(flex, "_compiled", lambda: lambda q, *rest: compiled.append(q.shape[2]) or right()(q, *rest))
+    for length in (40, 130, 131, 200, 255, 300, 301, 400, 500, 511, 640, 700):
+        model(input_ids=torch.randint(61, (2, length), device=DEVICE), use_cache=False).logits.sum().backward()
+    assert DEVICE == "cpu" or set(compiled) == {128, 256, 512, 1024}
+
+
+def test_fused_adamw_and_muon_equal_the_cpus(tiny_model):
+    """Two steps, the second from a state that was saved and loaded: its step counters must be on the device."""
+    updated = []
+    for device in (DEVICE, "cpu"):
+        model = tiny_model(**SHAPES).to(device)
+        groups = [group | {"newton_schulz_dtype": torch.float32} for group in param_groups(model, 1e-3)]
+        optimizer = DistributedMuonClip(groups)
+        for seed in range(2):
+            draw = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=draw).to(device)
+            optimizer.step()
+            saved = {k: v.cpu() if torch.is_tensor(v) else v for k, v in optimizer.state_dict().items()}
+            optimizer.load_state_dict(saved)
+        updated.append([p.detach().cpu() for p in model.parameters()])
+    for on_device, on_cpu in zip(*updated, strict=True):
+        torch.testing.assert_close(on_device, on_cpu, rtol=2e-3, atol=2e-5)
+
+
+def test_compiled_blocks_equal_uncompiled_ones(tiny_model):
+    model, tokens = tiny_model(**SHAPES | MOBA).train(), torch.randint(61, (2, 256))
+    other = copy.deepcopy(model).to(DEVICE)
+    if DEVICE == "cuda":
+        compile_blocks(other, torch.device(DEVICE))
+    model = model.to(DEVICE)
+    assert difference(step(other, tokens.to(DEVICE), "fp32"), step(model, tokens.to(DEVICE), "fp32")) < 1e-3
+
+
+def test_pinned_and_asynchronous_copies_bring_every_batch(tiny_run):
+    """The losses of a run on the device are the CPU's: a batch that is read before it has arrived changes them."""
+    losses = []
+    for device in (DEVICE, "cpu"):
+        run = build(tiny_run(device=device, out=tiny_run().out + device, steps=6, model=SHAPES))
+        trainer = run.make_trainer()
+        trainer.train()
+        losses.append([entry["loss_main"] for entry in trainer.state.log_history if "loss_main" in entry])
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-2, atol=0)
+
+
+def test_a_capture_bears_a_thread_that_allocates(tiny_model, monkeypatch):
+    """A server's other threads may use the GPU while a graph is captured."""
+    if DEVICE != "cuda":
+        pytest.skip("needs CUDA graphs")
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
+    ended, sizes = threading.Event(), []
+
+    def allocate():
+        while not ended.is_set():
+            sizes.append(torch.randn(2**20 + len(sizes) % 7 * 2**22, device=DEVICE).numel())
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        with torch.inference_mode():
+            decoder = Decoder(tiny_model(**SHAPES).to(DEVICE))
+            cache = decoder.cache()
+            cache.resize(2, 64)
+            ids = torch.randint(61, (2, 20), device=DEVICE)
+            found = [decoder.run(ids[:, i : i + 1], cache, decoder.place(cache, 0, [i, i], 1)) for i in range(20)]
+    finally:
+        ended.set()
+        thread.join()
+    assert sizes and decoder.graphs._captured and all(x.isfinite().all() for x in found)
+
+
+def test_nccl_serves_what_the_groups_ask_of_it(tmp_path):
+    """One rank has no other to talk to, but each call must exist for its dtypes, with empty parts too."""
+    nccl = DEVICE == "cuda" and dist.is_nccl_available()
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=0, world_size=1)
+    try:
+        group, control = dist.new_group([0]), dist.new_group([0], backend="gloo")
+        x = torch.randn(4, 8, device=DEVICE)
+        for sent in (x, x.bfloat16(), x[:0]):
+            for counts in (None, [len(sent)]):
+                [received] = AllToAll(group)([sent], counts, counts)
+                assert torch.equal(received, sent)
+            dist.broadcast(sent, group=group, group_src=0, async_op=True).wait()
+        for kind in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
+            total = x.clone()
+            dist.all_reduce(total, kind, group=group)
+            assert torch.equal(total, x)
+        gathered = [None]
+        dist.all_gather_object(gathered, {"a": 1}, group=control)
+        assert gathered == [{"a": 1}]
+    finally:
+        dist.destroy_process_group()

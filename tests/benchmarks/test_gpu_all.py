@@ -28,23 +28,20 @@ def python(name, code, seconds=60.0):
 
 
 @pytest.mark.slow
-def test_the_rehearsal_runs_with_a_failure_and_a_timeout_between(gpu_all, results, capsys):
+def test_the_rehearsal_runs_all_parts_with_a_failure_and_a_timeout_between(gpu_all, results, capsys):
     """Parts that fail or run out of time do not stop those after them."""
-    found = {part.name: part for part in gpu_all.parts(True, results, [])}
-    chosen = [
-        found["speed"],
-        python("broken", "raise ValueError('no such kernel')"),
-        python("slow", "import time; time.sleep(60)", 1.0),
-        found["fp8"],
-        found["seed"],
-    ]
-    assert gpu_all.run(chosen, 5, results, None, True) == 2
+    found = gpu_all.parts(True, results, [])
+    broken = python("broken", "raise ValueError('no such kernel')"), python("slow", "import time; time.sleep(60)", 1.0)
+    assert gpu_all.run([*found[:1], *broken, *found[1:]], 10, results, None, True) == 2
     result = json.loads((results / "gpu.json").read_text())
     assert result["failed"] == {"broken": "ValueError: no such kernel", "slow": "out of time after 1 s"}
-    assert result["mfu"] > 0 and result["vs_dense"] > 0 and result["fp8_vs_bf16"] > 0
-    assert result["seed_bits_per_byte"] > 0 and result["seed_curve"]
+    positive = "mfu", "vs_dense", "vs_transformers", "moba_8k", "moba_error", "decode_1", "decode_64", "fp8_vs_bf16"
+    assert all(result[name] > 0 for name in (*positive, "seed_bits_per_byte")) and "max_logit_share" in result
+    assert result["thresholds"].keys() >= {"LONG_CONTEXT", "CAPTURE_AFTER", "MAX_TOKENS_FOR_ALL_EXPERTS"}
+    assert result["seed_curve"] and "passed" in (results / "tests.log").read_text()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["speed", "broken", "slow", "fp8", "seed"]
+    names = ["tests", "broken", "slow", "speed", "moba", "decode", "fp8", "thresholds", "seed"]
+    assert [line.partition(":")[0] for line in lines] == names
 
 
 def test_the_last_parts_get_the_time_that_is_left(gpu_all, results):

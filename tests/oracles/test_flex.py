@@ -13,6 +13,8 @@ from moonwhale.model import flex, moba
 from moonwhale.precision import compile_unsupported_reason
 from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, heads_of, naive, normal, read
 
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):

@@ -14,6 +14,7 @@ from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer, mtp_
 from moonwhale.precision import choose
 from moonwhale.train import run
 
+pytestmark = pytest.mark.cpu_only
 GROUP, QUESTIONS = 4, 2
 
 

@@ -221,7 +221,7 @@ def test_gates_are_fp32_under_autocast(monkeypatch):
     monkeypatch.setattr(moba, "choose_blocks", lambda *args: seen.append(right(*args)) or seen[-1])
     layout = Documents.from_inputs(1, 256, q.device, None, None)
     moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(normal(1).device.type, torch.bfloat16):
         moba.moba_attention(q, k, v, 1.0, layout, 16, 4)
     assert torch.equal(*seen)
 

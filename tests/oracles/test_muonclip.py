@@ -332,6 +332,7 @@ def test_a_split_that_does_not_divide_and_a_sparse_gradient_are_refused():
         optimizer.step()
 
 
+@pytest.mark.cpu_only
 def test_bf16_only_where_it_is_fast(monkeypatch):
     for fast, dtype in ((True, torch.bfloat16), (False, FP32)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)

@@ -132,7 +132,8 @@ def capture(function: Callable[[], Tensor], pool=None) -> tuple[Callable[[], Non
         function()
     torch.cuda.current_stream().wait_stream(warmup)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # "thread_local": another thread that allocates GPU memory meanwhile does not break the capture
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = function()
     return graph.replay, out, graph.pool()
 

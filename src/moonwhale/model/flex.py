@@ -21,6 +21,7 @@ from .moba import Chunks
 from .thresholds import LONG_CONTEXT
 
 FLEX_TILE = 128  # queries, and keys, per tile of flex_attention
+MAX_GRAPHS = 64  # compiled graphs of attention, of different lengths and settings
 
 
 def serves(q: Tensor, documents: Documents) -> bool:
@@ -41,15 +42,35 @@ def attention(
     Returns:
         out (B, H, T, Dv), and the largest scaled logit of each query (B, H, T) in fp32.
     """
-    run = _attention if torch.compiler.is_compiling() else _compiled()
-    return run(q, k, v, documents.document_ids, documents.positions, scale, block_size, topk)
+    if torch.compiler.is_compiling():
+        return _attention(q, k, v, documents.document_ids, documents.positions, scale, block_size, topk)
+    length = q.shape[2]
+    missing = compiled_length(length) - length
+    padded = _padded(q, k, v, documents.document_ids, documents.positions, missing)
+    out, max_logit = _compiled()(*padded, scale, block_size, topk)
+    return out[:, :, :length], max_logit[:, :, :length]
+
+
+def compiled_length(length: int) -> int:
+    """Return the length to which rows are padded: a power of two of tiles.
+
+    Each length is compiled anew, and GRPO's answers have a new one in nearly every batch. Tiles of padding cost
+    little, because no query attends to them.
+    """
+    return FLEX_TILE << (-(-length // FLEX_TILE) - 1).bit_length()
+
+
+def _padded(q, k, v, document_ids, positions, missing: int) -> tuple[Tensor, ...]:
+    if not missing:
+        return q, k, v, document_ids, positions
+    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+    return q, k, v, F.pad(document_ids, (0, missing), value=-1), F.pad(positions, (0, missing))
 
 
 def _attention(q, k, v, document_ids, positions, scale, block_size, topk) -> tuple[Tensor, Tensor]:
     length = q.shape[2]
-    missing = -length % FLEX_TILE
-    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))  # (B, H, T', D), T' a multiple of FLEX_TILE
-    document_ids, positions = F.pad(document_ids, (0, missing), value=-1), F.pad(positions, (0, missing))
+    # (B, H, T', D) and (B, T'), with T' a multiple of FLEX_TILE
+    q, k, v, document_ids, positions = _padded(q, k, v, document_ids, positions, -length % FLEX_TILE)
     # Full attention is one block that holds a whole document.
     table = StaticBlockTable.build(document_ids, positions, block_size if topk else len(document_ids[0]))
     chosen = table.choose(q, k, topk - 1) if topk > 1 and length > block_size else None
@@ -64,6 +85,9 @@ def _attention(q, k, v, document_ids, positions, scale, block_size, topk) -> tup
 
 @cache
 def _compiled():
+    # By default torch keeps 8 graphs of a function and then runs it uncompiled. Here each `compiled_length` has two,
+    # with and without MoBA. (An argument of torch.compile could say so from torch 2.12 on.)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     return torch.compile(_attention, dynamic=False)
 
 

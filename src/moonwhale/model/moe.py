@@ -106,7 +106,7 @@ class Experts(nn.Module):
         gate, up = self.product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
         out = self.product(F.silu(gate) * up, self.down_proj, ends)
         out = out.index_select(0, row_of_pair).view(*index.shape, -1)  # (N, K, hidden)
-        return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1)
+        return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1, dtype=x.dtype)  # CUDA's autocast would return fp32
 
 
 def line_up_by_expert(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
