@@ -8,60 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 from moonwhale.checkpoint import find_damage, list_checkpoints
 from moonwhale.train.mtp_trainer import MTPTrainer, MTPTrainingArguments
 from moonwhale.train.muonclip_trainer import REFUSED
+from tiny_trainers import LENGTH, Rows, Stream, maker
 
 pytestmark = pytest.mark.contract("Trainer's options", "transformers.Trainer: fields and constructor arguments")
-
-LENGTH = 16
-
-
-class Rows(Dataset):
-    def __init__(self, count: int = 8, seed: int = 0):
-        self.ids = torch.randint(61, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[i], "labels": self.ids[i]}
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from (Rows()[i] for i in range(8))
-
-
-BASE = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
 
 
 @pytest.fixture
 def make(tmp_path, tiny_model):
-    """`make(trainer={...}, **fields)` returns an MTPTrainer of a tiny model, without our command's options."""
-
-    def make(trainer=None, kind=MTPTrainer, args_kind=MTPTrainingArguments, **fields):
-        args = args_kind(**({"output_dir": str(tmp_path / "run")} | BASE | fields))
-        given = {"train_dataset": Rows(), "eval_dataset": Rows(6, seed=1)} | (trainer or {})
-        if "model_init" not in given:
-            given["model"] = tiny_model(num_nextn_predict_layers=1)
-            if kind is Trainer:  # which adds a list to it
-                given["model"].config.keys_to_ignore_at_inference = ["past_key_values"]
-        return kind(args=args, **given)
-
-    return make
+    return maker(tmp_path, tiny_model)
 
 
 # Every field: a value that is not its default, or why it is left alone

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,12 +15,36 @@ from moonwhale.model.documents import Documents
 from moonwhale.model.loss import IGNORE_INDEX, linear_cross_entropy
 from moonwhale.model.mtp import shifted_labels
 from moonwhale.model.rope import rotation_table
-from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin, MuonClipTrainerMixin
+from moonwhale.train.muonclip_trainer import REFUSED, MuonClipArgumentsMixin, MuonClipTrainerMixin
+
+# Fields of GRPOConfig that this trainer cannot serve, with the reason and the remedy
+_BY_THE_ENGINE = "moonwhale's engine draws the completions; "
+REFUSED_IN_GRPO = {
+    "use_vllm": _BY_THE_ENGINE + "leave it False",
+    "use_transformers_continuous_batching": _BY_THE_ENGINE + "leave it False",
+    "use_transformers_paged": _BY_THE_ENGINE + "leave it False",
+    "cache_implementation": _BY_THE_ENGINE + "leave it None",
+    "generation_kwargs": _BY_THE_ENGINE + "give temperature, top_p, top_k or min_p",
+    "repetition_penalty": _BY_THE_ENGINE + "leave it at 1.0",
+    "chat_template_kwargs": _BY_THE_ENGINE + "put its values into the tokenizer's chat template",
+    "router_aux_loss_coef": "the balance loss has its weight in the model's configuration; set aux_loss_alpha there",
+}
+REFUSED_ARGUMENTS = {
+    "rollout_func": _BY_THE_ENGINE + "leave it out, or override _roll_out",
+    "tools": _BY_THE_ENGINE + "leave it out",
+    "environment_factory": _BY_THE_ENGINE + "leave it out",
+}
 
 
 @dataclass
 class MTPGRPOConfig(MuonClipArgumentsMixin, GRPOConfig):
-    """TRL's GRPOConfig with the arguments of MuonClip and MTP."""
+    """TRL's GRPOConfig with the arguments of MuonClip and MTP.
+
+    Raises:
+        ValueError: a field has a value that MTPGRPOTrainer cannot serve.
+    """
+
+    refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_GRPO
 
 
 class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
@@ -32,9 +57,16 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
     - The loss includes the balance loss and the MTP modules' loss on the completions. The MTP loss trains the modules
       alone, not the embedding and head that they share with the policy. So the modules learn to draft for the policy
       and do not steer it.
+
+    Raises:
+        ValueError: `tools`, `rollout_func` or `environment_factory` is given.
     """
 
     def __init__(self, *args, **kwargs):
+        for name, why in REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported: {why}")
+            kwargs.pop(name, None)
         # `rollout_func` replaces TRL's generation, which is transformers' `generate` or vLLM. TRL warns that it is
         # experimental.
         with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """`MTPSFTTrainer`: TRL's SFTTrainer with the model's own loss, on packed rows that keep conversations apart."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import datasets
 import torch
@@ -9,27 +10,48 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from moonwhale.data.source import warn_once
 from moonwhale.model.loss import IGNORE_INDEX
 from moonwhale.train.mtp_trainer import MTPTrainerMixin
-from moonwhale.train.muonclip_trainer import MuonClipArgumentsMixin
+from moonwhale.train.muonclip_trainer import REFUSED, MuonClipArgumentsMixin
+
+# Fields of SFTConfig that this trainer cannot serve, with the reason and the remedy
+REFUSED_IN_SFT = {
+    "loss_type": "the model's own loss has MTP and balancing; leave it at 'nll'",
+    "router_aux_loss_coef": "the balance loss has its weight in the model's configuration; set aux_loss_alpha there",
+    "padding_free": "rows keep their documents apart by position; give packing=True",
+    "pad_to_multiple_of": "rows are padded to max_length; choose a multiple as max_length",
+}
 
 
 @dataclass
 class MTPSFTConfig(MuonClipArgumentsMixin, SFTConfig):
-    """TRL's SFTConfig with the arguments of MuonClip and MTP."""
+    """TRL's SFTConfig with the arguments of MuonClip and MTP.
+
+    Raises:
+        ValueError: a field has a value that MTPSFTTrainer cannot serve.
+    """
+
+    refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_SFT
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length is None:
+            raise ValueError("max_length=None is not supported: rows are padded to it; give the longest row's length")
 
 
 class MTPSFTTrainer(MTPTrainerMixin, SFTTrainer):
-    """Fine-tunes on the rows of `pack`.
+    """Fine-tunes on the rows of `pack`, or on conversations and texts as SFTTrainer takes them.
 
     The loss is the model's own, including the MTP and balance losses. It covers the labels that are not -100: what the
     assistant wrote. `MTPTrainerMixin.compute_loss` replaces SFTTrainer's, which takes the loss of the next token alone.
     """
 
-    def __init__(self, *args, **kwargs):
-        config, tokenizer = kwargs["args"], kwargs["processing_class"]
-        # Replaces TRL's collator. It would flatten all rows of a batch into a single sequence, and the cost of
-        # attention grows with the square of that length.
-        collator = Collator(config.max_length, tokenizer.pad_token_id)
-        super().__init__(*args, data_collator=collator, **kwargs)
+    def __init__(self, model, args=None, data_collator=None, *more, **kwargs):
+        super().__init__(model, args, data_collator, *more, **kwargs)
+        if data_collator is None:
+            # TRL's collator would flatten all packed rows of a batch into a single sequence, and the cost of attention
+            # grows with the square of that length.
+            tokenizer = self.processing_class
+            padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            self.data_collator = Collator(self.args.max_length, padding)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing. TRL would write a README.md into the run's folder with each checkpoint."""

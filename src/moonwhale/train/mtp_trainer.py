@@ -112,7 +112,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         args = self.args
         casts_weights = args.bf16_full_eval or args.fp16_full_eval
-        if self.compute_metrics is not None or casts_weights or isinstance(rows, IterableDataset):
+        if rows is None or self.compute_metrics is not None or casts_weights or isinstance(rows, IterableDataset):
             return super().get_eval_dataloader(eval_dataset)
         collate = self._get_collator_with_removed_columns(self.data_collator, "Evaluation")
         share = _RowsOfRank(rows, range(args.process_index, len(rows), args.world_size))
@@ -121,6 +121,10 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
             args.eval_batch_size,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             generator=torch.Generator(),
         )
 

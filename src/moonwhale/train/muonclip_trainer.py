@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ class MuonClipArgumentsMixin:
         ValueError: a field has a value that these trainers cannot serve.
     """
 
+    refused: ClassVar[dict[str, str]] = REFUSED
+
     use_cache: bool = field(
         default=True, metadata={"help": "The saved configuration's use_cache; training never caches."}
     )
@@ -63,9 +66,10 @@ class MuonClipArgumentsMixin:
     decay_steps: int = field(default=0, metadata={"help": "Number of last steps that use mtp_loss_weight_final."})
 
     def __post_init__(self):
-        for name, why in REFUSED.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {why}")
+        for name, why in self.refused.items():
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default and (value or isinstance(value, float)):
+                raise ValueError(f"{name}={value!r} is not supported: {why}")
         super().__post_init__()
         for name in ("optim_args", "optim_target_modules"):
             if getattr(self, name) and self.uses_muonclip:
@@ -144,7 +148,8 @@ class MuonClipTrainerMixin:
         args = self.args
         betas = (args.adam_beta1, args.adam_beta2)
         settings = {"momentum": args.muon_momentum, "betas": betas, "eps": args.adam_epsilon}
-        return DistributedMuonClip(groups, **self._replica_groups, **settings)
+        # Some schedules, such as polynomial decay, read the rate from the optimizer's defaults
+        return DistributedMuonClip(groups, lr=args.learning_rate, **self._replica_groups, **settings)
 
     @property
     def _replica_groups(self) -> dict[str, dist.ProcessGroup | None]:
