@@ -22,7 +22,6 @@ from hostile_clients import CLIENTS
 from serve import load, malformed, serving
 
 STALL = 1.0  # seconds
-CONTROL = set(map(chr, range(32))) - {"\n", "\t"}
 
 
 def run(
@@ -43,16 +42,15 @@ def run(
         asyncio.run(load(url, process, 8, 2, 32))  # warm-up
         result = watch_streams(url, seconds) | cancel(url, process, cancelled)
         found = malformed(url, broken)
-        result |= {"malformed_requests": sum(found["statuses"].values()), "statuses": found["statuses"]}
-        result |= {name: found[name] for name in ("server_errors", "hangs", "leaks")}
+        result |= {"malformed_requests": sum(found["statuses"].values())}
+        result |= {f"malformed_{name}": found[name] for name in ("server_errors", "hangs", "leaks", "statuses")}
         many = asyncio.run(load(url, process, clients, 60 * minutes, 64))
         growth = many["megabytes_last_quarter"] / many["megabytes_second_quarter"] - 1
-        result |= {"load_errors": many["errors"], "memory_growth": round(growth, 4)}
+        result |= {"load_errors": many["errors"], "load_memory_growth": round(growth, 4)}
         result["stuck_slots"] += not comes_to_rest(url)
         log.seek(0)
         lines = log.read()
-    result |= {"tracebacks": lines.count("Traceback"), "log_bytes": len(lines)}
-    result["control_characters"] = sum(character in CONTROL for character in lines)
+    result |= {"server_tracebacks": lines.count("Traceback"), "server_log_bytes": len(lines)}
     if lines:
         print(f"the server's log: {lines[:2000]}", file=sys.stderr)
     return result
@@ -73,7 +71,7 @@ def watch_streams(url: str, seconds: float) -> dict:
         "stalls_over_1s": sum(stalls.values()),
         "starved": len(starved),
         "longest_gap": max(longest.values()),
-        "gaps": longest,
+        "longest_gaps": longest,
     }
 
 
