@@ -1,5 +1,7 @@
 """A folder or file that is written has one owner, which the operating system knows."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moonwhale.errors import UserError
-from moonwhale.outputs import new_file, new_named_folder, owned
+from moonwhale.outputs import new_file, new_named_folder, owned, sync
 
 
 def attempt(lock: Path) -> str:
@@ -77,6 +79,30 @@ def test_whatever_a_lock_file_says_it_is_taken_over(tmp_path, caplog, left, said
     assert [record.getMessage() for record in caplog.records if said is None or said not in record.getMessage()] == []
     assert len(caplog.records) == (said is not None)
     assert all(record.getMessage().isprintable() and len(record.getMessage()) < 500 for record in caplog.records)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda lock: lock.symlink_to("/etc/passwd")])
+def test_a_lock_that_is_no_file_is_one_line(tmp_path, make):
+    make(tmp_path / ".lock")
+    said = attempt(tmp_path / ".lock")
+    assert said.startswith(f"`out`: cannot lock {tmp_path} by {tmp_path}/.lock: ") and said.endswith("or name another")
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert attempt(tmp_path / ".lock") == "owned"
+    assert "has no locks: let no other process write there" in caplog.text
+
+
+def test_folders_that_cannot_be_synced_are_written_all_the_same(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync(tmp_path)
 
 
 def test_a_new_file_and_a_new_folder_have_one_writer(tmp_path):

@@ -44,7 +44,15 @@ def _lock(lock: Path, what: str | os.PathLike, option: str) -> TextIO:
     """Opens `lock` and locks it. Writes this process into it."""
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
+                raise
+            reason = error.strerror
+            raise UserError(
+                f"`{option}`: cannot lock {what} by {lock}: {reason}: remove it, or name another"
+            ) from error
         file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,5 +134,8 @@ def sync_names(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync of folders
+            raise
     finally:
         os.close(descriptor)
