@@ -1,10 +1,13 @@
 # `make demo` trains the demo model on this machine and lets it speak; `make test` runs everything that is checked.
+# `make sanitize` runs the compiled steps under sanitizers for longer, `make test-lowest` the suite with the lowest versions
+# of the packages that we depend on.
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest sanitize lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/moonwhale train --preset demo --out runs/demo --resume
@@ -15,12 +18,18 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+sanitize: $(VENV)/installed-dev
+	$(BIN)/python tests/native/fuzz.py 300
+
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) $(LOWEST) runs .pytest_cache .ruff_cache build src/*.egg-info
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moonwhale needs Python 3.11 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
@@ -30,4 +39,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -c constraints-lowest.txt -e ".[dev,fp8]"
 	@touch $@

@@ -38,7 +38,10 @@ OBJECTIVES_HELP = """objectives:
   trl  TRL's default: the mean over all tokens, and β = 0. If --beta adds a KL term, it is multiplied by the
        ratio, as in DeepSeek-V3.2.
 --beta and --epsilon override the values of both."""
-REWARDS_HELP = f"NAME or NAME=WEIGHT of {', '.join(BUILTIN_REWARDS)}, or a function of yours as module:function"
+REWARDS_HELP = (
+    f"NAME or NAME=WEIGHT of {', '.join(BUILTIN_REWARDS)}, or a function of yours as module:function, whose module is "
+    "imported, hence run, also if a --config file names it"
+)
 
 
 @dataclass

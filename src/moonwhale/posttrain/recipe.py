@@ -23,7 +23,10 @@ EPILOG = """The file is a list of stages. Each is a verb with its options, which
 - sft: {checkpoint: runs/demo, data: chitchat, out: runs/talks}
 - grpo: {checkpoint: runs/talks, task: chain_sum, out: runs/counts}
 
-A finished stage is skipped, and an interrupted one is resumed."""
+A finished stage is skipped, and an interrupted one is resumed.
+
+A recipe can run code: a reward such as mine:short imports mine.py from the working folder. Read a recipe from
+elsewhere before you run it."""
 
 
 def main(argv: list[str]) -> None:

@@ -40,6 +40,7 @@ int run_block(const Block *b, const Cache *cache, const Placement *p, float *x) 
 
 // y (rows, out) = x (rows, in) @ m.T. Returns 0, or 3 as `run_block` does.
 int run_product(const Matrix *m, float *y, const float *x, int64_t rows, int64_t threads) try {
+  if (!rows) return 0; // such tensors have no address
   if (!m || !y || !x || rows < 0 || !is_within(threads, 1, MAX_THREADS) || !is_valid(*m, m->out, m->in)) return 3;
   count({rows, m->out}), count({rows, m->in});
 #pragma omp parallel num_threads(threads)
