@@ -47,6 +47,7 @@ CASES = {
     "text, echo, logprobs, no token": TEXT | {"echo": True, "logprobs": 0, "max_tokens": 0},
     "text, echo, logprobs, stop": TEXT | SAMPLED | {"echo": True, "logprobs": 0, "stop": "a", "max_tokens": 30},
     "ids, echo, logprobs": {"prompt": [[40, 41], [42]], "echo": True, "logprobs": 1, "max_tokens": 3, "seed": 1},
+    "no text, echo, logprobs": {"prompt": [""], "echo": True, "logprobs": 1, "max_tokens": 2, "seed": 1},
     "nothing": {"max_tokens": 4, "seed": 1},
 }
 

@@ -166,8 +166,8 @@ class Scheduler:
     def _take_pieces(self, rows: list[Request], pieces: list[list[int]], hidden: Tensor) -> None:
         """Let requests run once their prompts are complete, and give each its first token."""
         for row, piece, states in zip(rows, pieces, hidden, strict=True):
-            if row.scores_prompt:
-                targets = row.prompt[row.cached + 1 : row.cached + len(piece) + 1]
+            targets = row.prompt[row.cached + 1 : row.cached + len(piece) + 1] if row.scores_prompt else []
+            if targets:  # a piece that holds only the prompt's last token has none
                 logits = self.decoder.head(states[: len(targets)])  # (Q, V)
                 row.prompt_logprobs += logprobs_of(logits, targets, row.top_logprobs)
             row.cached += len(piece)

@@ -102,6 +102,10 @@ class CompletionFormat(ResponseFormat):
     whole_object = chunk_object = "text_completion"
     body: CompletionRequest
 
+    def __init__(self, engine: Engine, model_name: str, body: CompletionRequest):
+        super().__init__(engine, model_name, body)
+        self._read: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}  # characters of each choice so far
+
     def delta(self, chunk: TokenChunk) -> dict:
         text = chunk.text
         if self.body.echo and chunk.span.start == 0:
@@ -113,14 +117,12 @@ class CompletionFormat(ResponseFormat):
     def logprobs(self, chunk: TokenChunk) -> dict:
         """Returns the log-probabilities of a chunk's tokens, and before the first ones those of an echoed prompt."""
         request, span = chunk.request, chunk.span
-        echoed = self._echoed(request) if self.body.echo else []
-        scored = request.logprobs[span]
-        if echoed and span.start == 0:
+        tokens, scored = request.token_ids[span], request.logprobs[span]
+        if self.body.echo and span.start == 0:
+            echoed = self._echoed(request)
             # No token comes before a prompt's first one, so it has no probability.
-            scored = [(None, {}), *request.prompt_logprobs][-len(echoed) :] + scored
-        ids = echoed + request.token_ids[: span.stop]
-        first = len(ids) - len(scored)
-        tokens = ids[first:]
+            scored = [(None, {}), *request.prompt_logprobs][len(request.prompt) - len(echoed) :] + scored
+            tokens = echoed + tokens
         return {
             "tokens": [self._name(token) for token in tokens],
             "token_logprobs": [logprob for logprob, _ in scored],
@@ -128,7 +130,7 @@ class CompletionFormat(ResponseFormat):
                 None if logprob is None else self._named(top | {token: logprob})
                 for token, (logprob, top) in zip(tokens, scored, strict=True)
             ],
-            "text_offset": self._offsets(ids)[first:],
+            "text_offset": self._offsets(chunk.index, tokens),
         }
 
     def _echoed(self, request: Request) -> list[int]:
@@ -153,12 +155,14 @@ class CompletionFormat(ResponseFormat):
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
-    def _offsets(self, ids: list[int]) -> list[int]:
-        """Returns the number of characters before each token."""
-        decoder, length, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
-        for token in ids:
+    def _offsets(self, index: int, tokens: list[int]) -> list[int]:
+        """Returns the number of characters before each token of a choice. The calls give it all its tokens in order."""
+        decoder, length = self._read.setdefault(index, (codecs.getincrementaldecoder("utf-8")("replace"), 0))
+        offsets = []
+        for token in tokens:
             offsets.append(length)
             length += len(decoder.decode(self.engine.token_bytes[token]))
+        self._read[index] = decoder, length
         return offsets
 
 
