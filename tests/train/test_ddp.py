@@ -143,8 +143,6 @@ def test_a_rank_that_fails_in_the_last_evaluation_costs_nothing(tiny_run, tmp_pa
     with pytest.raises(RuntimeError, match="a bad row"):
         finish(ranks)
     assert newest_checkpoint(config.out) == Path(config.out) / "checkpoint-2"
-    together("--out", config.out, "--resume")
-    assert Path(config.out, "config.json").exists()
 
 
 def run_hooks(rank: int, store: Path) -> None:
