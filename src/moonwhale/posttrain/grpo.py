@@ -96,7 +96,8 @@ class GRPOOptions(PostTrainOptions):
         """Returns the micro-batches per optimizer step on each of the devices, of which there are `replicas`."""
         answers, at_once = self.group_size * self.questions_per_step, self.batch_size * replicas
         if answers % at_once:
-            fits = [n for n in range(1, answers // replicas + 1) if answers % (n * replicas) == 0]
+            around = {1, *range(max(1, self.batch_size - 4096), self.batch_size + 4097)}
+            fits = [n for n in sorted(around) if answers % (n * replicas) == 0]
             nearest = min(fits, key=lambda n: abs(n - self.batch_size), default=None)
             advice = f"give `batch_size` {nearest}" if nearest else f"give `questions_per_step` {replicas}"
             raise UserError(

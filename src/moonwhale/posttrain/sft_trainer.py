@@ -16,6 +16,7 @@ from moonwhale.train.muonclip_trainer import REFUSED, MuonClipArgumentsMixin
 REFUSED_IN_SFT = {
     "loss_type": "the model's own loss has MTP and balancing; leave it at 'nll'",
     "router_aux_loss_coef": "the balance loss has its weight in the model's configuration; set aux_loss_alpha there",
+    "activation_offloading": "it needs a GPU and was never run with this model; give gradient_checkpointing=True",
     "padding_free": "rows keep their documents apart by position; give packing=True",
     "pad_to_multiple_of": "rows are padded to max_length; choose a multiple as max_length",
 }
