@@ -14,7 +14,24 @@ def pytest_addoption(parser):
     parser.addoption("--contracts-json", metavar="FILE", help="write how each contract's tests ended into this file")
 
 
+# Markers of transformers' own tests (see transformers_suite.py)
+TRANSFORMERS_MARKERS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "torch_compile_test",
+    "generate",
+    "torch_export_test",
+    "onnx_export_test",
+    "executorch_export_test",
+    "timeout",
+)
+
+
 def pytest_configure(config):
+    for name in TRANSFORMERS_MARKERS:
+        config.addinivalue_line("markers", f"{name}: set by transformers' own tests")
     if path := config.getoption("--contracts-json", default=None):
         config.pluginmanager.register(ContractCounts(Path(path)))
 

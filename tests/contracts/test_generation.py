@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessorList,
     StaticCache,
     StoppingCriteriaList,
+    WatermarkingConfig,
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -55,6 +56,7 @@ MODES = {
     "decaying length": {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 5},
     "guidance": {"guidance_scale": 1.5},
     "checked logits": {"remove_invalid_values": True, "renormalize_logits": True},
+    "a watermark": {"watermarking_config": WatermarkingConfig()},
     "no compilation": {"cache_implementation": "static", "disable_compile": True},
 }
 DRAFTED = {  # one row at a time; their tokens are those of plain decoding
@@ -129,6 +131,14 @@ def test_a_mode_is_refused_in_one_line(pair, mode):
     with pytest.raises((ValueError, NotImplementedError), match=reason) as refused:
         generate(pair[0], **options)
     assert len(str(refused.value).strip().splitlines()) == 1
+
+
+def test_gradient_checkpointing_refuses_a_cache(tiny_model):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        generate(model)
+    assert torch.equal(generate(model, use_cache=False), generate(model.eval()))
 
 
 def test_generate_batch_is_refused(extended):

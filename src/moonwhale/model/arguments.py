@@ -98,6 +98,12 @@ def _first_tokens(name: str, value: Tensor, tokens: Tensor) -> Tensor:
     return begins
 
 
+def refuse_cache(past_key_values: Cache | None) -> None:
+    """Refuse a cache under gradient checkpointing, which would append to it once more when it recomputes a block."""
+    if past_key_values is not None:
+        raise ValueError("past_key_values: gradient checkpointing keeps no cache; call model.eval() before generate()")
+
+
 def check_cache_position(position: Tensor | None, past: int, length: int) -> None:
     """Check that `cache_position` (T,), which older callers give, names the places that follow the cached tokens."""
     if position is not None:

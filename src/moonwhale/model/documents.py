@@ -133,13 +133,18 @@ class Documents:
         same_document[:, :-k] &= self.ranks[:, k:] == self.ranks[:, :-k] + k
         return replace(self, valid=self.valid & same_document)
 
+    @property
+    def may_have_padding(self) -> bool:
+        """Whether a mask was given."""
+        return self.ranks is not self.positions
+
     def check_unbroken(self) -> None:
         """Check that no padding interrupts a document. MoBA's key convolution reads the tokens before by their index.
 
         Raises:
             ValueError: it does. On CUDA this is a device-side assertion.
         """
-        if self.ranks is not self.positions:
+        if self.may_have_padding:
             require((self.ranks == self.positions).all(), PADDING_BETWEEN_TOKENS)
 
     @property

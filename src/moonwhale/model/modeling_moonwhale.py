@@ -15,6 +15,7 @@ from .arguments import (
     chosen_hidden_states,
     or_configured,
     packed_positions,
+    refuse_cache,
     refuse_unknown,
 )
 from .block import Block, BlockStatistics
@@ -98,8 +99,9 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             collect_statistics = torch.is_grad_enabled()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:  # the recomputation would append to the cache again
-            use_cache, past_key_values = False, None
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+            refuse_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
