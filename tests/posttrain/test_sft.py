@@ -252,11 +252,13 @@ def test_the_checksum_covers_tokens_labels_and_the_ends_of_rows():
     assert before != contents([[1], [2, 3]], [[-100], [2, 3]])
 
 
-def test_an_interrupted_lora_merge_leaves_no_model_and_is_made_up_for(options, monkeypatch):
+def test_an_interrupted_lora_merge_leaves_no_model_and_is_made_up_for(options, tmp_path, monkeypatch):
     def interrupted(checkpoint, out):
         raise KeyboardInterrupt
 
-    config = options(lora_rank=2, steps=1)
+    whole = options(lora_rank=2, steps=3, out=str(tmp_path / "whole"))
+    sft(whole)
+    config = options(lora_rank=2, steps=3)
     with monkeypatch.context() as patch:
         patch.setattr("moonwhale.posttrain.lora.publish_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -264,6 +266,9 @@ def test_an_interrupted_lora_merge_leaves_no_model_and_is_made_up_for(options, m
     assert not Path(config.out, "config.json").exists() and not list(Path(config.out).glob(".merged-*"))
     sft(parse_run(SFTOptions, ["--out", config.out, "--resume"]))
     open_checkpoint(config.out)
+    ours, theirs = (load_file(Path(run.out, "model.safetensors")) for run in (config, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert newest_checkpoint(config.out).name == "checkpoint-3"
 
 
 def test_another_number_of_processes_is_one_line(options, tmp_path, monkeypatch):

@@ -163,6 +163,7 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
     """
     import transformers
 
+    from moonwhale.checkpoint import STATE, is_last_checkpoint
     from moonwhale.train.callbacks import ProgressLines, StopAtStepEnd
     from moonwhale.train.memory import out_of_memory_as_advice
 
@@ -171,7 +172,12 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
         trainer = run.make_trainer(callbacks=[lines, stop])
         trainer.remove_callback(transformers.PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint and is_last_checkpoint(checkpoint):
+                # Killed before its adapters were merged. `train` would take one step more.
+                trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
+                trainer._load_from_checkpoint(str(checkpoint))
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if is_main_process():
                 plot(trainer.state.log_history, run.out)
