@@ -1,5 +1,6 @@
 """Tests what hostile clients cost: large and slow requests, unread answers, idle connections; and failing models."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -15,6 +16,7 @@ from moonwhale.errors import UserError
 from moonwhale.serve import commands
 from moonwhale.serve.app import create_app
 from moonwhale.serve.body import parse
+from moonwhale.serve.endpoints import EventStream
 from moonwhale.serve.errors import APIError
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.requests import ChatRequest
@@ -230,6 +232,23 @@ def test_a_client_that_does_not_read_is_let_go(server):
         assert server.health()["status"] == "ok"
         assert len(rest(connection)) < 150_000, "the rest is dropped"
     assert server.comes_to_rest()
+
+
+def test_a_stream_whose_client_leaves_before_it_begins_is_ended():
+    ended = []
+
+    async def events():
+        yield "data: begun\n\n"
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(_):
+        await asyncio.sleep(60)
+
+    stream = EventStream(events(), lambda: ended.append(True))
+    asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send))
+    assert ended == [True]
 
 
 # A model that fails

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from moonwhale.errors import UserError
-from moonwhale.serve.errors import APIError, api_error
+from moonwhale.serve.errors import CLIENT_GONE, APIError, api_error
 from moonwhale.serve.fields import StrictModel, shown
 
 Body = TypeVar("Body", bound=StrictModel)
@@ -39,7 +40,7 @@ class Preparation:
         try:
             data = await http.body()
         except ClientDisconnect:
-            raise APIError(499, "the client went away") from None
+            raise APIError(*CLIENT_GONE) from None
         return await self.run(parse, data, http.headers, kind)
 
 
@@ -99,7 +100,9 @@ def describe_bodies(app: FastAPI, *kinds: type[StrictModel]) -> None:
 
     def describe() -> dict:
         _, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMAS)
-        description = describe_routes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a route that answers HEAD as well as GET has one id for both
+            description = describe_routes()
         description.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         return description
 

@@ -9,19 +9,32 @@ from contextlib import aclosing
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Engine, Prompt
 from moonwhale.infer.request import Request
 from moonwhale.serve.body import Preparation, body_of
-from moonwhale.serve.errors import APIError, api_error, require_model
+from moonwhale.serve.errors import CLIENT_GONE, APIError, api_error, require_model
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics
 from moonwhale.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from moonwhale.serve.responses import ChatFormat, CompletionFormat, ResponseFormat, event
 from moonwhale.serve.worker import GenerationJob, TokenChunk, Worker, WorkerError
 
-DISCONNECT_POLL = 0.25  # seconds
+
+class EventStream(StreamingResponse):
+    """A stream of events that calls `at_end` also if its client has gone before the first event is asked for."""
+
+    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.at_end()
 
 
 class OpenAIEndpoints:
@@ -65,7 +78,7 @@ class OpenAIEndpoints:
             messages = [message.for_template() for message in body.messages]
             return self._requests(body, [messages], body.max_new_tokens or self.engine.context)
 
-        job = await self._submit(requests)
+        job = await self._submit(requests, http)
         return await self._respond(job, ChatFormat(self.engine, self.model_name, body), http)
 
     async def complete(self, http: HTTPRequest):
@@ -75,7 +88,7 @@ class OpenAIEndpoints:
         def requests() -> list[Request]:
             return self._requests(body, body.prompt, body.max_new_tokens, scores_prompt=bool(body.echo))
 
-        job = await self._submit(requests)
+        job = await self._submit(requests, http)
         return await self._respond(job, CompletionFormat(self.engine, self.model_name, body), http)
 
     async def models(self):
@@ -108,9 +121,11 @@ class OpenAIEndpoints:
                 requests.append(request)
         return requests
 
-    async def _submit(self, make_requests: Callable[[], list[Request]]) -> GenerationJob:
-        """Submits what `make_requests` returns, which takes time, to the worker."""
+    async def _submit(self, make_requests: Callable[[], list[Request]], http: HTTPRequest) -> GenerationJob:
+        """Submits what `make_requests` returns, which takes time, to the worker, unless the client has gone before."""
+        await _require_client(http)
         requests = await self.preparation.run(make_requests)
+        await _require_client(http)
         self.limits.check_queue(self.worker.num_waiting, len(requests), 1)  # others may have come meanwhile
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         return self.worker.submit(requests)
@@ -118,8 +133,7 @@ class OpenAIEndpoints:
     async def _respond(self, job: GenerationJob, format: ResponseFormat, http: HTTPRequest) -> Response:
         """Returns a stream of events if the body asks for one, else the whole response once it is complete."""
         if format.body.stream:
-            headers = {"cache-control": "no-cache"}
-            return StreamingResponse(self._events(job, format), media_type="text/event-stream", headers=headers)
+            return EventStream(self._events(job, format), lambda: self.worker.cancel(job))
         await self._wait_for_end(job, http)
         content = await self.preparation.run(lambda: json.dumps(format.whole(job.requests)))
         return Response(content, media_type="application/json")
@@ -140,20 +154,25 @@ class OpenAIEndpoints:
         yield "data: [DONE]\n\n"
 
     async def _wait_for_end(self, job: GenerationJob, http: HTTPRequest) -> None:
-        """Waits until a job has ended. Raises a 499, as nginx logs it, if the client disconnects first."""
+        """Waits until a job has ended. Raises a 499 if the client disconnects first."""
 
         async def exhaust_chunks() -> None:
             async for _ in self._chunks(job):
                 pass
 
-        task = asyncio.ensure_future(exhaust_chunks())
+        async def wait_for_disconnect() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+
+        answer, gone = asyncio.ensure_future(exhaust_chunks()), asyncio.ensure_future(wait_for_disconnect())
         try:
-            while not (await asyncio.wait([task], timeout=DISCONNECT_POLL))[0]:
-                if await http.is_disconnected():
-                    raise APIError(499, "the client went away")  # only the metrics see it
-            task.result()
+            await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise APIError(*CLIENT_GONE)
+            answer.result()
         finally:
-            task.cancel()
+            answer.cancel()
+            gone.cancel()
 
     async def _chunks(self, job: GenerationJob) -> AsyncIterator[TokenChunk]:
         """Yields a job's chunks within the time limit, and measures them. Closing the iterator frees its slots."""
@@ -174,3 +193,9 @@ class OpenAIEndpoints:
             self.worker.cancel(job)
             for request in job.requests:
                 self.metrics.count_tokens(request)
+
+
+async def _require_client(http: HTTPRequest) -> None:
+    """Raises a 499 if the client has disconnected."""
+    if await http.is_disconnected():
+        raise APIError(*CLIENT_GONE)

@@ -16,6 +16,8 @@ from moonwhale.serve.fields import shown
 
 TYPES = {401: "authentication_error", 408: "timeout", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
+CLIENT_GONE = 499, "the client went away"  # nginx's status; only the metrics see it
+
 
 class APIError(HTTPException):
     """An error that reaches the client as OpenAI's error object.
