@@ -10,8 +10,10 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
-# Imported by the server, of which there is one for a whole Python: what trains, and what draws its curve
-PRELOADED = ["moonwhale.train.pipeline_trainer", "moonwhale.train.pretrain", "matplotlib.backends.backend_agg"]
+# Imported by the server, of which there is one for a whole Python: what trains and draws its curve, and the other verbs
+ROOMS = ["train.pipeline_trainer", "train.pretrain", "posttrain.sft_trainer", "serve.app", "evaluate.evaluation"]
+ROOMS += ["export.deepseek", "export.gguf", "inspect.xray"]
+PRELOADED = [*(f"moonwhale.{room}" for room in ROOMS), "matplotlib.backends.backend_agg"]
 
 
 class ForkedProcess:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moonwhale.data.opening import opened, split_suffix
+from moonwhale.data.opening import opened, read_whole, split_suffix
 from moonwhale.data.row_formats import columns_of, read_rows
 from moonwhale.data.source import Document, SkippedRow, warn_once
 from moonwhale.data.tables import JSON, table_rows, table_suffix
@@ -61,7 +61,7 @@ def _rows_or_none(rows: Iterator, columns: Sequence[str]) -> Iterator | None:
 
 def _read_text(path: Path) -> str:
     with opened(path) as file:
-        data = file.read()
+        data = read_whole(file, path) if split_suffix(path)[1] else file.read()  # a plain file's size is no surprise
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

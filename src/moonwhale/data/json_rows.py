@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moonwhale.data.opening import opened
+from moonwhale.data.opening import MOST_AT_ONCE, opened, read_lines, read_whole
 from moonwhale.data.row_formats import BadRow, columns_of
 from moonwhale.errors import UserError
 
@@ -22,7 +22,7 @@ def json_lines(path: Path) -> Iterator[dict | BadRow | None]:
         return
     with opened(path) as file:
         # Bytes end lines at \n only: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-        for number, line in enumerate(file):
+        for number, line in enumerate(read_lines(file, path)):
             yield _parse(line.removeprefix(codecs.BOM_UTF8) if number == 0 else line)
 
 
@@ -35,7 +35,9 @@ def json_table(path: Path) -> Iterator[dict | BadRow | None] | None:
         return json_lines(path)
     with opened(path) as file:
         try:
-            whole = json.loads(file.read().decode("utf-8-sig"))
+            whole = json.loads(read_whole(file, path).decode("utf-8-sig"))
+        except UserError:
+            raise
         except (ValueError, RecursionError):
             return None
     if not isinstance(whole, dict):
@@ -52,9 +54,9 @@ def _first_lines(path: Path) -> tuple[bytes, bytes]:
         beginning = file.read(2)
         if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"`data`: {path} is UTF-16, not UTF-8 text: convert it first")
-        lines = (line.strip() for line in io.BytesIO(beginning + file.readline()))
+        lines = (line.strip() for line in io.BytesIO(beginning + next(read_lines(file, path), b"")))
         found = [line.removeprefix(codecs.BOM_UTF8).strip() for line in lines if line]
-        for line in file:
+        for line in read_lines(file, path):
             if len(found) >= 2:
                 break
             found += [line.strip()] if line.strip() else []
@@ -107,6 +109,9 @@ def _array(path: Path) -> Iterator[dict | BadRow]:
                         f"`data`: {path} is not JSON after row {n_rows:,} of its array: {reason}"
                     ) from error
                 text, at = text[at:] + chunk, 0
+                if len(text) > MOST_AT_ONCE:
+                    reason = f"row {n_rows + 1:,} has more than {MOST_AT_ONCE:,} characters"
+                    raise UserError(f"`data`: cannot read {path}: {reason}") from error
                 continue
             n_rows, expect = n_rows + 1, "comma"
             yield _as_row(value)

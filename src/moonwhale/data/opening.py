@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from moonwhale.errors import UserError, one_line
 
@@ -20,6 +20,8 @@ def _open_zstd(path: Path, mode: str) -> BinaryIO:
 
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstd}
+MOST_AT_ONCE = 1 << 28  # bytes of a row, or of a text in a compressed file, that are held in memory
+GROWTH, ROOM = 100, 1 << 26  # a compressed file has at most GROWTH times its size, plus ROOM bytes
 
 
 def split_suffix(path: Path) -> tuple[str, str]:
@@ -28,11 +30,48 @@ def split_suffix(path: Path) -> tuple[str, str]:
     return (Path(path.stem).suffix.lower(), last) if last in OPENERS else (last, "")
 
 
+class _Expanding(io.RawIOBase):
+    """A decompressed file that may grow to GROWTH times its size: a bomb of zeros grows to a thousand times."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.left = file, path, ROOM + GROWTH * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.file.read(len(buffer))
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(f"`data`: {self.path} expands to more than {GROWTH} times its size: decompress it first")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to read its bytes, decompressed. Raises UserError if that fails, also while the file is read."""
+    compressed = split_suffix(path)[1]
     try:
-        with OPENERS.get(split_suffix(path)[1], open)(path, "rb") as file:
-            yield file
+        with OPENERS.get(compressed, open)(path, "rb") as file:
+            yield io.BufferedReader(_Expanding(file, path), 1 << 18) if compressed else file
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"`data`: cannot read {path}: {one_line(error)}") from error
+
+
+def read_whole(file: BinaryIO | TextIO, path: Path, most: int = MOST_AT_ONCE) -> bytes | str:
+    """Returns the rest of an opened file. Raises UserError if it is longer than `most`."""
+    content = file.read(most + 1)
+    return _bounded(content, path, "it holds one text of", most)
+
+
+def read_lines(file: BinaryIO | TextIO, path: Path) -> Iterator[bytes | str]:
+    """Yields the lines of an opened file, as iterating over it does. Raises UserError for one that is too long."""
+    while line := file.readline(MOST_AT_ONCE + 1):
+        yield _bounded(line, path, "a line has", MOST_AT_ONCE)
+
+
+def _bounded(content: bytes | str, path: Path, what: str, most: int) -> bytes | str:
+    if len(content) > most:
+        raise UserError(f"`data`: cannot read {path}: {what} more than {most:,} bytes: split it")
+    return content

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from moonwhale.data.json_rows import json_lines, json_table
-from moonwhale.data.opening import opened, split_suffix
+from moonwhale.data.opening import MOST_AT_ONCE, opened, read_lines, read_whole, split_suffix
 from moonwhale.data.row_formats import KNOWN_COLUMNS, BadRow
 from moonwhale.errors import UserError, one_line
 
 Rows = Iterator[dict | BadRow | None]
 JSON = {".jsonl", ".ndjson", ".json"}
 ROWS_PER_BATCH = 256  # rows of a columnar file that are decoded at once
-MAX_CSV_FIELD = (1 << 31) - 1  # characters; the csv module's own limit of 131,072 is shorter than many documents
+MAX_CSV_FIELD = MOST_AT_ONCE  # the csv module's own limit of 131,072 characters is shorter than many documents
 
 
 def table_suffix(path: Path) -> str | None:
@@ -52,7 +52,7 @@ def _separated(path: Path, delimiter: str) -> Rows:
     with opened(path) as file:
         # A row with bytes that are not UTF-8 is a bad row: see `read_rows`.
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(read_lines(text, path), delimiter=delimiter, strict=True)
         names = next(reader, [])
         if any("\0" in name for name in names):
             raise UserError(f"`data`: {path} is not UTF-8 text (its header contains zero bytes): convert it first")
@@ -81,7 +81,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Rows:
 
     with opened(path) as file:
         # Only an uncompressed file can be read in parts.
-        whole = pyarrow.BufferReader(file.read()) if split_suffix(path)[1] else file
+        whole = pyarrow.BufferReader(read_whole(file, path, 1 << 30)) if split_suffix(path)[1] else file
         table = pyarrow.parquet.ParquetFile(whole)
         names = _chosen(table.schema_arrow.names, columns)
         for batch in table.iter_batches(ROWS_PER_BATCH, columns=names):
@@ -93,7 +93,11 @@ def _arrow(path: Path, columns: Sequence[str]) -> Rows:
     import pyarrow
 
     with opened(path) as file:
-        source = pyarrow.BufferReader(file.read()) if split_suffix(path)[1] else pyarrow.memory_map(str(path))
+        source = (
+            pyarrow.BufferReader(read_whole(file, path, 1 << 30))
+            if split_suffix(path)[1]
+            else pyarrow.memory_map(str(path))
+        )
         if bytes(source.read(6)) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
