@@ -109,33 +109,11 @@ def _make_good(root: Path, with_run: bool) -> None:
     chat = [{"role": "user", "content": "Who sang?"}, {"role": "assistant", "content": "The whale sang."}]
     (root / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
     if with_run:
-        options = [
-            "--context",
-            "32",
-            "--batch-size",
-            "2",
-            "--tokens-per-step",
-            "128",
-            "--steps",
-            "3",
-            "--warmup-steps",
-            "1",
-            "--eval-every",
-            "0",
-        ]
-        options += [
-            "--eval-rows",
-            "4",
-            "--save-every",
-            "1",
-            "--keep-checkpoints",
-            "1",
-            "--log-every",
-            "1",
-            "--report-to",
-            "none",
-        ]
-        options += ["--device", "cpu", "--precision", "fp32", "--data", str(root / "texts"), "--out", str(root / "run")]
+        text = (
+            "--context 32 --batch-size 2 --tokens-per-step 128 --steps 3 --warmup-steps 1 --eval-every 0 --eval-rows 4"
+        )
+        text += " --save-every 1 --keep-checkpoints 1 --log-every 1 --report-to none --device cpu --precision fp32"
+        options = [*text.split(), "--data", str(root / "texts"), "--out", str(root / "run")]
         model = MODEL | {"vocab_size": 300, "moba_topk": 0, "moba_full_attention_layers": "null"}
         options += [f"--model.{name}={value}" for name, value in model.items()]
         process = ForkedProcess(root / "train.out", _variables(root), _train_two_steps, options)
