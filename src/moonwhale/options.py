@@ -20,6 +20,7 @@ import yaml
 from moonwhale.errors import UserError, did_you_mean, shown
 from moonwhale.yaml_files import parse_yaml, read_yaml_file
 
+LARGEST = 10**15  # the largest number of an option: products of two such numbers still fit fp32
 NOUNS = {
     bool: "true or false",
     int: "a whole number",
@@ -257,6 +258,8 @@ def convert(value: typing.Any, kind: typing.Any, name: str, from_text: bool = Fa
     for reading in readings:
         for k in kinds:
             fits, converted = _as(reading, k)
+            if fits and type(converted) in (int, float) and abs(converted) > LARGEST:
+                raise UserError(f"{name}: {shown(value)} is too large: give at most {LARGEST:,}")
             if fits:
                 return converted
     raise UserError(f"{name}: {shown(value)} is not {' or '.join(NOUNS[k] for k in kinds)}")

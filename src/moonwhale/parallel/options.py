@@ -6,6 +6,8 @@ from moonwhale.errors import UserError, did_you_mean
 from moonwhale.options import option
 from moonwhale.parallel.schedule_properties import SCHEDULES
 
+MAX_TIMEOUT = 10_000_000  # seconds, about four months
+
 
 @dataclass(frozen=True)
 class ParallelOptions:
@@ -28,6 +30,8 @@ class ParallelOptions:
         for name in ("pp", "ep", "timeout"):
             if getattr(self, name) < 1:
                 raise UserError(f"`parallel.{name}`: {getattr(self, name)} is impossible: it must be at least 1")
+        if self.timeout > MAX_TIMEOUT:
+            raise UserError(f"`parallel.timeout`: {self.timeout} is impossible: give at most {MAX_TIMEOUT:,}")
         if self.schedule not in SCHEDULES:
             near = did_you_mean(self.schedule, SCHEDULES)
             raise UserError(f"`parallel.schedule`: {self.schedule!r} is none of {', '.join(SCHEDULES)}{near}")

@@ -83,6 +83,8 @@ class GRPOOptions(PostTrainOptions):
         require_at_least_one(self, "questions", "questions_per_step", "iterations")
         require_at_least_one(self, "max_new_tokens", "steps", "eval_questions")
         require_not_negative(self, "show", "beta", "epsilon")
+        for name in ("questions", "eval_questions"):
+            require(self, name, getattr(self, name) <= 10**7, "give at most 10,000,000, which fit into memory")
         require(self, "group_size", self.group_size >= 2, "an answer is compared with at least one other")
         require(self, "temperature", self.temperature > 0, "at 0 all answers of a group would be the same")
         self.gradient_accumulation_steps()

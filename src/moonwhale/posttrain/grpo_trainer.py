@@ -99,7 +99,7 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
             top_p=args.top_p,
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
-            seed=(args.seed << 40) + batch_index * len(prompts),
+            seed=((args.seed << 40) + batch_index * len(prompts)) % 2**62,  # generators take no seeds above
         )
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
 

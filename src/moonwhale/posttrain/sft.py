@@ -10,7 +10,7 @@ from typing import ClassVar
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.data.source_options import SourceOptions
 from moonwhale.errors import UserError, require_package
-from moonwhale.options import option, require, require_at_least_one, require_not_negative
+from moonwhale.options import option, require, require_at_least_one
 from moonwhale.posttrain.config import PostTrainOptions, open_model
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
@@ -44,7 +44,7 @@ class SFTOptions(SourceOptions, PostTrainOptions):
     def __post_init__(self):
         super().__post_init__()
         require_at_least_one(self, "accumulation", "eval_rows", "steps", "data_documents")
-        require_not_negative(self, "lora_rank")
+        require(self, "lora_rank", 0 <= self.lora_rank <= 2**16, "give a rank from 0 to 65,536")
         if self.lora_rank:
             require_package("peft", "rl", "`lora_rank`")
         require(self, "context", self.context is None or self.context >= 2, "a row needs at least 2 tokens")

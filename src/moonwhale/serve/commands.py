@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     for name in ("max_sequences", "max_queue", "max_body", "timeout", "cache_mb"):
         value = getattr(args, name)
-        require(args, name, value is None or value > 0, "give a number above 0")
+        require(args, name, value is None or 0 < value < 10**15, "give a number above 0, below 10^15")
     require(args, "port", 0 <= args.port < 65536, "give a number from 0 to 65535")
     name = args.name or Path(args.folder).resolve().name
     api_key = os.environ.get("MOONWHALE_API_KEY") if args.api_key is None else args.api_key

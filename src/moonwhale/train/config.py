@@ -77,7 +77,7 @@ class TrainConfig(SourceOptions, RunOptions):
         self.micro_batches_per_replica()
 
     def _check_ranges(self) -> None:
-        require_at_least_one(self, "context", "tokens_per_step", "steps", "eval_rows")
+        require_at_least_one(self, "context", "tokens_per_step", "steps", "eval_rows", "data_documents")
         require_not_negative(self, "mtp_loss_weight_final")
         for name in ("decay_fraction", "min_lr_ratio"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")

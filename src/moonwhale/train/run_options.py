@@ -58,6 +58,7 @@ class RunOptions:
         require_not_negative(self, "seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau")
         require_not_negative(self, "eval_every", "save_every")
         require(self, "lr", self.lr > 0, "it must be above 0")
+        require(self, "seed", self.seed < 2**32, "NumPy takes seeds below 2^32")
         require(self, "momentum", 0 <= self.momentum < 1, "it must be in [0, 1)")
 
     @classmethod
