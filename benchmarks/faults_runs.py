@@ -201,7 +201,8 @@ def _kill_and_resume(trial: Trial, out: Path, draw: random.Random) -> str:
         resume = attempt > 0
         processes = trial.start(out, f"killed{attempt}", resume)
         processes[0].process.join(draw.uniform(0, 1.1 * seconds))
-        before = {path for folder in (out / end for end in trial.ends) for path in list_checkpoints(folder)}
+        # Older ones may be half deleted: a newer one has taken their place.
+        before = {path for end in trial.ends for path in list_checkpoints(out / end)[:1]}
         draw.shuffle(processes)
         for process in processes:  # torchrun kills the others a moment after the first died
             process.kill()
