@@ -30,8 +30,9 @@ from moonwhale.native import build
 from moonwhale.native.block import NativeBlock
 from moonwhale.native.packed_linear import PackedLinear
 
-EXPAND_FROM_TOKENS = 64  # with this many new tokens in a row, expanding latents is cheaper than absorbing
-MAX_TOKENS_FOR_NATIVE_BLOCK = 256  # with more tokens PyTorch's blocks are faster
+# With this many new tokens in a row, expanding latents in PyTorch is faster than absorbing. Shorter rows run natively.
+# Such rows never share a forward (see PREFILL_TOKENS), since PyTorch chooses kernels by the number of all rows.
+EXPAND_FROM_TOKENS = 129
 DRAFT_VOCABULARY = 8192  # drafts are chosen from the first ids: a BPE vocabulary's most frequent tokens
 
 
@@ -108,7 +109,7 @@ class DecoderBlock:
             self.native = NativeBlock(self.before, vars(self.attention), self.after, fields)
 
     def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
-        if self.native and placement.length < EXPAND_FROM_TOKENS and placement.tokens <= MAX_TOKENS_FOR_NATIVE_BLOCK:
+        if self.native and placement.length < EXPAND_FROM_TOKENS:
             return self.native(x, cache.of_layer(self.attention.layer), placement.for_native)
         x = x + self.attention(self.before(x), cache, placement)
         return x + self.feed_forward(self.after(x))

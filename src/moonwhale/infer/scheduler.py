@@ -21,7 +21,9 @@ from moonwhale.infer.drafting import Drafting
 from moonwhale.infer.request import Request
 from moonwhale.infer.sampling import choose, logprobs_of
 
-PREFILL_TOKENS = 256  # tokens of one or several prompts that are prefilled in a step
+# Tokens of one or several prompts that are prefilled in a step. Prompts that share a forward have at most half as many,
+# so that they are shorter than EXPAND_FROM_TOKENS in decoder.py.
+PREFILL_TOKENS = 256
 
 
 class Scheduler:
@@ -144,7 +146,8 @@ class Scheduler:
         rows: list[Request] = []
         while self.waiting:
             longest = max(len(row.prompt) for row in (*rows, self.waiting[0]))
-            if (rows and (len(rows) + 1) * longest > tokens) or not self._make_room(rows):
+            shared = (len(rows) + 1) * longest
+            if (rows and shared > min(tokens, PREFILL_TOKENS)) or not self._make_room(rows):
                 break
             rows.append(self.waiting.popleft())
             self.cache.clear(len(self.running) + len(rows) - 1)
@@ -177,7 +180,7 @@ class Scheduler:
         last = torch.stack([states[len(piece) - 1] for states, piece in zip(hidden, pieces, strict=True)])
         for row, states in zip(rows, last, strict=True):  # (hidden)
             row.hidden, row.n_accepted, row.forwards = states[None], 0, 1
-        self._add_tokens(self.decoder.head(last), rows)
+        self._add_tokens(self.decoder.head(last[:, None])[:, 0], rows)
         self.running += rows
 
     # --- draft -------------------------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ class Scheduler:
                 known = [row.token_ids[-row.n_accepted - 1 :] + row.drafts for row in rows]
                 ahead = self._padded([tokens[k - 1 :] for tokens in known], length)
                 hidden = decoder.guess(k, hidden, ahead, self.cache, placement)  # (B, length, hidden)
-                drafts = choose(decoder.draft_head(hidden[newest]), rows, ahead=k - 1)
+                drafts = choose(decoder.draft_head(hidden[newest][:, None])[:, 0], rows, ahead=k - 1)
                 for row, token in zip(rows, drafts, strict=True):
                     row.drafts.append(token)
         self._drafting_seconds = time.perf_counter() - start

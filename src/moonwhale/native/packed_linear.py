@@ -10,7 +10,7 @@ from moonwhale.native import build
 from moonwhale.native.structures import DTYPE_CODES, MatrixStruct, address
 
 PANEL_WIDTH = 64  # outputs of a panel
-MAX_ROWS_FOR_NATIVE_PRODUCT = 64  # with more rows PyTorch's product is faster
+MAX_ROWS_FOR_NATIVE_PRODUCT = 64  # with more rows of one sequence PyTorch's product is faster
 
 
 class PackedLinear:
@@ -18,6 +18,9 @@ class PackedLinear:
 
     With `int8`, each row of the weight is stored as integers from -127 to 127 and a scale. Where compiled steps are
     available, the weight is stored in panels only. Products with few rows are then native, and as fast as memory.
+
+    Whether a product is native depends on the rows of one sequence (Q in `(B, Q, in)`), never on the number B of
+    sequences. In a native product a row's result does not depend on the other rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False):
@@ -35,7 +38,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if self.matrix and len(rows) <= MAX_ROWS_FOR_NATIVE_PRODUCT:
+        if self.matrix and x.shape[-2] <= MAX_ROWS_FOR_NATIVE_PRODUCT:
             return self._native_product(rows.float().contiguous()).to(self.dtype).unflatten(0, x.shape[:-1])
         weight = self.weight.to(self.dtype)
         if self.matrix:

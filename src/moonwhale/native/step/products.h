@@ -19,8 +19,10 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr long PANEL_WIDTH = 64;              // outputs of a panel, as in packed_linear.py
-constexpr int MAX_ROWS = LANES == 16 ? 4 : 2; // rows multiplied with a panel at once: as many as fit the registers
+constexpr long PANEL_WIDTH = 64;               // outputs of a panel, as in packed_linear.py
+constexpr int MAX_ROWS = LANES == 16 ? 6 : 2;  // rows multiplied with a panel at once: as many as fit the registers
+constexpr long WIDEN_FROM_ROWS = 3 * MAX_ROWS; // with so many rows a panel is first converted to floats, which is exact
+constexpr long WIDEN_UP_TO_INPUTS = 2048;      // of a panel that is converted
 #define INLINE [[gnu::always_inline]] inline
 
 constexpr long whole_vectors(long n) { return (n + LANES - 1) / LANES * LANES; } // n, rounded up
@@ -119,18 +121,18 @@ INLINE void tile(const float *x, long x_step, const W *w, long w_step, long n, E
   long i = 0;
   for (; i + LANES <= n; i += LANES) {
     Vector in[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) in[r] = load(x + r * x_step + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int o = 0; o < OUTS; o++) {
       Vector weight = load(w + o * w_step + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < ROWS; r++) total[o][r] += weight * in[r];
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int o = 0; o < OUTS; o++)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
       float rest = 0;
       for (long j = i; j < n; j++) rest += number(w[o * w_step + j]) * x[r * x_step + j];
@@ -152,15 +154,15 @@ template <int ROWS, int VECTORS, class V>
 INLINE void mix_columns(float *y, long y_step, const float *p, long p_step, const V *v, long v_step, long n) {
   Vector total[ROWS][VECTORS] = {};
   for (long k = 0; k < n; k++)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int c = 0; c < VECTORS; c++) {
       Vector value = load(v + k * v_step + c * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < ROWS; r++) total[r][c] += value * p[r * p_step + k];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int c = 0; c < VECTORS; c++)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) std::memcpy(y + r * y_step + c * LANES, &total[r][c], sizeof(Vector));
 }
 
@@ -178,28 +180,45 @@ INLINE void mix(float *y, long y_step, const float *p, long p_step, const V *v, 
     }
 }
 
-// Writes the outputs of one panel of m to y (rows, out), for x (rows, in), or adds them if `add`
+// Writes the outputs of one panel w (in, 64) of m to y (rows, out), for x (rows, in), or adds them if `add`
+template <class W>
+static void panel_rows(float *y, const float *x, long x_step, long rows, const Matrix &m, const W *w, long first,
+                       bool add) {
+  const long outs = std::min<long>(m.out - first, PANEL_WIDTH);
+  long r = 0;
+  auto next = [&](auto some) {
+    constexpr int ROWS = decltype(some)::value;
+    float sums[ROWS * PANEL_WIDTH];
+    mix<ROWS>(sums, PANEL_WIDTH, x + r * x_step, x_step, w, PANEL_WIDTH, m.in, PANEL_WIDTH);
+    for (int i = 0; i < ROWS; i++, r++)
+      for (long o = 0; o < outs; o++) {
+        float total = sums[i * PANEL_WIDTH + o];
+        if (m.scale) total *= m.scale[first + o];
+        if (m.bias) total += m.bias[first + o];
+        float &out = y[r * m.out + first + o];
+        out = add ? out + total : total;
+      }
+  };
+  while (r + MAX_ROWS <= rows) next(std::integral_constant<int, MAX_ROWS>());
+  if (rows - r == 5) next(std::integral_constant<int, 5>());
+  if (rows - r == 4) next(std::integral_constant<int, 4>());
+  if (rows - r == 3) next(std::integral_constant<int, 3>());
+  if (rows - r == 2) next(std::integral_constant<int, 2>());
+  if (rows - r == 1) next(std::integral_constant<int, 1>());
+}
+
 static void panel_product(float *y, const float *x, long x_step, long rows, const Matrix &m, long panel, bool add) {
   typed(m.dtype, m.data, [&](auto *w) {
-    const long first = panel * PANEL_WIDTH, outs = std::min<long>(m.out - first, PANEL_WIDTH);
-    long r = 0;
-    auto next = [&](auto some) {
-      constexpr int ROWS = decltype(some)::value;
-      float sums[ROWS * PANEL_WIDTH];
-      mix<ROWS>(sums, PANEL_WIDTH, x + r * x_step, x_step, w + first * m.in, PANEL_WIDTH, m.in, PANEL_WIDTH);
-      for (int i = 0; i < ROWS; i++, r++)
-        for (long o = 0; o < outs; o++) {
-          float total = sums[i * PANEL_WIDTH + o];
-          if (m.scale) total *= m.scale[first + o];
-          if (m.bias) total += m.bias[first + o];
-          float &out = y[r * m.out + first + o];
-          out = add ? out + total : total;
-        }
-    };
-    while (r + MAX_ROWS <= rows) next(std::integral_constant<int, MAX_ROWS>());
-    if (rows - r == 3) next(std::integral_constant<int, 3>());
-    if (rows - r == 2) next(std::integral_constant<int, 2>());
-    if (rows - r == 1) next(std::integral_constant<int, 1>());
+    const long first = panel * PANEL_WIDTH, numbers = m.in * PANEL_WIDTH;
+    w += panel * numbers;
+    if (m.dtype == FP32 || rows < WIDEN_FROM_ROWS || m.in > WIDEN_UP_TO_INPUTS)
+      return panel_rows(y, x, x_step, rows, m, w, first, add);
+    static thread_local float wide[WIDEN_UP_TO_INPUTS * PANEL_WIDTH];
+    for (long i = 0; i < numbers; i += LANES) {
+      Vector some = load(w + i);
+      std::memcpy(&wide[i], &some, sizeof some);
+    }
+    panel_rows(y, x, x_step, rows, m, (const float *)wide, first, add);
   });
 }
 
