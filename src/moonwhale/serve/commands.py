@@ -57,7 +57,7 @@ def _parser() -> Parser:
     add("--allowed-host", action="append", default=[], metavar="NAME", help=help)
     help = "origin whose web pages may call the server (CORS), or '*'; repeatable (none)"
     add("--cors-origin", action="append", default=[], metavar="URL", help=help)
-    help = "restart the model's thread if it fails, instead of ending with status 1"
+    help = "restart the model's thread if it fails, instead of ending with an error status"
     add("--restart", action="store_true", help=help)
     add = parser.add_argument_group("limits").add_argument
     add("--max-sequences", type=int, default=64, metavar="N", help="answers generated at a time (%(default)s)")
