@@ -50,7 +50,7 @@ VERBS = {
     "xray": ["xray", "{folder}", "--prompt", "hello", "--chat", "--max-new-tokens", "2", "--out", "{out}"],
     "serve": ["serve", "{folder}", "--port", "0"],
     "sft": ["sft", "{folder}", "--data", "{chats}", "--out", "{out}", "--steps", "1", "--device", "cpu"],
-    "tokenizer": ["tokenizer", "show", "--tokenizer", "{folder}", "hello"],
+    "tokenizer": ["tokenizer", "show", "{folder}", "hello"],
 }
 RESUME = ["train", "--resume", "--out", "{run}"]
 
@@ -107,7 +107,8 @@ def _make_good(root: Path, with_run: bool) -> None:
     for i in range(40):
         (root / "texts" / f"{i}.txt").write_text("the whale sings to the moon over the deep sea " * 8)
     chat = [{"role": "user", "content": "Who sang?"}, {"role": "assistant", "content": "The whale sang."}]
-    (root / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
+    chats = [[{**chat[0], "content": f"Who sang {i}?"}, chat[1]] for i in range(40)]
+    (root / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     if with_run:
         text = (
             "--context 32 --batch-size 2 --tokens-per-step 128 --steps 3 --warmup-steps 1 --eval-every 0 --eval-rows 4"
@@ -149,7 +150,12 @@ def _plan(here: Path, root: Path, draw: random.Random) -> tuple[str, list[str]]:
     folder = Path(shutil.copytree(root / "good", here / "folder"))
     kind(Folder(folder, draw))
     verbs = [verb for verb in VERBS if verb != "info"] if kind in CHATTING else list(VERBS)
-    return kind.__name__, VERBS[draw.choice(verbs)]
+    verb = draw.choice(verbs)
+    if verb == "moonwhale":  # reads DeepSeek-V3's format
+        config = folder / "config.json"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            config.write_text(config.read_text().replace('"moonwhale"', '"deepseek_v3"'))
+    return kind.__name__, VERBS[verb]
 
 
 def _plan_run(here: Path, root: Path, draw: random.Random) -> tuple[str, list[str]]:

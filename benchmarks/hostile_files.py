@@ -1,7 +1,6 @@
 """Mutators that make good checkpoint folders, runs, settings and data hostile. Each draws from a seeded generator."""
 
 import gzip
-import hashlib
 import json
 import os
 import pickle
@@ -9,6 +8,8 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from moonwhale.manifest import write_manifest
 
 CANARY = "canary"  # what only executed code would write
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -394,10 +395,4 @@ def damage_run(run: Path, draw: random.Random) -> None:
         contents = {"pickle": pickle.dumps(_Touch()), "cut": good[: len(good) // 2], "bytes": draw.randbytes(200)}
         path.write_bytes(contents.get(kind, b"{}"))
     if draw.random() < 0.7:
-        manifest = checkpoint / "manifest.json"
-        values = json.loads(manifest.read_text())
-        entries = values.get("files", values)
-        if path.name in entries:
-            content = path.read_bytes()
-            entries[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            manifest.write_text(json.dumps(values))
+        write_manifest(checkpoint)

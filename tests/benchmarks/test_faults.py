@@ -32,3 +32,10 @@ def test_hostile_clients_of_a_server(small_checkpoint, monkeypatch):
     counts = ["stuck_slots", "load_errors", "server_tracebacks", "server_log_bytes"]
     counts += ["malformed_server_errors", "malformed_hangs", "malformed_leaks"]
     assert {name: found[name] for name in counts} == dict.fromkeys(counts, 0)
+
+
+def test_hostile_folders_and_files(tmp_path):
+    faults_files = importlib.import_module("faults_files")
+    found = faults_files.run(trials=14, runs=2, bombs=0, seed=1, scratch=tmp_path)
+    kinds = ("tracebacks", "hangs", "memory", "executed")
+    assert found == {"hostile_folders": 16} | dict.fromkeys((f"hostile_{kind}" for kind in kinds), 0)
