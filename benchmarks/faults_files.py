@@ -96,8 +96,11 @@ def run(trials: int = TRIALS, runs: int = 20, bombs: int = 4, seed: int = 0, scr
 
 def _make_good(root: Path, with_run: bool) -> None:
     from moonwhale.data.tokenizer import train_tokenizer
+    from moonwhale.files import cache_folder
     from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 
+    if (compiled := cache_folder() / "native").is_dir():  # else a trial would compile the C++ steps
+        shutil.copytree(compiled, root / "cache" / "native")
     tokenizer = train_tokenizer(["The whale sang to the moon, and the moon sang back."] * 4, 310)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with contextlib.redirect_stderr(io.StringIO()):
