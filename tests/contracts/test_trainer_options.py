@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ NOT_TRIED = {
     "use_cpu": "every test sets it",
     "tf32": "needs a GPU",
     "fp16_full_eval": "the CPU's half precision is too slow",
-    "torch_compile torch_compile_backend torch_compile_mode": "compiling takes minutes",
+    "torch_compile torch_compile_backend torch_compile_mode": "see test_trainer_effects.py; compiling takes minutes",
     "debug": "transformers' debugger reads outputs that are tensors or tuples of them, ours are dataclasses",
     "full_determinism": "it changes the settings of the whole process",
 }
@@ -152,7 +153,10 @@ def test_every_field_of_training_arguments_is_decided():
     assert set(REFUSED) <= set(REFUSED_VALUES)
 
 
-@pytest.mark.parametrize("field", WORKS)
+EFFECTS = set(re.findall(r"\w+", Path(__file__).with_name("test_trainer_effects.py").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("field", [field for field in WORKS if field not in EFFECTS])  # the others do more there
 def test_a_field_that_is_served(make, field):
     given = {field: WORKS[field]} | TOGETHER.get(field, {})
     args = make(**given)

@@ -41,7 +41,7 @@ GRPO_WORKS = {
     "four": {"entropy_coef": 0.01, "use_adaptive_entropy": True, "entropy_coef_min": 0.001, "entropy_coef_max": 0.1}
     | {"entropy_coef_delta": 0.01, "entropy_target": 0.5, "cast_lm_head_to_fp32": True, "disable_dropout": True}
     | {"pad_to_multiple_of": 8, "log_completions": True, "num_completions_to_print": 1, "log_unique_prompts": True}
-    | {"off_policy_mask_threshold": 0.5, "generation_batch_size": 8},
+    | {"off_policy_mask_threshold": 0.5, "generation_batch_size": 8, "seed": 2**32 - 1},
     "five": {"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.5}
     | {"vespo_lambda_neg": 1.5, "max_completion_length": 5, "num_generations": 2},
 }
