@@ -66,7 +66,7 @@ def parts(rehearse: bool, results: Path, texts: list[str]) -> list[Part]:
     tests = ["-x", "tests/test_cuda.py", "tests/oracles/test_deepseek_v3.py"]
     if not rehearse:
         tests = ["--maxfail=20", "-n", str(PROCESSES), *TESTS]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     patience = 4 if rehearse else 1  # a busy CPU
     return [
         Part("tests", 150 * patience, [*pytest, *tests]),
