@@ -29,6 +29,7 @@ from moonwhale.checkpoint import open_checkpoint
 from moonwhale.costs import model_size
 from moonwhale.data.loading import load_source
 from moonwhale.data.packing import pack_split
+from moonwhale.infer.cache import LatentCache
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.detokenizer import TokenBytes
 from moonwhale.infer.engine import Engine
@@ -145,15 +146,19 @@ def with_moba(rounds: int, short: int, long: int) -> dict:
 
 
 def cache_sizes() -> dict:
-    """Bytes per token in the cache: ours as counted and as allocated, and those of multi-head attention."""
+    """Bytes per token in the cache: ours as counted and as allocated without drafts, ours as allocated with drafts from
+    all MTP modules, and those of multi-head attention.
+    """
     found = {}
     for preset in ("demo", "seed_190m"):
-        config = MoonwhaleConfig(**PRESETS[preset].model | {"num_nextn_predict_layers": 0})
-        cache = Decoder(MoonwhaleForCausalLM(config).to(torch.bfloat16).eval()).cache()
+        config = MoonwhaleConfig(**PRESETS[preset].model)
+        cache, drafting = LatentCache(config, torch.bfloat16, depth=0), LatentCache(config, torch.bfloat16)
         cache.resize(1, 1024)
+        drafting.resize(1, 1024)
         found[preset] = {
             "latent": round(cache.bytes_per_token, 1),
             "latent_allocated": round(cache.bytes / 1024, 1),
+            "drafting_allocated": round(drafting.bytes / 1024, 1),
             "multi_head": model_size(config).mha_cache_bytes_per_token,
         }
     return {"cache_bytes_per_token": found}

@@ -168,8 +168,9 @@ def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
             f"{decode['moba_growth']:.2f}×; {decode['moba_32k']:.1f}×",
             "decode",
         ),
-        "cache bytes per token of `seed_190m`; with multi-head attention": (
-            f"{cache['latent_allocated']:,.0f}; {cache['multi_head']:,}",
+        "cache bytes per token of `seed_190m`, as allocated: without drafts; with drafts from all MTP modules; with "
+        "multi-head attention, without drafts": (
+            f"{cache['latent_allocated']:,.0f}; {cache['drafting_allocated']:,.0f}; {cache['multi_head']:,}",
             "decode",
         ),
         "MTP drafts of the demo model: tokens per forward pass, accepted guesses, speed with `--draft auto` compared "

@@ -169,6 +169,15 @@ def test_requests_are_admitted_by_memory(model):
         to.submit(request(tokens(100), tokens=150))
 
 
+def test_the_cache_holds_the_blocks_that_run(model):
+    """The model has 2 main blocks, and 1 and 2 blocks in its MTP modules."""
+    for draft, blocks in ((0, 2), (1, 3), (2, 5), (None, 5)):
+        server = scheduler_of(model, draft)
+        run(server, [request(tokens(30))])
+        assert len(server.cache.keys) == blocks
+        assert server.cache.bytes == server.cache.bytes_per_token * server.cache.slots * server.cache.length
+
+
 def test_log_probabilities_equal_the_models(model):
     one = request(tokens(6), tokens=4)
     one.top_logprobs = 3

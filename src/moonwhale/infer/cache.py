@@ -19,8 +19,16 @@ class LatentCache:
     Entries beyond a sequence's length are undefined. The reader has to know the length.
     """
 
-    def __init__(self, config: MoonwhaleConfig, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        config: MoonwhaleConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        depth: int | None = None,
+    ):
+        """`depth` is the number of MTP modules that run, from the first. None has room for all of them."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.layers = range(config.num_hidden_layers + sum(config.mtp_blocks[:depth]))
         self.slots = self.length = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -29,10 +37,10 @@ class LatentCache:
 
     @cached_property
     def bytes_per_token(self) -> float:
-        """Bytes for each token of one sequence, over all blocks of the model."""
+        """Bytes for each token of one sequence, over all blocks that run."""
         config, number = self.config, torch.empty((), dtype=self.dtype).element_size()
         width, total = config.kv_cache_numbers_per_token, 0.0
-        for i in range(config.num_blocks):
+        for i in self.layers:
             total += (width + (config.kv_lora_rank if config.moba_key_conv else 0)) * number
             total += width * 4 / config.moba_block_size if config.is_moba_layer(i) else 0
         return total
@@ -55,7 +63,7 @@ class LatentCache:
         config, kept = self.config, min(slots, self.slots)
         blocks = -(-length // config.moba_block_size)
         length = blocks * config.moba_block_size
-        width, layers = config.kv_cache_numbers_per_token, range(config.num_blocks)
+        width, layers = config.kv_cache_numbers_per_token, self.layers
 
         def zeros(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)

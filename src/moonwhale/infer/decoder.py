@@ -60,9 +60,9 @@ class Decoder:
         self.draft_head = pack(head[:DRAFT_VOCABULARY]) if len(head) > 2 * DRAFT_VOCABULARY else self.head
         self.graphs = Graphs(max_length=len(self.modules) + 1) if self.device.type == "cuda" else None
 
-    def cache(self) -> LatentCache:
-        """Return an empty cache for this model."""
-        return LatentCache(self.config, self.dtype, self.device)
+    def cache(self, depth: int | None = None) -> LatentCache:
+        """Return an empty cache for the main blocks and the first `depth` MTP modules, by default all of them."""
+        return LatentCache(self.config, self.dtype, self.device, depth)
 
     def place(self, cache: LatentCache, first_slot: int, start: list[int], length: int) -> Placement:
         """Place `length` new tokens behind the `start[i]` tokens of each slot `first_slot + i`."""

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +19,7 @@ from moonwhale.infer.request import Request
 from moonwhale.infer.sampling import Noise
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.infer.scheduler import Scheduler
+from moonwhale.memory import available_bytes
 from moonwhale.model import MoonwhaleForCausalLM
 
 # Bytes of weights that stay in a CPU's cache. Narrower weights gain nothing there, and converting them costs time.
@@ -268,4 +268,4 @@ def _free_memory(device: torch.device) -> int:
     """Return the free bytes of a device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_bytes()

@@ -32,7 +32,7 @@ class Scheduler:
     def __init__(self, decoder: Decoder, memory: int, slots: int = 64, drafting: Drafting | None = None):
         self.decoder, self.memory, self.slots = decoder, memory, slots
         self.drafting = drafting or Drafting(len(decoder.modules))
-        self.cache = decoder.cache()
+        self.cache = decoder.cache(self.drafting.depths[-1])
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # request i is in slot i
         self.prefilling: Request | None = None  # a prompt of several pieces, in the slot after the running ones

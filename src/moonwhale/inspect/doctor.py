@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 
-import psutil
 import torch
 from torch.nn import functional as F
 
 from moonwhale import precision
 from moonwhale.files import cache_folder
+from moonwhale.memory import total_bytes
 from moonwhale.native import build
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,7 +70,7 @@ def _devices() -> dict[str, Finding]:
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
     }
     features = [torch.backends.cpu.get_cpu_capability(), *(name for name, present in units.items() if present)]
-    memory = psutil.virtual_memory().total / 2**30
+    memory = total_bytes() / 2**30
     threads = torch.get_num_threads()
     note = f"{', '.join(features)}; {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} CPUs; {memory:.1f} GiB"
     no_cuda = precision.device_unavailable_reason("cuda")
