@@ -43,6 +43,9 @@ class NativeBlock:
             attention=self._fill(AttentionStruct, attention),
             feed_forward=self._fill(FeedForwardStruct, dense | dict(feed_forward)),
         )
+        w = self._block.attention
+        width = w.rank + w.rope
+        self._sizes = self._block.hidden, width, w.rank if w.taps else width, w.block_size  # for `_check`
 
     def __call__(self, x: Tensor, entries: tuple, placement: PlacementStruct) -> Tensor:
         """Run the block on x (B, Q, hidden) of any dtype, which may be overwritten. The result is fp32.
@@ -71,14 +74,15 @@ class NativeBlock:
 
     def _check(self, x: Tensor, keys: Tensor, values: Tensor, means: Tensor | None, placement: PlacementStruct) -> None:
         """Raise ValueError if tensors are not what the compiled step, which sees only addresses, takes them to be."""
-        w = self._block.attention
-        slots, length, width = *keys.shape[:2], w.rank + w.rope
-        good = x.shape == (placement.rows, placement.length, self._block.hidden)
+        hidden, width, values_width, block_size = self._sizes
+        slots, length = keys.shape[:2]
+        good = x.shape == (placement.rows, placement.length, hidden)
         good &= keys.shape == (slots, length, width) and keys.is_contiguous()
-        good &= values.shape == (slots, length, w.rank if w.taps else width) and values.is_contiguous()
-        good &= values.dtype is keys.dtype
+        if values is not keys or values_width != width:
+            good &= values.shape == (slots, length, values_width) and values.is_contiguous()
+            good &= values.dtype is keys.dtype
         if means is not None:
-            good &= means.shape == (slots, length // w.block_size, width) and means.is_contiguous()
+            good &= means.shape == (slots, length // block_size, width) and means.is_contiguous()
             good &= means.dtype is torch.float32
         if not good:
             raise ValueError("the tensors of a decoding step do not fit the compiled block")
