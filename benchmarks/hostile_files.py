@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from moonwhale.manifest import write_manifest
+from moonwhale.manifest import MANIFEST, write_manifest
 
 CANARY = "canary"  # what only executed code would write
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -395,4 +395,5 @@ def damage_run(run: Path, draw: random.Random) -> None:
         contents = {"pickle": pickle.dumps(_Touch()), "cut": good[: len(good) // 2], "bytes": draw.randbytes(200)}
         path.write_bytes(contents.get(kind, b"{}"))
     if draw.random() < 0.7:
+        (checkpoint / MANIFEST).unlink()
         write_manifest(checkpoint)

@@ -29,6 +29,16 @@ from moonwhale.outputs import sync, sync_names
 from moonwhale.weights import WEIGHTS, read_weights, weight_files
 
 STATE = "trainer_state.json"
+LOADING = (  # fields by which transformers loads a model in another way
+    "transformers_weights",
+    "quantization_config",
+    "compression_config",
+    "fusion_config",
+    "per_layer_config",
+    "distributed_config",
+    "kernel_config",
+)
+MOST_ROTATIONS = 1 << 30  # bytes
 STATE_BYTES = 1 << 28  # it holds the log of the whole run
 UNFINISHED = ".unfinished"  # folder in a run's folder in which a checkpoint is written
 
@@ -49,6 +59,12 @@ def open_checkpoint(
     """
     folder = Path(folder)
     config = read_config(folder)
+    rotations = 4 * config.max_position_embeddings * max(config.qk_rope_head_dim, 16)
+    if rotations > MOST_ROTATIONS:  # a table that is made when the model is used, whatever the weights' sizes
+        raise UserError(
+            f"{folder / 'config.json'}: max_position_embeddings={config.max_position_embeddings:,} needs a table of "
+            f"{rotations / 2**30:,.1f} GiB: lower it to the context that is used"
+        )
     if not weight_files(folder):
         raise UserError(f"{folder} holds no weights ({WEIGHTS}){_newest_checkpoint_hint(folder)}")
     model = load_model(folder, config, dtype)
@@ -70,6 +86,9 @@ def read_config(folder: Path, overrides: dict | None = None) -> MoonwhaleConfig:
     values = read_json(path)
     if values.get("model_type") != MoonwhaleConfig.model_type:
         raise UserError(f"{path} is of a model of type {shown(values.get('model_type'))}, not 'moonwhale'")
+    for name in LOADING:
+        if values.get(name) is not None:
+            raise UserError(f"{path}: leave out {name}, which a moonwhale model cannot have")
     for name, kind in ConfigFields.__annotations__.items():
         if name in values:
             convert(values[name], kind, f"{path}: {name}")

@@ -242,7 +242,8 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises plain Exception for a damaged file, or panics
-        raise UserError(f"cannot read {folder}: {one_line(error)[:200]}") from error
+        reason = one_line(error)[:200].replace("`", "'")  # no option's name
+        raise UserError(f"cannot read {folder}: {reason}") from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:

@@ -20,7 +20,7 @@ def resuming_from(checkpoint: str | Path | None) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # unpicklers, optimizers and random generators each raise their own kinds
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}".replace("`", "'")  # no option's name
         raise UserError(
             f"`resume`: {checkpoint} cannot be read ({reason}): delete it to go on from the checkpoint before"
         ) from error
