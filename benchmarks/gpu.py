@@ -411,7 +411,7 @@ def run(bench: Bench, gpu: str, chosen: list[str], nanochat: Path | None, result
     """
     file = results / "gpu.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    result = before if before.get("gpu") == gpu else {}
+    result = before if before.get("gpu", gpu) == gpu else {}  # without a name: gpu_all.py alone has written
     result |= {"gpu": gpu, "rows": bench.rows, "context": bench.context}
     details = environment("bf16 autocast", False)
 
