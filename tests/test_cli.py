@@ -137,7 +137,8 @@ def test_control_characters_are_shown_not_obeyed(capsys, monkeypatch):
         sys.stdout.write(hostile)
         sys.stdout.writelines([hostile])
         print(hostile, file=sys.stderr)
-        logging.getLogger("moonwhale").warning(hostile)
+        # Without the half: pytest keeps log records, and its workers can only send whole text.
+        logging.getLogger("moonwhale").warning(hostile.replace("\udcff", ""))
         raise UserError(hostile)
 
     monkeypatch.delenv("MOONWHALE_DEBUG", raising=False)
