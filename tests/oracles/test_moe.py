@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from moonwhale.model import MoonwhaleForCausalLM, MoonwhaleModel
 from moonwhale.model.block import Block
 from moonwhale.model.moe import DeepseekMoE, Experts, Router
+from moonwhale.model.pretrained import MoonwhalePreTrainedModel
 
 HIDDEN = 32
 ROUTERS = {
@@ -501,7 +502,7 @@ def test_mutant_bias_cast_to_bf16(tiny_model, tmp_path, monkeypatch):
         self.e_score_correction_bias = self.e_score_correction_bias.to(torch.get_default_dtype())
 
     monkeypatch.setattr(Router, "__init__", init)
-    monkeypatch.setattr(MoonwhaleForCausalLM, "_keep_in_fp32_modules_strict", ())  # a loader would cast it back
+    monkeypatch.setattr(MoonwhalePreTrainedModel, "_keep_in_fp32_modules_strict", ())  # a loader would cast it back
     caught(assert_bias_stays_fp32, tiny_model(), tmp_path)
 
 
