@@ -90,6 +90,9 @@ class MultiheadLatentAttention(nn.Module):
             out, max_logit = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
         else:
             out, _, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
+        if documents.may_have_padding:  # what padding attends to depends on the batch's longest row
+            padding = documents.document_ids[:, -x.shape[1] :] < 0
+            out = out.masked_fill(padding[:, None, :, None], 0.0)
         if every_token_is_a_query:
             max_logit = max_logit.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))  # (heads,)
         else:

@@ -39,14 +39,10 @@ def moba_attention(
     table, length = documents.block_table(block_size), q.shape[2]
     every_block_is_chosen = topk >= table.count
     if every_block_is_chosen:
-        out, max_logit = attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
-    else:
-        q, k, v = (table.to_slots(x) for x in (q, k, v))  # (B, H, S, D), S = count * block_size
-        out, max_logit = (table.to_tokens(x, length) for x in _MoBA.apply(q, k, v, scale, table, topk - 1))
-    if documents.may_have_padding:  # it would get what is in slot 0, or not, depending on the longest row
-        padding = documents.document_ids[:, -length:] < 0
-        out = out.masked_fill(padding[:, None, :, None], 0.0)
-    return out, max_logit
+        return attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
+    q, k, v = (table.to_slots(x) for x in (q, k, v))  # (B, H, S, D), S = count * block_size
+    out, max_logit = _MoBA.apply(q, k, v, scale, table, topk - 1)
+    return table.to_tokens(out, length), table.to_tokens(max_logit, length)
 
 
 @torch.no_grad()
