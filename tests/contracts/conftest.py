@@ -54,6 +54,7 @@ class ContractCounts:
     def pytest_runtest_logreport(self, report):
         contract = dict(report.user_properties).get("contract")
         decisive = report.when == "call" or (report.when == "setup" and not report.passed)
+        decisive &= not isinstance(report, pytest.SubtestReport)  # the test itself fails if one of these does
         if contract is None or not decisive:
             return
         counts = self.counts[tuple(contract)]
