@@ -44,6 +44,7 @@ CONFIGS = {
     "full attention": {},
     "MoBA, a mask over tiles": MOBA | {"moba_full_attention_layers": [1]},
     "MoBA, sorted queries": MOBA | {"long": 0},
+    "MoBA, sorted queries, blocks of two tiles": MOBA | {"long": 0, "length": 768, "moba_block_size": 256},
     "convolved keys": MOBA | {"moba_key_conv": 3},
     "dense first block": {"first_k_dense_replace": 1, "intermediate_size": 64},
 }
@@ -69,6 +70,7 @@ def difference(found, wanted):
 def both(tiny_model, changes, dtype, monkeypatch, spoil=lambda model: None):
     """Return the difference of a step on the device from one on the CPU in fp32."""
     changes = dict(changes)
+    length = changes.pop("length", 256)
     monkeypatch.setattr(flex, "LONG_CONTEXT", changes.pop("long", 99))
     model = tiny_model(**SHAPES | changes).train()
     # Every expert is chosen, so that no rounding changes a choice.
@@ -76,7 +78,7 @@ def both(tiny_model, changes, dtype, monkeypatch, spoil=lambda model: None):
     for module in model.modules():
         if hasattr(module, "topk") and hasattr(module, "n_experts"):
             module.topk = 6
-    tokens = torch.randint(61, (2, 256), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(61, (2, length), generator=torch.Generator().manual_seed(0))
     other = copy.deepcopy(model).to(DEVICE)
     spoil(other)
     torch._dynamo.reset()

@@ -83,8 +83,12 @@ def pairs(tiles_of_row, row_of_tiles, n_columns):
 
 def assert_lists_agree(mask, heads):
     """In a tile listed as full every pair is visible, and in a tile that is not listed none is. The lists by query and
-    by key name the same tiles.
+    by key name the same tiles. Partial and full lists are laid out alike, because torch 2.11's kernels read both by the
+    strides of the partial ones.
     """
+    for name in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+        partial, whole = getattr(mask, name), getattr(mask, f"full_{name}")
+        assert partial.shape == whole.shape and partial.is_contiguous() and whole.is_contiguous(), name
     n_queries, n_keys = (n // flex.FLEX_TILE for n in mask.seq_lengths)
     dense = torch_flex.create_mask(mask.mask_mod, *heads, *mask.seq_lengths, device="cpu")
     dense = dense.unflatten(3, (n_keys, -1)).unflatten(2, (n_queries, -1))

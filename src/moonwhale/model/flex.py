@@ -177,13 +177,29 @@ def _tile_mask(table: StaticBlockTable, chosen: Tensor | None, mask, length: int
         begin, last = table.first[..., None] // FLEX_TILE, (table.first[..., None] + table.size - 1) // FLEX_TILE
         covers = ((begin <= tile) & (tile <= last)).float()  # (B, count, T / tile)
         visible = visible | (taken @ covers[:, None] > 0)
-    partial, full = _list_tiles(visible & ~full), _list_tiles(full.expand_as(visible))
-    return BlockMask.from_kv_blocks(*partial, *full, FLEX_TILE, mask, seq_lengths=(length, length))
+    partial, full = visible & ~full, full.expand_as(visible)
+    lists = [listed for tiles in (partial, full, partial.mT, full.mT) for listed in _list_tiles(tiles)]
+    return BlockMask((length, length), *_contiguous(lists), (FLEX_TILE, FLEX_TILE), mask)
 
 
 def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of booleans (…, rows, columns), return how many are set, and the columns with the set ones first."""
     return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+@torch.library.custom_op("moonwhale::contiguous", mutates_args=())
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy lists of tiles to contiguous tensors, also in a graph.
+
+    flex_attention's kernels take contiguous lists for granted, but torch 2.11's compiler may lay out what it computes
+    in another order. It leaves the result of an operator that it does not know as it is.
+    """
+    return [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+
+@_contiguous.register_fake
+def _(tensors):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,7 +262,8 @@ def _chunk_mask(chunks: Chunks, size: int, n_keys: int, length: int) -> BlockMas
     """Let every chunk attend to all tiles of its block, and an unused chunk to none.
 
     Both lists of tiles, by query and by key, are written out here. BlockMask would find the second one through a matrix
-    of all chunks and all keys.
+    of all chunks and all keys. Both partial lists are empty, but as wide as the full ones: torch 2.11's kernels find a
+    row of a full list by the strides of the partial one.
     """
     device, n_blocks, tiles_per_block = chunks.block.device, n_keys // size, size // FLEX_TILE
     used = ~chunks.empty[:, 0]
@@ -256,14 +273,12 @@ def _chunk_mask(chunks: Chunks, size: int, n_keys: int, length: int) -> BlockMas
     key_tiles = chunks.block[:, None] * tiles_per_block + torch.arange(tiles_per_block, device=device)
     query_tiles = (begin[:-1, None] + most).clamp(max=len(owner) - 1)
     full_keys = used * tiles_per_block, key_tiles
-    full_queries = (x.repeat_interleave(tiles_per_block, 0) for x in (chunks_per_block, query_tiles))
-    no_partial_keys, no_partial_queries = (
-        (x.new_zeros(len(x)), x.new_zeros(len(x), 1)) for x in (owner, begin[:-1].repeat_interleave(tiles_per_block))
-    )
+    full_queries = [x.repeat_interleave(tiles_per_block, 0) for x in (chunks_per_block, query_tiles)]
+    no_partial_keys, no_partial_queries = ([torch.zeros_like(x) for x in full] for full in (full_keys, full_queries))
     lists = (*no_partial_keys, *full_keys, *no_partial_queries, *full_queries)
     return BlockMask(
         (len(owner) * FLEX_TILE, n_keys),
-        *(x.int().contiguous()[None, None] for x in lists),
+        *_contiguous([x.int()[None, None] for x in lists]),
         (FLEX_TILE, FLEX_TILE),
         lambda b, h, query, key: owner[query // FLEX_TILE] == key // size,
     )
