@@ -46,6 +46,7 @@ CONFIGS = {
     "MoBA, sorted queries": MOBA | {"long": 0},
     "MoBA, sorted queries, blocks of two tiles": MOBA | {"long": 0, "length": 768, "moba_block_size": 256},
     "convolved keys": MOBA | {"moba_key_conv": 3},
+    "DeepSeek-V3's wide heads": MOBA | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
     "dense first block": {"first_k_dense_replace": 1, "intermediate_size": 64},
 }
 BOUNDS = {"fp32": 1e-3, "bf16": 6e-2}  # relative to the norm; bf16 has 8 bits, and its errors add up over two blocks

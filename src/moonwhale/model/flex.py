@@ -21,6 +21,9 @@ from .moba import Chunks
 from .thresholds import LONG_CONTEXT
 
 FLEX_TILE = 128  # queries, and keys, per tile of flex_attention
+# Tiles of the forward kernel for fp32 heads wider than 128, as torch 2.13 has them on Hopper. Those that torch 2.11
+# takes there, and both on Ampere, need more shared memory than a multiprocessor has.
+WIDE_FP32 = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 64, "fwd_num_stages": 1, "fwd_num_warps": 8}
 MAX_GRAPHS = 64  # compiled graphs of attention, of different lengths and settings
 
 
@@ -203,7 +206,10 @@ def _(tensors):
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
-    out, aux = flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True, max_scores=True))
+    aux, options = AuxRequest(lse=True, max_scores=True), None
+    if q.dtype == torch.float32 and 128 < q.shape[-1] <= 256:
+        options = WIDE_FP32
+    out, aux = flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=aux, kernel_options=options)
     return out, aux.lse, aux.max_scores
 
 
