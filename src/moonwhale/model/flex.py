@@ -21,8 +21,8 @@ from .moba import Chunks
 from .thresholds import LONG_CONTEXT
 
 FLEX_TILE = 128  # queries, and keys, per tile of flex_attention
-# Tiles of the forward kernel for fp32 heads wider than 128, as torch 2.13 has them on Hopper. Those that torch 2.11
-# takes there, and both on Ampere, need more shared memory than a multiprocessor has.
+# Tiles of the forward kernel for fp32 heads wider than 128, as torch 2.13 has them on Hopper for 192. On paper, those
+# that torch 2.11 takes there, and both on Ampere, need more shared memory than there is.
 WIDE_FP32 = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 64, "fwd_num_stages": 1, "fwd_num_warps": 8}
 MAX_GRAPHS = 64  # compiled graphs of attention, of different lengths and settings
 
