@@ -21,19 +21,13 @@ import yaml
 from safetensors.torch import load_file
 
 import forked_processes
+from common import TOY
 from forked_processes import ForkedProcess, rank_variables
 from moonwhale import cli
 from moonwhale.checkpoint import list_checkpoints, newest_checkpoint, step_of
 from moonwhale.manifest import MANIFEST, find_damage
 from moonwhale.outputs import sync
 
-MODEL = {
-    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "moba_block_size": 8,
-    "moba_topk": 2, "moba_full_attention_layers": [1],
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-    "num_nextn_predict_layers": 1, "mtp_num_blocks": 1,
-}  # fmt: skip
 COMMON = {
     "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 2, "log_every": 1, "report_to": ["none"],
     "device": "cpu", "precision": "fp32",
@@ -149,7 +143,7 @@ def prepare(folder: Path, only_train: bool = False) -> dict[str, Trial]:
     (folder / "task.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
 
     train = COMMON | {"data": str(folder / "text"), "context": 32, "tokens_per_step": 128, "steps": STEPS,
-                      "eval_rows": 4, "model": MODEL}  # fmt: skip
+                      "eval_rows": 4, "model": TOY}  # fmt: skip
     runs = {"train": Trial("train", "train", train, folder)}
     if only_train:
         return runs
@@ -186,13 +180,17 @@ def count_lost(runs: dict[str, Trial], trials: int, seed: int = 0) -> dict[str, 
     for i in range(trials):
         name, trial = list(runs.items())[i % len(runs)]
         out = trial.folder / f"{trial.name}-kill{i}"
-        fault = _kill_and_resume(trial, out, draw)
-        if fault:
-            lost += 1
-            print(f"kill {i} of {name}: {fault}", flush=True)
-        else:
-            shutil.rmtree(out)
+        lost += _failed(f"kill {i} of {name}", _kill_and_resume(trial, out, draw), out)
     return {"kills": trials, "kills_lost": lost}
+
+
+def _failed(what: str, fault: str, out: Path) -> bool:
+    """Says whether a trial failed. A failed one is printed and keeps its folder `out`; another one's is removed."""
+    if fault:
+        print(f"{what}: {fault}", flush=True)
+    else:
+        shutil.rmtree(out)
+    return bool(fault)
 
 
 def _kill_and_resume(trial: Trial, out: Path, draw: random.Random) -> str:
@@ -230,11 +228,7 @@ def count_wrong_owners(trial: Trial, trials: int, seed: int = 1) -> dict[str, in
             fault = refused[0]
         else:
             fault = "both failed: " + "; ".join(ends) if len(refused) == 2 else trial.difference(out)
-        if fault:
-            wrong += 1
-            print(f"owners {i}: {fault}", flush=True)
-        else:
-            shutil.rmtree(out)
+        wrong += _failed(f"owners {i}", fault, out)
     return {"owners": trials, "owners_wrong": wrong}
 
 

@@ -21,31 +21,15 @@ import torch
 from safetensors.torch import load_file
 
 import parallel_rank
-from common import environment
+from common import TOY, environment
 from forked_processes import ForkedProcess, finish, rank_variables
 from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
 
-MODEL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
+MODEL = TOY | {
     "num_hidden_layers": 8,  # at least one for each stage of the largest pipeline
-    "num_attention_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "moba_block_size": 8,
-    "moba_topk": 2,
-    "moba_full_attention_layers": [1],
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "num_nextn_predict_layers": 1,
-    "mtp_num_blocks": 1,
     "aux_loss_alpha": 0.01,
     "bias_update_speed": 0.01,
 }

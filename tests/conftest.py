@@ -159,6 +159,23 @@ def small_checkpoint(small_model, small_tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def drawn_checkpoint(tiny_config, draw, tmp_path, capsys):
+    """`drawn_checkpoint(tokenizer, **overrides)` returns the folder of a randomly initialized model, and the model."""
+    from moonwhale.model import MoonwhaleForCausalLM
+
+    def drawn_checkpoint(tokenizer, **overrides):
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = tiny_config(**{"vocab_size": len(tokenizer), **ids, **overrides})
+        model = draw(MoonwhaleForCausalLM(config).eval())
+        model.save_pretrained(tmp_path / "ours")
+        tokenizer.save_pretrained(tmp_path / "ours")
+        capsys.readouterr()  # discard what transformers prints while saving
+        return tmp_path / "ours", model
+
+    return drawn_checkpoint
+
+
 @pytest.fixture(scope="session")
 def trained_checkpoint(text_folder, tmp_path_factory):
     """The folder that `moonwhale train` writes for a model with every mechanism, after two steps."""

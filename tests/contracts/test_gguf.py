@@ -14,7 +14,6 @@ from moonwhale.cli import main as cli
 from moonwhale.data.chat import encode_prompt
 from moonwhale.data.tokenizer import load_tokenizer
 from moonwhale.export.gguf import pre_tokenizer_name
-from moonwhale.model import MoonwhaleForCausalLM
 
 CHAT = [{"role": "user", "content": "Hi! How are you?"}, {"role": "assistant", "content": "Fine."}] * 2
 TEXTS = [
@@ -32,17 +31,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 
 
 @pytest.fixture
-def checkpoint(tiny_config, draw, small_tokenizer, tmp_path, capsys):
+def checkpoint(drawn_checkpoint, small_tokenizer):
     """`checkpoint(tokenizer, **overrides)` returns the folder of a randomly initialized model, and the model."""
 
     def checkpoint(tokenizer=small_tokenizer, **overrides):
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = tiny_config(**{"vocab_size": len(tokenizer) + 3, **ids, **overrides})
-        model = draw(MoonwhaleForCausalLM(config).eval())
-        model.save_pretrained(tmp_path / "ours")
-        tokenizer.save_pretrained(tmp_path / "ours")
-        capsys.readouterr()  # discard what transformers prints while saving
-        return tmp_path / "ours", model
+        return drawn_checkpoint(tokenizer, **{"vocab_size": len(tokenizer) + 3, **overrides})
 
     return checkpoint
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from moonwhale.checkpoint import open_checkpoint
 from moonwhale.cli import main as cli
 from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.export.deepseek import MOONWHALE_JSON
-from moonwhale.model import MoonwhaleForCausalLM
 
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(3))
 LOAD = """
@@ -47,19 +47,9 @@ def tokenizer():
 
 
 @pytest.fixture
-def checkpoint(tiny_config, draw, tokenizer, tmp_path, capsys):
+def checkpoint(drawn_checkpoint, tokenizer):
     """`checkpoint(**overrides)` returns the folder of a randomly initialized model, and the model."""
-
-    def checkpoint(**overrides):
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = tiny_config(**{"vocab_size": len(tokenizer), **ids, **overrides})
-        model = draw(MoonwhaleForCausalLM(config).eval())
-        model.save_pretrained(tmp_path / "ours")
-        tokenizer.save_pretrained(tmp_path / "ours")
-        capsys.readouterr()  # discard what transformers prints while saving
-        return tmp_path / "ours", model
-
-    return checkpoint
+    return partial(drawn_checkpoint, tokenizer)
 
 
 def loaded_elsewhere(folder: Path, *options: str) -> dict:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from silent import Silent
 
 from moonwhale.infer import decoder as decoder_module
 from moonwhale.infer.decoder import EXPAND_FROM_TOKENS, Decoder
@@ -31,18 +32,6 @@ SHAPES = {  # wide enough that PyTorch's kernels depend on the number of rows
 }
 LENGTHS = 3, 98, 1, 63, 64, 17, 70, 200, 128, 129, 33  # tokens of the prompts
 PRECISIONS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "int8": (torch.bfloat16, True)}
-
-
-class Silent:
-    """A TextStream that emits no text."""
-
-    text = ""
-
-    def push(self, token):
-        return False
-
-    def flush(self):
-        pass
 
 
 def request(i: int) -> Request:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from silent import Silent
 
 from moonwhale.errors import UserError
 from moonwhale.infer import sampling, scheduler
@@ -16,18 +17,6 @@ from moonwhale.infer.scheduler import Scheduler
 
 MOBA = {"moba_block_size": 4, "moba_topk": 2, "num_nextn_predict_layers": 2, "mtp_num_blocks": [1, 2]}
 V = 61
-
-
-class Silent:
-    """A TextStream that emits no text."""
-
-    text = ""
-
-    def push(self, token):
-        return False
-
-    def flush(self):
-        pass
 
 
 def tokens(n, seed=0):

@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from moonwhale.data.json_rows import json_lines, json_table
 from moonwhale.data.opening import MOST_AT_ONCE, opened, read_lines, read_whole, split_suffix
@@ -17,6 +18,7 @@ from moonwhale.errors import UserError, one_line
 Rows = Iterator[dict | BadRow | None]
 JSON = {".jsonl", ".ndjson", ".json"}
 ROWS_PER_BATCH = 256  # rows of a columnar file that are decoded at once
+MOST_OF_TABLE = 1 << 30  # bytes of a compressed Parquet or Arrow file
 MAX_CSV_FIELD = MOST_AT_ONCE  # the csv module's own limit of 131,072 characters is shorter than many documents
 
 
@@ -80,12 +82,19 @@ def _parquet(path: Path, columns: Sequence[str]) -> Rows:
     import pyarrow.parquet
 
     with opened(path) as file:
-        # Only an uncompressed file can be read in parts.
-        whole = pyarrow.BufferReader(read_whole(file, path, 1 << 30)) if split_suffix(path)[1] else file
-        table = pyarrow.parquet.ParquetFile(whole)
+        table = pyarrow.parquet.ParquetFile(_in_parts(file, path))
         names = _chosen(table.schema_arrow.names, columns)
         for batch in table.iter_batches(ROWS_PER_BATCH, columns=names):
             yield from batch.to_pylist()
+
+
+def _in_parts(file: BinaryIO, path: Path):
+    """Returns an opened file as one to read in parts, at any place. A compressed file has to be read whole."""
+    import pyarrow
+
+    if split_suffix(path)[1]:
+        return pyarrow.BufferReader(read_whole(file, path, MOST_OF_TABLE))
+    return pyarrow.memory_map(str(path))
 
 
 def _arrow(path: Path, columns: Sequence[str]) -> Rows:
@@ -93,11 +102,7 @@ def _arrow(path: Path, columns: Sequence[str]) -> Rows:
     import pyarrow
 
     with opened(path) as file:
-        source = (
-            pyarrow.BufferReader(read_whole(file, path, 1 << 30))
-            if split_suffix(path)[1]
-            else pyarrow.memory_map(str(path))
-        )
+        source = _in_parts(file, path)
         if bytes(source.read(6)) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
