@@ -25,6 +25,7 @@ BASE = {
     "weights",
     "yaml_files",
     "outputs",
+    "packaged",
 }
 TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "yaml_files": {"errors", "files"},
     "options": {"errors", "yaml_files"},
+    "packaged": {"errors"},
     "manifest": {"files"},
     "outputs": {"errors", "files"},
     "processes": {"errors"},
@@ -62,7 +64,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
 }
-LIGHT = {"__main__", "cli", "errors", "presets", "costs", "units"}  # these import only the standard library
+LIGHT = {"__main__", "cli", "errors", "presets", "costs", "units", "packaged"}  # these import only the standard library
 
 
 def imports(source: str) -> set[str]:

@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from moonwhale.errors import UserError, with_option_names
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
+from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
@@ -22,12 +24,19 @@ def main_generate(argv: list[str]) -> None:
     """Continue each prompt. With --chat, answer the prompts as the user's turns of one conversation."""
     parser = Parser(prog="moonwhale generate", description="Continue texts, or answer messages, with a trained model.")
     _add_folder(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text; without one, standard input is read")
+    parser.add_argument(
+        "prompts",
+        metavar="PROMPT",
+        nargs="*",
+        help="text (without FOLDER, of several words); without one, standard input is read",
+    )
     parser.add_argument(
         "--chat", action="store_true", help="treat PROMPTs (or lines) as the user's turns of one conversation"
     )
     _add_options(parser)
     args = parser.parse_intermixed_args(argv)
+    if args.folder and " " in args.folder and not Path(args.folder).exists():  # a PROMPT without a FOLDER
+        args.folder, args.prompts = None, [args.folder, *args.prompts]
     options = _sampling_options(args)
     prompts = args.prompts or _standard_input(args.chat)
     engine = load_engine(args)
@@ -80,7 +89,7 @@ def main_chat(argv: list[str]) -> None:
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder, as a run writes it with --out")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +139,7 @@ def load_engine(args: argparse.Namespace, **options):
     from moonwhale.infer.engine import Engine
 
     draft = None if args.draft == "auto" else int(args.draft)
-    return Engine.load(args.folder, args.device, args.precision, draft=draft, **options)
+    return Engine.load(checkpoint_or_packaged(args.folder), args.device, args.precision, draft=draft, **options)
 
 
 def _standard_input(lines: bool) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from moonwhale.errors import UserError
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser, above_zero, add_options, read_argv
+from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import ModelOverrides
 
@@ -41,7 +42,7 @@ def main_xray(argv: list[str]) -> None:
     """Writes an HTML page about a prompt and the model's answer to it."""
     parser = Parser(prog="moonwhale xray", description="See what happens inside the model, in one HTML file.")
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="checkpoint: the folder that a run wrote with --out")
+    add("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
     add("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a message to answer")
     add("--chat", action="store_true", help="treat the prompt as a chat message")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer; 0 for none (%(default)s)")
@@ -58,11 +59,12 @@ def main_xray(argv: list[str]) -> None:
     from moonwhale.infer.engine import Engine
     from moonwhale.inspect.xray import clip_threshold, xray
 
-    model, tokenizer = open_checkpoint(args.folder)
+    folder = checkpoint_or_packaged(args.folder)
+    model, tokenizer = open_checkpoint(folder)
     engine = Engine(model, tokenizer)
     ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
     answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
-    out.write_text(xray(model, tokenizer, ids + answer, len(ids), clip_threshold(args.folder)), encoding="utf-8")
+    out.write_text(xray(model, tokenizer, ids + answer, len(ids), clip_threshold(folder)), encoding="utf-8")
     print(f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")
 
 

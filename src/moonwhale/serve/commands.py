@@ -10,6 +10,7 @@ from pathlib import Path
 from moonwhale.errors import UserError
 from moonwhale.infer.commands import add_machine_options, load_engine
 from moonwhale.options import Parser, require
+from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 from moonwhale.serve.limits import LOOPBACK, Limits
 from moonwhale.serve.names import host_name, origin
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> None:
         value = getattr(args, name)
         require(args, name, value is None or 0 < value < 10**15, "give a number above 0, below 10^15")
     require(args, "port", 0 <= args.port < 65536, "give a number from 0 to 65535")
+    args.folder = checkpoint_or_packaged(args.folder)
     name = args.name or Path(args.folder).resolve().name
     api_key = os.environ.get("MOONWHALE_API_KEY") if args.api_key is None else args.api_key
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):  # one that is empty would let everyone in
@@ -47,7 +49,7 @@ def _parser() -> Parser:
         prog="moonwhale serve",
         description="OpenAI's API (chat completions, completions, models) and a chat page, for one machine.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint: what a run wrote with --out")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", metavar="H", help="address to listen at; 0.0.0.0 lets others in (%(default)s)")
     add("--port", type=int, default=8000, metavar="P", help="port; 0 takes a free one (%(default)s)")
