@@ -99,6 +99,7 @@ def main() -> None:
         ["chat", "talks", *small],
         ["eval", "base", "--data", "text", "--task", "task.jsonl", "--problems", "1", "--samples", "1",
          "--max-new-tokens", "2", "--json", "eval.json", *small],
+        ["compare", "--config", "base/run.yaml", "--vary", "lr=1e-3", "--seeds", "1", "--turns", "1", "--out", "lab"],
         ["xray", "base", "--prompt", "the moon"],
         ["data", "--data", "text", "--context", "32"],
         ["tokenizer", "train", "--data", "text", "--vocab-size", "300", "--out", "tokenizer"],

@@ -20,6 +20,7 @@ VERBS = {
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
     "serve": ("moonwhale.serve.commands:main", "serve a model over HTTP: OpenAI's API and a chat page"),
     "eval": ("moonwhale.evaluate.commands:main", "measure a model on text, tasks and multiple choice"),
+    "compare": ("moonwhale.lab.compare:main", "train variants of a model at equal cost, and tell whether they differ"),
     "xray": ("moonwhale.inspect.commands:main_xray", "show what happens inside a model, as an HTML page"),
     "data": ("moonwhale.data.commands:main_data", "tokenize a data set and show it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or see how one splits a text"),

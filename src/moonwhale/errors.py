@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class NotFiniteError(UserError):
+    """The loss or the gradient norm of a training step is not finite."""
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 3, 6, 12, 120, 120
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

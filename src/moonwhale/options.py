@@ -152,15 +152,21 @@ def options_of(cls: type) -> Iterator[Option]:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, cls: type, preset_decides: Container[str] = (), show: bool = True
+    parser: argparse.ArgumentParser,
+    cls: type,
+    preset_decides: Container[str] = (),
+    show: bool = True,
+    leave_out: Container[str] = (),
 ) -> None:
-    """Add every option of the dataclass `cls` to a parser, in its groups.
+    """Add every option of the dataclass `cls` to a parser, in its groups, except the fields in `leave_out`.
 
     An option that is not given stays out of the namespace. `--help` shows the defaults, except of the options named in
     `preset_decides`; with `show=False` it lists none of these options.
     """
     groups = {}
     for entry in options_of(cls):
+        if entry.name.partition(".")[0] in leave_out:
+            continue
         field = entry.field
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = entry.help("the preset's" if entry.name in preset_decides else default) if show else argparse.SUPPRESS

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from moonwhale.checkpoint import UNFINISHED, explain_full_disk, newest_checkpoint, publish_checkpoint, unfinished_folder
 from moonwhale.costs import flops_per_token
-from moonwhale.errors import UserError
+from moonwhale.errors import NotFiniteError
 from moonwhale.model.documents import needs_static_shapes
 from moonwhale.optim.muon_distributed import DistributedMuonClip
 from moonwhale.optim.muonclip import param_groups
@@ -106,8 +106,8 @@ class MuonClipTrainerMixin:
 
     Raises:
         TypeError: `args` is of another class.
-        UserError: the loss or the gradient norm is not finite (names the step and the newest checkpoint), or the disk
-            is full.
+        NotFiniteError: the loss or the gradient norm is not finite (names the step and the newest checkpoint).
+        UserError: the disk is full.
     """
 
     def __init__(self, *args, **kwargs):
@@ -162,6 +162,10 @@ class MuonClipTrainerMixin:
         """What the step hooks recorded in the latest step (`StepHooks.last`), for the whole model."""
         return self._hooks.last
 
+    def _is_decaying(self) -> bool:
+        """Whether the next step is one of the last, in which `mtp_loss_weight_final` holds."""
+        return self.state.global_step >= self.state.max_steps - self.args.decay_steps
+
     # Finite losses
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -178,14 +182,14 @@ class MuonClipTrainerMixin:
         """Checks the loss and the gradient norm of all steps since the last check.
 
         Raises:
-            UserError: one of them is not finite.
+            NotFiniteError: one of them is not finite.
         """
         steps, self._unchecked_steps = self._unchecked_steps, {}
         for step, values in steps.items():
             for name, value in zip(("loss", "gradient norm"), values.tolist(), strict=True):
                 if not math.isfinite(value):
                     good = newest_checkpoint(self.args.output_dir)
-                    raise UserError(
+                    raise NotFiniteError(
                         f"step {step}: the {name} is {value}; "
                         + (f"the last good checkpoint is {good}" if good else "no checkpoint was written yet")
                         + ": train into another `out` with a lower `lr` or `grad_clip`"
@@ -299,7 +303,7 @@ class _MuonClipCallback(TrainerCallback):
         if args.mtp_loss_weight_final is not None:
             # The model inside an adapter, whose wrapper would keep the attribute to itself
             model = next(m for m in self.trainer.model.modules() if "mtp_loss_weight" in vars(m))
-            decaying = state.global_step >= state.max_steps - args.decay_steps
+            decaying = self.trainer._is_decaying()
             model.mtp_loss_weight = args.mtp_loss_weight_final if decaying else model.config.mtp_loss_weight
 
     def on_optimizer_step(self, args, state, control, **kwargs):

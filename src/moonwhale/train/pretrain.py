@@ -70,11 +70,8 @@ def build(config: TrainConfig) -> Run:
     model = build_model(config, model_config, data.tokenizer, choice)
     describe(config, choice, data, model_config, world)
     run_folder.create(config)
-    contents = repr(data.train.shards.index["files"])  # it holds the files' checksums
-    if data.held_out.shards is not data.train.shards:  # of a split of their own
-        contents += repr(data.held_out.shards.index["files"])
     run_folder.check_data_unchanged(
-        config, f"`data`: {config.data}, or its tokenizer,", contents.encode(), data.describe()
+        config, f"`data`: {config.data}, or its tokenizer,", contents(data).encode(), data.describe()
     )
 
     trainer_class, of_pipeline = MTPTrainer, {}
@@ -119,6 +116,14 @@ def load_data(config: TrainConfig, vocab_size: int, replicas: int):
             f"{len(data.train)} rows of `context` {config.context}: lower the one or the other, or give more `data`"
         )
     return data
+
+
+def contents(data) -> str:
+    """A text that differs if the tokenized data do: it holds the checksums of their files."""
+    files = repr(data.train.shards.index["files"])
+    if data.held_out.shards is not data.train.shards:  # of a split of their own
+        files += repr(data.held_out.shards.index["files"])
+    return files
 
 
 def build_model(config: TrainConfig, model_config, tokenizer, choice):

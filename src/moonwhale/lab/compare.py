@@ -1,0 +1,12 @@
+"""The verb `moonwhale compare`."""
+
+from moonwhale.lab.config import parse
+
+
+def main(argv: list[str]) -> None:
+    """Compares variants of a model, as the arguments ask."""
+    asked = parse(argv)
+
+    from moonwhale.lab.comparing import compare
+
+    compare(asked)

@@ -1,0 +1,181 @@
+"""The options of `moonwhale compare`, beside those of training. Imports nothing heavy, since `--help` needs it."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from moonwhale import options
+from moonwhale.errors import UserError
+from moonwhale.lab.variants import DECIDED, Variant, check_given, read_variants, varied
+from moonwhale.options import option, require, require_at_least_one
+from moonwhale.presets import PRESETS
+from moonwhale.train.config import TrainConfig
+
+GROUP = "comparison"
+EPILOG = """examples:
+  moonwhale compare --vary model.moba_topk=1,2,4 --seeds 3 --seconds 240 --out runs/topk
+  moonwhale compare --preset small --variants ablations.yaml --tokens 50000000 --tune lr --out runs/ablations
+
+--vary changes one option at a time; the preset with your other options is the base. A file of variants maps each name
+to the options that it changes; its first variant is the base. The same command goes on after a kill, and trains only
+what is missing if a variant or a seed is added."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each run may use: `amount` seconds of training, tokens or optimizer steps."""
+
+    unit: str
+    amount: float
+
+    def __str__(self) -> str:
+        return f"{self.amount:,.10g} {'s' if self.unit == 'seconds' else self.unit}"
+
+
+@dataclass
+class CompareOptions:
+    """The options of a comparison.
+
+    Raises:
+        UserError: one line that names the option, its value and the fix.
+    """
+
+    out: str = option("runs/compare", "folder for all runs and the result", group=GROUP)
+    variants: str | None = option(None, "YAML file of named variants; the first is the base", group=GROUP)
+    seeds: int = option(3, "runs of each variant, with the seeds --seed, --seed + 1, ...", group=GROUP)
+    seconds: float | None = option(None, "budget of each run: seconds of training", group=GROUP)
+    tokens: int | None = option(None, "budget of each run: tokens (--steps)", group=GROUP)
+    turns: int = option(16, "turns in which the runs of a seed proceed side by side", group=GROUP)
+    tune: str | None = option(
+        None, "lr: find each variant's learning rate on the same budget", group=GROUP, choices=("lr",)
+    )
+
+    def __post_init__(self):
+        require_at_least_one(self, "seeds", "turns", "tokens")
+        require(self, "turns", self.turns <= 1000, "give at most 1000")
+        require(self, "seconds", self.seconds is None or self.seconds > 0, "it must be above 0")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `moonwhale compare` was asked for.
+
+    given, config_file: the options of training that all variants share, and the file that completes them.
+    """
+
+    options: CompareOptions
+    budget: Budget
+    given: dict
+    config_file: str | None
+    variants: tuple[Variant, ...]  # the base first
+
+    def config(self, variant: Variant, seed: int = 0, **changes) -> TrainConfig:
+        """Returns the options of one run, without its folder. `seed` counts from the first seed.
+
+        Raises:
+            UserError: an option is impossible. The message names the variant.
+        """
+        try:
+            given = options.merge(self.given, variant.changes, changes)
+            config = TrainConfig.resolve(given, self.config_file)
+            if self.budget.unit == "tokens":
+                steps = int(self.budget.amount // config.tokens_per_step)
+                if not steps:
+                    raise UserError(
+                        f"`tokens`: {self.budget.amount:,} are less than a step of `tokens_per_step` "
+                        f"{config.tokens_per_step:,}"
+                    )
+                config = TrainConfig.resolve(given | {"steps": steps}, self.config_file)
+        except UserError as error:
+            raise UserError(f"variant {variant.name}: {error}") from error
+        own = {"eval_every": 0, "save_every": 0, "keep_checkpoints": 1, "report_to": ["none"]}
+        return dataclasses.replace(config, seed=config.seed + seed, resume=False, **own)
+
+
+def parse(argv: list[str]) -> Comparison:
+    """Reads the arguments of `moonwhale compare`.
+
+    Raises:
+        UserError: one line, for anything that can be known before data are read.
+    """
+    parser = options.Parser(
+        prog="moonwhale compare",
+        usage="%(prog)s [options]",
+        description="Train variants of a model that differ in one thing, at equal time or tokens, and tell whether "
+        "they differ.",
+        epilog=EPILOG,
+    )
+    options.add_options(parser, CompareOptions)
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE,VALUE",
+        help="values of one option of training, each a variant; may be repeated",
+    )
+    demo = PRESETS["demo"]
+    preset_decides = {*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)}
+    options.add_options(parser, TrainConfig, preset_decides, leave_out=DECIDED)
+    parser.add_argument("--config", metavar="YAML", help="file with the base's options, such as the run.yaml of a run")
+    own, rest = options.read_argv(parser, CompareOptions, argv)
+    given, _ = options.read_argv(parser, TrainConfig, argv)
+    given.pop("out", None)
+    return comparison(CompareOptions(**own), given, rest.vary, rest.config)
+
+
+def comparison(own: CompareOptions, given: dict, vary: list[str], config_file: str | None = None) -> Comparison:
+    """Puts a comparison together.
+
+    given: the options of training that all variants share.
+    vary: texts as "lr=1e-3,2e-3".
+
+    Raises:
+        UserError: two budgets, no or equal variants, or impossible options.
+    """
+    budgets = {"seconds": own.seconds, "tokens": own.tokens, "steps": given.get("steps")}
+    asked = [unit for unit, amount in budgets.items() if amount is not None]
+    if len(asked) > 1:
+        raise UserError(f"`{asked[0]}` and `{asked[1]}` are two budgets: leave one out")
+    if bool(vary) == bool(own.variants):
+        what = (
+            "give `vary` or `variants`, not both" if vary else "there is nothing to compare: give `vary` or `variants`"
+        )
+        raise UserError(what)
+    check_given(given)
+    base = TrainConfig.resolve(given, config_file)
+    unit = asked[0] if asked else "steps"
+    budget = Budget(unit, budgets[unit] or base.steps)
+    variants = read_variants(own.variants) if own.variants else varied(vary, base)
+    result = Comparison(own, budget, given, config_file, tuple(variants))
+    _require_different(result)
+    return result
+
+
+def _require_different(asked: Comparison) -> None:
+    """Raises UserError if two variants have the same options, or one has impossible ones."""
+    known: dict[str, str] = {}
+    for variant in asked.variants:
+        config = asked.config(variant)
+        options_text = repr(sorted(_flat(dataclasses.asdict(config)).items()))
+        if options_text in known:
+            raise UserError(
+                f"variants {known[options_text]} and {variant.name} have the same options: change or remove one"
+            )
+        known[options_text] = variant.name
+    if len(known) < 2:
+        raise UserError(f"`variants`: {asked.options.variants} has one variant alone: add another to compare it with")
+
+
+def _flat(values: dict, outer: str = "") -> dict:
+    """Returns a dict of options with inner ones as `model.hidden_size`."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{outer}{name}.") if isinstance(value, dict) else {outer + name: value}
+    return flat
+
+
+def minutes(seconds: float) -> str:
+    """Formats a time for people: 45 s, 12 min, 3.2 h."""
+    if seconds < 100:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

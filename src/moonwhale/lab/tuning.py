@@ -1,0 +1,61 @@
+"""`--tune lr`: the learning rate of each variant that is best on the same budget."""
+
+import dataclasses
+
+from moonwhale.lab.config import Comparison
+from moonwhale.lab.runs import Rows, Run
+from moonwhale.lab.training import Training
+from moonwhale.lab.variants import Variant
+from moonwhale.options import merge
+from moonwhale.processes import print_once
+
+FACTORS = (0.5, 1.0, 2.0)  # of the variant's own rate
+MOST_EXTENSIONS = 4  # beyond one end of the grid
+
+
+def tune(asked: Comparison, rows: Rows, training: Training) -> Comparison:
+    """Gives each variant the learning rate with the fewest bits per byte on the tuning rows, for the first seed.
+
+    The grid of each variant is extended while its best rate lies at an end. The best runs are reused as the runs of
+    the first seed.
+    """
+    grids = {
+        variant.name: {factor: _run(asked, variant, factor, rows) for factor in FACTORS} for variant in asked.variants
+    }
+    for _ in range(1 + MOST_EXTENSIONS):
+        training.finish([run for grid in grids.values() for run in grid.values()])
+        missing = [
+            (variant, factor) for variant in asked.variants if (factor := next_factor(scores(grids[variant.name])))
+        ]
+        if not missing:
+            break
+        for variant, factor in missing:
+            grids[variant.name][factor] = _run(asked, variant, factor, rows)
+    tuned = []
+    for variant in asked.variants:
+        found = scores(grids[variant.name])
+        factor = min(found, key=found.get)
+        rate = asked.config(variant).lr * factor
+        edge = ", at the grid's end" if factor in (min(found), max(found)) else ""
+        shown = ", ".join(f"{asked.config(variant).lr * f:.3g}: {found[f]:.4f}" for f in sorted(found))
+        print_once(f"rate       {variant.name}: {rate:.3g}{edge} (bits per byte by rate {shown})")
+        tuned.append(dataclasses.replace(variant, changes=merge(variant.changes, {"lr": rate})))
+    return dataclasses.replace(asked, variants=tuple(tuned))
+
+
+def scores(grid: dict[float, Run]) -> dict[float, float]:
+    """Returns the bits per byte on the tuning rows, by factor."""
+    return {factor: run.tuning_score for factor, run in grid.items()}
+
+
+def next_factor(found: dict[float, float]) -> float | None:
+    """Returns the factor beyond the end at which the best one lies, or None if it lies inside the grid."""
+    best = min(found, key=found.get)
+    if best == min(found):
+        return best / 2
+    return best * 2 if best == max(found) else None
+
+
+def _run(asked: Comparison, variant: Variant, factor: float, rows: Rows) -> Run:
+    changes = merge(variant.changes, {"lr": asked.config(variant).lr * factor})
+    return Run(asked, dataclasses.replace(variant, changes=changes), 0, rows)
