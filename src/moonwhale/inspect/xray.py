@@ -127,8 +127,8 @@ def _attention(attention: MultiheadLatentAttention, x: Tensor, table, documents)
     "counted" is the number of tokens that the block sees properly. An MTP module also reads a token further on, which
     the last positions do not have.
     """
-    logits, mask = attention.logits(x, table, documents)  # (1, H, T, T)
-    logits = logits.masked_fill(~mask, -torch.inf)
+    content, rotary, mask, _ = attention.logits(x, table, documents)  # (1, H, T, T)
+    logits = (content + rotary).masked_fill(~mask, -torch.inf)
     probabilities, length = logits.softmax(-1)[0], x.shape[1]
     counted = int(documents.valid.sum())
     found = {

@@ -8,6 +8,8 @@ infer/decoder.py and native/step repeat this for serving. What a new field needs
 native/step/structures.h.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +19,18 @@ from .attention import attend
 from .documents import Documents
 from .flex import attention as flex_attention
 from .flex import serves as flex_serves
-from .moba import moba_attention, moba_mask
+from .moba import moba_attention, moba_gates, moba_mask
 from .norm import RMSNorm
 from .rope import rotate
+
+
+class Logits(NamedTuple):
+    """Every logit between T tokens. A logit is the sum of its two parts."""
+
+    content: Tensor  # (B, heads, T, T) scaled products of the content queries and keys, in fp32
+    rotary: Tensor  # (B, heads, T, T) scaled products of the rotary ones, in fp32
+    mask: Tensor  # (B, heads, T, T) which logits the softmax sees
+    gates: Tensor | None  # (B, heads, T, blocks) MoBA's gates in fp32, see `moba_gates`; None in full attention
 
 
 class MultiheadLatentAttention(nn.Module):
@@ -99,13 +110,16 @@ class MultiheadLatentAttention(nn.Module):
             max_logit = None
         return self.o_proj(out.transpose(1, 2).flatten(2)), max_logit, *weights
 
-    def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> tuple[Tensor, Tensor]:
-        """Return every scaled logit of x (B, T, hidden), (B, heads, T, T), and which of them the softmax sees.
+    def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Logits:
+        """Return every logit of x (B, T, hidden), in its two parts.
 
         This is for inspection. The forward pass never has all of them.
         """
-        products, mask = self._products(*self._project(x, rotation), documents)
-        return products.float() * self.scale, mask.expand_as(products)
+        content, rotary = self._parts(*self._project(x, rotation), documents)
+        products = content + rotary
+        gates = moba_gates(products, documents, self.block_size) if self.topk else None
+        mask = self._mask(products, documents).expand_as(products)
+        return Logits(content.float() * self.scale, rotary.float() * self.scale, mask, gates)
 
     def _project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the queries' two parts (B, heads, T, nope) and (B, heads, T, rope), the latents (B, 1, T, rank), and
@@ -160,15 +174,26 @@ class MultiheadLatentAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
     ) -> tuple[Tensor, Tensor]:
         """Return q·k before scaling (B, heads, Tq, Tk), and which products count (B, heads or 1, Tq, Tk)."""
+        content, rotary = self._parts(q_nope, q_rope, latent, k_rope, documents)
+        products = content + rotary
+        return products, self._mask(products, documents)
+
+    def _parts(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
+    ) -> tuple[Tensor, Tensor]:
+        """Return the two summands of q·k, of content and of position, (B, heads, Tq, Tk) each."""
         w_k = self._split_up()[0].to(q_nope.dtype)  # (heads, nope, rank)
         key_latent = latent
         if self.key_conv is not None:
             documents.check_unbroken()
             key_latent = self._convolved(latent, documents)
-        products = (q_nope @ w_k) @ key_latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)
+        return (q_nope @ w_k) @ key_latent.transpose(-1, -2), q_rope @ k_rope.transpose(-1, -2)
+
+    def _mask(self, products: Tensor, documents: Documents) -> Tensor:
+        """Return which of the `products` (B, heads, Tq, Tk) the softmax sees, (B, heads or 1, Tq, Tk)."""
         if self.topk:
-            return products, moba_mask(products, documents, self.block_size, self.topk)
-        return products, documents.visible(products.shape[-2])[:, None]
+            return moba_mask(products, documents, self.block_size, self.topk)
+        return documents.visible(products.shape[-2])[:, None]
 
     def _by_head(self, x: Tensor) -> Tensor:
         """Reshape (B, T, heads * width) to (B, heads, T, width)."""

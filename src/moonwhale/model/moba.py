@@ -180,22 +180,31 @@ def _sum_at(place: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def moba_mask(products: Tensor, documents: Documents, block_size: int, topk: int) -> Tensor:
-    """Return which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk).
+def moba_gates(products: Tensor, documents: Documents, block_size: int) -> Tensor:
+    """Return the gate of the last Tq of Tk tokens to each block, (B, H, Tq, count), in fp32.
 
     `products` (B, H, Tq, Tk) are all q·k before scaling. The mean of q·k over a block is q·mean(k), so the gates follow
-    from the products, whether these were computed from keys or, absorbed, from latents.
+    from the products, whether these were computed from keys or, absorbed, from latents. Only gates to full blocks
+    before the query's own mean anything.
     """
+    batch, heads, n_queries, n_keys = products.shape
+    table = documents.block_table(block_size)
+    block = table.block_of(n_keys).expand(batch, -1)  # (B, Tk)
+    real = (documents.document_ids >= 0)[:, None, None]
+    gates = products.new_zeros(batch, heads, n_queries, table.count, dtype=torch.float32)
+    products = products.float().masked_fill(~real, 0.0)
+    return gates.scatter_add_(3, block[:, None, None].expand_as(products), products).div_(block_size)
+
+
+@torch.no_grad()
+def moba_mask(products: Tensor, documents: Documents, block_size: int, topk: int) -> Tensor:
+    """Return which keys the last Tq of Tk tokens attend to, (B, H, Tq, Tk), from all their q·k before scaling."""
     batch, heads, n_queries, n_keys = products.shape
     table = documents.block_table(block_size)
     block = table.block_of(n_keys).expand(batch, -1)  # (B, Tk)
     query = slice(n_keys - n_queries, n_keys)
 
-    real = (documents.document_ids >= 0)[:, None, None]
-    scatter_index = block[:, None, None].expand_as(products)
-    gates = products.new_zeros(batch, heads, n_queries, table.count, dtype=torch.float32)
-    gates.scatter_add_(3, scatter_index, products.float().masked_fill(~real, 0.0)).div_(block_size)
-
+    gates = moba_gates(products, documents, block_size)
     own = block[:, query, None]  # (B, Tq, 1)
     first = table.first.expand(batch, -1).gather(1, block)[:, query, None]
     candidates = torch.arange(table.count, device=products.device)
@@ -204,4 +213,4 @@ def moba_mask(products: Tensor, documents: Documents, block_size: int, topk: int
     gates.scatter_(3, own[:, None].expand(-1, heads, -1, -1), torch.inf)
     best = gates.topk(min(topk, table.count), dim=-1).indices  # other blocks among them are masked by `visible`
     taken = torch.zeros_like(gates, dtype=torch.bool).scatter_(3, best, True)
-    return taken.gather(3, scatter_index) & documents.visible(n_queries)[:, None]
+    return taken.gather(3, block[:, None, None].expand_as(products)) & documents.visible(n_queries)[:, None]
