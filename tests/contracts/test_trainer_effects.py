@@ -12,7 +12,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from moonwhale.checkpoint import list_checkpoints
 from moonwhale.train.mtp_trainer import MTPTrainer, MTPTrainingArguments
-from tiny_trainers import Rows, maker
+from tiny_trainers import LENGTH, Rows, maker
 
 pytestmark = pytest.mark.contract("Trainer's options", "transformers.Trainer: what each option does")
 
@@ -221,6 +221,31 @@ def test_workers_options_reach_both_loaders(make):
     for loader in (run.get_train_dataloader(), run.get_eval_dataloader()):
         assert (loader.num_workers, loader.prefetch_factor, loader.in_order) == (1, 3, False)
         assert loader.multiprocessing_context.get_start_method() == "fork"
+
+
+@pytest.mark.parametrize("count", [6, 8, 3])
+def test_drop_last_evaluates_whole_batches_alone(count, make):
+    given, fields = (
+        {"eval_dataset": Rows(count, seed=1)},
+        {"dataloader_drop_last": True, "per_device_eval_batch_size": 4},
+    )
+    ours, plain = (make(given, kind=kind, args_kind=args, **fields).evaluate() for kind, args in KINDS)
+    assert ("eval_loss" in ours) == ("eval_loss" in plain) == (count >= 4)
+    if count >= 4:
+        assert ours["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert ours.get("eval_targets", 0) == count // 4 * 4 * (LENGTH - 1)
+    assert make(given | {"evaluate_all": True}, **fields).evaluate()["eval_targets"] == count * (LENGTH - 1)
+
+
+def test_persistent_workers_serve_every_evaluation_of_their_rows(make):
+    fields = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
+    sets = {"a": Rows(6, seed=1), "b": Rows(4, seed=2)}
+    run, kept = (make({"eval_dataset": sets}, dataloader_persistent_workers=p, **fields) for p in (False, True))
+    assert run.get_eval_dataloader("a") is not run.get_eval_dataloader("a")
+    assert kept.get_eval_dataloader("a") is kept.get_eval_dataloader(sets["a"]) is not kept.get_eval_dataloader("b")
+    first, second = kept.evaluate(), kept.evaluate()
+    assert [first[f"eval_{name}_loss"] for name in "ab"] == [second[f"eval_{name}_loss"] for name in "ab"]
+    assert first["eval_a_loss"] == run.evaluate()["eval_a_loss"] != kept.evaluate(Rows(6, seed=3))["eval_loss"]
 
 
 def test_save_only_model_leaves_out_the_optimizer(make):

@@ -21,6 +21,7 @@ from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import param_groups
 from moonwhale.train import pretrain
 from moonwhale.train.config import parse
+from moonwhale.train.pipeline_trainer import PipelineTrainer
 from moonwhale.train.run_folder import write_run_file
 
 OPTIONS = {
@@ -288,6 +289,13 @@ def test_fsdp_trains_as_one_process(one, tmp_path):
     mirrored = ("--out", from_the_middle("mirrored"), "--resume", "--parallel.pp", "2", "--parallel.schedule")
     assert "weights sharded" in together(*mirrored, "dualpipe")
     assert_close(tmp_path / "mirrored", config.out)
+
+
+def test_an_optimizer_state_that_cannot_be_read_is_refused_in_one_line(tmp_path):
+    (tmp_path / "optimizer.pt").write_bytes(b"damaged")
+    trainer = object.__new__(PipelineTrainer)  # reading comes before everything that needs other ranks
+    with pytest.raises(UserError, match="^`resume`: .* cannot be read .*: delete it to go on from the checkpoint bef"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
 
 
 # Errors raised before any process starts

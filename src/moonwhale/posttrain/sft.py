@@ -101,6 +101,7 @@ def build(config: SFTOptions) -> Run:
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         byte_lengths=torch.from_numpy(byte_lengths(tokenizer)),
+        evaluate_all=True,
         peft_config=lora_config(model, config.lora_rank) if config.lora_rank else None,
     )
     summarize = partial(progress.summary, tokens_per_step=None, out=Path(config.out))

@@ -27,6 +27,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
     and "attention_mask". Data sets and collators are of any kind that Trainer takes.
 
     byte_lengths: (V,) bytes that each token stands for, to report evaluations in bits per byte.
+    evaluate_all: evaluate the last, incomplete batch even if `dataloader_drop_last` leaves it out of training.
 
     Raises:
         ValueError: `compute_loss_func` is given.
@@ -38,7 +39,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     passes_targets = True  # whether the model's forward takes `documents` and `targets`
 
-    def __init__(self, *args, byte_lengths: Tensor | None = None, **kwargs):
+    def __init__(self, *args, byte_lengths: Tensor | None = None, evaluate_all: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
@@ -46,9 +47,11 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
             )
         self.model_accepts_loss_kwargs = True  # the model divides by num_items_in_batch itself
         self.byte_lengths = byte_lengths
+        self._evaluate_all = evaluate_all
         self._loss_sums = self._no_losses()
         self._step_targets: Tensor | None = None  # (1 + D,) targets of the whole step
         self._wants_logits = False
+        self._eval_loaders: dict[int, DataLoader] = {}  # with persistent workers, by the id of their rows
 
     def _no_losses(self) -> "_LossSums":
         return _LossSums(1 + self.model.config.num_nextn_predict_layers, self.args.device)
@@ -114,12 +117,16 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
         casts_weights = args.bf16_full_eval or args.fp16_full_eval
         if rows is None or self.compute_metrics is not None or casts_weights or isinstance(rows, IterableDataset):
             return super().get_eval_dataloader(eval_dataset)
+        if id(rows) in self._eval_loaders:
+            return self._eval_loaders[id(rows)]
         collate = self._get_collator_with_removed_columns(self.data_collator, "Evaluation")
         share = _RowsOfRank(rows, range(args.process_index, len(rows), args.world_size))
-        return DataLoader(
+        loader = DataLoader(
             share,
             args.eval_batch_size,
             collate_fn=collate,
+            drop_last=args.dataloader_drop_last and not self._evaluate_all,
+            persistent_workers=args.dataloader_persistent_workers,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -127,6 +134,9 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
             in_order=args.dataloader_in_order,
             generator=torch.Generator(),
         )
+        if args.dataloader_persistent_workers:
+            self._eval_loaders[id(rows)] = loader
+        return loader
 
     @torch.no_grad()
     def evaluation_loop(

@@ -262,14 +262,18 @@ class MuonClipTrainerMixin:
         return self._save_folder or super()._get_output_dir(trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads optimizer states that one process wrote as transformers does, and also those that several wrote."""
+        """Loads optimizer states that one process wrote, and also those that several wrote."""
         with resuming_from(checkpoint):
             if checkpoint is None or not has_sharded_optimizer(Path(checkpoint)):
-                super()._load_optimizer_and_scheduler(checkpoint)
+                self._load_whole_optimizer(checkpoint)
                 return
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             load_optimizer(Path(checkpoint), self.optimizer, names, self._optimizer_shards())
             self._load_scheduler(checkpoint)
+
+    def _load_whole_optimizer(self, checkpoint: str | None) -> None:
+        """Loads the states of the optimizer and the scheduler that one process wrote; nothing if there are none."""
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         with resuming_from(resume_from_checkpoint):

@@ -32,7 +32,6 @@ from moonwhale.parallel.schedules import stages_of_rank
 from moonwhale.parallel.sharded_checkpoint import (
     OPTIMIZER,
     SETTINGS,
-    has_sharded_optimizer,
     load_state,
     save_optimizer,
     save_weights,
@@ -326,16 +325,11 @@ class PipelineTrainer(MTPTrainer):
     def _optimizer_shards(self) -> dict[str, Tensor]:
         return self._as_shards(dict(self.model.named_parameters()))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or has_sharded_optimizer(Path(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            self._load_whole_optimizer(Path(checkpoint))
-            self._load_scheduler(checkpoint)
-
-    def _load_whole_optimizer(self, checkpoint: Path) -> None:
+    def _load_whole_optimizer(self, checkpoint: str | None) -> None:
         """Load this rank's part of the optimizer state that one process saved."""
-        saved = torch.load(checkpoint / SETTINGS, map_location="cpu", mmap=True, weights_only=True)
+        if checkpoint is None:
+            return
+        saved = torch.load(Path(checkpoint, SETTINGS), map_location="cpu", mmap=True, weights_only=True)
         order = [name for group in self._group_names for name in group["params"]]
         states = {name: saved["state"][i] for i, name in enumerate(order) if i in saved["state"]}
         for name, own in expert_slices(self.model).items():
@@ -348,3 +342,4 @@ class PipelineTrainer(MTPTrainer):
             if names[p] in states
         }
         load_state(self.optimizer, state, saved["param_groups"])
+        self._load_scheduler(checkpoint)

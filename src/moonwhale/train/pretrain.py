@@ -94,6 +94,7 @@ def build(config: TrainConfig) -> Run:
         processing_class=data.tokenizer,
         data_collator=transformers.default_data_collator,  # rows are full: a tokenizer's collator is 80 times slower
         byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
+        evaluate_all=True,
         **of_pipeline,
     )
     summarize = partial(progress.summary, tokens_per_step=config.tokens_per_step, out=Path(config.out))
