@@ -227,6 +227,19 @@ def test_a_step_outside_the_cache_is_refused(model):
     assert all(torch.equal(keys, old) for keys, old in zip(cache.keys, before, strict=True))
 
 
+@pytest.mark.parametrize("size", [1, 5, 8, 2**40])
+@torch.inference_mode()
+def test_blocks_of_another_size_than_the_caches_are_refused(model, size):
+    decoder = Decoder(model)
+    cache = read(decoder)
+    before = [means.clone() for means in cache.means if means is not None]
+    decoder.main[0].native._block.attention.block_size = size  # more or fewer means than the cache has
+    with pytest.raises(ValueError, match="contradict each other"):
+        decoder.run(tokens(1, 1), cache, decoder.place(cache, 0, [PROMPT], 1))
+    now = [means for means in cache.means if means is not None]
+    assert all(torch.equal(means, old) for means, old in zip(now, before, strict=True))
+
+
 @torch.inference_mode()
 def test_a_step_without_memory_says_so(model):
     decoder = Decoder(model)

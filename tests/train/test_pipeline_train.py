@@ -294,7 +294,7 @@ def test_fsdp_trains_as_one_process(one, tmp_path):
 def test_an_optimizer_state_that_cannot_be_read_is_refused_in_one_line(tmp_path):
     (tmp_path / "optimizer.pt").write_bytes(b"damaged")
     trainer = object.__new__(PipelineTrainer)  # reading comes before everything that needs other ranks
-    with pytest.raises(UserError, match="^`resume`: .* cannot be read .*: delete it to go on from the checkpoint bef"):
+    with pytest.raises(UserError, match=r"^`resume`: .* cannot be read .*: delete it to go on from the checkpoint bef"):
         trainer._load_optimizer_and_scheduler(str(tmp_path))
 
 

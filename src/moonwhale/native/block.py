@@ -61,7 +61,8 @@ class NativeBlock:
         keys, values, means = entries
         self._check(x, keys, values, means, placement)
         dtype = DTYPE_CODES.get(keys.dtype, -1)  # which the step refuses
-        cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], dtype)
+        blocks = 0 if means is None else means.shape[1]
+        cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], blocks, dtype)
         structures = map(ctypes.byref, (self._block, cache, placement))
         match build.library().run_block(*structures, x.data_ptr()):
             case 1:

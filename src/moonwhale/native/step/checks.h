@@ -56,6 +56,7 @@ static bool is_valid(const Block &b, const Cache &cache, const Placement &p) {
     return false;
   if (!cache.keys || !cache.values || !is_within(cache.dtype, FP32, BF16)) return false;
   if (b.attention.topk && !cache.means) return false;
+  if (cache.means && cache.blocks != cache.length / b.attention.block_size) return false;
   return p.start && p.cos && p.sin && is_within(p.threads, 1, MAX_THREADS);
 }
 

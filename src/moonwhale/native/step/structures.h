@@ -68,7 +68,7 @@ struct Block {
 struct Cache { // one block's tensors of a LatentCache
   void *keys, *values;
   float *means; // null without MoBA
-  int64_t slots, length;
+  int64_t slots, length, blocks; // a slot's tokens, and its means
   Dtype dtype;
 };
 
