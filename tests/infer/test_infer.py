@@ -2,15 +2,17 @@
 
 import builtins
 import io
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moonwhale.data.chat import encode_conversation
 from moonwhale.errors import UserError
 from moonwhale.infer import commands
-from moonwhale.infer.chat_session import ChatSession
+from moonwhale.infer.chat_session import ChatSession, forget_oldest
 from moonwhale.infer.detokenizer import TextStream, TokenBytes
 from moonwhale.infer.engine import Engine
 from moonwhale.infer.sampling_options import SamplingOptions
@@ -391,6 +393,39 @@ def test_a_conversation_drops_its_oldest_turns(engine):
     assert len(conversation.messages) == 4 and conversation.forgetful, "it stays so"
 
 
+def test_only_as_many_turns_are_dropped_as_needed(engine):
+    system = [{"role": "system", "content": "Sing."}]
+    roles = ["user", "assistant", "user", "user", "assistant"] * 6
+    messages = [{"role": role, "content": f"moon {i}"} for i, role in enumerate([*roles, "user"])]
+    kept, ids = forget_oldest(engine, system + messages, 6)
+    n = len(kept) - 1
+    assert kept == system + messages[-n:] and kept[1]["role"] == "user" and ids == engine.encode(kept)
+    assert len(ids) + 6 <= CONTEXT
+    one_more = next(i for i in range(n + 1, len(messages)) if messages[-i]["role"] == "user")
+    assert len(encode_conversation(engine.tokenizer, system + messages[-one_more:])) + 6 > CONTEXT
+    assert forget_oldest(engine, messages[:3], 6)[0] == messages[:3]
+    assert forget_oldest(engine, system, 6)[0] == system
+    # An answer that may be endless keeps a quarter of the context free, and a huge history takes few encodings.
+    assert len(forget_oldest(engine, messages, 10**6)[1]) <= CONTEXT * 3 // 4
+    calls = SimpleNamespace(context=CONTEXT, n=0)
+
+    def encode(messages):
+        calls.n += 1
+        return engine.encode(messages)
+
+    calls.encode = encode
+    assert forget_oldest(calls, messages * 100, 6)[0] == messages[-n:] and calls.n < 16
+
+
+def test_undo_takes_the_last_turn_back(engine):
+    conversation = ChatSession(engine, seed=3, max_new_tokens=6)
+    assert conversation.undo() is None
+    for text in ("sang", "moon"):
+        "".join(conversation.ask(text))
+    assert conversation.undo() == "moon" and len(conversation.messages) == 2
+    assert conversation.undo() == "sang" and conversation.messages == [] and conversation.undo() is None
+
+
 def test_a_message_beyond_the_context_leaves_no_trace(engine):
     conversation = ChatSession(engine, temperature=0, max_new_tokens=6)
     "".join(conversation.ask("sang"))
@@ -502,7 +537,7 @@ def test_chat_in_a_terminal(engine, folder, capsys, monkeypatch):
         )
     ]
     assert out.startswith(f"moonwhale: {answers[0]}\nmoonwhale: {answers[1]}\nmoonwhale: ")
-    assert "unknown command /nonsense" in err and "/reset   begin" in err and "shorten it" in err
+    assert "unknown command /nonsense" in err and "/reset      begin" in err and "shorten it" in err
     assert interrupted and interrupted[0].messages[0]["content"] == "moon", "/reset forgot what came before"
 
 
@@ -511,3 +546,24 @@ def test_chat_ends_at_quit(folder, monkeypatch):
     monkeypatch.setattr(builtins, "input", lambda _: typed.lines.pop(0))
     commands.main_chat([str(folder), *FAST])
     assert typed.lines == ["never read"]
+
+
+def test_chat_takes_back_tries_again_and_saves(engine, folder, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "said.jsonl"
+    typed = iter(
+        f"/undo,/retry,/save,/save {file},sang,moon,/retry,/save {file},/undo,/save {file},"
+        f"/save {tmp_path},/undo,/undo,/quit".split(",")
+    )
+    monkeypatch.setattr(builtins, "input", lambda _: next(typed))
+    commands.main_chat([str(folder), "--seed", "3", *FAST[:4], "--max-new-tokens", "6"])
+    out, err = capsys.readouterr()
+
+    session = ChatSession(engine, seed=3, max_new_tokens=6)
+    answers = ["".join(session.ask(text)) for text in ("sang", "moon")]
+    assert session.undo() == "moon"
+    answers.append("".join(session.ask("moon")))  # drawn anew: with the next seed
+    assert out == "".join(f"moonwhale: {answer}\n" for answer in answers)
+    saved = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    assert saved == [session.messages, session.messages[:2]]
+    assert err.count("there is no turn yet") == 4 and "/save needs the name" in err and "(taken back: moon)" in err
+    assert f"cannot write {tmp_path}: Is a directory" in err

@@ -125,6 +125,34 @@ def test_text_parts_are_joined(client):
     assert one.choices[0].message.content == other.choices[0].message.content
 
 
+def test_a_chat_may_drop_its_oldest_turns(client, engine):
+    turns = [{"role": "user", "content": "moon"}, {"role": "assistant", "content": "sang"}] * 60
+    messages = [{"role": "developer", "content": "Sing."}, *turns, *HELLO]
+    options = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 8}
+    for refused in ({}, {"truncation": "disabled"}, {"truncation": None}):
+        with pytest.raises(openai.BadRequestError, match="shorten it"):
+            client.chat.completions.create(**options, extra_body=refused)
+    raw = client.chat.completions.with_raw_response.create(**options, extra_body={"truncation": "auto"})
+    n = int(raw.headers["moonwhale-dropped-messages"])
+    assert 0 < n < len(turns) and n % 2 == 0
+    kept = [{"role": "system", "content": "Sing."}, *messages[n + 1 :]]
+    (alone,) = engine.generate([kept], temperature=0, max_new_tokens=8)
+    said = raw.parse()
+    assert said.choices[0].message.content == alone.text and said.usage.prompt_tokens == alone.prompt_tokens
+    streaming = client.chat.completions.with_streaming_response
+    with streaming.create(**options, stream=True, extra_body={"truncation": "auto"}) as response:
+        assert response.headers["moonwhale-dropped-messages"] == str(n)
+        assert "".join(chunk.choices[0].delta.content for chunk in response.parse()) == alone.text
+    whole = options | {"messages": HELLO}
+    raw = client.chat.completions.with_raw_response.create(**whole, extra_body={"truncation": "auto"})
+    assert raw.headers["moonwhale-dropped-messages"] == "0"
+    with pytest.raises(openai.BadRequestError, match="shorten it"):
+        whole["messages"] = [{"role": "user", "content": "sang " * 500}]
+        client.chat.completions.create(**whole, extra_body={"truncation": "auto"})
+    with pytest.raises(openai.BadRequestError, match="truncation"):
+        client.chat.completions.create(**options, extra_body={"truncation": "middle"})
+
+
 # Requests that the server refuses
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,12 @@ from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
-HELP = """/reset   begin a new conversation
-/quit    leave (or press Ctrl-D)
-/help    show this help
+HELP = """/retry      answer the last message again
+/undo       take the last message and its answer back
+/save FILE  append the turns that the model still sees to FILE, a line of JSON as `moonwhale sft` reads it
+/reset      begin a new conversation
+/quit       leave (or press Ctrl-D)
+/help       show this help
 Ctrl-C stops an answer."""
 
 
@@ -71,21 +75,48 @@ def main_chat(argv: list[str]) -> None:
     print("Ctrl-C stops an answer, Ctrl-D or /quit leaves, /help lists the commands.", file=sys.stderr)
     session = ChatSession(engine, **options)
     while (text := _read_turn()) is not None:
-        if text == "/quit":
+        command, _, argument = text.partition(" ") if text.startswith("/") else ("", "", "")
+        if command == "/quit":
             return
-        if text == "/reset":
+        if command == "/reset":
             session = ChatSession(engine, **options)
-        elif text == "/help":
-            print(HELP, file=sys.stderr)
-        elif text.startswith("/"):
-            print(f"unknown command {text.split()[0]} (try /help)", file=sys.stderr)
-        elif text:
-            try:
-                _answer(session, text, args.verbose)
-            except KeyboardInterrupt:
-                print()
-            except UserError as error:
-                print(f"moonwhale: {with_option_names(str(error))}", file=sys.stderr)
+            continue
+        try:
+            if question := _run_command(session, command, argument.strip()) if command else text:
+                _answer(session, question, args.verbose)
+        except KeyboardInterrupt:
+            print()
+        except UserError as error:
+            print(f"moonwhale: {with_option_names(str(error))}", file=sys.stderr)
+
+
+def _run_command(session, command: str, argument: str) -> str | None:
+    """Run a command of `moonwhale chat`. Return the message that has to be answered again, or else None."""
+    if command == "/help":
+        print(HELP, file=sys.stderr)
+    elif command == "/save":
+        _save(session.messages, argument)
+    elif command not in ("/undo", "/retry"):
+        raise UserError(f"unknown command {command} (try /help)")
+    elif (question := session.undo()) is None:
+        raise UserError("there is no turn yet")
+    elif command == "/retry":
+        return question
+    else:
+        print(f"(taken back: {question})", file=sys.stderr)
+    return None
+
+
+def _save(messages: list[dict], file: str) -> None:
+    """Append a conversation to a JSON Lines file."""
+    if not file or not messages:
+        raise UserError("there is no turn yet" if file else "/save needs the name of a file")
+    try:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    print(f"({len(messages) // 2} turns appended to {file})", file=sys.stderr)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:

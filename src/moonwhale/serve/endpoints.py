@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moonwhale.errors import UserError
+from moonwhale.infer.chat_session import forget_oldest
 from moonwhale.infer.engine import Engine, Prompt
 from moonwhale.infer.request import Request
 from moonwhale.serve.body import Preparation, body_of
@@ -21,6 +22,8 @@ from moonwhale.serve.metrics import Metrics
 from moonwhale.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from moonwhale.serve.responses import ChatFormat, CompletionFormat, ResponseFormat, event
 from moonwhale.serve.worker import GenerationJob, TokenChunk, Worker, WorkerError
+
+DROPPED_HEADER = "moonwhale-dropped-messages"
 
 
 class EventStream(StreamingResponse):
@@ -71,15 +74,29 @@ class OpenAIEndpoints:
         app.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])(self.model)  # a name may hold slashes
 
     async def chat(self, http: HTTPRequest):
-        """Answers a conversation."""
+        """Answers a conversation.
+
+        With `truncation` "auto" its oldest turns are dropped if they outgrow the context. A header then counts the
+        messages that were dropped.
+        """
         body = await self.preparation.read(http, ChatRequest)
+        messages = [message.for_template() for message in body.messages]
+        max_new_tokens = body.max_new_tokens or self.engine.context
+        n_dropped = 0
 
         def requests() -> list[Request]:
-            messages = [message.for_template() for message in body.messages]
-            return self._requests(body, [messages], body.max_new_tokens or self.engine.context)
+            nonlocal n_dropped
+            if body.truncation != "auto":
+                return self._requests(body, [messages], max_new_tokens)
+            kept, ids = forget_oldest(self.engine, messages, max_new_tokens)
+            n_dropped = len(messages) - len(kept)
+            return self._requests(body, [ids], max_new_tokens)
 
         job = await self._submit(requests, http)
-        return await self._respond(job, ChatFormat(self.engine, self.model_name, body), http)
+        response = await self._respond(job, ChatFormat(self.engine, self.model_name, body), http)
+        if body.truncation == "auto":
+            response.headers[DROPPED_HEADER] = str(n_dropped)
+        return response
 
     async def complete(self, http: HTTPRequest):
         """Continues one or more texts."""

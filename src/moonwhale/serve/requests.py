@@ -1,7 +1,7 @@
 """The bodies of requests: every field of OpenAI's API is supported, accepted if it asks for nothing, or refused."""
 
 from dataclasses import fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -52,6 +52,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # an extension, as in OpenAI's Responses API
 
     # Accepted only if they ask for nothing.
     audio: neutral(reason="this model writes text only: leave it out") = None
