@@ -87,6 +87,6 @@ def with_option_names(message: str) -> str:
 
     def option(field: re.Match) -> str:
         name, dot, key = field[1].partition(".")
-        return f"--{name.replace('_', '-')}{dot}{key}"
+        return f"--{name.rstrip('_').replace('_', '-')}{dot}{key}"  # `from_` avoids Python's keyword
 
     return re.sub(r"`([a-z][a-z0-9_]*(?:\.[A-Za-z_]\w*)?)`", option, message)

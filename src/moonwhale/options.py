@@ -118,8 +118,8 @@ class Option(typing.NamedTuple):
 
     @property
     def flag(self) -> str:
-        """The command line's spelling: `--batch-size`, `--model.hidden_size`."""
-        return "--" + (self.name if "." in self.name else self.name.replace("_", "-"))
+        """The command line's spelling: `--batch-size`, `--model.hidden_size`, and `--from` for `from_`."""
+        return "--" + (self.name if "." in self.name else self.name.rstrip("_").replace("_", "-"))
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -188,6 +188,23 @@ def test_resume_is_not_written_to_the_run_file(tmp_path):
     assert parse(["--config", str(tmp_path / "run.yaml")]).resume is False
 
 
+@pytest.mark.parametrize(
+    ("argv", "warmup"),
+    [
+        ([], 200),
+        (["--steps", "2000"], 200),
+        (["--steps", "500"], 50),
+        (["--steps", "3"], 1),
+        (["--steps", "1", "--decay-fraction", "1"], 0),
+        (["--steps", "100", "--decay-fraction", "0.95"], 5),
+        (["--steps", "100", "--decay-fraction", "0.95", "--schedule", "cosine"], 10),
+        (["--steps", "500", "--warmup-steps", "200"], 200),
+    ],
+)
+def test_a_preset_warms_up_for_at_most_a_tenth_of_the_steps(argv, warmup):
+    assert parse(["--preset", "small", *argv]).warmup_steps == warmup
+
+
 def test_gradient_accumulation_counts_all_devices():
     config = parse(["--tokens-per-step", "8192", "--context", "256", "--batch-size", "8"])
     assert (config.gradient_accumulation_steps(), config.gradient_accumulation_steps(replicas=2)) == (4, 2)
@@ -201,7 +218,7 @@ def test_help_lists_every_option_and_field(capsys):
     assert left.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
-        assert field.name == "model" or re.search(rf"--{field.name.replace('_', '-')}\b", text)
+        assert field.name == "model" or re.search(rf"--{field.name.rstrip('_').replace('_', '-')}\b", text)
     assert "moba_block_size" in text and "hidden_size" in text
     assert "optimizer steps (the preset's)" in " ".join(text.split())
 

@@ -13,6 +13,7 @@ from moonwhale.errors import UserError
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.parallel.options import ParallelOptions
 from moonwhale.presets import PRESETS, get_preset, model_fields
+from moonwhale.train import starting_model
 from moonwhale.train.run_options import RunOptions, parse_run
 
 if typing.TYPE_CHECKING:
@@ -36,7 +37,10 @@ class TrainConfig(SourceOptions, RunOptions):
     verb: typing.ClassVar[str] = "train"
 
     preset: str = option("demo", "size of the model, and options that suit it", group="run", choices=tuple(PRESETS))
-    out: str | None = option(None, "the run's folder (runs/PRESET)", group="run")
+    from_: str | None = option(
+        None, "folder of a model to go on from: its configuration and tokenizer are kept, the rest is new", group="run"
+    )
+    out: str | None = option(None, "the run's folder (runs/PRESET, or runs/MODEL-train with --from)", group="run")
 
     tokenizer: str | None = option(
         None,
@@ -70,7 +74,13 @@ class TrainConfig(SourceOptions, RunOptions):
     model: dict = option({}, MODEL_HELP, group="model configuration", fields=MODEL_FIELDS)
 
     def __post_init__(self):
+        self.from_ = starting_model.absolute(self.from_)
         super().__post_init__()
+        if self.from_ and self.tokenizer:
+            raise UserError(
+                f"`tokenizer`: {self.tokenizer} is impossible: a model goes on with its own: leave `tokenizer` or "
+                "`from_` out"
+            )
         self._check_ranges()
         self._check_compile()
         self.gradient_accumulation_steps()
@@ -99,7 +109,8 @@ class TrainConfig(SourceOptions, RunOptions):
 
     @classmethod
     def default_out(cls, given: dict) -> str:
-        return os.path.join("runs", given.get("preset", cls.preset))
+        folder = starting_model.absolute(given.get("from_"))
+        return os.path.join("runs", f"{os.path.basename(folder)}-train" if folder else given.get("preset", cls.preset))
 
     @classmethod
     def resolve(cls, given: dict, path: str | None = None) -> typing.Self:
@@ -115,8 +126,16 @@ class TrainConfig(SourceOptions, RunOptions):
                 f"{in_file['preset']!r}: leave `preset` out, or take `preset` and the values it should decide out of "
                 "the file"
             )
-        preset = get_preset(given.get("preset", in_file.get("preset", cls.preset)))
-        return cls(**options.merge(preset.train, {"model": preset.model}, in_file, given))
+        explicit = options.merge(in_file, given)
+        folder = starting_model.absolute(explicit.get("from_"))
+        name = explicit.setdefault("preset", (folder and starting_model.preset_of(folder)) or cls.preset)
+        preset = get_preset(name)
+        merged = options.merge(preset.train, {"model": {} if folder else preset.model}, explicit)
+        if "warmup_steps" not in explicit:
+            merged["warmup_steps"] = fitted_warmup(merged)
+        if folder and "context" not in explicit and (longest := starting_model.longest_context(folder)):
+            merged["context"] = min(merged["context"], longest)
+        return cls(**merged)
 
     @property
     def decay_steps(self) -> int:
@@ -173,19 +192,32 @@ def parse(argv: list[str]) -> TrainConfig:
     )
 
 
+def fitted_warmup(values: dict) -> int:
+    """The warm-up of a preset in a run with the options `values`: at most a tenth of its steps, none of its decay."""
+    defaults = TrainConfig.__dataclass_fields__
+    names = ("warmup_steps", "steps", "schedule", "decay_fraction")
+    warmup, steps, schedule, decay = (values.get(name, defaults[name].default) for name in names)
+    room = steps - round(steps * decay) if schedule == "wsd" else steps
+    return max(0, min(warmup, max(steps // 10, 1), room))
+
+
 def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":
-    """Builds the model's configuration. `fit_to_tokenizer` adds what only the tokenizer knows.
+    """Builds the model's configuration, or reads that of `config.from_`.
+
+    `fit_to_tokenizer` adds to a new model's what only the tokenizer knows.
 
     Raises:
         UserError: names the `model.FIELD` whose value is impossible, or too small for the context.
     """
     from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 
-    try:
-        model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | config.model)
-    except ValueError as error:
-        field, _, why = str(error).partition("=")
-        raise UserError(f"`model.{field}`={why}") from error
+    if config.from_:
+        model = starting_model.starting_config(config)
+    else:
+        try:
+            model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | config.model)
+        except ValueError as error:
+            raise starting_model.as_field(error) from error
     if model.max_position_embeddings < config.context:
         raise UserError(
             f"`context`: {config.context} is longer than `model.max_position_embeddings` "

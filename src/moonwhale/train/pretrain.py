@@ -10,6 +10,7 @@ from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
 from moonwhale.train.lr_schedule import lr_schedule_arguments
 from moonwhale.train.run import Run, common_trainer_arguments, execute
+from moonwhale.train.starting_model import load_starting_model, starting_folder
 
 
 def main(argv: list[str]) -> None:
@@ -109,8 +110,8 @@ def load_data(config: TrainConfig, vocab_size: int, replicas: int):
     """
     from moonwhale.data.packing import build_data
 
-    source = config.load_source()
-    data = build_data(source, config.tokenizer, vocab_size=vocab_size, context=config.context)
+    tokenizer = str(starting_folder(config)) if config.from_ else config.tokenizer
+    data = build_data(config.load_source(), tokenizer, vocab_size=vocab_size, context=config.context)
     if len(data.train) < config.batch_size * replicas:
         raise UserError(
             f"`batch_size`: {config.batch_size * replicas} rows are computed at once, but the text fills only "
@@ -128,19 +129,22 @@ def contents(data) -> str:
 
 
 def build_model(config: TrainConfig, model_config, tokenizer, choice):
-    """A new model, initialised from `config.seed`, with the modules of its precision, compiled if asked for.
+    """The model of `config.from_`, or a new one, with the modules of its precision, compiled if asked for.
 
-    `model_config` is completed with what only the tokenizer knows.
+    A new one is initialised from `config.seed`, and `model_config` is completed with what only the tokenizer knows.
     """
     import transformers
 
     from moonwhale import fp8
     from moonwhale.model import MoonwhaleForCausalLM
 
-    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    fit_to_tokenizer(model_config, config, len(tokenizer), **token_ids)
-    transformers.set_seed(config.seed)
-    model = MoonwhaleForCausalLM(model_config)
+    if config.from_:
+        model = load_starting_model(config, model_config)
+    else:
+        token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fit_to_tokenizer(model_config, config, len(tokenizer), **token_ids)
+        transformers.set_seed(config.seed)
+        model = MoonwhaleForCausalLM(model_config)
     if choice.fp8:
         fp8.convert(model, choice.fp8)
     if config.compile:
@@ -163,6 +167,8 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     memory = (
         "" if parallelism.splits_model else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
     )
+    if config.from_:
+        print_once(f"from       {config.from_}")
     print_once(data.describe())
     print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
     print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
@@ -186,6 +192,7 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
         **lr_schedule_arguments(config),
         mtp_loss_weight_final=config.mtp_loss_weight_final,
         decay_steps=config.decay_steps,
+        eval_on_start=config.from_ is not None,  # what the model can do before
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )

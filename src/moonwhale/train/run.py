@@ -177,6 +177,7 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
                 trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
                 trainer._load_from_checkpoint(str(checkpoint))
             else:
+                trainer.args.eval_on_start &= checkpoint is None
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if is_main_process():
