@@ -1,18 +1,11 @@
-"""The documents are correct: links resolve, snippets run, options and tests exist, and figures are current."""
+"""The documents are correct: links resolve, snippets run, tests exist, and figures are current."""
 
-import contextlib
-import dataclasses
 import importlib.util
-import io
 import re
-import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-
-from moonwhale import cli
-from moonwhale.train.config import MODEL_FIELDS, parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -70,67 +63,6 @@ def test_links_resolve(document):
 def test_a_broken_link_is_detected():
     text = "# A title\n[a](nowhere.md) [b](#a-title) [c](#another) [d](../README.md) [e](training.md#nothing)"
     assert broken("docs/mechanisms.md", text) == ["nowhere.md", "#another", "training.md#nothing"]
-
-
-# --- commands --------------------------------------------------------------------------------------------------------
-
-MODEL = {f"--model.{field.name}" for field in dataclasses.fields(MODEL_FIELDS)} | {"--model.FIELD"}
-
-
-def options_of(*verb: str) -> set[str]:
-    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
-        cli.main([*verb, "--help"])
-    return set(re.findall(r"--[a-z](?:[\w.-]*\w)?", shown.getvalue()))
-
-
-@pytest.fixture(scope="module")
-def options() -> dict[str, set[str]]:
-    """Returns the options of each verb, keyed by the verb's words."""
-    verbs = [(verb,) for verb in cli.VERBS if verb != "tokenizer"] + [("tokenizer", "train"), ("tokenizer", "show")]
-    return {" ".join(verb): options_of(*verb) for verb in verbs}
-
-
-def commands(text: str) -> list[list[str]]:
-    """Returns the words after `moonwhale` of every command in shell blocks and in the text."""
-    lines = [line for block in fenced(text, "sh") for line in block.splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", prose(text))
-    found = [re.search(r"(?:^|\s|/)moonwhale (?=[a-z]|--)(.*)", line) for line in lines]
-    return [shlex.split(match[1], comments=True) for match in found if match]
-
-
-def wrong(command: list[str], options: dict[str, set[str]]) -> str | None:
-    """Returns what is wrong with a command, or None if it is valid."""
-    verb = " ".join(command[: 2 if command[0] == "tokenizer" else 1])
-    if verb not in options:
-        return None if verb in ("VERB", "tokenizer") or verb.startswith("--") else f"no verb {verb}"
-    given = {word.partition("=")[0] for word in command if word.startswith("--")}
-    fields = MODEL if verb in ("train", "info", "plan") else set()
-    unknown = given - options[verb] - fields
-    if unknown:
-        return f"moonwhale {verb} has no {', '.join(sorted(unknown))}"
-    if verb == "train" and not given & {"--config", "--help"}:  # the config file is only an example
-        parse(command[1:])  # raises if the values do not fit together
-    return None
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_are_valid(document, options, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert not [mistake for command in commands(read(document)) if (mistake := wrong(command, options))]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_options_exist(document, options):
-    """Options that the text names without a command exist, too."""
-    known = set().union(*options.values(), {"--version", "--completion", "--check", "--parallel.FIELD"}, MODEL)
-    named = set(re.findall(r"`(--[a-z][\w.-]*)", prose(read(document))))
-    assert not named - known
-
-
-@pytest.mark.parametrize("line", ["moonwhale trian", "moonwhale train --leraning-rate 1", "moonwhale info demo --lr 1"])
-def test_a_wrong_command_is_detected(line, options):
-    (command,) = commands(f"```sh\n{line}  # a comment\n```")
-    assert wrong(command, options)
 
 
 # --- snippets --------------------------------------------------------------------------------------------------------
