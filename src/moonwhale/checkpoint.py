@@ -59,7 +59,7 @@ def open_checkpoint(
     """
     folder = Path(folder)
     config = read_config(folder)
-    rotations = 4 * config.max_position_embeddings * max(config.qk_rope_head_dim, 16)
+    rotations = 4 * config.max_position_embeddings * max(config.head_dim, 16)
     if rotations > MOST_ROTATIONS:  # a table that is made when the model is used, whatever the weights' sizes
         raise UserError(
             f"{folder / 'config.json'}: max_position_embeddings={config.max_position_embeddings:,} needs a table of "

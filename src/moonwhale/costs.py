@@ -53,7 +53,7 @@ def flops_per_token(config, context: int, training: bool = True) -> float:
 
     forward = 2 N + Σ_blocks 2 H [(d_nope + d_rope + d_v) keys + (d_nope + d_rope) means]
 
-    N counts the active matrix parameters: MLA's projections, the router, shared and chosen experts (or the dense
+    N counts the active matrix parameters: attention's projections, the router, shared and chosen experts (or the dense
     feed-forward network) and the head. `keys` is the mean number of keys a token attends to: (context + 1) / 2 in full
     attention, fewer with MoBA. MoBA's gate also compares each query with `means` earlier block means. Keys and values
     are expanded, as in training and prefill. Norms, softmax and RoPE are not counted.
@@ -137,6 +137,17 @@ def one_device_training_bytes(config, tokens: int, bytes_per_activation: int = 4
     }
 
 
+def dense_twin(config) -> dict[str, int]:
+    """Returns the fields that replace every MoE by a dense network of the same active FLOPs, MTP's blocks included.
+
+    The router's FLOPs count too. The width is a multiple of 8, which is as near as 4 columns.
+    """
+    networks = (config.n_shared_experts + config.num_experts_per_tok) * _expert(config)
+    router = config.hidden_size * config.n_routed_experts
+    width = (networks + router) / (3 * config.hidden_size)
+    return {"first_k_dense_replace": config.num_blocks, "intermediate_size": max(8, 8 * round(width / 8))}
+
+
 def inference_bytes(config, tokens: int) -> dict[str, int]:
     """Returns the memory of generation in bf16 with `tokens` tokens in the cache."""
     size = model_size(config)
@@ -148,14 +159,21 @@ def _is_dense(config, layer: int) -> bool:
 
 
 def _attention(config) -> int:
-    """Matrix parameters of MLA."""
+    """Matrix parameters of MLA or GQA."""
     heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
     queries, q_rank = heads * config.qk_head_dim, config.q_lora_rank
-    q = hidden * queries if q_rank is None else q_rank * (hidden + queries)
-    kv_down = hidden * config.kv_cache_numbers_per_token
-    kv_up = rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    kv = hidden * config.kv_cache_numbers_per_token  # MLA's down-projection, or GQA's keys and values
     out = heads * config.v_head_dim * hidden
-    return q + kv_down + kv_up + out
+    if config.attention == "gqa":
+        return hidden * queries + kv + out
+    q = hidden * queries if q_rank is None else q_rank * (hidden + queries)
+    kv_up = rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return q + kv + kv_up + out
+
+
+def _latents(config) -> tuple[int, int]:
+    """Widths of MLA's latents of queries and of keys and values; 0 for one that does not exist."""
+    return (config.q_lora_rank or 0, config.kv_lora_rank) if config.attention == "mla" else (0, 0)
 
 
 def _expert(config) -> int:
@@ -174,9 +192,10 @@ def _matrices(config, layer: int, active: bool = False) -> int:
 
 def _block(config, layer: int) -> int:
     """Parameters of a block: its matrices, norms, biases and key convolution."""
-    hidden, rank, q_rank = config.hidden_size, config.kv_lora_rank, config.q_lora_rank or 0
+    hidden, (q_rank, rank) = config.hidden_size, _latents(config)
     norms = 2 * hidden + rank + q_rank
-    biases = q_rank + config.kv_cache_numbers_per_token + hidden if config.attention_bias else 0
+    queries = q_rank if config.attention == "mla" else config.num_attention_heads * config.qk_head_dim
+    biases = queries + config.kv_cache_numbers_per_token + hidden if config.attention_bias else 0
     return _matrices(config, layer) + norms + biases + rank * config.moba_key_conv
 
 
@@ -217,7 +236,7 @@ def _saved_activations(config, layer: int) -> int:
     the chosen blocks, the probabilities that it saves on a CPU, and padding rows are not counted.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
-    norms = 2 * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0))
+    norms = 2 * (2 * hidden + sum(_latents(config)))
     attention = heads * (2 * config.qk_head_dim + 3 * config.v_head_dim)
     if _is_dense(config, layer):
         return norms + attention + 5 * config.intermediate_size

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, mla
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, core, mla
 from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.moe import Router, Routing
 
@@ -260,8 +260,8 @@ def test_mutant_shut_groups_score_zero(pair, monkeypatch):
 
 
 def test_mutant_prefill_that_is_not_causal(pair, monkeypatch):
-    right = mla.attend
-    monkeypatch.setattr(mla, "attend", lambda *args, causal, **kwargs: right(*args, causal=False, **kwargs))
+    right = core.attend
+    monkeypatch.setattr(core, "attend", lambda *args, causal, **kwargs: right(*args, causal=False, **kwargs))
     caught(assert_same_decoding, *pair())
 
 

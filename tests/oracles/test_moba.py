@@ -482,7 +482,7 @@ def test_mutant_decoding_with_full_attention(sparse_model, monkeypatch):
         return moba_mask(products, layout, block_size, 99)
 
     moba_mask = moba.moba_mask
-    monkeypatch.setattr("moonwhale.model.mla.moba_mask", everything)
+    monkeypatch.setattr("moonwhale.model.core.moba_mask", everything)
     caught(assert_decoding_is_prefill, sparse_model, PIECES[0])
 
 

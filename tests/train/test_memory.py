@@ -17,7 +17,13 @@ CONFIG = MoonwhaleConfig(**PRESETS["seed_190m"].model)
 
 
 def run(**changes):
-    return SimpleNamespace(**{"batch_size": 8, "context": 1024, "gradient_checkpointing": False} | changes)
+    options = {"batch_size": 8, "context": 1024, "gradient_checkpointing": False, "optimizer": "muon"}
+    return SimpleNamespace(**options | changes)
+
+
+def test_adamw_keeps_two_moments_of_every_weight():
+    needed = memory.needed_bytes(CONFIG, run(optimizer="adamw"), 4)
+    assert needed["optimizer"] == 2 * needed["weights"] > memory.needed_bytes(CONFIG, run(), 4)["optimizer"]
 
 
 @pytest.fixture

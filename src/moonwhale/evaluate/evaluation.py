@@ -14,6 +14,7 @@ from moonwhale.evaluate.drafts import continue_text, score_drafts
 from moonwhale.evaluate.harness import HarnessTasks
 from moonwhale.evaluate.tasks import generate_answers, score_answers
 from moonwhale.evaluate.text import choose_rows, score_text
+from moonwhale.infer.decoder import require_latent_attention
 from moonwhale.infer.engine import Engine
 from moonwhale.precision import choose
 
@@ -35,6 +36,8 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
         raise UserError(f"`context`: {context} is longer than the model's context of {longest}: give at most that")
     if config.speculation and not num_mtp_modules:
         raise UserError(f"`speculation`: {folder} has no MTP modules, which would draft: leave it out")
+    if config.task or config.speculation:
+        require_latent_attention(model_config)
     precision = choose(config.device, config.precision)
     task, problems = _find_problems(config) if config.task else (None, [])
     source = load_source(config.data, config.data_split, config.data_columns) if config.data else None

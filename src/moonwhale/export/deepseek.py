@@ -35,6 +35,7 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     model, tokenizer = open_checkpoint(folder, dtype)
     config = model.config
     config.use_cache = True
+    require_latent_attention(folder, config)
     _require_representable(folder, config)
     notes = without_moba(folder, config, config.num_blocks) + _read_differently(config)
     weights = {name: interleaved(name, weight, config) for name, weight in model.state_dict().items()}
@@ -58,6 +59,12 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     tokenizer.save_pretrained(out)
     config.to_json_file(out / MOONWHALE_JSON, use_diff=False)
     return notes
+
+
+def require_latent_attention(folder: Path, config: MoonwhaleConfig) -> None:
+    """Raises UserError if the model's attention is not DeepSeek's."""
+    if config.attention != "mla":
+        raise UserError(f"{folder}: DeepSeek-V3 has no attention={config.attention}: export it with `to` code")
 
 
 def _require_representable(folder: Path, config: MoonwhaleConfig) -> None:

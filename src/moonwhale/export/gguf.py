@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
-from moonwhale.export.deepseek import interleaved, layer_of, without_moba
+from moonwhale.export.deepseek import interleaved, layer_of, require_latent_attention, without_moba
 
 ARCH = gguf.MODEL_ARCH.DEEPSEEK2
 DIGIT = r"\p{N}"
@@ -44,6 +44,7 @@ def to_gguf(folder: Path, out: Path, dtype: torch.dtype) -> list[str]:
     """
     model, tokenizer = open_checkpoint(folder)  # in fp32, since vectors and routers stay fp32 in the file
     config = model.config
+    require_latent_attention(folder, config)
     notes = without_moba(folder, config, config.num_hidden_layers)
     if config.num_nextn_predict_layers:
         notes.append("warning: MTP is left out: the file holds the main model only")

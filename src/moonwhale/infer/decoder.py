@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonwhale.errors import UserError
 from moonwhale.infer.cache import LatentCache
 from moonwhale.infer.feed_forward import ExpertLayer, GatedNetwork, Pack
 from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.placement import Placement
-from moonwhale.model import MoonwhaleForCausalLM
+from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.model.attention import attend
 from moonwhale.model.documents import Documents
 from moonwhale.model.mla import MultiheadLatentAttention
@@ -36,6 +37,15 @@ EXPAND_FROM_TOKENS = 129
 DRAFT_VOCABULARY = 8192  # drafts are chosen from the first ids: a BPE vocabulary's most frequent tokens
 
 
+def require_latent_attention(config: MoonwhaleConfig) -> None:
+    """Raise a UserError if the model has no latents for the cache to hold."""
+    if config.attention != "mla":
+        raise UserError(
+            f"the engine caches MLA's latents, and this model has attention={config.attention}: generate with "
+            "transformers, AutoModelForCausalLM.from_pretrained(FOLDER).generate(...)"
+        )
+
+
 class Decoder:
     """A model's main blocks, head and MTP modules, with weights in the model's dtype or in 8 bits.
 
@@ -44,6 +54,7 @@ class Decoder:
     """
 
     def __init__(self, model: MoonwhaleForCausalLM, int8: bool = False):
+        require_latent_attention(model.config)
         pack = partial(PackedLinear, int8=int8)
         body, head = model.model, model.lm_head.weight
         self.config = model.config

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moonwhale.checkpoint import read_config
-from moonwhale.costs import flops_per_token, inference_bytes, model_size, one_device_training_bytes
+from moonwhale.costs import dense_twin, flops_per_token, inference_bytes, model_size, one_device_training_bytes
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import TrainConfig, build_model_config
@@ -44,6 +44,7 @@ def gather_figures(config, context: int, batch: int, run: TrainConfig | None) ->
         "flops_per_token_forward": flops_per_token(config, context, training=False),
         "flops_per_token_training": flops_per_token(config, context),
         "training_bytes": one_device_training_bytes(config, batch * context),
+        "dense_twin": dense_twin(config),
         "inference_bytes": inference_bytes(config, batch * context),
     }
     if run:
@@ -72,6 +73,7 @@ def table(name: str, figures: dict) -> str:
             f"{si(f['flops_per_token_forward'])} forward, {si(f['flops_per_token_training'])} training",
         ),
         ("  at a context of", f"{f['context']:,} tokens"),
+        ("  as many, dense", " ".join(f"--model.{name} {value}" for name, value in f["dense_twin"].items())),
         ("cache per token", f"{f['kv_cache_bytes_per_token']:,} bytes in bf16"),
         ("  with MHA", f"{f['mha_cache_bytes_per_token']:,} bytes, {f['cache_saving']:.1f} times as much"),
         ("memory to train", f"{in_bytes(sum(train.values()))} in fp32, with {at} at once"),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moonwhale.costs import model_size
 from moonwhale.errors import UserError
+from moonwhale.infer.decoder import require_latent_attention
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.block import Block
 from moonwhale.model.mla import MultiheadLatentAttention
@@ -69,6 +70,7 @@ def record(
     tau: float | None = None,
 ) -> dict:
     """Returns everything that `render` draws, as JSON values. Arrays of bytes are base64 strings."""
+    require_latent_attention(model.config)
     if not 1 <= len(ids) <= MAX_TOKENS:
         raise UserError(f"the text has {len(ids):,} tokens: an X-ray shows from 1 to {MAX_TOKENS}")
     calls = {}  # inputs and output of each attention and each router

@@ -1,4 +1,4 @@
-"""One transformer block: latent attention, then experts or a dense network, each after a norm and with a residual."""
+"""One transformer block: attention, then experts or a dense network, each after a norm and with a residual."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .documents import Documents
+from .gqa import GroupedQueryAttention
 from .mla import MultiheadLatentAttention
 from .moe import MLP, DeepseekMoE
 from .norm import RMSNorm
@@ -30,7 +31,8 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiheadLatentAttention(config, layer_idx)
+        attention = MultiheadLatentAttention if config.attention == "mla" else GroupedQueryAttention
+        self.self_attn = attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer_idx < config.first_k_dense_replace
         self.mlp = MLP(config, config.intermediate_size) if dense else DeepseekMoE(config)

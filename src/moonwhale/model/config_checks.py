@@ -41,6 +41,7 @@ RANGES = {  # the least and the largest value; other combinations are checked by
     "rms_norm_eps": (1e-30, 1),  # in fp32, less would be no protection against a division by zero
     "initializer_range": (0, 10),
     "num_attention_heads": (1, DEEPEST),
+    "num_key_value_heads": (1, DEEPEST),
     "q_lora_rank": (1, WIDEST),
     "kv_lora_rank": (1, WIDEST),
     "qk_nope_head_dim": (1, WIDEST),
@@ -70,6 +71,7 @@ TOO_SMALL = {  # what to give in place of a value below the range, where a numbe
     "mtp_num_blocks": "give one number >= 1, or one for each MTP module",
 }
 CHOICES = {
+    "attention": ("mla", "gqa"),
     "hidden_act": ("silu",),  # the experts' activation is SwiGLU's
     "scoring_func": ("sigmoid", "softmax"),
     "balance_loss": ("sequence", "expert", "device", "none"),
@@ -275,13 +277,14 @@ def _check_sizes(config) -> None:
 
 
 def _check_attention(config) -> None:
-    _require(config, config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
-    _require(
-        config,
-        config.num_key_value_heads == config.num_attention_heads,
-        "num_key_value_heads",
-        f"latent attention has as many key heads as query heads ({config.num_attention_heads})",
-    )
+    latent, heads, key_heads = config.attention == "mla", config.num_attention_heads, config.num_key_value_heads
+    even = "RoPE rotates pairs, so it must be even" + ("" if latent else ", together with qk_nope_head_dim")
+    _require(config, config.head_dim % 2 == 0, "qk_rope_head_dim", even)
+    fix = f"latent attention has as many key heads as query heads ({heads})"
+    _require(config, key_heads == heads or not latent, "num_key_value_heads", fix)
+    _require(config, heads % key_heads == 0, "num_key_value_heads", f"it must divide num_attention_heads={heads}")
+    fix = "the convolution is on the latents of attention=mla; set it to 0"
+    _require(config, latent or not config.moba_key_conv, "moba_key_conv", fix)
     _require(config, config.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
     _require(
         config,

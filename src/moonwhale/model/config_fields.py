@@ -24,6 +24,7 @@ class ConfigFields:
     rms_norm_eps: float = described(1e-6, "ε of every RMSNorm")
     hidden_act: str = described("silu", "activation of the gated networks; silu only")
     initializer_range: float = described(0.02, "standard deviation of the initial weights")
+    zero_init_residual: bool = described(True, "start at zero the weights that write into the residual stream")
     tie_word_embeddings: bool = described(False, "use the embedding's weight as the output head's")
     use_cache: bool = described(True, "keep a cache in transformers' generate")
     pad_token_id: int | None = described(None, "id of the padding token; in training, the tokenizer's")
@@ -32,9 +33,14 @@ class ConfigFields:
         1, "id of a document's last token, or several; in training, the tokenizer's"
     )
 
-    # Multi-head latent attention
+    # Multi-head latent attention, or its plain twin
+    attention: str = described(
+        "mla", "mla, or gqa: Llama's attention, of heads as wide, multi-head if they share no key"
+    )
     num_attention_heads: int = described(4, "attention heads")
-    num_key_value_heads: int | None = described(None, "key and value heads; equal to num_attention_heads")
+    num_key_value_heads: int | None = described(
+        None, "key and value heads: num_attention_heads, or in gqa a divisor of it"
+    )
     q_lora_rank: int | None = described(128, "width of the queries' latent; null for uncompressed queries")
     kv_lora_rank: int = described(64, "width of the keys' and values' latent, which is cached")
     qk_nope_head_dim: int = described(64, "width of a head's queries and keys without position")

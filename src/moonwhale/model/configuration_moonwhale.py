@@ -41,7 +41,9 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
             if isinstance(getattr(self, field), tuple):
                 setattr(self, field, list(getattr(self, field)))
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        self.head_dim = self.qk_rope_head_dim  # the width that transformers' RoPE functions rotate
+        # The width that transformers' RoPE functions rotate
+        self.head_dim = self.qk_rope_head_dim if self.attention == "mla" else self.qk_head_dim
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("qk_head_dim", "head_dim")}  # as saved
         self.rope_parameters = rope_of("rope_parameters", self.rope_parameters)
         if "rope_scaling" in kwargs:
             kwargs["rope_scaling"] = rope_of("rope_scaling", kwargs["rope_scaling"])
@@ -67,7 +69,9 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
 
     @property
     def kv_cache_numbers_per_token(self) -> int:
-        """Numbers cached per token and block: the latent and the shared rotary key."""
+        """Numbers cached per token and block: the latent and the shared rotary key, or GQA's keys and values."""
+        if self.attention == "gqa":
+            return self.num_key_value_heads * (self.qk_head_dim + self.v_head_dim)
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def is_moba_layer(self, layer_idx: int) -> bool:

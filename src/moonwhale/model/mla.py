@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .attention import attend
+from .core import attend_to_documents, join_heads, seen_keys, softmax_weights
 from .documents import Documents
-from .flex import attention as flex_attention
-from .flex import serves as flex_serves
-from .moba import moba_attention, moba_gates, moba_mask
+from .moba import moba_gates
 from .norm import RMSNorm
 from .rope import rotate
 
@@ -62,7 +60,7 @@ class MultiheadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.rank)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
-        self.o_proj.starts_at_zero = True  # read by `MoonwhalePreTrainedModel._init_weights`
+        self.o_proj.starts_at_zero = config.zero_init_residual  # read by `MoonwhalePreTrainedModel._init_weights`
         # (rank, 1, width), the newest tap last. It is initialised to zero, so it starts as no convolution at all.
         self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
@@ -101,14 +99,8 @@ class MultiheadLatentAttention(nn.Module):
             out, max_logit = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
         else:
             out, _, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
-        if documents.may_have_padding:  # what padding attends to depends on the batch's longest row
-            padding = documents.document_ids[:, -x.shape[1] :] < 0
-            out = out.masked_fill(padding[:, None, :, None], 0.0)
-        if every_token_is_a_query:
-            max_logit = max_logit.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))  # (heads,)
-        else:
-            max_logit = None
-        return self.o_proj(out.transpose(1, 2).flatten(2)), max_logit, *weights
+        out, max_logit = join_heads(out, max_logit, documents)
+        return self.o_proj(out), max_logit, *weights
 
     def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Logits:
         """Return every logit of x (B, T, hidden), in its two parts.
@@ -118,7 +110,7 @@ class MultiheadLatentAttention(nn.Module):
         content, rotary = self._parts(*self._project(x, rotation), documents)
         products = content + rotary
         gates = moba_gates(products, documents, self.block_size) if self.topk else None
-        mask = self._mask(products, documents).expand_as(products)
+        mask = seen_keys(products, documents, self.block_size, self.topk).expand_as(products)
         return Logits(content.float() * self.scale, rotary.float() * self.scale, mask, gates)
 
     def _project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,11 +139,7 @@ class MultiheadLatentAttention(nn.Module):
             w_k = self._split_up()[0].flatten(0, 1)
             k_nope = self._by_head(F.linear(self._convolved(latent, documents).squeeze(1), w_k))
         k = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, heads, T, nope + rope)
-        if flex_serves(q, documents):
-            return flex_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
-        if self.topk:
-            return moba_attention(q, k, v, self.scale, documents, self.block_size, self.topk)
-        return attend(q, k, v, self.scale, causal=True, document_ids=documents.ids_to_mask_by)
+        return attend_to_documents(q, k, v, self.scale, documents, self.block_size, self.topk)
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
@@ -163,20 +151,12 @@ class MultiheadLatentAttention(nn.Module):
             out (B, heads, Tq, v), the softmax's weights (B, heads, Tq, Tk), and the largest scaled logit of each query
             (B, heads, Tq).
         """
-        products, mask = self._products(q_nope, q_rope, latent, k_rope, documents)
-        w_v = self._split_up()[1].to(latent.dtype)  # (heads, v, rank)
-        wide = products.to(torch.promote_types(products.dtype, torch.float32))
-        logits = (wide * self.scale).masked_fill(~mask, -torch.inf)
-        probs = logits.softmax(-1).to(latent.dtype)
-        return probs @ latent @ w_v.transpose(-1, -2), probs, logits.amax(-1)
-
-    def _products(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
-    ) -> tuple[Tensor, Tensor]:
-        """Return q·k before scaling (B, heads, Tq, Tk), and which products count (B, heads or 1, Tq, Tk)."""
         content, rotary = self._parts(q_nope, q_rope, latent, k_rope, documents)
         products = content + rotary
-        return products, self._mask(products, documents)
+        w_v = self._split_up()[1].to(latent.dtype)  # (heads, v, rank)
+        mask = seen_keys(products, documents, self.block_size, self.topk)
+        probs, max_logit = softmax_weights(products, mask, self.scale)
+        return probs @ latent @ w_v.transpose(-1, -2), probs, max_logit
 
     def _parts(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents
@@ -188,12 +168,6 @@ class MultiheadLatentAttention(nn.Module):
             documents.check_unbroken()
             key_latent = self._convolved(latent, documents)
         return (q_nope @ w_k) @ key_latent.transpose(-1, -2), q_rope @ k_rope.transpose(-1, -2)
-
-    def _mask(self, products: Tensor, documents: Documents) -> Tensor:
-        """Return which of the `products` (B, heads, Tq, Tk) the softmax sees, (B, heads or 1, Tq, Tk)."""
-        if self.topk:
-            return moba_mask(products, documents, self.block_size, self.topk)
-        return documents.visible(products.shape[-2])[:, None]
 
     def _by_head(self, x: Tensor) -> Tensor:
         """Reshape (B, T, heads * width) to (B, heads, T, width)."""
@@ -236,12 +210,12 @@ class MultiheadLatentAttention(nn.Module):
         above = self.max_logit > tau
         gamma = torch.where(above, tau / self.max_logit, 1.0).to(self.kv_b_proj.weight.dtype)[:, None]
         root = gamma.sqrt().expand(-1, self.nope)
-        _scale_rows_(query.weight, torch.cat([root, gamma.expand(-1, self.rope)], dim=1))
-        _scale_rows_(self.kv_b_proj.weight, torch.cat([root, gamma.new_ones(self.heads, self.v_dim)], dim=1))
+        scale_rows_(query.weight, torch.cat([root, gamma.expand(-1, self.rope)], dim=1))
+        scale_rows_(self.kv_b_proj.weight, torch.cat([root, gamma.new_ones(self.heads, self.v_dim)], dim=1))
         return above.sum()
 
 
-def _scale_rows_(weight: Tensor, factors: Tensor) -> None:
+def scale_rows_(weight: Tensor, factors: Tensor) -> None:
     """Multiply each row by its factor, `factors` (heads, rows per head). The weight may be sharded over ranks."""
     factors = factors.reshape(-1, 1)
     weight.mul_(DTensor.from_local(factors, weight.device_mesh) if isinstance(weight, DTensor) else factors)

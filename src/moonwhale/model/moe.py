@@ -23,7 +23,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.starts_at_zero = True
+        self.down_proj.starts_at_zero = config.zero_init_residual
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, hidden) to the same shape."""
@@ -95,6 +95,7 @@ class Experts(nn.Module):
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.starts_at_zero = config.zero_init_residual  # down_proj does
 
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         """Send x (N, hidden) through each token's experts `index` (N, K), weighting their outputs by `gates` (N, K)."""

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_moonwhale import MoonwhaleConfig
+from .gqa import GroupedQueryAttention
 from .mla import MultiheadLatentAttention
 from .moe import DeepseekMoE, Experts, Router
 
@@ -27,26 +28,30 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw weights from a normal of `initializer_range`; those that write into the residual stream start at zero.
+        """Draw weights from a normal of `initializer_range`; those that write into the residual stream start at zero,
+        unless `zero_init_residual` is false.
 
         So a new model passes its embeddings on unchanged, and the contribution of each block grows from nothing. After
         equal time this gave 1 % fewer bits per byte than normal weights there.
         """
         super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False):  # set on output projections, see mla.py and moe.py
+        std, starts_at_zero = self.config.initializer_range, getattr(module, "starts_at_zero", False)
+        if isinstance(module, nn.Linear) and starts_at_zero:  # set on output projections, see mla.py and moe.py
             init.zeros_(module.weight)
-        std = self.config.initializer_range
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.zeros_(module.down_proj)
+            if starts_at_zero:
+                init.zeros_(module.down_proj)
+            else:
+                init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, DeepseekMoE):
             init.zeros_(module.load)
-        elif isinstance(module, MultiheadLatentAttention):
+        elif isinstance(module, MultiheadLatentAttention | GroupedQueryAttention):
             init.constant_(module.max_logit, -torch.inf)
-            if module.key_conv is not None:
+            if getattr(module, "key_conv", None) is not None:
                 init.zeros_(module.key_conv)
 
     def _apply(self, fn, recurse: bool = True):

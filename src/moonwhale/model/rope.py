@@ -1,4 +1,4 @@
-"""Rotary position embedding of the decoupled part of MLA's queries and keys. It has no state to save or restore."""
+"""Rotary position embedding of MLA's decoupled queries and keys, or of GQA's whole ones. It has no state to save."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each (B, 1, T, qk_rope_head_dim / 2), at `position_ids` (B, T).
+    """Return cosines and sines, each (B, 1, T, head_dim / 2), at `position_ids` (B, T).
 
     Frequencies other than the default ones, such as YaRN's, come from transformers.
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
-        exponents = torch.arange(0, config.qk_rope_head_dim, 2, device=position_ids.device) / config.qk_rope_head_dim
+        exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device) / config.head_dim
         frequencies, factor = 1.0 / rope["rope_theta"] ** exponents, 1.0
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, position_ids.device)
-    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, qk_rope_head_dim / 2)
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 

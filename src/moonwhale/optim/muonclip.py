@@ -203,14 +203,14 @@ def _check_parameter(p: Tensor, group: dict) -> None:
         raise UserError(f"MuonClip: split {group['split']} does not divide the rows of a weight of shape {shape}")
 
 
-def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1) -> list[dict]:
+def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1, muon: bool = True) -> list[dict]:
     """Sort a model's trainable parameters into MuonClip's groups, each parameter into exactly one group.
 
     Muon gets every 2-D weight except embeddings and the head (the router too, as in Moonlight), and the 3-D stacks of a
     module named `experts`, where a fused `gate_up_proj` counts as two matrices. AdamW gets all others. Embeddings and
-    1-D parameters have no weight decay.
+    1-D parameters have no weight decay. With `muon=False` AdamW gets Muon's weights too.
     """
-    muon, muon_fused, adamw_decay, adamw_plain, seen = [], [], [], [], set()
+    matrices, fused, adamw_decay, adamw_plain, seen = [], [], [], [], set()
     for module_name, module in model.named_modules():
         leaf = module_name.rpartition(".")[2]
         embedding, head = isinstance(module, nn.Embedding), leaf in ("lm_head", "head")
@@ -219,12 +219,12 @@ def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1) 
                 continue
             seen.add(p)
             if (p.ndim == 2 and not embedding and not head) or (p.ndim == 3 and leaf == "experts"):
-                (muon_fused if "gate_up_proj" in (leaf, name) else muon).append(p)
+                (fused if "gate_up_proj" in (leaf, name) else matrices).append(p)
             else:
                 (adamw_plain if embedding or p.ndim < 2 else adamw_decay).append(p)
     groups = [
-        {"params": muon, "muon": True, "split": 1, "weight_decay": weight_decay},
-        {"params": muon_fused, "muon": True, "split": 2, "weight_decay": weight_decay},
+        {"params": matrices, "muon": muon, "split": 1, "weight_decay": weight_decay},
+        {"params": fused, "muon": muon, "split": 2, "weight_decay": weight_decay},
         {"params": adamw_decay, "muon": False, "weight_decay": weight_decay},
         {"params": adamw_plain, "muon": False, "weight_decay": 0.0},
     ]

@@ -139,10 +139,12 @@ def build(config: GRPOOptions) -> Run:
     rewards, weights = load_rewards(config.rewards, task, problems + held_out)
 
     from moonwhale import precision
+    from moonwhale.infer.decoder import require_latent_attention
     from moonwhale.posttrain.grpo_trainer import MTPGRPOTrainer
 
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = open_model(config, choice)
+    require_latent_attention(model.config)  # the engine draws the answers
     args = trainer_arguments(config, choice, weights)
     task_description = f"{task.name}: {len(problems):,} questions"
     describe(config, choice, args, task_description)

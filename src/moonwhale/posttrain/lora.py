@@ -14,7 +14,8 @@ if typing.TYPE_CHECKING:
 
 # The matrices of every attention and dense network. Not kv_b_proj: attention also uses its weight without calling the
 # module, and would miss the adapter.
-MODULES = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = ("q_a_proj", "q_b_proj", "q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "o_proj")
+MODULES += ("gate_proj", "up_proj", "down_proj")
 
 
 def lora_config(model, rank: int) -> "LoraConfig":

@@ -22,11 +22,13 @@ def needed_bytes(model_config, run, bytes_per_number: int) -> dict[str, int]:
 
     With `gradient_checkpointing`, the activations are the inputs of all blocks and everything inside one block.
 
-    run: has `batch_size`, `context` and `gradient_checkpointing`.
+    run: has `batch_size`, `context`, `optimizer` and `gradient_checkpointing`.
     bytes_per_number: size of a number of the activations.
     """
     tokens = run.batch_size * run.context
     needed = one_device_training_bytes(model_config, tokens, bytes_per_number)
+    if run.optimizer == "adamw":  # two moments of Muon's matrices too
+        needed["optimizer"] = 2 * needed["weights"]
     if run.gradient_checkpointing:
         blocks = model_config.num_blocks
         block_inputs = bytes_per_number * tokens * model_config.hidden_size * blocks

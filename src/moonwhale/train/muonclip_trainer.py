@@ -54,6 +54,7 @@ class MuonClipArgumentsMixin:
     use_cache: bool = field(
         default=True, metadata={"help": "The saved configuration's use_cache; training never caches."}
     )
+    muon: bool = field(default=True, metadata={"help": "Muon updates the matrices; False: AdamW, as all others."})
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
     qk_clip_tau: float = field(
         default=100.0,
@@ -139,7 +140,8 @@ class MuonClipTrainerMixin:
             if self.optimizer_cls_and_kwargs is not None or not args.uses_muonclip:
                 super().create_optimizer(model)
             else:
-                self.optimizer = self._make_optimizer(param_groups(self.model, args.learning_rate, args.weight_decay))
+                groups = param_groups(self.model, args.learning_rate, args.weight_decay, args.muon)
+                self.optimizer = self._make_optimizer(groups)
         if self._hooks is None:
             self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)
         return self.optimizer

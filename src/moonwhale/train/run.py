@@ -207,6 +207,7 @@ def common_trainer_arguments(config: RunOptions, choice: "ComputeSettings", max_
         "weight_decay": config.weight_decay,
         "adam_beta2": 0.95,
         "max_grad_norm": config.grad_clip,
+        "muon": config.optimizer == "muon",
         "muon_momentum": config.momentum,
         "qk_clip_tau": config.qk_clip_tau,
         "use_cpu": choice.device.type == "cpu",

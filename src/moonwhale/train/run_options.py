@@ -13,6 +13,8 @@ from moonwhale.train import run_folder
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "tf32", "bf32", "bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
 
+OPTIMIZERS = ("muon", "adamw")
+
 
 @dataclass
 class RunOptions:
@@ -28,6 +30,12 @@ class RunOptions:
     resume: bool = option(False, "resume from the newest undamaged checkpoint in --out", group="run")
     seed: int = option(0, "seed of all random draws", group="run")
 
+    optimizer: str = option(
+        "muon",
+        "muon: Muon for matrices and AdamW for the rest, MuonClip with --qk-clip-tau; adamw: AdamW for all",
+        group="optimization",
+        choices=OPTIMIZERS,
+    )
     batch_size: int = option(8, "rows per micro-batch on each device", group="optimization")
     lr: float = option(2e-3, "peak learning rate, on AdamW's scale, for both Muon and AdamW", group="optimization")
     warmup_steps: int = option(100, "steps in which the learning rate rises to its peak", group="optimization")

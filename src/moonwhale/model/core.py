@@ -1,0 +1,59 @@
+"""What every attention of the model shares once it has queries, keys and values: the softmax over the keys in sight."""
+
+import torch
+from torch import Tensor
+
+from .attention import attend
+from .documents import Documents
+from .flex import attention as flex_attention
+from .flex import serves as flex_serves
+from .moba import moba_attention, moba_mask
+
+
+def attend_to_documents(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
+) -> tuple[Tensor, Tensor]:
+    """Compute causal attention of q, k (B, H, T, D) and v (B, H, T, Dv) within documents, on the path that suits the
+    device. `topk` is MoBA's; 0 is full attention.
+
+    Returns:
+        out (B, H, T, Dv), and the largest scaled logit of each query (B, H, T).
+    """
+    if flex_serves(q, documents):
+        return flex_attention(q, k, v, scale, documents, block_size, topk)
+    if topk:
+        return moba_attention(q, k, v, scale, documents, block_size, topk)
+    return attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
+
+
+def seen_keys(products: Tensor, documents: Documents, block_size: int, topk: int) -> Tensor:
+    """Return which keys the last Tq tokens attend to, (B, heads or 1, Tq, Tk), for all q·k (B, heads, Tq, Tk)."""
+    if topk:
+        return moba_mask(products, documents, block_size, topk)
+    return documents.visible(products.shape[-2])[:, None]
+
+
+def softmax_weights(products: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the softmax of all q·k (B, heads, Tq, Tk) over the `seen` keys, in their dtype, and the largest scaled
+    logit of each query (B, heads, Tq).
+    """
+    wide = products.to(torch.promote_types(products.dtype, torch.float32))
+    logits = (wide * scale).masked_fill(~seen, -torch.inf)
+    return logits.softmax(-1).to(products.dtype), logits.amax(-1)
+
+
+def join_heads(out: Tensor, max_logit: Tensor, documents: Documents) -> tuple[Tensor, Tensor | None]:
+    """Join the heads' outputs (B, heads, Tq, Dv) as (B, Tq, heads * Dv), with zeros for padding, whose keys depend on
+    the batch's longest row.
+
+    Returns:
+        them, and each head's largest logit over the valid tokens (heads,), or None if not every token was a query.
+    """
+    n_queries, n_tokens = out.shape[2], documents.document_ids.shape[1]
+    if documents.may_have_padding:
+        padding = documents.document_ids[:, -n_queries:] < 0
+        out = out.masked_fill(padding[:, None, :, None], 0.0)
+    out = out.transpose(1, 2).flatten(2)
+    if n_queries < n_tokens:
+        return out, None
+    return out, max_logit.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))
