@@ -9,11 +9,15 @@ MoBA. The prompt is in both caches before the clock starts, so only the followin
 MoBA: the same shapes with MoBA in every block, at 4 k and at 32 k tokens of context, compared with full attention on
 latents.
 
+llama.cpp, if `llama-cpp-python` is installed: the same shapes with full attention, exported to GGUF, bf16 compared with
+bf16 and int8 with Q8_0; see llamacpp.py.
+
 Drafts, and the cost of 16 and 8 bits, need a trained model with MTP modules: CHECKPOINT, as `make demo` leaves it in
 runs/demo. The prompts are the beginnings of held-out conversations of its data. Bits per byte are those of their whole
 text.
 """
 
+import importlib.util
 import itertools
 import math
 import sys
@@ -25,6 +29,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
 from common import deepseek_config, environment, options, timed_rounds, write
+from llamacpp import against_llamacpp
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.costs import model_size
 from moonwhale.data.loading import load_source
@@ -234,6 +239,10 @@ def main(argv: list[str] | None = None) -> None:
     with torch.inference_mode():
         result = against_transformers(arguments.rounds)
         result |= with_moba(arguments.rounds, arguments.long // 8, arguments.long)
+        if importlib.util.find_spec("llama_cpp"):
+            result |= against_llamacpp(seed_model(2048, moba_topk=0), CONTEXTS, Ours, TOKENS, arguments.rounds)
+        else:
+            print("llama.cpp is left out: `pip install llama-cpp-python` builds it in minutes", file=sys.stderr)
     result |= cache_sizes()
     if arguments.checkpoint:
         result |= with_drafts(arguments.checkpoint, arguments.rounds, arguments.prompts)

@@ -67,8 +67,8 @@ SMOOTHED = 10  # steps per point of the picture
 STYLES = {  # colour, and label in the picture
     "bf16": ("#d97706", "bf16"),
     "tiles": ("#2563eb", "FP8 by tiles, as DeepSeek-V3"),
-    "outlier, tiles": ("#60a5fa", "the same with an outlier"),
-    "outlier, tensor": ("#b91c1c", "mutant with the outlier: one scale for a tensor"),
+    "outlier, tiles": ("#2563eb", "FP8 by tiles"),
+    "outlier, tensor": ("#b91c1c", "FP8 with one scale for a tensor"),
 }
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -164,18 +164,20 @@ def summary(runs: dict[str, dict]) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Draws the training losses of the whole runs, and of the runs with an outlier next to them."""
+    """Draws by how much the losses of FP8 differ from bf16's, over the whole run and with an outlier."""
     with picture(path, 1, 2, figsize=(10, 4), width_ratios=(3, 2)) as (_, axes):
-        stop = result["outlier_steps"]
+        plain, stop = torch.tensor(result["curves"]["bf16"]), result["outlier_steps"]
         for name, (colour, label) in STYLES.items():
             losses = torch.tensor(result["curves"][name])
-            if len(losses) > stop or name == "bf16":
-                axes[0].plot(*_smoothed(losses), color=colour, label=label, linewidth=1.6)
-            axes[1].plot(*_smoothed(losses[:stop]), color=colour, label=label, linewidth=1.6)
-        axes[0].set_title(f"apart by {result['relative_loss_error']:.2%} at the end")
-        axes[1].set_title(f"one feature is 2^{OUTLIER.bit_length() - 1} times as large")
+            if name != "bf16":
+                ax = axes[0] if len(losses) > stop else axes[1]
+                steps, difference = _smoothed((losses / plain[: len(losses)] - 1) * 100)
+                ax.plot(steps, difference, color=colour, label=label, linewidth=1.6)
+        axes[0].set_title(f"the whole run: {result['relative_loss_error']:.2%} apart at the end", loc="left")
+        axes[1].set_title(f"with one feature 2^{OUTLIER.bit_length() - 1} times as large", loc="left")
         for ax in axes:
-            ax.set(xlabel="optimizer step", ylabel="training loss, nats per token")
+            ax.axhline(0, color="black", linewidth=0.8)
+            ax.set(xlabel="optimizer step", ylabel="training loss, % above bf16's")
             ax.grid(alpha=0.25)
             ax.legend(frameon=False, fontsize=8)
 

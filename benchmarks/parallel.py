@@ -194,13 +194,13 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
     style = {
         "svg.hashsalt": "moonwhale",
         "svg.fonttype": "none",
-        "font.size": 8,
+        "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
     longest = max(end for events in recorded.values() for rank in events for *_, end in rank)
     with matplotlib.rc_context(style):
-        size = (11, 1.1 + sum(0.5 + 0.32 * len(events) for events in recorded.values()))
+        size = (11, 1.1 + sum(0.5 + 0.4 * len(events) for events in recorded.values()))
         figure, axes = plt.subplots(len(recorded), 1, figsize=size, sharex=True, layout="constrained")
         for axis, (schedule, events) in zip(axes, recorded.items(), strict=True):
             second = (
@@ -211,10 +211,11 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
                     box = [(begin, end - begin)]
                     faint = 0.55 if stage >= second else 1
                     axis.broken_barh(box, (row - 0.4, 0.8), color=COLOURS[kind], alpha=faint, edgecolor="white", lw=0.4)
-                    axis.text((begin + end) / 2, row, number, ha="center", va="center", fontsize=5.5)
+                    ink = "white" if kind == "W" else "black"
+                    axis.text((begin + end) / 2, row, number, ha="center", va="center", fontsize=7, color=ink)
             axis.set_yticks(range(len(events)), [f"rank {r}" for r in range(len(events))])
             axis.invert_yaxis()
-            axis.set_title(schedule, loc="left", fontsize=9)
+            axis.set_title(schedule, loc="left", fontsize=11)
             axis.set_xlim(0, longest)
         axes[-1].set_xlabel("time; 1 = a forward pass of half a rank's part of the model")
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]

@@ -182,6 +182,8 @@ def draw(result: dict, path: Path) -> None:
             for ax in (top, bottom):
                 ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
                 ax.grid(alpha=0.25)
+        for ax, title in zip(axes[0], ("a longer context", "a larger batch", "more experts"), strict=True):
+            ax.set_title(title, loc="left")
         axes[0, 0].legend(frameon=False)
         axes[0, 0].set_ylabel("tokens/s")
         axes[1, 0].set_ylabel("peak memory, GB")

@@ -163,6 +163,7 @@ def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
             f"{', '.join(ratios[:2])}; {', '.join(ratios[2:])}",
             "decode",
         ),
+        **llamacpp_line(decode),
         f"decoding time per token with MoBA at {long} tokens of context, compared with {short}; "
         f"with full attention, compared with MoBA at {long}": (
             f"{decode['moba_growth']:.2f}×; {decode['moba_32k']:.1f}×",
@@ -186,6 +187,24 @@ def inference_lines(decode: dict, serve: dict) -> dict[str, tuple[str, str]]:
         f"server under {serve['malformed_requests']:,} malformed requests: 5xx responses, hangs, leaks": (
             f"{serve['server_errors']}, {serve['hangs']}, {serve['leaks']}",
             "serve",
+        ),
+    }
+
+
+def llamacpp_line(decode: dict) -> dict[str, tuple[str, str]]:
+    """Returns the figures of decoding compared with llama.cpp, if it was measured."""
+    if "prompt_vs_llamacpp" not in decode:
+        return {}
+    ratios = [f"{decode[f'{bits}_vs_llamacpp_{n}']:.2f}×" for bits in ("bf16", "int8") for n in (128, 1024)]
+    return {
+        "tokens/s in decoding, compared with llama.cpp on the same weights with full attention: bf16 with bf16 at 128 "
+        "and 1,024 tokens of context; int8 with Q8_0; reading a prompt of 512 tokens in bf16": (
+            f"{', '.join(ratios[:2])}; {', '.join(ratios[2:])}; {decode['prompt_vs_llamacpp']:.2f}×",
+            "decode",
+        ),
+        "bytes per second that bf16 decoding reads at 128 tokens of context, as a share of the memory's": (
+            f"{decode['bandwidth_share_bf16']:.0%}",
+            "decode",
         ),
     }
 

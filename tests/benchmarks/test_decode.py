@@ -87,3 +87,45 @@ def test_serve(small_engine, small_checkpoint):
     with Running(create_app(small_engine(), NAME, small_checkpoint)) as server:  # the benchmark requests "model"
         load = asyncio.run(serve.load(server.url, psutil.Process(), clients=2, seconds=0.1, tokens=4))
         assert load["errors"] >= 2 and load["answers"] == 0
+
+
+def test_against_llamacpp(monkeypatch):
+    """llama.cpp runs the same model, in bf16 and in Q8_0, and each key of the result is there."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    decode, llamacpp = importlib.import_module("decode"), importlib.import_module("llamacpp")
+    widths = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+    shapes = TOY | widths | {"hidden_size": 64, "vocab_size": 50_304, "moe_intermediate_size": 32, "moba_topk": 0}
+    for name, value in shapes.items():
+        monkeypatch.setitem(PRESETS["seed_190m"].model, name, value)
+    monkeypatch.setattr(llamacpp, "READ", 1 << 20)
+    with torch.inference_mode():
+        model = decode.seed_model(640)
+        result = llamacpp.against_llamacpp(model, (16,), decode.Ours, tokens=2, rounds=1)
+        keys = {"bf16_vs_llamacpp_16", "int8_vs_llamacpp_16", "prompt_vs_llamacpp", "bandwidth_share_bf16"}
+        assert keys < result.keys() and all(result[key] > 0 for key in keys)
+        decoder, prompt = decode.Decoder(decode.seed_model(640)), torch.arange(1, 9)[None]
+        model.lm_head.weight.mul_(-1)
+        with pytest.raises(RuntimeError, match="not the same model"):
+            llamacpp.check_same_model(FakeLlama(decode.Decoder(model), prompt), decoder, prompt, 0.1)
+
+
+class FakeLlama:
+    """Has llama.cpp's interface, and the logits of a decoder."""
+
+    def __init__(self, decoder, prompt):
+        import llamacpp
+
+        self.logits = llamacpp.reading(decoder, prompt).numpy()
+        self._ctx = self
+
+    def reset(self): ...
+
+    def eval(self, tokens): ...
+
+    def n_vocab(self) -> int:
+        return len(self.logits)
+
+    def get_logits_ith(self, index: int):
+        import ctypes
+
+        return self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
