@@ -259,6 +259,41 @@ def test_mtp_weight_changes_when_the_rate_decays(tiny_run):
         assert weight == pytest.approx(0.05 if log["step"] > 7 else 0.4, abs=1e-3), log["step"]
 
 
+def test_mtp_modules_rest_until_they_start(make_trainer):
+    def modules(trainer: MTPTrainer) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in trainer.model.model.mtp_modules.named_parameters()}
+
+    trainer = make_trainer(Rows(8), max_steps=5, mtp_start_step=3)
+    seen, before = [], modules(trainer)
+    trainer._hook_statistics.add = lambda last: seen.append(modules(trainer))
+    trainer.train()
+    for name, weight in before.items():
+        assert torch.equal(seen[2][name], weight), name
+    assert all(not torch.equal(seen[3][name], weight) for name, weight in before.items() if "proj" in name)
+    for log in logged(trainer):
+        assert ("loss_mtp_2" in log) == (log["step"] > 3), log["step"]
+        mtp = 0.3 * (log.get("loss_mtp_1", 0) + log.get("loss_mtp_2", 0)) / 2
+        assert log["loss"] == pytest.approx(log["loss_main"] + mtp + log["loss_balance"], rel=1e-5)
+
+
+def test_resting_mtp_modules_leave_the_main_model_as_weight_zero_does(tiny_model):
+    model = tiny_model(num_nextn_predict_layers=2)
+    model.mtp_loss_weight = 0.0
+    batch = {"input_ids": (ids := torch.randint(61, (2, 12))), "labels": ids}
+    body, head = model.train(), model.lm_head.weight
+    resting = body(**batch)
+    rested = torch.autograd.grad(resting.loss, head)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "_skips_mtp", False)
+        running = model(**batch)
+    assert resting.losses.shape == (1,) and running.losses.shape == (3,)
+    assert torch.equal(resting.losses[0], running.losses[0])
+    balance = running.balance_loss - resting.balance_loss
+    torch.testing.assert_close(resting.loss + balance, running.loss)
+    torch.testing.assert_close(rested, torch.autograd.grad(running.loss, head)[0])
+    assert model.eval()(**batch).losses.shape == (3,)
+
+
 # Evaluation
 
 

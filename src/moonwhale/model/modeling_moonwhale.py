@@ -275,7 +275,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if has_loss else use_cache,
             documents=documents,
-            with_mtp=has_loss,
+            with_mtp=has_loss and not self._skips_mtp,
             collect_statistics=collect_statistics,
             **kwargs,
         )
@@ -294,18 +294,27 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
             **losses,
         )
 
+    @property
+    def _skips_mtp(self) -> bool:
+        """Whether a training step leaves the MTP modules out: with λ = 0 their loss counts for nothing.
+
+        Several processes run them all the same, since DDP waits for every parameter's gradient.
+        """
+        return self.training and self.mtp_loss_weight == 0 and not torch.distributed.is_initialized()
+
     def losses(self, body: MoonwhaleModelOutput, targets: Tensor, num_items: Tensor | int | None) -> dict[str, Tensor]:
         """Return the fields of `MoonwhaleOutput` about the loss: main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all
         heads in one chunked cross-entropy.
 
-        `body` needs its hidden states and balance loss. `targets` (1 + D, B, T) and `num_items` are as in `forward`.
+        `body` needs its hidden states and balance loss. `targets` (1 + D, B, T) and `num_items` are as in `forward`. If
+        the modules were not run, D is 0 in all fields.
         """
-        hidden = torch.stack([body.last_hidden_state, *body.mtp_hidden_states])  # (1 + D, B, T, hidden)
+        hidden = torch.stack([body.last_hidden_state, *(body.mtp_hidden_states or ())])  # (1 + D, B, T, hidden)
+        targets = targets[: len(hidden)]
         counts = (targets != IGNORE_INDEX).sum((1, 2))
         own = counts.clamp(min=1).float()  # (1 + D,)
         total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().clamp(min=1)
-        if total.dim() == 0:
-            total = total * own / own[0]
+        total = total * own / own[0] if total.dim() == 0 else total[: len(hidden)]
         weights = torch.ones_like(own)
         weights[1:] = self.mtp_loss_weight / max(len(hidden) - 1, 1)
         row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)  # (1 + D, B, T)

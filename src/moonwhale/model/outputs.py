@@ -23,7 +23,7 @@ class MoonwhaleModelOutput(ModelOutput):
 class MoonwhaleOutput(ModelOutput):
     """Output of `MoonwhaleForCausalLM`. Everything about the loss needs labels.
 
-    Depth 0 is the main head, depth k is MTP module k.
+    Depth 0 is the main head, depth k is MTP module k. D is 0 where the modules were not run.
     """
 
     loss: Tensor | None = None  # 0-d, to be differentiated: main + λ/D Σ MTP + balance

@@ -221,7 +221,7 @@ class _LossSums:
     def add(self, out) -> None:
         """Adds the outputs of one micro-batch, a `MoonwhaleOutput` with losses."""
         n = out.targets.float()
-        self.per_depth = self.per_depth + torch.stack([out.losses * n, out.accuracies * n, n])
+        self.per_depth[:, : len(n)] += torch.stack([out.losses * n, out.accuracies * n, n])  # MTP modules may rest
         self.balance = self.balance + torch.stack([out.balance_loss, torch.ones_like(out.balance_loss)])
 
     def pop_logs(self, accelerator) -> dict[str, float]:
@@ -238,5 +238,6 @@ class _LossSums:
         logs = {"targets": n[0].item(), "loss_balance": (balance / n_batches).item()}
         for depth, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):
             name = f"mtp_{depth}" if depth else "main"
-            logs |= {f"loss_{name}": loss, f"accuracy_{name}": accuracy}
+            if n[depth] or not depth:
+                logs |= {f"loss_{name}": loss, f"accuracy_{name}": accuracy}
         return logs

@@ -22,6 +22,7 @@ from moonwhale.optim.muonclip import param_groups
 from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
+from moonwhale.train.hook_statistics import HookStatistics
 from moonwhale.train.resuming import check_weights, resuming_from
 
 # Fields of TrainingArguments that these trainers cannot serve, with the reason and the remedy
@@ -65,6 +66,8 @@ class MuonClipArgumentsMixin:
         metadata={"help": "Weight λ of the MTP loss during the last decay_steps. None keeps the model's weight."},
     )
     decay_steps: int = field(default=0, metadata={"help": "Number of last steps that use mtp_loss_weight_final."})
+    mtp_start_step: int = field(default=0, metadata={"help": "Step before which the MTP modules are not trained."})
+    mtp_start_step: int = field(default=0, metadata={"help": "Step before which the MTP modules are not trained."})
 
     def __post_init__(self):
         for name, why in self.refused.items():
@@ -117,7 +120,7 @@ class MuonClipTrainerMixin:
             given = type(self.args).__name__
             raise TypeError(f"args is a {given}, without MuonClip's settings: give MTPTrainingArguments or the like")
         self._hooks: StepHooks | None = None
-        self._hook_statistics = _HookStatistics(self.model.config.first_k_dense_replace)
+        self._hook_statistics = HookStatistics(self.model.config.first_k_dense_replace)
         self._unchecked_steps: dict[int, Tensor] = {}  # step -> (loss, gradient norm), not yet checked to be finite
         # Speed since the last log line. The first step is left out, since it warms up.
         self._step_start: float | None = None
@@ -306,47 +309,16 @@ class _MuonClipCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a resumed run takes its own intervals, not the checkpoint's
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if args.mtp_loss_weight_final is not None:
+        if args.mtp_loss_weight_final is not None or args.mtp_start_step:
             # The model inside an adapter, whose wrapper would keep the attribute to itself
             model = next(m for m in self.trainer.model.modules() if "mtp_loss_weight" in vars(m))
-            decaying = self.trainer._is_decaying()
-            model.mtp_loss_weight = args.mtp_loss_weight_final if decaying else model.config.mtp_loss_weight
+            weight = model.config.mtp_loss_weight
+            if args.mtp_loss_weight_final is not None and self.trainer._is_decaying():
+                weight = args.mtp_loss_weight_final
+            model.mtp_loss_weight = 0.0 if state.global_step < args.mtp_start_step else weight
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer._hooks.reset()
         else:
             self.trainer._hook_statistics.add(self.trainer._last_hook_values())
-
-
-class _HookStatistics:
-    """What the step hooks recorded since the last log line, kept on the device.
-
-    max_logit: the largest attention logit. n_clipped: how many heads QK-clip scaled down, summed over the steps.
-    loads: (MoE layers, experts) tokens of each expert in the latest step.
-    """
-
-    def __init__(self, first_moe_layer: int):
-        self.first_moe_layer = first_moe_layer
-        self.max_logit = self.n_clipped = self.loads = None
-
-    def add(self, last: dict[str, Tensor]) -> None:
-        """Adds the values of one step (see `StepHooks.last`)."""
-        if "max_logits" in last:
-            max_logit = last["max_logits"].max()
-            n_clipped = last.get("clipped_heads", torch.zeros_like(max_logit))
-            self.max_logit = max_logit if self.max_logit is None else torch.maximum(self.max_logit, max_logit)
-            self.n_clipped = n_clipped if self.n_clipped is None else self.n_clipped + n_clipped
-        self.loads = last.get("loads")
-
-    def pop_logs(self) -> dict[str, float]:
-        """Returns the values to log, and starts anew. The imbalance of a layer is its largest load over the mean."""
-        logs = {}
-        if self.max_logit is not None:
-            logs = {"max_attention_logit": self.max_logit.item(), "clipped_heads": self.n_clipped.item()}
-        if self.loads is not None:
-            imbalance = (self.loads.amax(1) / self.loads.mean(1)).tolist()
-            logs["expert_imbalance"] = max(imbalance)
-            logs |= {f"expert_imbalance_{i}": value for i, value in enumerate(imbalance, self.first_moe_layer)}
-        self.max_logit = self.n_clipped = self.loads = None
-        return logs

@@ -192,6 +192,7 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
         **lr_schedule_arguments(config),
         mtp_loss_weight_final=config.mtp_loss_weight_final,
         decay_steps=config.decay_steps,
+        mtp_start_step=round(config.steps * config.mtp_start),
         eval_on_start=config.from_ is not None,  # what the model can do before
         remove_unused_columns=False,
         dataloader_drop_last=True,

@@ -1,5 +1,6 @@
 """What a run on text prints and draws: log lines, a summary, and the loss curves."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def plot_loss(history: list[dict], out: Path) -> None:
     losses.plot(steps, [entry["loss_main"] for entry in train], label="next token", linewidth=1.2)
     for name in sorted({name for entry in train for name in entry if name.startswith("loss_mtp_")}):
         depth = name.removeprefix("loss_mtp_")
-        losses.plot(steps, [entry[name] for entry in train], label=f"MTP module {depth}", linewidth=1.2)
+        losses.plot(steps, [entry.get(name, math.nan) for entry in train], label=f"MTP module {depth}", linewidth=1.2)
     if held_out:
         values = [entry["eval_loss_main"] for entry in held_out]
         losses.plot([entry["step"] for entry in held_out], values, "k.--", label="next token, held out")
