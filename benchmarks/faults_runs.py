@@ -199,8 +199,7 @@ def _kill_and_resume(trial: Trial, out: Path, draw: random.Random) -> str:
         resume = attempt > 0
         processes = trial.start(out, f"killed{attempt}", resume)
         processes[0].process.join(draw.uniform(0, 1.1 * seconds))
-        # Older ones may be half deleted: a newer one has taken their place.
-        before = {path for end in trial.ends for path in list_checkpoints(out / end)[:1]}
+        before = {path for end in trial.ends for path in list_checkpoints(out / end)}
         draw.shuffle(processes)
         for process in processes:  # torchrun kills the others a moment after the first died
             process.kill()

@@ -242,18 +242,21 @@ def log_history(checkpoint: Path) -> list[dict]:
 # Publish
 
 
-def restore_replaced(out: str | os.PathLike) -> None:
-    """Puts a checkpoint back in its place from which `publish_checkpoint` had moved it when it was killed."""
+def clear_unfinished(out: str | os.PathLike) -> None:
+    """Removes what a killed run left half written or half deleted.
+
+    A checkpoint that `publish_checkpoint` was replacing goes back to its place.
+    """
     for replaced in Path(out, UNFINISHED, "replaced").glob("checkpoint-*"):
         if not (Path(out) / replaced.name).exists():
             replaced.rename(Path(out) / replaced.name)
+    shutil.rmtree(Path(out) / UNFINISHED, ignore_errors=True)
 
 
 def unfinished_folder(out: str | os.PathLike) -> Path:
-    """The folder in which the next checkpoint of the run in `out` is written. What a killed run left is removed."""
-    folder = Path(out) / UNFINISHED
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    """The empty folder in which the next checkpoint of the run in `out` is written."""
+    clear_unfinished(out)
+    return Path(out) / UNFINISHED
 
 
 def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None, best: str | None = None) -> None:
@@ -279,12 +282,12 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
     written.rename(final)
     sync_names(final.parent)
     shutil.rmtree(replaced.parent, ignore_errors=True)
-    written.parent.rmdir()
     checkpoints = list_checkpoints(out)
     others = [path for path in checkpoints if path.name not in (final.name, best and Path(best).name)]
     n_protected = len(checkpoints) - len(others)
     for old in others[max(keep - n_protected, 0) :] if keep else ():
-        shutil.rmtree(old, ignore_errors=True)
+        old.rename(written.parent / old.name)  # no folder that is half deleted has a checkpoint's name
+    shutil.rmtree(written.parent, ignore_errors=True)
 
 
 def publish_model(checkpoint: Path, out: str | os.PathLike) -> None:

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from forked import ForkedProcess
 from moonwhale import cli
 from moonwhale.checkpoint import (
+    clear_unfinished,
     find_damage,
     list_checkpoints,
     log_history,
     newest_checkpoint,
     publish_checkpoint,
-    restore_replaced,
     step_of,
     unfinished_folder,
 )
@@ -332,8 +332,30 @@ def test_a_kill_while_a_checkpoint_replaces_another(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write_checkpoint(tmp_path, 1)
     assert newest_checkpoint(tmp_path) is None
-    restore_replaced(tmp_path)
+    clear_unfinished(tmp_path)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_kill_while_old_checkpoints_are_deleted(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, ("weights", "optimizer.pt"))
+
+    def killed(folder, **_):
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        if files:
+            files[0].unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        written = unfinished_folder(tmp_path) / "checkpoint-3"
+        written.mkdir(parents=True)
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish_checkpoint(written, tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

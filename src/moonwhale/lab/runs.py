@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from moonwhale import options
-from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint, publish_model, restore_replaced
+from moonwhale.checkpoint import clear_unfinished, log_history, newest_checkpoint, open_checkpoint, publish_model
 from moonwhale.costs import model_size
 from moonwhale.errors import NotFiniteError
 from moonwhale.evaluate.text import score_text
@@ -71,7 +71,7 @@ class Run:
         if (self.folder / RESULT).exists():
             self.result, self.position = read_json(self.folder / RESULT), self.budget.amount
             return
-        restore_replaced(self.folder)
+        clear_unfinished(self.folder)
         if checkpoint := newest_checkpoint(self.folder):
             last = log_history(checkpoint)[-1]
             self.position = last["seconds"] if self.budget.unit == "seconds" else last["step"]

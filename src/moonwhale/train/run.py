@@ -76,10 +76,10 @@ def check_run(config: RunOptions) -> Path | None:
     """
     checkpoint = None
     if config.resume:
-        from moonwhale.checkpoint import list_checkpoints, newest_checkpoint, restore_replaced
+        from moonwhale.checkpoint import clear_unfinished, list_checkpoints, newest_checkpoint
 
         if is_main_process():
-            restore_replaced(config.out)
+            clear_unfinished(config.out)
         checkpoint = newest_checkpoint(config.out)
         if checkpoint is None and list_checkpoints(config.out):
             raise UserError(
