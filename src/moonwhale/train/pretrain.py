@@ -209,6 +209,7 @@ def compile_blocks(model, device) -> None:
     """
     import torch
 
+    from moonwhale.model.gqa import GroupedQueryAttention
     from moonwhale.model.mla import MultiheadLatentAttention
     from moonwhale.model.moe import Experts
     from moonwhale.precision import compile_unsupported_reason
@@ -217,8 +218,9 @@ def compile_blocks(model, device) -> None:
         raise UserError(f"`compile`: {why}, or leave it out")
     # An instance's method is replaced, since torch can neither exclude one module of a compiled block nor compile a
     # method in place: a wrapped module would change the names of the weights, a decorated class every other model.
+    eager = MultiheadLatentAttention | GroupedQueryAttention | Experts
     for module in model.modules():
-        if device.type == "cpu" and isinstance(module, MultiheadLatentAttention | Experts):
+        if device.type == "cpu" and isinstance(module, eager):
             module.forward = torch.compiler.disable(module.forward)
     if device.type != "cpu":
         model.add_loss = torch.compile(model.add_loss)
