@@ -1,7 +1,6 @@
 """The runs of a comparison: their folders, their turns, and what is known of them when they have ended."""
 
 import dataclasses
-import gc
 import hashlib
 import json
 import math
@@ -99,8 +98,6 @@ class Run:
                 self._train(on_step, callbacks)
             except NotFiniteError as error:
                 self._end({"diverged": str(error).partition(";")[0]})
-            finally:
-                gc.collect()
         if self.result is None and self.position >= self.budget.amount:
             self._end(self._measured())
 

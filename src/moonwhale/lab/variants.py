@@ -57,11 +57,12 @@ def varied(texts: list[str], base: TrainConfig) -> list[Variant]:
     variants = [Variant(BASE, {})]
     for text in texts:
         name, equals, values = text.partition("=")
-        name = name.strip().removeprefix("--").replace("-", "_")
+        name = name.strip().replace("-", "_")
         if not equals or not values:
             raise UserError(f"`vary`: {shown(text)} is not of the form OPTION=VALUE,VALUE")
         if name not in known:
             raise UserError(f"`vary`: there is no option {shown(name)}{did_you_mean(name[:100], known)}")
+        _require_variable(name, "`vary`")
         readings = [_typed(known[name], value) for value in _split(values, known[name].kind)]
         outer, dot, key = name.partition(".")
         own = value_of(base, name)
@@ -135,10 +136,15 @@ def _checked(changes: dict, source: str) -> dict:
     changes = options.check(TrainConfig, changes, source)
     for outer, value in changes.items():
         for name in [f"{outer}.{key}" for key in value] if isinstance(value, dict) else [outer]:
-            why = WHY_DECIDED if outer in DECIDED else SHARED.get(name)
-            if why:
-                raise UserError(f"{source}: {name} cannot be varied: {why}")
+            _require_variable(name, source)
     return changes
+
+
+def _require_variable(name: str, source: str) -> None:
+    """Raises UserError if an option of training must be the same for all variants."""
+    why = WHY_DECIDED if name.partition(".")[0] in DECIDED else SHARED.get(name)
+    if why:
+        raise UserError(f"{source}: {name} cannot be varied: {why}")
 
 
 def _require_names(variants: list[Variant], source: str) -> None:
