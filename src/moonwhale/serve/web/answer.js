@@ -1,0 +1,91 @@
+// Asks for answers. A request that fails before the first word leaves the conversation as it was.
+import { $, status } from "./dom.js";
+import { scrollToEnd, showProgress, speak } from "./messages.js";
+import { KeyNeeded, Failure, call, connect, events } from "./server.js";
+import { save, state } from "./state.js";
+import { render } from "./view.js";
+
+// Asks `text` after the first `index` messages of the open conversation; those that follow are replaced.
+export function ask(text, index = state.current.messages.length) {
+  return respond(state.current, index, { role: "user", content: text }, text);
+}
+
+// Answers the last message again. A seed gives each answer its own noise, so the new one differs.
+export function regenerate() {
+  const { messages } = state.current;
+  const index = messages.findLastIndex(({ role }) => role === "user");
+  return respond(state.current, index, messages[index], "");
+}
+
+// `typed`: what goes back into the message box if there is no answer.
+async function respond(conversation, index, question, typed) {
+  const before = { messages: conversation.messages, title: conversation.title };
+  const kept = before.messages.slice(0, index);
+  const answer = { role: "assistant", content: "", from: kept.findLast(({ role }) => role === "assistant")?.from ?? 0 };
+  conversation.messages = [...kept, question, answer];
+  conversation.title ||= question.content.slice(0, 60);
+  delete conversation.failure;
+  if (!state.conversations.some(({ id }) => id === conversation.id)) state.conversations.unshift(conversation);
+  state.busy = Object.assign(new AbortController(), { answer, conversation });
+  render();
+  scrollToEnd();
+  try {
+    await receive(conversation, answer, state.busy.signal);
+    speak(answer);
+  } catch (error) {
+    const wasStopped = error.name === "AbortError";
+    if (!wasStopped && !(error instanceof Failure)) console.error(error);
+    if (!wasStopped) state.model = null; // the next question asks which one the server has now
+    answer.facts = wasStopped ? "stopped" : "incomplete";
+    if (!wasStopped) conversation.failure = error instanceof Failure ? error.message : `The page made a mistake: ${error.message}`;
+    if (!answer.content) undo(conversation, before, typed);
+    if (error instanceof KeyNeeded) document.dispatchEvent(new Event("key-needed"));
+  }
+  state.busy = null;
+  status("");
+  save();
+  render();
+  if (conversation.failure && state.current === conversation) scrollToEnd();
+  if (!document.querySelector("dialog[open]") && document.activeElement === document.body) $("text").focus();
+}
+
+async function receive(conversation, answer, signal) {
+  await connect();
+  const start = performance.now();
+  const response = await call("v1/chat/completions", requestBody(conversation, answer), signal);
+  answer.from += Number(response.headers.get("moonwhale-dropped-messages"));
+  let reason = "", usage = null, frame = 0;
+  for await (const event of events(response)) {
+    usage = event.usage ?? usage;
+    for (const choice of event.choices) {
+      answer.content += choice.delta.content ?? "";
+      reason = choice.finish_reason ?? reason;
+    }
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(() => showProgress(answer));
+  }
+  cancelAnimationFrame(frame);
+  const speed = usage.completion_tokens / ((performance.now() - start) / 1000);
+  const isFull = usage.total_tokens >= state.model.context;
+  const cut = reason === "length" ? `, cut off: ${isFull ? "the context is full" : "the longest answer of the settings"}` : "";
+  answer.facts = `${usage.completion_tokens} tokens, ${speed.toFixed(0)} per second${cut}`;
+}
+
+// The server forgets the oldest turns if the context is full. What it has forgotten need not be sent again.
+function requestBody(conversation, answer) {
+  const { system, seed, ...numbers } = state.settings;
+  if (system) answer.system = system;
+  const turns = conversation.messages.slice(answer.from, -1).map(({ role, content }) => ({ role, content }));
+  const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
+  conversation.draws = (conversation.draws ?? 0) + 1;
+  return {
+    model: state.model.id, messages, truncation: "auto", stream: true, stream_options: { include_usage: true }, ...numbers,
+    ...(seed === "" ? {} : { seed: Number(seed) + conversation.draws - 1 }),
+  };
+}
+
+function undo(conversation, before, typed) {
+  Object.assign(conversation, before);
+  if (!before.messages.length) state.conversations = state.conversations.filter((other) => other !== conversation);
+  if (state.current === conversation && !$("text").value) $("text").value = typed;
+}

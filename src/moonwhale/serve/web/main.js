@@ -1,0 +1,117 @@
+// The chat page: what the user's actions do. It talks only to the server that sent it.
+import { ask, regenerate } from "./answer.js";
+import { copy } from "./copy.js";
+import { askForKey, confirmed, openSettings } from "./dialogs.js";
+import { $, status } from "./dom.js";
+import { KeyNeeded, connect } from "./server.js";
+import { newConversation, reload, save, state } from "./state.js";
+import { showConversations, toggleMenu } from "./sidebar.js";
+import { render } from "./view.js";
+import { closeXray, examine } from "./xray.js";
+
+// --- conversations ---------------------------------------------------------------------------------------------------
+
+function open(conversation) {
+  state.current = conversation;
+  state.editing = null;
+  toggleMenu(false);
+  render();
+  $("text").focus();
+}
+async function remove(conversation) {
+  if (!await confirmed(`Delete “${conversation.title}”? It cannot be brought back.`, "Delete")) return;
+  if (state.busy?.conversation === conversation) state.busy.abort();
+  state.conversations = state.conversations.filter(({ id }) => id !== conversation.id);
+  save();
+  if (conversation.id === state.current.id) open(newConversation()); else render();
+  $("new").focus();
+}
+function edit(message) {
+  state.editing = message;
+  render();
+  $("edited")?.focus();
+  $("edited")?.scrollIntoView({ block: "nearest" });
+}
+
+// What buttons with data-action do. `item` is the message or the conversation that the button belongs to.
+const actions = {
+  copy: (message, button) => copy(message.content, button),
+  copyCode: (_, button) => copy(button.closest(".code").querySelector("code").textContent, button),
+  edit,
+  cancelEdit: () => { edit(null); $("text").focus(); },
+  sendEdited: (message) => {
+    const text = $("edited").value.trim();
+    if (!text || state.busy) return;
+    state.editing = null;
+    ask(text, state.current.messages.indexOf(message));
+  },
+  regenerate: () => { if (!state.busy) regenerate(); },
+  examine: (message) => orStatus(examine(state.current, message)),
+  open,
+  delete: remove,
+};
+function dispatch(event, items) {
+  const button = event.target.closest("[data-action]");
+  if (button) actions[button.dataset.action](items()[button.closest("[data-index]").dataset.index], button);
+}
+$("messages").onclick = (event) => dispatch(event, () => state.current.messages);
+$("conversations").onclick = (event) => dispatch(event, () => state.conversations);
+
+// --- the other buttons -----------------------------------------------------------------------------------------------
+
+$("menu").onclick = () => toggleMenu();
+$("new").onclick = () => open(newConversation());
+$("stop").onclick = () => state.busy?.abort();
+$("close-xray").onclick = closeXray;
+$("open-settings").onclick = openSettings;
+
+// --- the message box and the keyboard --------------------------------------------------------------------------------
+
+$("composer").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("text").value.trim();
+  if (!text || state.busy) return;
+  $("text").value = "";
+  ask(text).then(grow);
+  grow();
+};
+function grow() { $("text").style.height = "auto"; $("text").style.height = `${$("text").scrollHeight + 2}px`; }
+$("text").oninput = grow;
+document.onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && ["text", "edited"].includes(event.target.id)) {
+    event.preventDefault();
+    if (event.target.id === "text") $("composer").requestSubmit(); else actions.sendEdited(state.editing);
+  }
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (state.editing) actions.cancelEdit();
+  else if (state.busy) state.busy.abort();
+  else if (state.examined) closeXray();
+  else if (document.body.classList.contains("menu-open")) { toggleMenu(false); $("menu").focus(); }
+};
+
+// --- the server and other tabs ---------------------------------------------------------------------------------------
+
+// Waits for a promise. If it fails, the status line says why.
+async function orStatus(promise) {
+  try { await promise; } catch (error) {
+    status(error.message);
+    state.model = null;
+    if (error instanceof KeyNeeded) askForKey(start);
+  }
+}
+async function start() {
+  await orStatus(connect());
+  if (!state.model) return;
+  if (!state.busy) status("");
+  render();
+  $("text").focus();
+}
+document.addEventListener("key-needed", () => askForKey(start));
+addEventListener("storage", () => {
+  if (state.busy) return;
+  reload();
+  if (state.editing) showConversations(); else render();
+});
+
+open(newConversation());
+start();

@@ -1,0 +1,65 @@
+// Talks to the server, and says in words what went wrong.
+import { state } from "./state.js";
+
+// An error whose message is for the user.
+export class Failure extends Error {}
+export class KeyNeeded extends Failure {}
+
+const GONE = "The server does not answer. Is “moonwhale serve” still running?";
+const STRANGE = "Something answers, but not as moonwhale does. Is this the right address?";
+const BROKEN = "The connection broke off before the answer was complete.";
+
+// Sends a GET, or with a body a POST. Raises a Failure, or an AbortError if the signal aborts.
+export async function call(path, body, signal) {
+  const headers = { "content-type": "application/json", ...(state.key ? { authorization: `Bearer ${state.key}` } : {}) };
+  const response = await orFailure(GONE, fetch(path, body ? { method: "POST", headers, body: JSON.stringify(body), signal } : { headers, signal }));
+  if (response.ok) return response;
+  const message = await response.json().then(({ error }) => error.message, () => "");
+  if (response.status === 401) throw new KeyNeeded("The server wants its API key.");
+  throw new Failure(inWords(response.status, message));
+}
+
+function inWords(status, message) {
+  const said = message && sentence(message);
+  if (!said) return `${STRANGE} (Status ${status})`;
+  if (status === 429) return `The server is busy. ${said}`;
+  if (status === 503) return `The model is not available. ${said} If the server has ended, start it again.`;
+  return said;
+}
+function sentence(text) { return `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`; }
+
+async function orFailure(words, promise) {
+  try { return await promise; } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failure(words);
+  }
+}
+
+function parsed(text) {
+  try { return JSON.parse(text); } catch { throw new Failure(STRANGE); }
+}
+
+// Asks the server which model it has, unless that is known.
+export async function connect() {
+  if (state.model) return;
+  const { data } = await orFailure(STRANGE, (await call("v1/models")).json());
+  state.model = data[0];
+}
+
+// Yields the server-sent events of a response. A read may end in the middle of an event.
+export async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await orFailure(BROKEN, reader.read());
+    if (done) throw new Failure(BROKEN);
+    const lines = (rest + value).split("\n\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      const event = parsed(line.slice("data: ".length));
+      if (event.error) throw new Failure(inWords(event.error.type === "server_error" ? 503 : 400, event.error.message));
+      yield event;
+    }
+  }
+}

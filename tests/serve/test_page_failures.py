@@ -1,0 +1,108 @@
+"""The chat page says in words what fails, keeps what was written, and goes on once the server is back."""
+
+import json
+
+import pytest
+
+from chat_page import conversation
+
+pytestmark = pytest.mark.slow
+CHAT = "**/v1/chat/completions"
+TALK = conversation("Hello", "The whale sang.")
+
+
+def events(*deltas: str, end: str = "data: [DONE]\n\n") -> str:
+    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}], "usage": None} for text in deltas]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
+
+
+def fail(page, **response) -> str:
+    """Sends a message to a server that answers with `response`. Returns what the page says."""
+    page.route(CHAT, lambda route: route.fulfill(**response))
+    page.say("Are you there?")
+    page.unroute(CHAT)
+    return page.inner_text(".error")
+
+
+def error(status: int, message: str, type="server_error") -> dict:
+    return {"status": status, "json": {"error": {"message": message, "type": type, "param": None, "code": None}}}
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (error(503, "the model had to stop: out of memory"), "The model is not available. The model had to stop: out"),
+        (error(429, "256 prompts wait already: try again soon"), "The server is busy. 256 prompts wait"),
+        (error(400, "temperature: give at most 2"), "Temperature: give at most 2."),
+        (error(500, "the server made a mistake; its log says which"), "The server made a mistake; its log"),
+        (
+            {"status": 502, "body": "<html>Bad gateway <script>alert(1)</script>"},
+            "Is this the right address? (Status 502)",
+        ),
+        ({"status": 200, "body": ""}, "The connection broke off before the answer"),
+        (
+            {"status": 200, "body": events(end=f"data: {json.dumps(error(408, 'it took 600 seconds')['json'])}\n\n")},
+            "It took",
+        ),
+    ],
+    ids=["503", "429", "400", "500", "a proxy", "an empty stream", "an error in the stream"],
+)
+def test_a_failure_is_said_and_the_question_stays(open_page, response, words):
+    page = open_page(conversations=[TALK])
+    page.set_option("max_tokens", "5")
+    page.open(0)
+    assert words in fail(page, **response)
+    assert page.input_value("#text") == "Are you there?" and page.locator("article").count() == 2
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.press("#text", "Enter")  # the server is back
+    page.wait_for_selector("article >> nth=3")
+    page.wait_until_idle()
+    assert page.locator(".error").count() == 0
+
+
+def test_a_dead_server_is_said(open_page):
+    page = open_page(conversations=[TALK])
+    page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
+    page.open(0)
+    page.say("Are you there?")
+    assert "The server does not answer. Is “moonwhale serve” still running?" in page.inner_text(".error")
+    page.click("[data-action=regenerate]")
+    page.wait_until_idle()
+    assert page.texts(".assistant .content") == ["The whale sang."], "the old answer stays if there is no new one"
+    page.click("[data-action=edit]")
+    page.fill("#edited", "Good morning")
+    page.keyboard.press("Enter")
+    page.wait_until_idle()
+    assert page.texts("article .content") == ["Hello", "The whale sang."]
+    page.click("[data-action=examine]")
+    page.route("**/xray", lambda route: route.abort("connectionrefused"))
+    page.wait_for_selector("#status:has-text('does not answer')")
+    page.reload()
+    page.wait_for_selector("#status:has-text('does not answer')")
+
+
+def test_a_stream_cut_half_way_keeps_what_was_written(open_page):
+    page = open_page()
+    assert "The connection broke off" in fail(page, status=200, body=events("The whale ", "sa", end='data: {"cho'))
+    assert page.texts(".assistant .content") == ["The whale sa"] and page.texts(".facts span") == ["incomplete"]
+    assert page.input_value("#text") == ""
+    page.set_option("max_tokens", "5")
+    page.click("[data-action=regenerate]")
+    page.wait_for_selector(".assistant .facts span:has-text('per second')")
+    assert page.locator(".assistant").count() == 1 and page.locator(".error").count() == 0
+
+
+def test_what_is_no_event_is_said(open_page):
+    page = open_page()
+    assert "not as moonwhale does" in fail(page, status=200, body="<html>\n\nWelcome to the hotel's network</html>\n\n")
+
+
+def test_another_server_at_this_address_is_said(open_page):
+    page = open_page()
+    page.route("**/v1/models", lambda route: route.fulfill(body="<html>"))
+    page.reload()
+    page.wait_for_selector("#status:has-text('not as moonwhale does')")
+    page.unroute("**/v1/models")
+    page.set_option("max_tokens", "5")
+    page.say("Hello")
+    assert page.locator(".assistant").count() == 1
