@@ -234,7 +234,7 @@ def test_a_client_that_does_not_read_is_let_go(server):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(server.listener.getsockname())
     with connection:
-        connection.sendall(b"GET /page.js HTTP/1.1\r\nhost: x\r\n\r\n" * 16)
+        connection.sendall(b"GET /main.js HTTP/1.1\r\nhost: x\r\n\r\n" * 16)
         time.sleep(1.5)
         assert server.health()["status"] == "ok"
         assert len(rest(connection)) < 150_000, "the rest is dropped"

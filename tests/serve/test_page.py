@@ -142,7 +142,7 @@ def test_thoughts_are_folded(open_page):
     literal = conversation("tags?", "The tag `<think>` opens, </think> closes.", title="literal")
     page = open_page(conversations=[plain, unfinished, literal])
     page.open(0)
-    assert page.texts(".assistant .content") == ["Thoughts\n4"]
+    assert page.texts(".assistant .content") == ["Thoughts\n\n4"]
     page.click("summary")
     assert page.texts(".thought p") == ["Two and two."] and page.locator(".thought em").count() == 1
     page.open(1)
@@ -248,7 +248,7 @@ def test_damaged_storage_does_no_harm(open_page, stored):
 def test_full_storage_is_said(open_page):
     page = open_page()
     page.set_option("max_tokens", "5")
-    page.evaluate("Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') }")
+    page.evaluate("void (Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') })")
     page.say("Hello")
     assert "full" in page.inner_text("#status") and page.locator(".assistant").count() == 1
 

@@ -320,7 +320,7 @@ def test_pages_load_only_from_this_server(server):
     page = httpx.get(server.url)
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for name in ("page.js", "page.css"):
+    for name in ("main.js", "page.css"):
         assert name in page.text and httpx.get(f"{server.url}/{name}").status_code == 200
 
 
@@ -347,7 +347,7 @@ def test_requests_need_the_api_key(engine, small_checkpoint):
         assert httpx.get(server.url + "/health").status_code == httpx.get(server.url).status_code == 200
         assert httpx.get(server.url + "/metrics").status_code == 401
         # The browser sends no key for the page's files.
-        assert httpx.get(server.url + "/page.js").status_code == httpx.get(server.url + "/page.css").status_code == 200
+        assert httpx.get(server.url + "/main.js").status_code == httpx.get(server.url + "/page.css").status_code == 200
         body = {"model": NAME, "messages": [*HELLO, {"role": "assistant", "content": "The whale sang."}]}
         assert httpx.post(server.url + "/xray", json=body).status_code == 401
 

@@ -11,7 +11,9 @@ FILES = {"/": WEB / "index.html"} | {f"/{path.name}": path for path in WEB.iterd
 LOAD_NOTHING = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
 SOURCES = "script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'"
 # Another page's frame could steal clicks. Trusted types: the browser refuses to make HTML or scripts of any text.
-PAGE_POLICY = f"{LOAD_NOTHING}{SOURCES}; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+PAGE_POLICY = (
+    f"{LOAD_NOTHING}{SOURCES}; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
 
 
 def add_page_routes(app: FastAPI) -> None:
