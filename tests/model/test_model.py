@@ -107,6 +107,16 @@ def test_initialisation_is_normal_except_zeros_and_ones(tiny_config):
     assert all(name.endswith(("e_score_correction_bias", "load", "max_logit")) for name, _ in model.named_buffers())
 
 
+def test_the_embedding_may_start_larger(tiny_config):
+    drawn = [
+        MoonwhaleForCausalLM(tiny_config(vocab_size=500, pad_token_id=3, embedding_initializer_range=std)).model
+        for std in (0.8, None)
+    ]
+    large, small = (body.embed_tokens.weight for body in drawn)
+    assert (large[3] == 0).all() and abs(large.std() - 0.8) < 0.05 and abs(small.std() - 0.02) < 0.005
+    assert abs(drawn[0].layers[0].self_attn.kv_b_proj.weight.std() - 0.02) < 0.005
+
+
 def test_a_new_model_passes_its_embeddings_through(tiny_config):
     """A new model adds nothing to the residual stream, and every parameter has a gradient after one step."""
     model = MoonwhaleForCausalLM(

@@ -207,6 +207,23 @@ def test_param_groups_of_a_tied_model_do_not_decay_the_embedding():
     assert len(holders) == 1 and not holders[0]["muon"] and holders[0]["weight_decay"] == 0
 
 
+def test_embeddings_have_a_rate_of_their_own():
+    """Adam's first step moves each weight by its rate, whatever the gradient is."""
+    model = Tiny()
+    optimizer = MuonClip(param_groups(model, lr=LR, weight_decay=DECAY, embedding_lr=20.0))
+    others = [p for g in optimizer.param_groups[:-1] for p in g["params"]]
+    (embedding,) = optimizer.param_groups[-1]["params"]
+    assert embedding is model.embed_tokens.weight and all(p is not embedding for p in others)
+    assert len(others) + 1 == len(list(model.parameters()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, rate in (("embed_tokens.weight", 20 * LR), ("proj.bias", LR)):
+        moved = (model.get_parameter(name) - before[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-4, atol=0)
+
+
 def test_param_groups_know_transformers_names():
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 

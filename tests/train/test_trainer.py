@@ -259,6 +259,13 @@ def test_mtp_weight_changes_when_the_rate_decays(tiny_run):
         assert weight == pytest.approx(0.05 if log["step"] > 7 else 0.4, abs=1e-3), log["step"]
 
 
+def test_the_embeddings_rate_follows_the_schedule(tiny_run):
+    config = tiny_run(steps=2, embedding_lr=10.0, save_every=1, min_lr_ratio=0.5, warmup_steps=0)
+    pretrain.train(config)
+    saved = torch.load(newest_checkpoint(config.out) / "optimizer.pt", weights_only=True)["param_groups"]
+    assert saved[-1]["lr"] == pytest.approx(10 * saved[0]["lr"]) and saved[0]["lr"] > 0
+
+
 def test_mtp_modules_rest_until_they_start(make_trainer):
     def modules(trainer: MTPTrainer) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in trainer.model.model.mtp_modules.named_parameters()}

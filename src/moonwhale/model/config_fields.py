@@ -24,6 +24,7 @@ class ConfigFields:
     rms_norm_eps: float = described(1e-6, "ε of every RMSNorm")
     hidden_act: str = described("silu", "activation of the gated networks; silu only")
     initializer_range: float = described(0.02, "standard deviation of the initial weights")
+    embedding_initializer_range: float | None = described(None, "that of the embedding; null: initializer_range")
     zero_init_residual: bool = described(True, "start at zero the weights that write into the residual stream")
     tie_word_embeddings: bool = described(False, "use the embedding's weight as the output head's")
     use_cache: bool = described(True, "keep a cache in transformers' generate")

@@ -38,8 +38,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         x, weight, inverse = ctx.saved_tensors
-        normed, d_out = x.to(inverse.dtype) * inverse, d_out.to(inverse.dtype)
-        d_weight = (d_out * normed).flatten(0, -2).sum(0)
-        d_normed = d_out * weight
-        along = (d_normed * normed).mean(-1, keepdim=True)
+        normed = x.to(inverse.dtype, copy=True).mul_(inverse)
+        d_normed = d_out.to(inverse.dtype, copy=True)
+        product = d_normed * normed
+        d_weight = product.flatten(0, -2).sum(0)
+        d_normed.mul_(weight)  # in place, as all that follows: new memory costs more than the arithmetic
+        along = torch.mul(d_normed, normed, out=product).mean(-1, keepdim=True)
         return d_normed.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype), d_weight, None

@@ -38,6 +38,10 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
         std, starts_at_zero = self.config.initializer_range, getattr(module, "starts_at_zero", False)
         if isinstance(module, nn.Linear) and starts_at_zero:  # set on output projections, see mla.py and moe.py
             init.zeros_(module.weight)
+        elif isinstance(module, nn.Embedding) and self.config.embedding_initializer_range is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.e_score_correction_bias)

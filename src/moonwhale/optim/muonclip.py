@@ -203,14 +203,19 @@ def _check_parameter(p: Tensor, group: dict) -> None:
         raise UserError(f"MuonClip: split {group['split']} does not divide the rows of a weight of shape {shape}")
 
 
-def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1, muon: bool = True) -> list[dict]:
+def param_groups(
+    model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1, muon: bool = True, embedding_lr: float = 1.0
+) -> list[dict]:
     """Sort a model's trainable parameters into MuonClip's groups, each parameter into exactly one group.
 
     Muon gets every 2-D weight except embeddings and the head (the router too, as in Moonlight), and the 3-D stacks of a
     module named `experts`, where a fused `gate_up_proj` counts as two matrices. AdamW gets all others. Embeddings and
     1-D parameters have no weight decay. With `muon=False` AdamW gets Muon's weights too.
+
+    The rate of embeddings is `embedding_lr` times `lr`. A token's row gets a gradient only where the token occurs, so
+    it takes larger steps than weights that every token moves; a short run depends on it.
     """
-    matrices, fused, adamw_decay, adamw_plain, seen = [], [], [], [], set()
+    matrices, fused, adamw_decay, adamw_plain, embeddings, seen = [], [], [], [], [], set()
     for module_name, module in model.named_modules():
         leaf = module_name.rpartition(".")[2]
         embedding, head = isinstance(module, nn.Embedding), leaf in ("lm_head", "head")
@@ -220,6 +225,8 @@ def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1, 
             seen.add(p)
             if (p.ndim == 2 and not embedding and not head) or (p.ndim == 3 and leaf == "experts"):
                 (fused if "gate_up_proj" in (leaf, name) else matrices).append(p)
+            elif embedding and embedding_lr != 1:
+                embeddings.append(p)
             else:
                 (adamw_plain if embedding or p.ndim < 2 else adamw_decay).append(p)
     groups = [
@@ -227,5 +234,6 @@ def param_groups(model: nn.Module, lr: float = 3e-4, weight_decay: float = 0.1, 
         {"params": fused, "muon": muon, "split": 2, "weight_decay": weight_decay},
         {"params": adamw_decay, "muon": False, "weight_decay": weight_decay},
         {"params": adamw_plain, "muon": False, "weight_decay": 0.0},
+        {"params": embeddings, "muon": False, "weight_decay": 0.0, "lr": lr * embedding_lr},
     ]
-    return [group | {"lr": lr} for group in groups if group["params"]]
+    return [{"lr": lr} | group for group in groups if group["params"]]

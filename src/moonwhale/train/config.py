@@ -64,6 +64,7 @@ class TrainConfig(SourceOptions, RunOptions):
         group="optimization",
     )
 
+    embedding_lr: float = option(1.0, "learning rate of the embedding, relative to --lr", group="optimization")
     mtp_start: float = option(
         0.0, "fraction of the steps before the MTP modules are trained; they take no time then", group="optimization"
     )
@@ -92,7 +93,7 @@ class TrainConfig(SourceOptions, RunOptions):
 
     def _check_ranges(self) -> None:
         require_at_least_one(self, "context", "tokens_per_step", "steps", "eval_rows", "data_documents")
-        require_not_negative(self, "mtp_loss_weight_final")
+        require_not_negative(self, "mtp_loss_weight_final", "embedding_lr")
         for name in ("decay_fraction", "min_lr_ratio", "mtp_start"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
         decay_steps = self.decay_steps if self.schedule == "wsd" else 0

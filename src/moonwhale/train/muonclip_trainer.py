@@ -56,6 +56,9 @@ class MuonClipArgumentsMixin:
         default=True, metadata={"help": "The saved configuration's use_cache; training never caches."}
     )
     muon: bool = field(default=True, metadata={"help": "Muon updates the matrices; False: AdamW, as all others."})
+    embedding_lr: float = field(
+        default=1.0, metadata={"help": "Learning rate of the embedding, relative to learning_rate."}
+    )
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
     qk_clip_tau: float = field(
         default=100.0,
@@ -84,6 +87,12 @@ class MuonClipArgumentsMixin:
     @property
     def uses_muonclip(self) -> bool:
         return self.optim == OptimizerNames(TrainingArguments.optim)
+
+    @property
+    def group_settings(self) -> dict:
+        """The arguments of `param_groups`."""
+        rates = {"lr": self.learning_rate, "embedding_lr": self.embedding_lr}
+        return rates | {"weight_decay": self.weight_decay, "muon": self.muon}
 
 
 class MuonClipTrainerMixin:
@@ -143,7 +152,7 @@ class MuonClipTrainerMixin:
             if self.optimizer_cls_and_kwargs is not None or not args.uses_muonclip:
                 super().create_optimizer(model)
             else:
-                groups = param_groups(self.model, args.learning_rate, args.weight_decay, args.muon)
+                groups = param_groups(self.model, **args.group_settings)
                 self.optimizer = self._make_optimizer(groups)
         if self._hooks is None:
             self._hooks = attach_hooks(self.optimizer, self.model, args.qk_clip_tau or None, **self._replica_groups)

@@ -99,7 +99,7 @@ class PipelineTrainer(MTPTrainer):
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._group_names = [  # the optimizer's groups with names for parameters, the same on every rank
             group | {"params": [names[p] for p in group["params"]]}
-            for group in param_groups(model, targs.learning_rate, targs.weight_decay, targs.muon)
+            for group in param_groups(model, **targs.group_settings)
         ]
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
         self._sizes = {name: tensor.shape for name, tensor in (dict(model.named_parameters()) | buffers).items()}

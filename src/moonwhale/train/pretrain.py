@@ -191,6 +191,7 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
         gradient_accumulation_steps=config.gradient_accumulation_steps(replicas),
         **lr_schedule_arguments(config),
         mtp_loss_weight_final=config.mtp_loss_weight_final,
+        embedding_lr=config.embedding_lr,
         decay_steps=config.decay_steps,
         mtp_start_step=round(config.steps * config.mtp_start),
         eval_on_start=config.from_ is not None,  # what the model can do before

@@ -79,8 +79,9 @@ def starting_config(config: "TrainConfig") -> "MoonwhaleConfig":
         model = MoonwhaleConfig.from_dict(values | changed)
     except ValueError as error:
         raise as_field(error) from error
-    if "initializer_range" in changed:
-        raise UserError("`model.initializer_range`: it acts on a new model alone: leave it or `from_` out")
+    for name in ("initializer_range", "embedding_initializer_range"):
+        if name in changed:
+            raise UserError(f"`model.{name}`: it acts on a new model alone: leave it or `from_` out")
     if changed and (shapes := _weight_shapes(found)) != _weight_shapes(model):
         name = next(n for n in changed if _changes_weights(values | {n: changed[n]}, shapes))
         raise UserError(
