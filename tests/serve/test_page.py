@@ -7,9 +7,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
+<<<<<<< HEAD
 from chat_page import conversation
 from moonwhale.infer.chat_session import ChatSession
 from moonwhale.inspect.xray import record, render
+=======
+>>>>>>> 016a523 (The X-ray shows all scores, gates and parts of logits, a map, other settings, a tour, and saves its panels)
 from moonwhale.serve.app import create_app
 from serving import NAME, Running
 
@@ -300,30 +303,3 @@ def create_app_of_a_frame(url):
     app = FastAPI()
     app.get("/")(lambda: HTMLResponse(f'<iframe src="{url}"></iframe>'))
     return app
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
-def test_the_xray_page(browser, small_model, small_tokenizer, tmp_path, width, scheme):
-    ids = small_tokenizer("The whale sang to the moon, and the moon sang back to the whale.")["input_ids"]
-    file = tmp_path / "xray.html"
-    file.write_text(render(record(small_model, small_tokenizer, ids, 5)), encoding="utf-8")
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page, troubles = context.new_page(), []
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else troubles.append(r.url))
-    page.goto(file.as_uri())
-    page.click("#text button >> nth=9")
-    page.keyboard.press("ArrowRight")
-    assert page.evaluate("token") == 10
-    for i in range(3):
-        page.click(f"#layers button >> nth={i}")
-        assert page.locator(".head .strip").count() == 2
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    # The shares drawn for a head sum to one.
-    total = page.evaluate(
-        "R.layers[0].attention.slice(token * T, token * T + T).reduce((a, x) => a + (x / 255) ** 2, 0)"
-    )
-    assert total == pytest.approx(1, abs=0.05)
-    assert not troubles
-    context.close()

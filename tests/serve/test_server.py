@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 
@@ -328,10 +329,37 @@ def test_an_xray_of_a_conversation(server):
     messages = [*HELLO, {"role": "assistant", "content": "The whale sang."}]
     url = httpx.post(server.url + "/xray", json={"model": NAME, "messages": messages}).json()["url"]
     page = httpx.get(server.url + url)
-    assert "const R = {" in page.text and "default-src 'none'" in page.headers["content-security-policy"]
+    assert '"live":true' in page.text and "default-src 'none'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
     assert_error(httpx.get(server.url + "/xray/unknown"), 404, "make it again")
     for bad, message in ((HELLO * 2, "the last one has to be the assistant's"), ([*HELLO] * 1, "messages: ")):
         assert_error(httpx.post(server.url + "/xray", json={"model": NAME, "messages": bad}), 400, message)
+
+
+def test_an_xray_is_computed_with_other_settings(server):
+    messages = [*HELLO, {"role": "assistant", "content": "The whale sang to the moon."}]
+    url = server.url + server.post("/xray", messages=messages).json()["url"]
+    (data,) = re.findall(r'id="recorded">(.*?)</script>', httpx.get(url).text, re.DOTALL)
+    page = json.loads(data)
+    assert httpx.post(url, json={}).json() == page["recordings"][0]
+    other = httpx.post(url, json={"num_experts_per_tok": 1, "moba_block_size": 8}).json()
+    assert other["settings"] == {"num_experts_per_tok": 1, "moba_topk": 2, "moba_block_size": 8}
+    assert {len(chosen) for layer in other["layers"] for chosen in layer["experts"]} == {1}
+    assert httpx.post(url, json={}).json() == page["recordings"][0], "the model is as it was"
+    for bad, message in (
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5 is out of bounds: give from 1 to 4"),
+        ({"moba_block_size": 1}, "moba_block_size: 1 is out of bounds: give from 4 to 512"),
+        ({"moba_topk": 10**30}, "moba_topk"),
+        ({"moba_topk": 0}, "moba_topk"),
+        ({"moba_topk": "2"}, "moba_topk"),
+        ({"moba_topk": 2.5}, "moba_topk"),
+        ({"prompt": "x"}, "does not know this field"),
+        ([], "give an object"),
+    ):
+        answer = httpx.post(url, json=bad)
+        assert_error(answer, 400, message)
+        assert "\n" not in answer.json()["error"]["message"] and len(answer.content) < 500
+    assert_error(httpx.post(server.url + "/xray/unknown", json={}), 404, "make it again")
 
 
 # Access

@@ -43,7 +43,8 @@ def main_xray(argv: list[str]) -> None:
     parser = Parser(prog="moonwhale xray", description="See what happens inside the model, in one HTML file.")
     add = parser.add_argument
     add("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
-    add("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a message to answer")
+    prompt = "text to continue, or with --chat a message to answer (a conversation of several MoBA blocks)"
+    add("--prompt", metavar="TEXT", help=prompt)
     add("--chat", action="store_true", help="treat the prompt as a chat message")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer; 0 for none (%(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (%(default)s)")
@@ -57,12 +58,16 @@ def main_xray(argv: list[str]) -> None:
 
     from moonwhale.checkpoint import open_checkpoint
     from moonwhale.infer.engine import Engine
+    from moonwhale.inspect.example import example_conversation
     from moonwhale.inspect.xray import clip_threshold, xray
 
     folder = checkpoint_or_packaged(args.folder)
     model, tokenizer = open_checkpoint(folder)
     engine = Engine(model, tokenizer)
-    ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
+    if args.prompt is None:
+        ids = example_conversation(engine, options.max_new_tokens)
+    else:
+        ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
     answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
     out.write_text(xray(model, tokenizer, ids + answer, len(ids), clip_threshold(folder)), encoding="utf-8")
     print(f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")

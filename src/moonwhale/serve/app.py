@@ -17,7 +17,7 @@ from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics, add_status_routes
 from moonwhale.serve.middleware import AccessControl, BodyLimit, RequestCounter
 from moonwhale.serve.page import add_page_routes
-from moonwhale.serve.requests import ChatRequest, CompletionRequest, XrayRequest
+from moonwhale.serve.requests import ChatRequest, CompletionRequest, XrayRequest, XraySettings
 from moonwhale.serve.worker import Worker
 from moonwhale.serve.xray import XrayEndpoints
 
@@ -61,7 +61,7 @@ def create_app(
     add_status_routes(app, model_name, worker, metrics)
     add_page_routes(app)
     add_error_handlers(app)
-    describe_bodies(app, ChatRequest, CompletionRequest, XrayRequest)
+    describe_bodies(app, ChatRequest, CompletionRequest, XrayRequest, XraySettings)
 
     # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, limits=limits)

@@ -131,6 +131,17 @@ class CompletionRequest(GenerationRequest):
         return isinstance(self.prompt[0], str)
 
 
+class XraySettings(StrictModel):
+    """The body of POST /xray/ID: the settings to look at the same text with. Those left out are the trained ones.
+
+    The bounds depend on the model: see inspect/settings.py.
+    """
+
+    num_experts_per_tok: TokenCount | None = None
+    moba_topk: TokenCount | None = None
+    moba_block_size: TokenCount | None = None
+
+
 class XrayRequest(StrictModel):
     """The body of POST /xray: a conversation whose last message is the answer to look into."""
 
