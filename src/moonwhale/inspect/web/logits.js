@@ -18,18 +18,18 @@ function drawLogit() {
 function partsOf(L) {
   const heads = Array.from({ length: L.heads }, (_, h) => ({ ...logit(L, h, token, key), weight: weights(L, h, token)[key], read: reads(L, h, token, key) }));
   const most = Math.max(...heads.flatMap((x) => [Math.abs(x.content), Math.abs(x.rotary), Math.abs(x.sum)]), 1e-9);
-  const at = (x) => 0.5 + x / most / 2, table = make("table");
+  const at = (x) => 0.5 + x / most / 2, list = make("div");
   heads.forEach((x, h) => {
     const content = make("div", "track", span(at(0), at(x.content)), span(0.5, 0.5, "zero"));
     const rotary = make("div", "track", span(at(0), at(x.rotary), "alt"), span(0.5, 0.5, "zero"));
     const numbers = `${plain(x.content, 2)} ${signed(x.rotary, 2)} = ${plain(x.sum, 2)}`;
-    table.append(make("tr", "", make("td", "", `head ${h}`), make("td", "", content, rotary), make("td", "n", numbers), make("td", "n", x.read ? percent(x.weight) : "not read")));
+    list.append(make("div", "parts", `head ${h}`, make("div", "", content, rotary), make("span", "n", numbers), make("span", "n", x.read ? percent(x.weight) : "not read")));
   });
   return [
     paragraph("Query ", quote(R.tokens[token]), ` (token ${token}), key `, quote(R.tokens[key]), ` (token ${key}), ${plural(token - key, "position")} apart.`),
     paragraph("A logit is the sum of a ", make("span", "swatch"), "content part, from the latent, and a ", make("span", "swatch alt"),
       "rotary part, the only one that knows the distance. At the right is the softmax's weight."),
-    table,
+    list,
   ];
 }
 

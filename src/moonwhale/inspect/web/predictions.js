@@ -17,7 +17,7 @@ function drawPredictions() {
     }
     columns.append(column);
   }
-  const parts = [paragraph("After ", quote(R.tokens[token]), ` (token ${token}), the most likely tokens of each head. The heads' weights are the same matrix; only the states before it differ.`), columns];
+  const parts = [paragraph("After ", quote(R.tokens[token]), ` (token ${token}), the most likely tokens of each head. All heads share one output matrix; the states that it reads differ.`), columns];
   if (!MODULES) parts[0] = paragraph("After ", quote(R.tokens[token]), ` (token ${token}), the most likely next tokens. This model has no MTP module.`);
   else parts.push(...guessesOf(token));
   fill("next", MODULES ? "Predictions of all heads" : "Prediction", ...parts);

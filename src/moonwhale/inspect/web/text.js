@@ -1,12 +1,19 @@
 // The text, whose tokens are buttons, and the buttons of the layers.
 function drawText() {
-  $("text").replaceChildren(...R.tokens.map((text, i) => {
+  const text = make("div", "text");
+  text.id = "text";
+  text.setAttribute("role", "group");
+  text.setAttribute("aria-label", "Tokens");
+  text.onkeydown = moveByKey;
+  text.replaceChildren(...R.tokens.map((text, i) => {
     const b = button(shown(text), () => choose(i), i >= R.prompt_tokens ? "answer" : "");
     const first = S.guesses[i].find((g) => g.depth === 1);
     if (first) b.append(make("sup", first.held ? "good" : "bad", first.held ? "✓" : "✗"));
     b.title = i ? `token ${i}, surprise ${S.surprise[i - 1].toFixed(2)} nats` : "token 0";
     return b;
   }));
+  const marks = MODULES ? " ✓: the first MTP module guessed this token, one token ahead of the main model. ✗: it guessed another one." : "";
+  fill("tokens", "Text: choose a token", paragraph(`The model wrote the underlined tokens.${marks} The arrow keys move between tokens.`), text);
   markText();
 }
 function markText() {
@@ -16,13 +23,13 @@ function markText() {
     b.tabIndex = i === token ? 0 : -1;
   }
 }
-$("text").onkeydown = (event) => {
+function moveByKey(event) {
   const by = { ArrowRight: 1, ArrowLeft: -1, Home: -T, End: T }[event.key];
   if (!by) return;
   event.preventDefault();
   choose(Math.max(0, Math.min(T - 1, token + by)));
   $("text").children[token].focus();
-};
+}
 function choose(i) {
   token = i;
   key = Math.min(key, token);
