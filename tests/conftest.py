@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -192,3 +193,17 @@ def trained_checkpoint(text_folder, tmp_path_factory):
         arguments = ["--data", str(text_folder), "--out", str(folder / "run"), *options.split(), *fixed.split(), *model]
         assert main(["train", *arguments]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, Google's Chrome, or the one that `playwright install chromium` has brought."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        names = ("chromium", "chromium-browser", "google-chrome", running.chromium.executable_path)
+        path = next(filter(None, map(shutil.which, names)), None)
+        if path is None:
+            pytest.skip("no Chromium is installed (apt-get install chromium)")
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,26 +1,10 @@
-"""A headless Chromium, a server with the toy model, and its chat page at desktop and phone sizes."""
-
-import shutil
+"""A server with the toy model, and its chat page at desktop and phone sizes."""
 
 import pytest
 
 from chat_page import SIZES, ChatPage
 from moonwhale.serve.app import create_app
 from serving import NAME, Running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium, Google's Chrome, or the one that `playwright install chromium` has brought."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        names = ("chromium", "chromium-browser", "google-chrome", running.chromium.executable_path)
-        path = next(filter(None, map(shutil.which, names)), None)
-        if path is None:
-            pytest.skip("no Chromium is installed (apt-get install chromium)")
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-<<<<<<< HEAD
 from chat_page import conversation
 from moonwhale.infer.chat_session import ChatSession
-from moonwhale.inspect.xray import record, render
-=======
->>>>>>> 016a523 (The X-ray shows all scores, gates and parts of logits, a map, other settings, a tour, and saves its panels)
 from moonwhale.serve.app import create_app
 from serving import NAME, Running
 
