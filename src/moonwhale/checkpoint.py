@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -184,13 +184,14 @@ def list_checkpoints(out: str | os.PathLike) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
 
 
-def newest_checkpoint(out: str | os.PathLike) -> Path | None:
-    """The newest undamaged checkpoint of a run, or None. Warns of each damaged one that is newer."""
+def newest_checkpoint(out: str | os.PathLike, fits: Callable[[Path], bool] = lambda checkpoint: True) -> Path | None:
+    """The newest undamaged checkpoint of a run that `fits`, or None. Warns of each damaged one that is newer."""
     for checkpoint in list_checkpoints(out):
         damage = find_damage(checkpoint)
-        if damage is None:
+        if damage:
+            log.warning("skipping %s: %s", checkpoint, damage)
+        elif fits(checkpoint):
             return checkpoint
-        log.warning("skipping %s: %s", checkpoint, damage)
     return None
 
 
@@ -228,12 +229,6 @@ def n_processes(checkpoint: Path) -> int:
     return len(list(checkpoint.glob("rng_state*.pth")))
 
 
-def is_last_checkpoint(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written after its run's last step."""
-    state = read_state(checkpoint)
-    return state["global_step"] >= state["max_steps"]
-
-
 def log_history(checkpoint: Path) -> list[dict]:
     """The Trainer's log entries up to a checkpoint."""
     return read_state(checkpoint)["log_history"]
@@ -259,12 +254,18 @@ def unfinished_folder(out: str | os.PathLike) -> Path:
     return Path(out) / UNFINISHED
 
 
-def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None = None, best: str | None = None) -> None:
+def publish_checkpoint(
+    written: Path,
+    out: str | os.PathLike,
+    keep: int | None = None,
+    best: str | None = None,
+    spared: Container[str] = (),
+) -> None:
     """Moves the complete checkpoint `written` into the run's folder `out`, in one step.
 
     Before that, its manifest is written, and all of it is on the disk: a power cut leaves a whole checkpoint or none.
     Afterwards the oldest checkpoints are deleted until `keep` are left. `written` and the checkpoint `best` always
-    stay.
+    stay. Those named in `spared` stay too and do not count.
     """
     write_manifest(written)
     sync(written)
@@ -282,7 +283,7 @@ def publish_checkpoint(written: Path, out: str | os.PathLike, keep: int | None =
     written.rename(final)
     sync_names(final.parent)
     shutil.rmtree(replaced.parent, ignore_errors=True)
-    checkpoints = list_checkpoints(out)
+    checkpoints = [path for path in list_checkpoints(out) if path.name not in spared or path.name == final.name]
     others = [path for path in checkpoints if path.name not in (final.name, best and Path(best).name)]
     n_protected = len(checkpoints) - len(others)
     for old in others[max(keep - n_protected, 0) :] if keep else ():

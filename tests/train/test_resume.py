@@ -410,7 +410,6 @@ def test_resuming_a_finished_run(finished, capsys):
     ("argv", "said"),
     [
         (["--lr", "1e-4"], r"^`lr`: 0.0001 differs from the 0.005"),
-        (["--steps", "12"], r"^`steps`: 12 differs from the 6"),
         (["--model.hidden_size", "64"], r"^`model.hidden_size`: 64 differs from the 32"),
         (["--model.aux_loss_alpha", "0"], r"^`model.aux_loss_alpha`: 0.0 differs from the None"),
     ],
@@ -423,6 +422,50 @@ def test_what_is_learned_may_not_change(tiny_run, argv, said):
     with pytest.raises(UserError, match=said):
         resume(config.out, *argv)
     assert files_of(config.out) == before
+
+
+def test_more_steps(tiny_run, tmp_path, capsys):
+    """A finished run is extended from its plateau, and equals one that was to take so many steps from the start."""
+    options = {"decay_fraction": 0.5, "mtp_loss_weight_final": 0.1, "save_every": 2, "keep_checkpoints": 9}
+    whole = tiny_run(**options, steps=10, out=str(tmp_path / "whole"))
+    config = tiny_run(**options)
+    pretrain.train(whole)
+    pretrain.train(config)
+    (Path(config.out) / "checkpoint-2").rename(tmp_path / "of step 2")
+    resume_10 = ["--steps", "10", "--save-every", "3"]
+    with pytest.raises(UserError, match=r"^`steps`: 10 needs a checkpoint of step 3 or before, .* is of step 4: go on"):
+        resume(config.out, *resume_10)
+    (tmp_path / "of step 2").rename(Path(config.out) / "checkpoint-2")
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:  # killed; checkpoints 4 and 6 are still those of the shorter run
+        crash(patch, parse(["--out", config.out, "--resume", *resume_10]), 5)
+    said = capsys.readouterr().out
+    assert f"resuming   from {config.out}/checkpoint-2" in said
+    assert (
+        "schedule   6 steps become 10: the learning rate stays at its peak until step 5 and falls until step 10" in said
+    )
+    resume(config.out, "--save-every", "2")
+    assert f"resuming   from {config.out}/checkpoint-3" in capsys.readouterr().out
+    assert_same_end(config.out, whole.out, logs=False)
+
+
+def test_fewer_steps(tiny_run, tmp_path):
+    """A run may begin to decay earlier than it was to."""
+    options = {"decay_fraction": 0.5, "save_every": 2}
+    short, config = tiny_run(**options, steps=4, out=str(tmp_path / "short")), tiny_run(**options)
+    pretrain.train(short)
+    pretrain.train(config)
+    resume(config.out, "--steps", "4")
+    shutil.rmtree(Path(config.out) / "checkpoint-6")  # of the longer run
+    assert_same_end(config.out, short.out)
+
+
+def test_a_cosine_has_no_plateau(tiny_run):
+    config = tiny_run(schedule="cosine")
+    Path(config.out).mkdir()
+    write_run_file(config, Path(config.out) / "run.yaml")
+    with pytest.raises(UserError, match=r"^`steps`: 12 differs from the 6 .*: leave it out, or go on .* by `from_`"):
+        resume(config.out, "--steps", "12")
 
 
 def test_changed_data_are_noticed(tiny_run, text_folder, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from moonwhale.precision import choose, tune_allocator
 from moonwhale.processes import print_once, world_size
 from moonwhale.train.config import build_model_config
 from moonwhale.train.pretrain import contents, load_data
-from moonwhale.train.run import silence_libraries
+from moonwhale.train.run import silent_libraries
 
 LOCK, BASE_FILE = ".lock", "base.json"
 
@@ -38,8 +38,7 @@ def compare(asked: Comparison) -> dict:
         raise UserError("a comparison runs in one process: start it without torchrun")
     out = Path(asked.options.out)
     _check_folder(out)
-    with owned(out / LOCK, out, "out"):
-        silence_libraries()
+    with owned(out / LOCK, out, "out"), silent_libraries():
         tune_allocator()
         choice = choose(asked.config(asked.variants[0]).device, asked.config(asked.variants[0]).precision)
         rows = load_rows(asked)

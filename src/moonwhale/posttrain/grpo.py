@@ -17,6 +17,7 @@ from moonwhale.processes import print_once, world_size
 from moonwhale.train import run_folder
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 from moonwhale.train.run_options import parse_run
+from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
     from datasets import Dataset
@@ -94,6 +95,14 @@ class GRPOOptions(PostTrainOptions):
                 "least that many"
             )
 
+    def shared_steps(self, steps: int) -> int:
+        """All of the shorter run, since the learning rate is constant after its warm-up."""
+        shorter = min(self.steps, steps)
+        return shorter if self.warmup_steps <= shorter else 0
+
+    def describe_rate(self) -> str:
+        return "the learning rate stays constant"
+
     def gradient_accumulation_steps(self, replicas: int = 1) -> int:
         """Returns the micro-batches per optimizer step on each of the devices, of which there are `replicas`."""
         answers, at_once = self.group_size * self.questions_per_step, self.batch_size * replicas
@@ -114,17 +123,20 @@ def main(argv: list[str]) -> None:
     grpo(parse_run(GRPOOptions, argv, description=description, epilog=OBJECTIVES_HELP))
 
 
-def grpo(config: GRPOOptions) -> None:
+def grpo(config: GRPOOptions) -> RunResult:
     """Trains as `config` says.
 
     The folder `config.out` then holds the model, its checkpoints, `run.yaml` and `rewards.png`. For each log line,
     `completions/` holds all answers of the step with their rewards.
 
+    Returns:
+        its folder, its log and the model.
+
     Raises:
         UserError: an option, the task or the checkpoint is at fault. The message is one line.
         KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    execute(config, build, progress.plot_rewards)
+    return execute(config, build, progress.plot_rewards)
 
 
 def build(config: GRPOOptions) -> Run:

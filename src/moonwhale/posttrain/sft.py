@@ -16,6 +16,7 @@ from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 from moonwhale.train.run_options import parse_run
+from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
     from datasets import Dataset
@@ -58,15 +59,18 @@ def main(argv: list[str]) -> None:
     sft(parse_run(SFTOptions, argv, description=description))
 
 
-def sft(config: SFTOptions) -> None:
+def sft(config: SFTOptions) -> RunResult:
     """Fine-tunes as `config` says. The folder `config.out` then holds the model, its checkpoints, `run.yaml` and
     `loss.png`.
+
+    Returns:
+        its folder, its log and the model.
 
     Raises:
         UserError: an option, the data or the checkpoint is at fault. The message is one line.
         KeyboardInterrupt: the user asked to stop; a checkpoint has been written.
     """
-    execute(config, build, progress.plot_loss)
+    return execute(config, build, progress.plot_loss)
 
 
 def build(config: SFTOptions) -> Run:

@@ -147,6 +147,18 @@ class TrainConfig(SourceOptions, RunOptions):
         """The last steps: in wsd the rate decays in them, and in both schedules `mtp_loss_weight_final` holds."""
         return round(self.steps * self.decay_fraction)
 
+    def shared_steps(self, steps: int) -> int:
+        """In wsd, those before the shorter run decays or trains its MTP modules. A cosine depends on all its steps."""
+        if self.schedule != "wsd":
+            return 0
+        shorter = min(self.steps, steps)
+        before_decay = shorter - round(shorter * self.decay_fraction)
+        return min(before_decay, round(shorter * self.mtp_start)) if self.mtp_start else before_decay
+
+    def describe_rate(self) -> str:
+        before = self.steps - self.decay_steps
+        return f"the learning rate stays at its peak until step {before:,} and falls until step {self.steps:,}"
+
     @property
     def parallelism(self) -> ParallelOptions:
         """The options `parallel.FIELD`, checked."""

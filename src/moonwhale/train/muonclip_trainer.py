@@ -23,6 +23,7 @@ from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
 from moonwhale.precision import peak_flops
 from moonwhale.train.hook_statistics import HookStatistics
+from moonwhale.train.milestones import milestones
 from moonwhale.train.resuming import check_weights, resuming_from
 
 # Fields of TrainingArguments that these trainers cannot serve, with the reason and the remedy
@@ -70,7 +71,10 @@ class MuonClipArgumentsMixin:
     )
     decay_steps: int = field(default=0, metadata={"help": "Number of last steps that use mtp_loss_weight_final."})
     mtp_start_step: int = field(default=0, metadata={"help": "Step before which the MTP modules are not trained."})
-    mtp_start_step: int = field(default=0, metadata={"help": "Step before which the MTP modules are not trained."})
+    keep_milestones: bool = field(
+        default=False,
+        metadata={"help": "Keep the best checkpoint and the last before decay_steps besides save_total_limit others."},
+    )
 
     def __post_init__(self):
         for name, why in self.refused.items():
@@ -263,7 +267,8 @@ class MuonClipTrainerMixin:
                 (written / "training_args.bin").unlink()  # a pickle, which nothing reads
                 if self.state.best_global_step == self.state.global_step:
                     self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # with the path of the best one
-                publish_checkpoint(written, out, self.args.save_total_limit, self.state.best_model_checkpoint)
+                spared = milestones(self.state, self.args, out) if self.args.keep_milestones else ()
+                publish_checkpoint(written, out, self.args.save_total_limit, self.state.best_model_checkpoint, spared)
         except Exception as error:
             if explained := explain_full_disk(error, out):
                 raise explained from error

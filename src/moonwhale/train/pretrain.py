@@ -10,6 +10,7 @@ from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
 from moonwhale.train.lr_schedule import lr_schedule_arguments
 from moonwhale.train.run import Run, common_trainer_arguments, execute
+from moonwhale.train.run_result import RunResult
 from moonwhale.train.starting_model import load_starting_model, starting_folder
 
 
@@ -25,9 +26,12 @@ def main(argv: list[str]) -> None:
                 dist.destroy_process_group()
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> RunResult:
     """Trains as `config` says. The folder `config.out` then holds the model, its checkpoints, `run.yaml` and
     `loss.png`.
+
+    Returns:
+        its folder, its log and the model.
 
     Raises:
         UserError: one line, for anything the user can put right.
@@ -36,7 +40,7 @@ def train(config: TrainConfig) -> None:
     parallelism = config.parallelism
     if parallelism.splits_model:
         config.micro_batches_per_replica(parallelism.replicas(world_size()))
-    execute(config, build, progress.plot_loss)
+    return execute(config, build, progress.plot_loss)
 
 
 def build(config: TrainConfig) -> Run:
@@ -99,7 +103,7 @@ def build(config: TrainConfig) -> Run:
         **of_pipeline,
     )
     summarize = partial(progress.summary, tokens_per_step=config.tokens_per_step, out=Path(config.out))
-    return Run(config, choice, make_trainer, progress.log_line, summarize)
+    return Run(config, choice, make_trainer, progress.log_line, summarize, evaluate_first=config.from_ is not None)
 
 
 def load_data(config: TrainConfig, vocab_size: int, replicas: int):
@@ -194,7 +198,6 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
         embedding_lr=config.embedding_lr,
         decay_steps=config.decay_steps,
         mtp_start_step=round(config.steps * config.mtp_start),
-        eval_on_start=config.from_ is not None,  # what the model can do before
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )

@@ -3,7 +3,8 @@
 import shlex
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from moonwhale.errors import UserError, did_you_mean
 from moonwhale.processes import is_main_process, print_once
 from moonwhale.train import run_folder
 from moonwhale.train.run_options import RunOptions
+from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
     from transformers import Trainer
@@ -33,6 +35,7 @@ class Run:
     log_line: the line to print for an entry of the Trainer's log, or None for no line.
     summarize: the lines to print at the end, from the log history.
     publish: writes the trained model into the run's folder.
+    evaluate_first: whether to evaluate the model before its first step.
     """
 
     config: RunOptions
@@ -41,32 +44,43 @@ class Run:
     log_line: Callable[[dict], str | None]
     summarize: Callable[[list[dict]], str]
     publish: Callable[["Trainer", Path], None] = publish_last_model
+    evaluate_first: bool = False
 
     @property
     def out(self) -> Path:
         return Path(self.config.out)
 
 
-def execute(config: RunOptions, build: Callable[[RunOptions], Run], plot: Callable[[list[dict], Path], None]) -> None:
+def execute(
+    config: RunOptions, build: Callable[[RunOptions], Run], plot: Callable[[list[dict], Path], None]
+) -> RunResult:
     """Carries out the run that `config` describes, or goes on with it. Mistakes are reported before torch is imported.
 
     Args:
         build: prepares the data, the model, and how to make the trainer.
         plot: draws the Trainer's log history into the run's folder.
     """
-    with run_folder.owned_folder(config):
+    with run_folder.owned_folder(config), silent_libraries():
         checkpoint = check_run(config)
+        out = Path(config.out)
+        from moonwhale.checkpoint import log_history
+        from moonwhale.train.milestones import describe_best
+
         if already_finished(config, checkpoint, plot):
-            return
+            return RunResult(out, log_history(checkpoint))
         run = build(config)
         trainer = carry_out(run, checkpoint, plot)
+        history = trainer.state.log_history
         if is_main_process():
-            run.publish(trainer, run.out)
-        print_once(run.summarize(trainer.state.log_history))
+            run.publish(trainer, out)
+        print_once(run.summarize(history))
+        if best := describe_best(history, out):
+            print_once(best)
+        return RunResult(out, history)
 
 
 def check_run(config: RunOptions) -> Path | None:
-    """Silences the libraries, checks the reporters, and finds the checkpoint to resume from.
+    """Checks the reporters, and finds the checkpoint to resume from.
 
     Returns:
         the newest undamaged checkpoint if `config.resume` is set and there is one, else None.
@@ -76,23 +90,9 @@ def check_run(config: RunOptions) -> Path | None:
     """
     checkpoint = None
     if config.resume:
-        from moonwhale.checkpoint import clear_unfinished, list_checkpoints, newest_checkpoint
+        from moonwhale.train.resuming import find_checkpoint
 
-        if is_main_process():
-            clear_unfinished(config.out)
-        checkpoint = newest_checkpoint(config.out)
-        if checkpoint is None and list_checkpoints(config.out):
-            raise UserError(
-                f"`resume`: every checkpoint in {config.out} is damaged (see above): train anew into another `out`"
-            )
-        if checkpoint:
-            from moonwhale.train.resuming import check_state
-
-            check_state(checkpoint)
-        print_once(
-            f"resuming   from {checkpoint}" if checkpoint else f"resuming   nothing: {config.out} holds no checkpoint"
-        )
-    silence_libraries()
+        checkpoint = find_checkpoint(config)
     check_reporters(config.report_to)
     return checkpoint
 
@@ -116,16 +116,26 @@ def check_reporters(names: list[str]) -> None:
             raise UserError(f"`report_to`: the package of {name} is not installed: install it, or {choices}")
 
 
-def silence_libraries() -> None:
-    """Turns off the libraries' progress bars and warnings."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Context without the libraries' progress bars and warnings. A notebook has them back after the run."""
     import datasets
-    import transformers
+    from transformers.utils import logging
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    level, bar, bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bar:
+                logging.enable_progress_bar()
+            if not bars:
+                datasets.enable_progress_bars()
 
 
 def already_finished(config: RunOptions, checkpoint: Path | None, plot: Callable[[list[dict], Path], None]) -> bool:
@@ -136,9 +146,9 @@ def already_finished(config: RunOptions, checkpoint: Path | None, plot: Callable
     if checkpoint is None:
         return False
 
-    from moonwhale.checkpoint import is_last_checkpoint, log_history, publish_model, step_of
+    from moonwhale.checkpoint import log_history, publish_model, read_state, step_of
 
-    if not is_last_checkpoint(checkpoint):
+    if step_of(checkpoint) < (config.steps or read_state(checkpoint)["max_steps"]):
         return False
     out = Path(config.out)
     holds_model = (checkpoint / "config.json").exists()  # a LoRA checkpoint holds only the adapters
@@ -163,7 +173,7 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
     """
     import transformers
 
-    from moonwhale.checkpoint import STATE, is_last_checkpoint
+    from moonwhale.checkpoint import STATE, step_of
     from moonwhale.train.callbacks import ProgressLines, StopAtStepEnd
     from moonwhale.train.memory import out_of_memory_as_advice
 
@@ -172,12 +182,13 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
         trainer = run.make_trainer(callbacks=[lines, stop])
         trainer.remove_callback(transformers.PrinterCallback)
         try:
-            if checkpoint and is_last_checkpoint(checkpoint):
+            if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:
                 # Killed before its adapters were merged. `train` would take one step more.
                 trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
                 trainer._load_from_checkpoint(str(checkpoint))
             else:
-                trainer.args.eval_on_start &= checkpoint is None
+                trainer.args.keep_milestones = True
+                trainer.args.eval_on_start = run.evaluate_first and checkpoint is None
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if is_main_process():

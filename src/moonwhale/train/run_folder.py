@@ -67,12 +67,18 @@ def check_folder(config) -> None:
     if not config.resume:
         raise UserError(f"`out`: {out} already holds a run: go on with it by `resume`, or name another folder")
     now = options_that_affect_training(config)
-    before = options_that_affect_training(config.resolve({}, str(run_file)))
+    earlier = config.resolve({}, str(run_file))
+    before = options_that_affect_training(earlier)
+    if earlier.steps and config.steps and config.shared_steps(earlier.steps):
+        del now["steps"], before["steps"]  # `resuming.find_checkpoint` finds out where the run can go on
     for name in now | before:
         if now.get(name) != before.get(name):
+            to_go_on = (
+                "leave it out, or go on from its model by `from_`" if name == "steps" else "leave it out to go on"
+            )
             raise UserError(
                 f"`{name}`: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
-                "with: leave it out to go on, or name another `out`"
+                f"with: {to_go_on}, or name another `out`"
             )
 
 

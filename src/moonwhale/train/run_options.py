@@ -54,7 +54,11 @@ class RunOptions:
 
     eval_every: int = option(100, "steps between evaluations; 0: only at the end", group="reports and checkpoints")
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", group="reports and checkpoints")
-    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", group="reports and checkpoints")
+    keep_checkpoints: int = option(
+        2,
+        "newest checkpoints to keep, besides the best and the last before the learning rate decays",
+        group="reports and checkpoints",
+    )
     log_every: int = option(10, "steps between log lines", group="reports and checkpoints")
     report_to: list[str] = option(
         ["tensorboard"], "any of the Trainer's reporters, or none", group="reports and checkpoints"
@@ -68,6 +72,17 @@ class RunOptions:
         require(self, "lr", self.lr > 0, "it must be above 0")
         require(self, "seed", self.seed < 2**32, "NumPy takes seeds below 2^32")
         require(self, "momentum", 0 <= self.momentum < 1, "it must be in [0, 1)")
+
+    def shared_steps(self, steps: int) -> int:
+        """Returns how many of its first steps this run shares with one that differs only in taking `steps` in all.
+
+        A verb whose learning rate depends on all its steps from the first one on shares none.
+        """
+        return 0
+
+    def describe_rate(self) -> str:
+        """Returns what becomes of the learning rate if a run goes on with another number of steps."""
+        raise NotImplementedError
 
     @classmethod
     def default_out(cls, given: dict) -> str | None:

@@ -1,0 +1,61 @@
+"""The checkpoints of a run that outlive newer ones: the best on held-out data, and the last before the decay."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import SchedulerType, TrainerState, TrainingArguments
+
+from moonwhale.checkpoint import list_checkpoints, step_of
+
+
+def held_out_scores(history: list[dict]) -> dict[int, float]:
+    """Returns the held-out score after each evaluated step; higher is better.
+
+    It is the reward of a GRPO run, and otherwise the negative loss of the next token.
+    """
+    scores = {}
+    for entry in history:
+        if "eval_reward" in entry:
+            scores[entry["step"]] = entry["eval_reward"]
+        elif "eval_loss_main" in entry:
+            scores[entry["step"]] = -entry["eval_loss_main"]
+    return {step: score for step, score in scores.items() if score is not None}
+
+
+def best_step(history: list[dict], steps: Iterable[int]) -> int | None:
+    """Returns the step with the best score of those among `steps` that were evaluated, the earliest of equal ones."""
+    scores = held_out_scores(history)
+    return max(sorted(scores.keys() & set(steps)), key=scores.get, default=None)
+
+
+def milestones(state: TrainerState, args: TrainingArguments, out: str) -> set[str]:
+    """Returns the names of the checkpoints in `out` to keep besides the newest ones, that of the current step included.
+
+    The last one before the learning rate decays is where the run can be extended.
+    """
+    steps = {state.global_step, *map(step_of, list_checkpoints(out))}
+    kept = {best_step(state.log_history, steps)}
+    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+        plateau_end = state.max_steps - args.decay_steps
+        kept.add(max((step for step in steps if step <= plateau_end), default=None))
+    return {f"checkpoint-{step}" for step in kept if step is not None}
+
+
+def best_checkpoint(history: list[dict], out: str | Path) -> Path | None:
+    """Returns the best checkpoint of those in a run's folder that were evaluated."""
+    saved = {step_of(path): path for path in list_checkpoints(out)}
+    return saved.get(best_step(history, saved))
+
+
+def describe_best(history: list[dict], out: str | Path) -> str | None:
+    """Returns a line that names the best checkpoint of a finished run, or None if only one was evaluated."""
+    scores, best = held_out_scores(history), best_checkpoint(history, out)
+    if best is None or len(scores) < 2:
+        return None
+    last = max(scores)
+    if step_of(best) == last:
+        return f"best       the last step, of those that were evaluated and saved: {abs(scores[last]):.3f}"
+    return (
+        f"best       {best}, with {abs(scores[step_of(best)]):.3f} on held-out data; the last step has "
+        f"{abs(scores[last]):.3f}"
+    )

@@ -1,0 +1,75 @@
+"""Which checkpoints a run keeps, which one it names as the best, and what it returns."""
+
+import warnings
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers.utils import logging as transformers_logging
+
+from moonwhale.checkpoint import list_checkpoints
+from moonwhale.train import pretrain
+from moonwhale.train.config import parse
+from moonwhale.train.milestones import best_step, describe_best
+from moonwhale.train.mtp_trainer import MTPTrainer
+
+
+def evaluated(losses: dict[int, float]) -> list[dict]:
+    return [{"step": step, "eval_loss_main": loss} for step, loss in losses.items()]
+
+
+def test_the_best_step_is_one_that_was_saved():
+    history = evaluated({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 2.5})
+    assert best_step(history, [1, 3, 4, 5, 9]) == 3
+    assert best_step(history, [7]) is None and best_step([], [1]) is None
+    assert (
+        best_step(
+            [{"step": 1, "eval_reward": 0.2}, {"step": 2, "eval_reward": 0.5}, {"step": 3, "eval_reward": None}],
+            [1, 2, 3],
+        )
+        == 2
+    )
+
+
+def test_the_best_and_the_last_before_the_decay_stay(tiny_run, monkeypatch, capsys):
+    losses = {1: 5.0, 2: 4.0, 3: 4.1, 4: 4.2, 5: 4.3, 6: 4.4, 7: 4.5, 8: 4.6}
+    evaluate = MTPTrainer._evaluate_share
+
+    def as_told(self, dataloader, prefix):
+        output = evaluate(self, dataloader, prefix)
+        self._loss_sums.per_depth[0, 0] = losses[self.state.global_step] * self._loss_sums.per_depth[2, 0]
+        return output
+
+    monkeypatch.setattr(MTPTrainer, "_evaluate_share", as_told)
+    config = tiny_run(steps=8, decay_fraction=0.5, save_every=1, eval_every=1, keep_checkpoints=2)
+    result = pretrain.train(config)
+    assert [path.name for path in list_checkpoints(config.out)] == [f"checkpoint-{n}" for n in (8, 7, 4, 2)]
+    assert result.best == Path(config.out) / "checkpoint-2" and result.checkpoints == list_checkpoints(config.out)
+    said = capsys.readouterr().out
+    assert f"best       {result.best}, with 4.000 on held-out data; the last step has 4.600" in said
+    # What the finished run says again
+    again = pretrain.train(parse(["--out", config.out, "--resume"]))
+    assert again.history == result.history[:-1] and again.best == result.best
+
+
+def test_a_run_says_if_its_last_step_is_the_best(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert describe_best(evaluated({1: 3.0, 2: 2.0}), tmp_path) == (
+        "best       the last step, of those that were evaluated and saved: 2.000"
+    )
+    assert describe_best(evaluated({2: 2.0}), tmp_path) is None
+    assert describe_best(evaluated({3: 3.0, 4: 2.0}), tmp_path) is None
+
+
+def test_a_run_returns_its_result_and_leaves_the_process_as_it_was(tiny_run):
+    backend, verbosity = matplotlib.get_backend(), transformers_logging.get_verbosity()
+    shown, filters = transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
+    config = tiny_run(steps=2)
+    result = pretrain.train(config)
+    assert (matplotlib.get_backend(), transformers_logging.get_verbosity()) == (backend, verbosity)
+    assert transformers_logging.is_progress_bar_enabled() == shown and warnings.filters == filters
+    assert result.out == Path(config.out) and result.plot.is_file() and result.plot.name == "loss.png"
+    assert [entry["step"] for entry in result.history if "loss_main" in entry] == [1, 2]
+    ids = torch.tensor([result.tokenizer("the whale")["input_ids"]])
+    assert result.model(input_ids=ids).logits.shape == (1, ids.shape[1], result.model.config.vocab_size)
