@@ -13,3 +13,13 @@ def si(number: float) -> str:
 def in_bytes(number: float) -> str:
     """Format a number of bytes the same way: 7.11 MB."""
     return si(number) + "B" if number >= 999.5 else f"{number:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Format a time roughly: `40 s`, `3 min 20 s`, `2 h 5 min`, `6 days 2 h`."""
+    whole = round(seconds)
+    for size, unit, part, smaller in ((86400, "days", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{whole} s"

@@ -3,18 +3,47 @@
 import contextlib
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
+from moonwhale.units import duration
+
+ESTIMATE_AFTER = 10  # timed steps
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal or ssh was closed
+
+
+class StepClock:
+    """Measures the time of steps, evaluations and checkpoints included, to tell how long the steps to come will take.
+
+    The first step is left out, since it warms up.
+    """
+
+    def __init__(self):
+        self.start: tuple[int, float] | None = None  # the first step that this process took, and when it ended
+
+    def tick(self, step: int) -> int:
+        """Notes that a step has ended. Returns how many steps have been timed."""
+        self.start = self.start or (step, time.monotonic())
+        return step - self.start[0]
+
+    def left(self, state: TrainerState) -> float | None:
+        """The seconds that the steps to come will take, or None if no step has been timed."""
+        if self.start is None or state.global_step == self.start[0]:
+            return None
+        per_step = (time.monotonic() - self.start[1]) / (state.global_step - self.start[0])
+        return per_step * (state.max_steps - state.global_step)
 
 
 class ProgressLines(TrainerCallback):
     """Prints a line for each log entry and evaluation, and shows a bar over the steps in a terminal.
+
+    The lines of training say how long the run will take, and so does a line of its own after ESTIMATE_AFTER steps.
 
     Use it as a context manager: leaving it clears the bar. (transformers' ProgressCallback prints whole dicts, leaves
     its bar in place, and starts it at 0 in a resumed run.)
@@ -24,6 +53,7 @@ class ProgressLines(TrainerCallback):
 
     def __init__(self, log_line: Callable[[dict], str | None]):
         self.log_line = log_line
+        self.clock = StepClock()
         self.bar: tqdm | None = None
 
     def __enter__(self):
@@ -47,12 +77,20 @@ class ProgressLines(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        if self.clock.tick(state.global_step) == ESTIMATE_AFTER and state.is_world_process_zero:
+            self._write(f"time       {duration(self.clock.left(state))} for the steps to come")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = self.log_line(logs)
         if line and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step:>6}  {line}", file=sys.stdout)
-            sys.stdout.flush()
+            seconds = self.clock.left(state) if "loss" in logs else None
+            left = f"  {duration(seconds)} left" if seconds else ""
+            self._write(f"step {state.global_step:>6}  {line}{left}")
+
+    @staticmethod
+    def _write(line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -65,7 +103,10 @@ class StopAtStepEnd(TrainerCallback):
         self.stop_requested = False
 
     def __enter__(self):
-        self.previous_handlers = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
+        self.previous_handlers = {
+            number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS if in_main_thread
+        }
         return self
 
     def __exit__(self, *_):

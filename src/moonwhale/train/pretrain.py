@@ -9,6 +9,7 @@ from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
 from moonwhale.train.lr_schedule import lr_schedule_arguments
+from moonwhale.train.outlook import describe_run
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 from moonwhale.train.run_result import RunResult
 from moonwhale.train.starting_model import load_starting_model, starting_folder
@@ -178,7 +179,7 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
     if memory:
         print_once(memory)
-    print_once(f"run        {config.steps} steps of {config.tokens_per_step:,} tokens into {config.out}")
+    print_once(describe_run(config, len(data.train)))
 
 
 def trainer_arguments(config: TrainConfig, choice, replicas: int):

@@ -1,0 +1,47 @@
+"""What a run says before it trains: how often it reads the text, and what is wrong with its plan.
+
+The limits of repetition are those of Muennighoff et al., "Scaling Data-Constrained Language Models" (arXiv 2305.16264):
+up to 4 passes are nearly as good as new text, and after about 16 further ones add almost nothing.
+"""
+
+from moonwhale.train.config import TrainConfig
+
+GOOD_PASSES, USEFUL_PASSES = 4, 16
+
+
+def passes(config: TrainConfig, n_rows: int) -> float:
+    """Returns how often a run reads a text of `n_rows` rows of `config.context` tokens."""
+    return config.steps * config.tokens_per_step / (n_rows * config.context)
+
+
+def describe_run(config: TrainConfig, n_rows: int) -> str:
+    """Returns the lines about the steps of a run, with warnings."""
+    times = passes(config, n_rows)
+    count = f"{times:.2g}" if times < 10 else f"{times:,.0f}"
+    steps = (
+        f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, {count} passes over the text, into {config.out}"
+    )
+    warnings = [warning for warning in (repetition(times), schedule_without_room(config)) if warning]
+    return "\n".join([f"run        {steps}", *(f"warning    {warning}" for warning in warnings)])
+
+
+def repetition(times: float) -> str | None:
+    """Returns a warning if a text is read so often that new text would teach more."""
+    if round(times) <= GOOD_PASSES:
+        return None
+    worth = "teach less and less" if times <= USEFUL_PASSES else f"add almost nothing after {USEFUL_PASSES}"
+    return (
+        f"the run reads the text {times:,.0f} times: up to {GOOD_PASSES} passes are nearly as good as new text, more "
+        f"of them {worth} (arXiv 2305.16264): give more `data` or fewer `steps`"
+    )
+
+
+def schedule_without_room(config: TrainConfig) -> str | None:
+    """Returns a warning if warm-up and decay leave the learning rate no step at its peak."""
+    if config.schedule != "wsd" or not config.warmup_steps or config.warmup_steps + config.decay_steps < config.steps:
+        return None
+    return (
+        f"the learning rate never stays at its peak: {config.warmup_steps:,} steps of warm-up and "
+        f"{config.decay_steps:,} of decay are all {config.steps:,}: give more `steps`, or lower `warmup_steps` or "
+        "`decay_fraction`"
+    )

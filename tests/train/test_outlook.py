@@ -1,0 +1,80 @@
+"""What a run says about its plan, and how long it says that it will take."""
+
+import re
+import threading
+
+import pytest
+from transformers import TrainerState
+
+from moonwhale.train import callbacks, pretrain
+from moonwhale.train.callbacks import StepClock
+from moonwhale.train.config import TrainConfig
+from moonwhale.train.outlook import describe_run
+from moonwhale.units import duration
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (10, "10 steps of 4,096 tokens, 0.4 passes over the text, into runs/demo$"),
+        (110, "4.4 passes over the text, into runs/demo$"),
+        (
+            125,
+            "reads the text 5 times: up to 4 passes .* teach less and less .*: give more `data` or fewer `steps`$",
+        ),
+        (400, "16 passes .*\nwarning    the run reads the text 16 times.* teach less and less"),
+        (4500, "180 passes .*\nwarning    the run reads the text 180 times.* add almost nothing after 16"),
+    ],
+)
+def test_many_passes_are_warned_of(steps, said):
+    config = TrainConfig.resolve({"steps": steps})
+    assert re.search(said, describe_run(config, 200), re.DOTALL)
+    assert ("warning" in describe_run(config, 200)) == (steps > 110)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"warmup_steps": 50}, True),
+        ({"warmup_steps": 49}, False),
+        ({"decay_fraction": 1.0}, False),  # no warm-up either: the rate falls from its peak, as some like it
+        ({"warmup_steps": 90, "schedule": "cosine"}, False),
+    ],
+)
+def test_a_schedule_without_room_is_warned_of(options, warned):
+    config = TrainConfig.resolve({"steps": 100, **options})
+    warning = "warning    the learning rate never stays at its peak: 50 steps of warm-up and 50 of decay are all 100"
+    assert (warning in describe_run(config, 10_000)) == warned
+
+
+def test_the_time_left_is_measured_after_the_first_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    clock, state = StepClock(), TrainerState(global_step=7, max_steps=20)  # resumed after step 6
+    assert clock.left(state) is None
+    assert clock.tick(7) == 0 and clock.left(state) is None
+    now[0] += 12
+    state.global_step = 10
+    assert clock.tick(10) == 3 and clock.left(state) == 40
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (3600, "1 h"), (7500, "2 h 5 min"), (525_600, "6 days 2 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_run_tells_its_time_and_may_be_in_a_thread(tiny_run, capsys):
+    """As when a notebook's cell draws curves while the run goes on."""
+    config = tiny_run(steps=12, log_every=4)
+    thread = threading.Thread(target=pretrain.train, args=(config,))
+    thread.start()
+    thread.join()
+    said = capsys.readouterr().out
+    assert "warning    the run reads" not in said
+    assert re.search(r"^time       \d+ s for the steps to come$", said, re.MULTILINE)
+    assert re.search(r"^step      8  loss .* \d+ s left$", said, re.MULTILINE)
+    assert not re.search(r"^step     (1|12)  .* left$", said, re.MULTILINE)
+    assert "done       12 steps" in said
