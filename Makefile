@@ -1,13 +1,13 @@
 # `make demo` trains the demo model on this machine and lets it speak; `make test` runs everything that is checked.
 # `make sanitize` runs the compiled steps under sanitizers for longer, `make test-lowest` the suite with the lowest versions
-# of the packages that we depend on.
+# of the packages that we depend on. `make site` writes the documentation as a web site.
 PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-lowest sanitize lint clean
+.PHONY: demo test test-lowest sanitize lint site clean
 
 demo: $(VENV)/installed
 	$(BIN)/moonwhale train --preset demo --out runs/demo --resume
@@ -28,8 +28,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+site: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(LOWEST) runs .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) $(LOWEST) runs site .pytest_cache .ruff_cache build src/*.egg-info
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moonwhale needs Python 3.11 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
