@@ -40,16 +40,12 @@ def test_demo_step(tmp_path, capsys, monkeypatch):
         assert result[f"vs_transformers_{dtype}"] == pytest.approx(speeds["moonwhale, MoBA"] / fastest, abs=1e-3)
     assert not list(tmp_path.glob(".*"))
 
-    table = update_readme().step_table(result)
-    assert f"{result['fp32']['tokens_per_second']['moonwhale, MoBA']:,}" in table
-    assert f"{result['vs_transformers_bf16']:.2f}" in table
 
-
-def test_the_table_has_each_figure_in_its_row():
-    """Each figure is in the row of the script that measures it."""
+def test_the_tables_have_each_figure_in_its_row():
+    """Each cell holds one figure, in the row that says what it is."""
     machine = {"cpu": "a CPU", "threads": 3, "cores": 4, "torch": "2.99", "transformers": "9.9"}
     train = {"vs_transformers_fp32": 2.01, "vs_transformers_autocast": 1.52, "vs_transformers_bf16": 1.33}
-    train |= {"vs_dense": 0.91, "ceiling_share": 0.617, "memory_vs_transformers": 0.48, "environment": machine}
+    train |= {"vs_dense": 0.91, "ceiling_share": 0.617, "memory_vs_transformers": 0.48}
     moba = {f"{what}_{case}": 1.1 * i for i, case in enumerate(("1k", "16k", "32k"), 1) for what in ("fwd", "fwdbwd")}
     optimizer = {"muonclip_share": 0.071, "qkclip_share": 0.012, "tokens_vs_adamw": 0.58}
     optimizer |= {"tokens_vs_adamw_by_seed": {"1": 0.5, "2": 0.58, "3": 0.6}}
@@ -61,37 +57,77 @@ def test_the_table_has_each_figure_in_its_row():
         "seed_190m": {"latent_allocated": 3584.0, "drafting_allocated": 5376.0, "multi_head": 30720}
     }
     serve = {"clients": 64, "errors": 0, "throughput_vs_one": 7.7, "malformed_requests": 10000}
-    serve |= {"server_errors": 0, "hangs": 0, "leaks": 0}
+    serve |= {"server_errors": 0, "hangs": 0}
     grpo = {"seeds": 3, "before": {"pass1": 0.4}, "after": [{"pass1": 0.9}, {"pass1": 0.8}, {"pass1": 0.85}]}
-    grpo |= {"after_format_alone": {"pass1": 0.41}, "mtp_acceptance_kept": 0.99}
+    grpo |= {"after_format_alone": {"pass1": 0.41}}
     fp8 = {"steps": 600, "relative_loss_error": 0.0012}
     parallel = {"bubble_vs_formula": 1.03, "bubble_vs_1f1b": 0.4, "max_gradient_error": 1.2e-7, "kills_survived": 19}
     parallel |= {"equality": {"layouts": {"a": {}, "b": {}}}, "kills": {"made": 20}}
-    results = train, moba, optimizer, quality, decode, serve, grpo, fp8, parallel
-    table = update_readme().figures_table(*results)
-    for name, figures in {
-        "train": ["2.01×, 1.52×, 1.33×", "0.91×", "62%", "0.48×"],
-        "moba": ["1.1× and 1.1×; 2.2× and 2.2×; 3.3× and 3.3×"],
-        "optimizer": ["7.1%; 1.2%", "0.58×"],
-        "quality": ["1.900", "2.200"],
-        "decode": [
-            "2.1×, 4.2×; 3.3×, 6.4×",
-            "1.25×; 3.5×",
-            "3,584; 5,376; 30,720",
-            "1.61; 61%; 1.02×",
-            "1.800, 1.801, 1.804",
-        ],
-        "serve": ["0; 7.7×", "0, 0, 0"],
-        "grpo": ["40% → 80%; 41%; 0.99×"],
-        "fp8": ["0.12%"],
-        "parallel": ["1e-07; 19 of 20", "1.03×; 0.40×"],
+    results = {
+        "quality": quality,
+        "optimizer": optimizer,
+        "train": train,
+        "demo_step": {"vs_transformers_fp32": 1.2, "vs_transformers_bf16": 1.6},
+        "moba": moba,
+        "decode": decode,
+        "serve": serve,
+        "grpo": grpo,
+        "fp8": fp8,
+        "parallel": parallel,
+    }
+    for name, result in results.items():
+        result["environment"] = machine | ({"cpu": "another"} if name == "fp8" else {})
+    assert set(results) == set(update_readme().SOURCES)
+    tables = update_readme().readme_figures.tables(results)
+    for what, figures in {
+        "240 s: moonwhale": ["1.900"],
+        "240 s: a dense GPT": ["2.200"],
+        "median of 3 seeds": ["0.58×"],
+        "before GRPO": ["40%"],
+        "after GRPO, the lowest of 3": ["80%"],
+        "format alone": ["41%"],
+        "after 600 steps": ["0.12%"],
+        "`seed_190m` |": ["2.01×", "1.52×", "1.33×"],
+        "`demo` |": ["1.20×", "1.60×"],
+        "dense GPT with as many": ["0.91×"],
+        "peak memory": ["0.48×"],
+        "share of the fastest": ["62%"],
+        "share of MuonClip": ["7.1%"],
+        "share of QK-Clip": ["1.2%"],
+        "| forward |": ["1.1×", "2.2×", "3.3×"],
+        "| forward and": ["1.1×", "2.2×", "3.3×"],
+        "bf16 relative to transformers": ["2.10×", "4.20×"],
+        "int8 relative to transformers": ["3.30×", "6.40×"],
+        "32 k tokens, relative": ["1.25×"],
+        "relative to MoBA": ["3.5×"],
+        "as allocated": ["3,584"],
+        "from all MTP": ["5,376"],
+        "multi-head attention's": ["30,720"],
+        "per forward pass": ["1.61"],
+        "accepted": ["61%"],
+        "--draft auto": ["1.02×"],
+        "tokens, fp32": ["1.800"],
+        "tokens, int8": ["1.804"],
+        "errors with 64": ["0"],
+        "throughput": ["7.7×"],
+        "5xx": ["0"],
+        "hangs": ["0"],
+        "2 layouts": ["1e-07"],
+        "kill -9": ["19 of 20"],
+        "DualPipeV": ["1.03×"],
+        "1F1B": ["0.40×"],
     }.items():
-        lines = [line for line in table.splitlines() if f"benchmarks/{name}.py" in line]
-        assert len(lines) == len(figures) and all(f in line for f, line in zip(figures, lines, strict=True))
-    assert "3 seeds" in table and "240 s" in table and "a CPU, 3 threads on 4 cores" in table
-    assert "nanochat" not in table
+        (line,) = (line for line in tables.splitlines() if what in line)
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert [cell for cell in cells[1:] if cell and not cell.startswith("[")] == figures
+    assert "Measured on a CPU, 3 of 4 cores; fp8 on another, 3 of 4 cores; bf16 unless" in tables
+    assert "nanochat" not in tables and "llama.cpp" not in tables
     quality["bits_per_byte"]["nanochat"] = 1.95
-    assert "nanochat | 1.950 |" in update_readme().figures_table(*results)
+    decode |= {f"{bits}_vs_llamacpp_{n}": 1.4 for bits in ("bf16", "int8") for n in (128, 1024)}
+    decode |= {"prompt_vs_llamacpp": 2.0, "bandwidth_share_bf16": 0.76}
+    tables = update_readme().readme_figures.tables(results)
+    assert "nanochat | 1.950 |" in tables and "Q8_0 | 1.40× | 1.40× |" in tables and "| 2.00× |" in tables
+    assert "| 76% |" in tables
 
 
 def test_demo_step_refuses_models_that_differ():

@@ -1,0 +1,166 @@
+"""The README's tables of benchmark results: one figure a cell, each with the script that measures it."""
+
+
+def tables(results: dict[str, dict]) -> str:
+    """Returns all tables, from the benchmarks' results by name."""
+    sections = {
+        "What training reaches": quality(results["quality"], results["optimizer"], results["grpo"], results["fp8"]),
+        "Training speed": training(results["train"], results["demo_step"], results["optimizer"]),
+        "MoBA, compared with full attention": moba(results["moba"]),
+        "Decoding, one request": decoding(results["decode"]),
+        "Memory and drafts": memory(results["decode"]),
+        "Serving, and several processes": serving(results["serve"], results["parallel"]),
+    }
+    return "\n\n".join(f"**{title}**\n\n{table}" for title, table in sections.items()) + "\n\n" + machines(results)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def script(name: str) -> str:
+    return f"[{name}.py](benchmarks/{name}.py)"
+
+
+def times(ratio: float, digits: int = 2) -> str:
+    return f"{ratio:.{digits}f}×"
+
+
+def quality(quality: dict, optimizer: dict, grpo: dict, fp8: dict) -> str:
+    """What models learn: bits per byte after equal time, tokens that MuonClip saves, right answers after GRPO."""
+    names = {"ours": "moonwhale", "nanochat": "nanochat", "dense": "a dense GPT with AdamW"}
+    seconds, bits = round(quality["seconds"]["ours"]), quality["bits_per_byte"]
+    rows = [
+        [f"held-out bits per byte after {seconds} s: {name}", f"{bits[key]:.3f}", script("quality")]
+        for key, name in names.items()
+        if key in bits
+    ]
+    seeds = len(optimizer["tokens_vs_adamw_by_seed"])
+    saved = f"tokens to AdamW's final loss with MuonClip, relative to AdamW; median of {seeds} seeds"
+    rows.append([saved, times(optimizer["tokens_vs_adamw"]), script("optimizer")])
+    after = min(each["pass1"] for each in grpo["after"])
+    for what, share in {
+        "right answers to sums, held out (pass@1), before GRPO": grpo["before"]["pass1"],
+        f"after GRPO, the lowest of {grpo['seeds']} seeds": after,
+        "after GRPO with rewards for the format alone": grpo["after_format_alone"]["pass1"],
+    }.items():
+        rows.append([what, f"{share:.0%}", script("grpo")])
+    error = f"difference of the final loss from bf16's after {fp8['steps']} steps in emulated DeepSeek FP8"
+    rows.append([error, f"{fp8['relative_loss_error']:.2%}", script("fp8")])
+    return table(["question", "figure", "script"], rows)
+
+
+def training(train: dict, demo_step: dict, optimizer: dict) -> str:
+    """Tokens per second and memory of training steps, relative to others."""
+    modes = ("fp32", "autocast", "bf16")
+    seed = [times(train[f"vs_transformers_{mode}"]) for mode in modes]
+    demo = [times(demo_step["vs_transformers_fp32"]), times(demo_step["vs_transformers_bf16"]), ""]
+    rows = [
+        ["tokens/s relative to transformers' `DeepseekV3ForCausalLM`, `seed_190m`", *seed, script("train")],
+        ["the same, `demo`", *demo, script("demo_step")],
+        ["tokens/s relative to a dense GPT with as many active parameters", "", times(train["vs_dense"]), "", "train"],
+        ["peak memory relative to transformers", "", times(train["memory_vs_transformers"]), "", "train"],
+        ["FLOP/s with MTP, share of the fastest bf16 matrix product", "", f"{train['ceiling_share']:.0%}", "", "train"],
+        ["share of MuonClip in a step of 8,192 tokens", "", f"{optimizer['muonclip_share']:.1%}", "", "optimizer"],
+        ["share of QK-Clip in it", "", f"{optimizer['qkclip_share']:.1%}", "", "optimizer"],
+    ]
+    rows = [[*row[:-1], row[-1] if row[-1].startswith("[") else script(row[-1])] for row in rows]
+    return table(["", "fp32", "bf16 autocast", "pure bf16", "script"], rows)
+
+
+def moba(moba: dict) -> str:
+    """How much faster MoBA is than full attention."""
+    cases = ("1k", "16k", "32k")
+    rows = [
+        ["forward", *(times(moba[f"fwd_{case}"], 1) for case in cases)],
+        ["forward and backward", *(times(moba[f"fwdbwd_{case}"], 1) for case in cases)],
+    ]
+    head = [f"speed relative to flash attention, {script('moba')}", "1 k tokens", "16 k", "32 k"]
+    return table(head, rows)
+
+
+def decoding(decode: dict) -> str:
+    """Tokens per second of decoding, relative to others."""
+    pairs = {
+        "transformers' `generate` in bf16": "{}_{}",
+        "llama.cpp, bf16 with bf16 and int8 with Q8_0": "{}_vs_llamacpp_{}",
+    }
+    rows = [
+        [f"{bits} relative to {name}", *(times(decode[key.format(bits, context)]) for context in (128, 1024))]
+        for name, key in pairs.items()
+        for bits in ("bf16", "int8")
+        if key.format(bits, 128) in decode
+    ]
+    for what, key in {
+        "reading a prompt of 512 tokens relative to llama.cpp, bf16": ("prompt_vs_llamacpp", times),
+        "share of the memory's bandwidth that bf16 decoding reads": ("bandwidth_share_bf16", "{:.0%}".format),
+    }.items():
+        if key[0] in decode:
+            rows.append([what, key[1](decode[key[0]]), ""])
+    short, long = (f"{n // 1024} k" for n in decode["moba_contexts"])
+    rows.append([f"time per token with MoBA at {long} tokens, relative to {short}", times(decode["moba_growth"]), ""])
+    rows.append([f"the same with full attention at {long}, relative to MoBA", times(decode["moba_32k"], 1), ""])
+    head = [f"tokens/s with the shapes of `seed_190m`, {script('decode')}", "after 128 tokens", "after 1,024"]
+    return table(head, rows)
+
+
+def memory(decode: dict) -> str:
+    """Bytes of the cache, and what drafts and fewer bits change."""
+    cache, bits = decode["cache_bytes_per_token"]["seed_190m"], decode["bits_per_byte"]
+    rows = [
+        ["cache bytes per token, `seed_190m`, as allocated", f"{cache['latent_allocated']:,.0f}"],
+        ["with drafts from all MTP modules", f"{cache['drafting_allocated']:,.0f}"],
+        ["multi-head attention's, without drafts", f"{cache['multi_head']:,}"],
+        ["tokens per forward pass with MTP drafts, demo model", f"{decode['tokens_per_forward']:.2f}"],
+        ["accepted guesses", ", ".join(f"{share:.0%}" for share in decode["acceptance"])],
+        ["speed with `--draft auto` relative to no drafts", times(decode["auto_vs_off"])],
+        *(
+            [f"bits per byte of the demo model on held-out rows of 256 tokens, {name}", f"{bits[name]:.3f}"]
+            for name in bits
+        ),
+    ]
+    return table([f"question, {script('decode')}", "figure"], rows)
+
+
+def serving(serve: dict, parallel: dict) -> str:
+    """The server under load, and training over several processes."""
+    clients, broken = serve["clients"], f"{serve['malformed_requests']:,} malformed requests"
+    layouts = len(parallel["equality"]["layouts"])
+    rows = [
+        [f"errors with {clients} streaming clients", f"{serve['errors']}", "serve"],
+        [f"throughput with {clients} clients relative to one", times(serve["throughput_vs_one"], 1), "serve"],
+        [f"5xx responses to {broken}", f"{serve['server_errors']}", "serve"],
+        [f"hangs under {broken}", f"{serve['hangs']}", "serve"],
+        [
+            f"largest relative difference of gradients, {layouts} layouts on 2 and 4 processes from one process",
+            f"{parallel['max_gradient_error']:.0e}",
+            "parallel",
+        ],
+        [
+            "recoveries from `kill -9` of a rank",
+            f"{parallel['kills_survived']} of {parallel['kills']['made']}",
+            "parallel",
+        ],
+        ["idle share of a DualPipeV step relative to the formula", times(parallel["bubble_vs_formula"]), "parallel"],
+        ["the same relative to 1F1B", times(parallel["bubble_vs_1f1b"]), "parallel"],
+    ]
+    return table(["question", "figure", "script"], [[*row[:2], script(row[2])] for row in rows])
+
+
+def machines(results: dict[str, dict]) -> str:
+    """Says where the figures were measured: the machine of most, and the scripts that ran on another."""
+    where: dict[str, list[str]] = {}
+    for name, result in results.items():
+        machine = result.get("environment") or result["cost"]["environment"]
+        key = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+        where.setdefault(key, []).append(name)
+    most = max(where, key=lambda key: len(where[key]))
+    others = "".join(f"; {', '.join(names)} on {key}" for key, names in where.items() if key != most)
+    machine = results["train"]["environment"]
+    return (
+        f"Measured on {most}{others}; bf16 unless stated otherwise, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}. Both sides use the same allocator, rounds are interleaved, figures are medians. "
+        "Nothing has been measured on a GPU."
+    )
