@@ -14,6 +14,7 @@ from moonwhale.lab import turn_trainer
 from moonwhale.lab.config import CompareOptions, comparison
 from moonwhale.lab.runs import Rows, Run
 from moonwhale.lab.turn_trainer import TurnTrainer
+from moonwhale.lab.variants import Variant
 from toy import TOY
 
 OPTIONS = (
@@ -252,9 +253,9 @@ def test_a_run_is_known_by_what_decides_its_result(arguments, tmp_path):
     def folder(name="x", seed=0, file="a", **given):
         shards.index = {"files": file}
         own = CompareOptions(out=str(tmp_path), tokens=40960)
-        asked = comparison(own, {"device": "cpu", "warmup_steps": 1, **given}, ["lr=1e-3"])
-        variant = asked.variants[1]
-        return Run(asked, type(variant)(name, variant.changes), seed, rows).folder.name.rpartition("-")[2]
+        variant = Variant(name, {"lr": 1e-3})
+        asked = comparison(own, {"device": "cpu", "warmup_steps": 1, **given}, [Variant("base", {}), variant])
+        return Run(asked, variant, seed, rows).folder.name.rpartition("-")[2]
 
     assert folder() == folder("y")
     different = [folder(), folder(seed=1), folder(file="b"), folder(grad_clip=2.0), folder(eval_rows=3)]

@@ -119,7 +119,7 @@ def test_bad_arguments_are_one_line(argv, line):
         ("a:\na: {lr: 1}\n", "a occurs twice"),
         ("a:\nb: {}\n", "variants a and b have the same options"),
         ("a:\nb: {lr: 6e-3}\n", "variants a and b have the same options"),
-        ("a:\n", "has one variant alone"),
+        ("a:\n", "variant a is alone: add another to compare it with"),
         ('a:\n"b\\e[1m": {lr: 1}\n', "is no name"),
         (f"a:\n{'b' * 61}: {{lr: 1}}\n", "is no name"),
         ("a: [", "is not YAML"),

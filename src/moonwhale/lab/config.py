@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moonwhale import options
@@ -120,32 +121,35 @@ def parse(argv: list[str]) -> Comparison:
     own, rest = options.read_argv(parser, CompareOptions, argv)
     given, _ = options.read_argv(parser, TrainConfig, argv)
     given.pop("out", None)
-    return comparison(CompareOptions(**own), given, rest.vary, rest.config)
+    check_given(given)
+    chosen = CompareOptions(**own)
+    if bool(rest.vary) == bool(chosen.variants):
+        both = "give `vary` or `variants`, not both"
+        raise UserError(both if rest.vary else "there is nothing to compare: give `vary` or `variants`")
+    if chosen.variants:
+        variants = read_variants(chosen.variants)
+    else:
+        variants = varied(rest.vary, TrainConfig.resolve(given, rest.config))
+    return comparison(chosen, given, variants, rest.config)
 
 
-def comparison(own: CompareOptions, given: dict, vary: list[str], config_file: str | None = None) -> Comparison:
+def comparison(
+    own: CompareOptions, given: dict, variants: Sequence[Variant], config_file: str | None = None
+) -> Comparison:
     """Puts a comparison together.
 
-    given: the options of training that all variants share.
-    vary: texts as "lr=1e-3,2e-3".
+    given: the options of training that all variants share. config_file completes them.
+    variants: the base first.
 
     Raises:
-        UserError: two budgets, no or equal variants, or impossible options.
+        UserError: two budgets, one variant alone, equal variants, or impossible options.
     """
     budgets = {"seconds": own.seconds, "tokens": own.tokens, "steps": given.get("steps")}
     asked = [unit for unit, amount in budgets.items() if amount is not None]
     if len(asked) > 1:
         raise UserError(f"`{asked[0]}` and `{asked[1]}` are two budgets: leave one out")
-    if bool(vary) == bool(own.variants):
-        what = (
-            "give `vary` or `variants`, not both" if vary else "there is nothing to compare: give `vary` or `variants`"
-        )
-        raise UserError(what)
-    check_given(given)
-    base = TrainConfig.resolve(given, config_file)
     unit = asked[0] if asked else "steps"
-    budget = Budget(unit, budgets[unit] or base.steps)
-    variants = read_variants(own.variants) if own.variants else varied(vary, base)
+    budget = Budget(unit, budgets[unit] or TrainConfig.resolve(given, config_file).steps)
     result = Comparison(own, budget, given, config_file, tuple(variants))
     _require_different(result)
     return result
@@ -163,7 +167,7 @@ def _require_different(asked: Comparison) -> None:
             )
         known[options_text] = variant.name
     if len(known) < 2:
-        raise UserError(f"`variants`: {asked.options.variants} has one variant alone: add another to compare it with")
+        raise UserError(f"variant {asked.variants[0].name} is alone: add another to compare it with")
 
 
 def _flat(values: dict, outer: str = "") -> dict:

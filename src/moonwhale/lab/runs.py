@@ -138,6 +138,7 @@ class Run:
             processing_class=data.tokenizer,
             data_collator=transformers.default_data_collator,
             byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
+            evaluate_all=True,
             callbacks=callbacks,
             budget=self.budget,
             turns=self.turns,

@@ -64,9 +64,9 @@ class TurnTrainer(MTPTrainer):
             scheduler.lr_lambdas = [lambda _, f=f: f(self.share * self.schedule_steps) for f in of_step]
         return scheduler
 
-    def _is_decaying(self) -> bool:
-        steps = self.share * self.schedule_steps if self._timed else self.state.global_step
-        return steps >= self.schedule_steps - self.args.decay_steps
+    def _steps_done_and_left(self) -> tuple[float, float]:
+        done = self.share * self.schedule_steps if self._timed else self.state.global_step
+        return done, self.schedule_steps - done
 
     def _inner_training_loop(self, *args, **kwargs):
         self._counted = self._first_took = None

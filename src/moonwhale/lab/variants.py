@@ -23,7 +23,17 @@ SHARED = {
     "device": "all variants run on the same device",
 }
 # Options of training that a comparison sets itself
-DECIDED = ("out", "resume", "eval_every", "save_every", "keep_checkpoints", "log_every", "report_to", "parallel")
+DECIDED = (
+    "out",
+    "resume",
+    "from_",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "report_to",
+    "parallel",
+)
 WHY_DECIDED = "a comparison sets it itself"
 
 

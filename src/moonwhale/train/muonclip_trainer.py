@@ -180,9 +180,9 @@ class MuonClipTrainerMixin:
         """What the step hooks recorded in the latest step (`StepHooks.last`), for the whole model."""
         return self._hooks.last
 
-    def _is_decaying(self) -> bool:
-        """Whether the next step is one of the last, in which `mtp_loss_weight_final` holds."""
-        return self.state.global_step >= self.state.max_steps - self.args.decay_steps
+    def _steps_done_and_left(self) -> tuple[float, float]:
+        """The position in the schedule, on which the MTP weight depends."""
+        return self.state.global_step, self.state.max_steps - self.state.global_step
 
     # Finite losses
 
@@ -326,10 +326,11 @@ class _MuonClipCallback(TrainerCallback):
         if args.mtp_loss_weight_final is not None or args.mtp_start_step:
             # The model inside an adapter, whose wrapper would keep the attribute to itself
             model = next(m for m in self.trainer.model.modules() if "mtp_loss_weight" in vars(m))
+            done, left = self.trainer._steps_done_and_left()
             weight = model.config.mtp_loss_weight
-            if args.mtp_loss_weight_final is not None and self.trainer._is_decaying():
+            if args.mtp_loss_weight_final is not None and left <= args.decay_steps:
                 weight = args.mtp_loss_weight_final
-            model.mtp_loss_weight = 0.0 if state.global_step < args.mtp_start_step else weight
+            model.mtp_loss_weight = 0.0 if done < args.mtp_start_step else weight
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.accelerator.optimizer_step_was_skipped:

@@ -1,0 +1,120 @@
+"""Writes the tables of docs/ablations.md: `python docs/update_ablations.py`.
+
+They hold the results of benchmarks/ablations.py. With `--check`, the script only reports whether the page is up to
+date.
+"""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "ablations.md"
+RESULT = ROOT / "benchmarks" / "results" / "ablations.json"
+BUDGETS = {"240": "4 minutes", "1200": "20 minutes", "3600": "60 minutes"}
+NOT_MEASURED = "not measured yet"
+
+
+def variants() -> tuple:
+    """Returns mechanism, name and changes of each variant of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module("ablations").VARIANTS
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def difference(figures: dict | None) -> str:
+    """Returns a variant's difference to the base at one budget, for a cell of the table."""
+    if figures is None:
+        return NOT_MEASURED
+    if figures["diverged"]:
+        return f"{figures['diverged']} diverged"
+    if "difference" not in figures:
+        return "no difference: the base diverged"
+    mean, half_width = figures["difference"]["mean"], figures["difference"]["half_width"]
+    if half_width is None:
+        return f"{mean:+.3f} (1 seed)"
+    return f"{mean:+.3f} ± {half_width:.3f}, {figures['difference']['verdict']}"
+
+
+def differences(result: dict, rows: tuple) -> str:
+    """Returns the table of differences: one row a variant, one column a budget."""
+    lines = ["| mechanism | variant | " + " | ".join(BUDGETS.values()) + " |", "|---" * (2 + len(BUDGETS)) + "|"]
+    for mechanism, name, _ in rows:
+        cells = [difference(_figures(result, budget, name)) for budget in BUDGETS]
+        lines.append(f"| {mechanism} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def costs(result: dict, rows: tuple) -> str:
+    """Returns the table of what each variant costs, at the longest budget that is measured for it."""
+    lines = [
+        "| variant | learning rate | tokens/s | active parameters | cache per token | peak memory |",
+        "|---" * 6 + "|",
+    ]
+    for name in ["base", *(name for _, name, _ in rows)]:
+        found = [
+            figures for budget in BUDGETS if (figures := _figures(result, budget, name)) and not figures["diverged"]
+        ]
+        lines.append(f"| {name} | {' | '.join(_costs(found[-1]) if found else [NOT_MEASURED] * 5)} |")
+    return "\n".join(lines)
+
+
+def _costs(figures: dict) -> list[str]:
+    peak = figures["peak_memory_bytes"]
+    return [
+        f"{figures['lr']:.2g}",
+        f"{figures['tokens_per_second']:,.0f}",
+        f"{figures['active_parameters'] / 1e6:.2f} M",
+        f"{figures['cache_bytes_per_token']:,} B",
+        f"{peak / 1e6:,.0f} MB" if peak else "",
+    ]
+
+
+def where(result: dict) -> str:
+    """Returns how and on which machine the figures were measured."""
+    if not result["budgets"]:
+        return f"The figures are {NOT_MEASURED}."
+    machine = result["environment"]
+    runs = "; ".join(
+        f"{BUDGETS.get(budget, f'{budget} s')}: {entry['seeds']} seeds, rates {'tuned' if entry['tuned'] else 'fixed'}"
+        for budget, entry in result["budgets"].items()
+    )
+    return (
+        f"Text: {result['data']}. {runs}. Measured on {machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['dtype']}, torch {machine['torch']}."
+    )
+
+
+def _figures(result: dict, budget: str, name: str) -> dict | None:
+    return result["budgets"].get(budget, {}).get("variants", {}).get(name)
+
+
+def updated(text: str, result: dict, rows: tuple) -> str:
+    """Returns the text of the page with its generated blocks replaced."""
+    regions = {"differences": differences(result, rows), "costs": costs(result, rows), "where": where(result)}
+    for name, content in regions.items():
+        pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
+        text, n = pattern.subn(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
+        assert n == 1, f"{PAGE.name} has {n} blocks named {name}, not one"
+    return text
+
+
+def read() -> dict:
+    """Returns the committed result, or one without budgets."""
+    return json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"budgets": {}}
+
+
+def main() -> None:
+    before = PAGE.read_text(encoding="utf-8")
+    after = updated(before, read(), variants())
+    if "--check" in sys.argv:
+        sys.exit(0 if before == after else "docs/ablations.md is not up to date: run python docs/update_ablations.py")
+    PAGE.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
