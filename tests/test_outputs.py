@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,35 @@ def test_one_owner(tmp_path):
         assert said.endswith(": wait until it has ended, or name another") and "\n" not in said
     assert elsewhere(attempt, lock) == "owned"
     assert not lock.parent.exists()  # nothing was put into the folder
+
+
+def without_posix(folder: Path) -> str:
+    """Uses moonwhale, in a process of its own, where the system lacks what Windows lacks."""
+    for name in [name for name in sys.modules if name.startswith("moonwhale")]:
+        del sys.modules[name]
+    sys.modules["fcntl"] = None
+    for name in ("SIGHUP", "SIGALRM"):
+        delattr(signal, name)
+    for name in ("register_at_fork", "O_NOFOLLOW"):
+        delattr(os, name)
+    from moonwhale import outputs
+    from moonwhale.data.worker_process import WorkerProcess
+
+    for _ in range(2):  # the file that is left behind is taken over
+        with outputs.owned(folder / ".lock", folder, "out"):
+            outputs.sync(folder)
+    with outputs.new_named_folder(str(folder / "new"), "out") as new:
+        (new / "file").touch()
+    try:
+        WorkerProcess("moonwhale.data.answers", 1).ask("2")
+    except Exception as error:
+        return str(error)
+
+
+def test_a_system_without_locks_forks_and_alarms(tmp_path):
+    said = elsewhere(without_posix, tmp_path)
+    assert (tmp_path / "new" / "file").exists()
+    assert said.endswith("cannot bound the time of templates and answers: use Linux or macOS")
 
 
 def hold_for_good(lock: Path, child: bool, started):

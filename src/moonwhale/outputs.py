@@ -1,7 +1,6 @@
 """Files and folders that the user names for a result: they have one owner, and are on the disk when they are named."""
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -13,6 +12,11 @@ from typing import TextIO
 
 from moonwhale.errors import UserError, one_line, printable
 from moonwhale.files import new_folder, require_writable
+
+try:
+    import fcntl
+except ImportError:  # Windows, where moonwhale was never tried: nothing is locked, and folders cannot be synced
+    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,8 @@ def owned(lock: Path, what: str | os.PathLike, option: str) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if fcntl:  # elsewhere an open file cannot be removed; one that is left behind is taken over
+            lock.unlink(missing_ok=True)
         file.close()
         if folder_is_new:
             with suppress(OSError):  # the folder is in use
@@ -45,7 +50,7 @@ def _lock(lock: Path, what: str | os.PathLike, option: str) -> TextIO:
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             if error.errno not in (errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
                 raise
@@ -55,6 +60,8 @@ def _lock(lock: Path, what: str | os.PathLike, option: str) -> TextIO:
             ) from error
         file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOTSUP, "no locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -131,6 +138,8 @@ def sync(path: Path) -> None:
 
 def sync_names(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, is on the disk."""
+    if fcntl is None:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

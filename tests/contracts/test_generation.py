@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import (
+    Cache,
     CompileConfig,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
     WatermarkingConfig,
     set_seed,
 )
+from transformers.cache_utils import QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 OUTSIDER = "transformers' generate, as DeepseekV3ForCausalLM does it"
@@ -67,6 +69,11 @@ REFUSED = {
     "MTP": ({"use_mtp": True}, "use_mtp"),
     "compilation": ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config"),
     "paged cache": ({"cache_implementation": "paged"}, "continuous batching"),
+    "offloaded cache": ({"cache_implementation": "offloaded"}, "and this model is on cpu"),
+    "offloaded static cache": ({"cache_implementation": "offloaded_static"}, "and this model is on cpu"),
+    "offloaded hybrid cache": ({"cache_implementation": "offloaded_hybrid"}, "and this model is on cpu"),
+    "quantized cache, default groups": ({"cache_implementation": "quantized"}, "optimum-quanto|Group size"),
+    "no such cache": ({"cache_implementation": "latent"}, "Invalid `cache_implementation`"),
     "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "trust_remote_code"),
     "group beams": ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "trust_remote_code"),
     "constraints": ({"num_beams": 2, "force_words_ids": [[5]]}, "trust_remote_code"),
@@ -128,9 +135,28 @@ def test_an_assistant_changes_no_token(tiny_model, pair, extended, seed):
 @pytest.mark.parametrize("mode", REFUSED)
 def test_a_mode_is_refused_in_one_line(pair, mode):
     options, reason = REFUSED[mode]
-    with pytest.raises((ValueError, NotImplementedError), match=reason) as refused:
+    with pytest.raises((ValueError, NotImplementedError, ImportError), match=reason) as refused:
         generate(pair[0], **options)
     assert len(str(refused.value).strip().splitlines()) == 1
+
+
+class HalvedLayer(QuantizedLayer):
+    """transformers' quantized cache of a layer, with half precision in place of another package's few bits."""
+
+    def _quantize(self, tensor, axis):
+        return tensor.half()
+
+    def _dequantize(self, tensor):
+        return tensor.float()
+
+
+def test_a_quantized_cache_gives_deepseeks_tokens(pair, extended):
+    def answer(model):
+        layers = [HalvedLayer(residual_length=4) for _ in range(model.config.num_hidden_layers)]
+        return generate(model, past_key_values=Cache(layers=layers), max_new_tokens=12)
+
+    assert torch.equal(*map(answer, pair))
+    assert torch.equal(answer(extended), generate(extended, max_new_tokens=12))
 
 
 def test_gradient_checkpointing_refuses_a_cache(tiny_model):

@@ -5,6 +5,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -32,7 +33,7 @@ from moonwhale.checkpoint import (
     unfinished_folder,
 )
 from moonwhale.errors import UserError
-from moonwhale.train import muonclip_trainer, pretrain
+from moonwhale.train import callbacks, muonclip_trainer, pretrain
 from moonwhale.train.config import parse
 from moonwhale.train.mtp_trainer import MTPTrainer
 from moonwhale.train.run_folder import write_run_file
@@ -334,6 +335,11 @@ def test_a_kill_while_a_checkpoint_replaces_another(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path) is None
     clear_unfinished(tmp_path)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_system_without_sighup(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    assert runpy.run_path(callbacks.__file__)["STOP_SIGNALS"] == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_a_kill_while_old_checkpoints_are_deleted(tmp_path, monkeypatch):

@@ -29,7 +29,8 @@ class WorkerProcess:
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
         self.owner: int | None = None  # a forked process must not share the pipes of its parent
-        os.register_at_fork(after_in_child=lambda: setattr(self, "lock", threading.Lock()))
+        if hasattr(os, "register_at_fork"):  # Windows does not fork
+            os.register_at_fork(after_in_child=lambda: setattr(self, "lock", threading.Lock()))
 
     def ask(self, request: object) -> object | None:
         """Returns the answer to a request, both JSON values, or None if a limit was exceeded."""
@@ -51,6 +52,10 @@ class WorkerProcess:
             return None
 
     def _start(self) -> None:
+        if not hasattr(signal, "SIGALRM"):
+            from moonwhale.errors import UserError  # not for the process's script, which has another path
+
+            raise UserError(f"{sys.platform} cannot bound the time of templates and answers: use Linux or macOS")
         # A session of its own keeps Ctrl-C from the process. It ends when its input does.
         self.process = subprocess.Popen(
             self.command,

@@ -24,6 +24,12 @@ class MoonwhaleGenerationMixin(GenerationMixin):
                 "use_mtp=True: transformers builds MTP modules from DeepSeek's layers only; draft with moonwhale's "
                 "Engine, or export the model to DeepSeek-V3's format"
             )
+        cache = generation_config.cache_implementation
+        if cache and "offloaded" in cache and self.device.type != "cuda":
+            raise ValueError(
+                f"cache_implementation={cache!r}: it moves the cache out of a CUDA GPU's memory, and this model is on "
+                f"{self.device}; leave it out"
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def init_continuous_batching(self, *_, **__):

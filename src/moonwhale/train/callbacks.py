@@ -15,7 +15,9 @@ from transformers import TrainerCallback, TrainerState
 from moonwhale.units import duration
 
 ESTIMATE_AFTER = 10  # timed steps
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal or ssh was closed
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # the terminal or ssh was closed; Windows has no such signal
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 class StepClock:
