@@ -20,6 +20,11 @@ KNOWN_PATTERNS = [
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # GPT-4o
     r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+(?i:'s|'t)?",  # Kimi
+    # o200k, with both kinds of words, and Mistral's Tekken
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}"
+    r"\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # DeepSeek V3
     r"\p{N}{1,3}",
     r"\d{1,3}(?=(?:\d{3})*\b)",
 ]
@@ -45,12 +50,60 @@ ENDLESS = [
 ]
 
 
+HARMLESS = [  # repetitions inside others, each text in one way
+    r"(?:\r?\n)+",
+    r"(?:\r\n|\n)+",
+    r"(?:\r?\n)+x",
+    r"(?:\p{L}\p{M}*)+",
+    r"(?:[A-Z][a-z]+)+",
+    r"(?:[a-z]+-)*x",
+    r"\p{N}{1,3}(?:,\p{N}{3})*",
+    r"(?:\p{N}{1,3},)+",
+    r"(?:(?:a|b)c?)+d",
+    r"(?:\s\p{L}+)+!",
+    r"(?i:'(?:s|t|re|ve)?)+",
+    r"(?:ab?){2,3}",
+]
+ENDLESS_DEEP = [
+    r"(?:\r?\n?)+x",
+    r"(?:\s?\n)+x",
+    r"(?:(?:a|b)+)+c",
+    r"(?:(?:a?|b?)c)+d",
+    r"(?:(?:a?)?c)+d",
+    r"(?:a|b|A)+c(?i)",
+    r"(?:a|(?i:A))+c",
+    r"(?:\p{L}+\p{M}*)+x",
+    r"(?:[^a]+b?)+c",
+    r"(?:\p{L}|\p{Lu})+x",
+    r"(?:\w?\p{M})+x",
+    r"(?:x\b?)+y",
+    "(?:" * 500 + "a?" + ")" * 500 + "+b",
+    "(?:" * 60 + "a?b" + "){2}" * 60 + "b",
+    r"(?x:(?: a? )+b)",
+    r"(?i:[A-Z][a-z]*)+x",
+    r"(?:x(?=a*)y?)+z",
+    r"(?:[\s\S]a?)+b",
+    r"(?:ab?|abb)+c",
+    r"(?:\r?\n)+(?:\r?\n)+x",
+    r"(?:a{1,9}b?)+c",
+    r"(?:.\n?)+x",
+    r"(?:()a?)+x",
+    r"(?:a?){9}x",
+    "(?:" + "|".join(f"[{c}x]?y" for c in "abcdefghijklmnop") + ")+z",
+]
+
+
+@pytest.mark.parametrize("pattern", HARMLESS)
+def test_repetitions_inside_others_pass_where_each_text_is_matched_in_one_way(pattern):
+    check_pattern(pattern)
+
+
 @pytest.mark.parametrize("pattern", KNOWN_PATTERNS)
 def test_patterns_of_known_tokenizers_pass(pattern):
     check_pattern(pattern)
 
 
-@pytest.mark.parametrize("pattern", ENDLESS)
+@pytest.mark.parametrize("pattern", [*ENDLESS, *ENDLESS_DEEP])
 def test_patterns_that_backtrack_are_refused(pattern):
     with pytest.raises(ValueError, match="pattern"):
         check_pattern(pattern)

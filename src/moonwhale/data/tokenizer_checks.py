@@ -1,8 +1,8 @@
 """Checks a tokenizer's files before the tokenizers library reads them: sizes, ids, and patterns that would never end.
 
-A pattern with one repetition inside another (as in `(a+)+b`) may take time exponential in the text's length, and two
-that can take the same characters (as in `a*a*b`) its square, from every start. The patterns of known tokenizers have
-neither, so both are refused.
+A pattern with one repetition inside another (as in `(a+)+b`) may take time exponential in the text's length, unless
+each text is matched in one way (as by `(\\r?\\n)+`). Two repetitions that can take the same characters (as in `a*a*b`)
+take its square, from every start. The patterns of known tokenizers have neither, so both are refused.
 """
 
 import os
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from moonwhale.data.deterministic_patterns import is_deterministic
 from moonwhale.errors import UserError, one_line, shown
 from moonwhale.files import read_json, read_text
 
@@ -149,7 +150,7 @@ def _alternatives(items: list, at: int, pattern: str) -> tuple[int, int, bool, i
             most, most_pending = max(most, backtracking), max(most_pending, pending)
             backtracking, pending, ambiguous = 0, 0, True
             continue
-        inner = inner_pending = 0
+        start, inner, inner_pending = at - 1, 0, 0
         inner_ambiguous = False
         if kind == "group":
             inner, inner_pending, inner_ambiguous, at = _alternatives(items, at, pattern)
@@ -163,13 +164,16 @@ def _alternatives(items: list, at: int, pattern: str) -> tuple[int, int, bool, i
             least, most_repeats = _bounds(items[at][1])
             at += 1
         varies = least != most_repeats
+        long = varies and most_repeats > FEW
         if inner_ambiguous and most_repeats > 1:
-            raise _refusal(pattern)
+            if not is_deterministic(items, start, _bounds):
+                raise _refusal(pattern)
+            inner, inner_pending, long = 0, 0, long or inner > 0 or inner_pending > 0  # all of it is like one
         ambiguous |= varies or inner_ambiguous
         if least:
             backtracking, pending = backtracking + pending, 0
         backtracking += inner
-        pending += inner_pending + (varies and most_repeats > FEW)
+        pending += inner_pending + long
     return max(most, backtracking), max(most_pending, pending), ambiguous, at
 
 
