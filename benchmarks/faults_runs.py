@@ -153,7 +153,8 @@ def prepare(folder: Path, only_train: bool = False) -> dict[str, Trial]:
         raise RuntimeError(said)
     sft = COMMON | {"data": str(folder / "chats.jsonl"), "context": 32, "steps": STEPS}
     grpo = COMMON | {"task": str(folder / "task.jsonl"), "questions": 20, "group_size": 2, "questions_per_step": 4,
-                     "batch_size": 4, "steps": 4, "max_new_tokens": 6, "eval_questions": 2, "show": 0}  # fmt: skip
+                     "batch_size": 4, "steps": 4, "max_new_tokens": 6, "eval_questions": 2,
+                     "show_answers": 0}  # fmt: skip
     recipe = [
         {"train": train | {"steps": 4, "out": "OUT/base"}},
         {"sft": sft | {"steps": 4, "checkpoint": "OUT/base", "out": "OUT/talks"}},

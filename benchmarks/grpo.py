@@ -171,7 +171,7 @@ def grpo_options(start: Path, out: Path, seed: int, sizes: Sizes, rewards: list[
         eval_questions=8,
         save_every=0,
         log_every=5,
-        show=0,
+        show_answers=0,
         report_to=["none"],
     )
 

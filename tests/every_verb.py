@@ -84,7 +84,7 @@ def main() -> None:
     train = common | {"data": "text", "context": 32, "tokens_per_step": 64, "eval_rows": 2, "model": TOY}
     sft = common | {"data": "task:task.jsonl", "context": 32}
     grpo = common | {"task": "task.jsonl", "questions": 4, "group_size": 2, "questions_per_step": 1}
-    grpo |= {"max_new_tokens": 4, "eval_questions": 1, "show": 0}
+    grpo |= {"max_new_tokens": 4, "eval_questions": 1, "show_answers": 0}
     stages = [{"train": train | {"out": "base"}}, {"sft": sft | {"checkpoint": "base", "out": "talks"}}]
     Path("recipe.yaml").write_text(json.dumps([*stages, {"grpo": grpo | {"checkpoint": "talks", "out": "counts"}}]))
     port = free_port()
@@ -98,7 +98,7 @@ def main() -> None:
         ["generate", "base", "the moon", "--max-new-tokens", "2", *small],
         ["chat", "talks", *small],
         ["eval", "base", "--data", "text", "--task", "task.jsonl", "--problems", "1", "--samples", "1",
-         "--max-new-tokens", "2", "--json", "eval.json", *small],
+         "--max-new-tokens", "2", "--out", "eval.json", *small],
         ["compare", "--config", "base/run.yaml", "--vary", "lr=1e-3", "--seeds", "1", "--turns", "1", "--out", "lab"],
         ["xray", "base", "--prompt", "the moon"],
         ["data", "--data", "text", "--context", "32"],

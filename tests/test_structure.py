@@ -26,6 +26,7 @@ BASE = {
     "yaml_files",
     "outputs",
     "packaged",
+    "reports",
 }
 TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
@@ -42,11 +43,12 @@ MAY_IMPORT = {
     "manifest": {"files"},
     "outputs": {"errors", "files"},
     "processes": {"errors"},
+    "reports": {"processes"},
     "precision": {"errors"},
     "model": set(),
     "fp8": {"errors", "model"},
     "optim": {"optim", "errors"},
-    "data": {"data", "errors", "files", "outputs", "options", "yaml_files"},
+    "data": {"data", "errors", "files", "outputs", "options", "yaml_files", "reports"},
     "weights": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "manifest", "outputs", "options", "weights", "model", "data"},
     "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},

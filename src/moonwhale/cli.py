@@ -113,7 +113,7 @@ def _function(verb: str) -> Callable[[list[str]], int | None]:
 
 def _fail(message: str, status: int) -> int:
     """Print a message as one line and return the status."""
-    print("moonwhale: " + _line(message), file=sys.stderr)
+    print("moonwhale: " + _line(message), file=PrintableStream(sys.stderr))
     return status
 
 

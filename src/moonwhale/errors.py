@@ -1,8 +1,10 @@
 """The exception for bad input, help with its message, and the check for an optional package."""
 
+import codecs
 import importlib.util
 import re
 import reprlib
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -45,14 +47,39 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
+_SPELLED = str.maketrans(
+    {"✓": "+", "✗": "-", "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "×": "x", "±": "+/-", "→": "->"}
+    | {"≤": "<=", "≥": ">=", "≈": "~", "‘": "'", "’": "'", "“": '"', "”": '"', "█": "#", "│": "|", "─": "-"}
+)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Spell in ASCII what an encoding lacks: λ becomes lambda, é becomes e, ✓ becomes +, and 你 becomes \\u4f60."""
+    spelled = []
+    for c in error.object[error.start : error.end]:
+        letter = re.fullmatch("GREEK (?:SMALL|CAPITAL) LETTER ([A-Z]+)", unicodedata.name(c, ""))
+        plain = letter[1].lower().replace("lamda", "lambda") if letter else c.translate(_SPELLED)
+        bare = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        spelled.append(bare or plain.encode("ascii", "backslashreplace").decode())
+    return "".join(spelled), error.end
+
+
+codecs.register_error("moonwhale.spell", _spell)
+
+
 class PrintableStream:
-    """A text stream in place of another, which it hands every text as `printable` returns it."""
+    """A text stream in place of another, which it hands every text as `printable` returns it.
+
+    A character that the other's encoding lacks is spelled in ASCII, as in a Windows console with code page 1252.
+    """
 
     def __init__(self, stream, keep: str = "\n\t"):
         self._stream, self._keep = stream, keep
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        self._stream.write(printable(text, self._keep))
+        whole = printable(text, self._keep)
+        self._stream.write(whole.encode(self._encoding, "moonwhale.spell").decode(self._encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -77,8 +77,14 @@ def parser_of(main: Callable[[list[str]], object]) -> argparse.ArgumentParser:
 class Parser(argparse.ArgumentParser):
     """An argparse parser that takes no abbreviations and raises every complaint as a UserError of one line."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, *, examples: tuple[str, ...] = (), epilog: str = "", **kwargs):
+        """`examples`: whole commands, which `--help` shows above the epilog."""
+        self.examples = examples
+        shown_examples = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else ""
+        epilog = "\n\n".join(filter(None, [shown_examples, epilog]))
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog, **kwargs
+        )
 
     def error(self, message: str) -> typing.NoReturn:
         message = re.sub(r"--([a-z][\w.-]*)", lambda found: f"`{found[1].replace('-', '_')}`", message)
@@ -132,11 +138,17 @@ class Option(typing.NamedTuple):
         return self.choices or self.field.metadata.get("suggestions") or ()
 
     def help(self, default: object) -> str:
-        """The help text, with a default unless that is off or nothing."""
+        """The help text with the default. A text that ends with its own account of what None means is left as it is."""
+        text = self.field.metadata["help"]
         if isinstance(default, list):
-            default = ",".join(default)
-        note = "" if default is None or default is False else f" ({'true' if default is True else default})"
-        return (self.field.metadata["help"] + note).replace("%", "%%")
+            default = ",".join(map(str, default))
+        elif isinstance(default, bool):
+            default = str(default).lower()
+        if default is not None:
+            text += f" ({default})"
+        elif self.group != "positional" and not text.endswith(")"):
+            text += " (null)" if "." in self.name else " (none)"
+        return text.replace("%", "%%")
 
 
 def options_of(cls: type) -> Iterator[Option]:
@@ -154,14 +166,14 @@ def options_of(cls: type) -> Iterator[Option]:
 def add_options(
     parser: argparse.ArgumentParser,
     cls: type,
-    preset_decides: Container[str] = (),
+    defaults: Mapping[str, object] = types.MappingProxyType({}),
     show: bool = True,
     leave_out: Container[str] = (),
 ) -> None:
     """Add every option of the dataclass `cls` to a parser, in its groups, except the fields in `leave_out`.
 
-    An option that is not given stays out of the namespace. `--help` shows the defaults, except of the options named in
-    `preset_decides`; with `show=False` it lists none of these options.
+    An option that is not given stays out of the namespace. `--help` shows its default: that of `defaults`, by name, or
+    else the dataclass's. With `show=False` it lists none of these options.
     """
     groups = {}
     for entry in options_of(cls):
@@ -169,7 +181,7 @@ def add_options(
             continue
         field = entry.field
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = entry.help("the preset's" if entry.name in preset_decides else default) if show else argparse.SUPPRESS
+        text = entry.help(defaults.get(entry.name, default)) if show else argparse.SUPPRESS
         keywords = {"default": argparse.SUPPRESS, "help": text}
         if entry.group == "positional":
             parser.add_argument(entry.name, nargs="?", metavar=entry.name.upper(), **keywords)
@@ -221,6 +233,8 @@ def read_yaml(path: str | os.PathLike, cls: type) -> dict:
 def check(cls: type, values: dict, source: str, outer: str = "") -> dict:
     """Check that `cls` has an option for every key and that every value has its option's type.
 
+    A key that the class's `RENAMED` lists, as files of earlier versions have it, gets its new name.
+
     Args:
         values: option names and values, read from a file.
         source: the file, for messages.
@@ -230,8 +244,9 @@ def check(cls: type, values: dict, source: str, outer: str = "") -> dict:
         UserError: naming the file, the key and the value.
     """
     kinds, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
-    checked = {}
+    checked, renamed = {}, getattr(cls, "RENAMED", {})
     for key, value in values.items():
+        key = renamed.get(key, key) if isinstance(key, str) else key
         name = f"{outer}{key}"
         if key not in fields:
             known = [outer + field for field in fields]
@@ -305,7 +320,12 @@ def merge(*layers: dict) -> dict:
 
 def write_yaml(path: str | os.PathLike, values: dict, comment: str) -> None:
     """Write a mapping as YAML, atomically."""
-    write_whole(path, f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_whole(path, to_yaml(values, comment))
+
+
+def to_yaml(values: dict, comment: str) -> str:
+    """Return a mapping as YAML, below a comment of one line."""
+    return f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

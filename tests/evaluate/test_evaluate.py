@@ -104,7 +104,7 @@ def test_the_text_score_equals_trainings_last_evaluation(tiny_run, text_folder, 
     logged = log_history(newest_checkpoint(config.out))
     last = next(entry for entry in reversed(logged) if "eval_loss_main" in entry)
     run(capsys, config.out, "--data", text_folder, "--rows", config.eval_rows, "--device", "cpu", "--precision", "fp32",
-        "--json", tmp_path / "found.json")  # fmt: skip
+        "--out", tmp_path / "found.json")  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())["results"]["text"]
     names = ("main", "mtp_1", "mtp_2")
     assert found["bits_per_byte"] == pytest.approx(last["eval_bits_per_byte"], rel=1e-6)
@@ -185,7 +185,7 @@ def test_answers_equal_those_of_the_engine_one_at_a_time(engine):
 def test_a_file_of_questions(small_checkpoint, questions, tmp_path, capsys):
     out = run(
         capsys, small_checkpoint, "--task", questions, "--whole", "--samples", 2, "--max-new-tokens", 6, "--seed", 3,
-        "--speculation", "--json", tmp_path / "found.json",
+        "--speculation", "--out", tmp_path / "found.json",
     )  # fmt: skip
     report = json.loads((tmp_path / "found.json").read_text())
     found = report["results"]["task"]
@@ -286,7 +286,7 @@ def test_lm_eval_scores_as_by_hand(small_checkpoint, small_model, small_tokenize
     monkeypatch.setattr(socket.socket, "connect", connect)
     out = run(
         capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder, "--limit", 12,
-        "--batch-size", 5, "--precision", "fp32", "--json", tmp_path / "found.json",
+        "--batch-size", 5, "--precision", "fp32", "--out", tmp_path / "found.json",
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())["results"]["lm_eval"]["whales"]
     rows = [json.loads(line) for line in (harness_folder / "whales.jsonl").read_text().splitlines()][:12]
@@ -374,7 +374,7 @@ def test_several_evaluations_in_one_call(small_checkpoint, text_folder, question
         (["--lm-eval", "whales", "--speculation"], "--speculation: drafts are measured on text or on answers"),
         (["--lm-eval", "whales", "--include-path", "nowhere"], "--include-path: nowhere is no folder"),
         (["--data", "TEXT", "--precision", "fp8"], "--precision: 'fp8' is none of auto, fp32, bf16"),
-        (["--data", "TEXT", "--json", "nowhere/found.json"], "--json: nowhere/found.json is no new file"),
+        (["--data", "TEXT", "--out", "nowhere/found.json"], "--out: nowhere/found.json is no new file"),
         (["--data", "TEXT", "--row", "1"], "unknown option --row (did you mean --rows?)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -407,5 +407,5 @@ def test_a_model_without_modules_drafts_nothing(tiny_model, small_tokenizer, tex
 def test_results_are_never_overwritten(small_checkpoint, text_folder, tmp_path, capsys):
     before = tmp_path / "before.json"
     before.write_text("{}")
-    assert "before.json is no new file" in refused(capsys, small_checkpoint, "--data", text_folder, "--json", before)
+    assert "before.json is no new file" in refused(capsys, small_checkpoint, "--data", text_folder, "--out", before)
     assert before.read_text() == "{}"

@@ -30,7 +30,7 @@ def options(small_checkpoint, tmp_path, monkeypatch):
         "checkpoint": str(small_checkpoint), "out": str(tmp_path / "run"), "task": "task.jsonl", "questions": 40,
         "rewards": ["letters:e", "format=0.5"], "group_size": 4, "questions_per_step": 4, "batch_size": 8, "steps": 4,
         "max_new_tokens": 12, "warmup_steps": 1, "lr": 3e-3, "eval_every": 0, "eval_questions": 4, "save_every": 0,
-        "log_every": 1, "show": 0, "report_to": ["none"], "device": "cpu", "precision": "fp32",
+        "log_every": 1, "show_answers": 0, "report_to": ["none"], "device": "cpu", "precision": "fp32",
     }  # fmt: skip
     return lambda **changes: GRPOOptions(**given | changes)
 

@@ -195,7 +195,7 @@ ADAPTED = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", 
         ({"steps": 0}, "`steps`: 0 is impossible"),
         ({"epochs": 0.0}, "`epochs`: 0.0 is impossible"),
         ({"lora_rank": -1}, "`lora_rank`: -1 is impossible"),
-        ({"data": "python"}, "holds text, not conversations"),
+        ({"data": "python"}, "holds text, not conversations: to go on training a model on text, use moonwhale train"),
         ({"lr": 0.0}, "`lr`: 0.0 is impossible"),
     ],
 )

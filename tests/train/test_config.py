@@ -220,7 +220,7 @@ def test_help_lists_every_option_and_field(capsys):
     for field in dataclasses.fields(TrainConfig):
         assert field.name == "model" or re.search(rf"--{field.name.rstrip('_').replace('_', '-')}\b", text)
     assert "moba_block_size" in text and "hidden_size" in text
-    assert "optimizer steps (the preset's)" in " ".join(text.split())
+    assert f"optimizer steps ({PRESETS['demo'].train['steps']})" in " ".join(text.split())
 
 
 def test_model_config():

@@ -4,13 +4,21 @@ import argparse
 
 from moonwhale.data.source_options import SourceOptions
 from moonwhale.options import Parser, add_options, read_argv
+from moonwhale.reports import add_json, reporting
 
 CACHE_HELP = "folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)"
 
 
 def main_data(argv: list[str]) -> None:
     """Builds the token shards of a source, or reuses them, and prints what they hold."""
-    parser = Parser(prog="moonwhale data", description="Tokenize a source once, and show what a model will train on.")
+    parser = Parser(
+        prog="moonwhale data",
+        description="Tokenize a source once, and show what a model will train on.",
+        examples=(
+            "moonwhale data --data my_texts/ --context 512 --show 3",
+            "moonwhale data --data openorca --data-documents 1000",
+        ),
+    )
     add_options(parser, SourceOptions)
     parser.add_argument("--cache", help=CACHE_HELP)
     parser.add_argument(
@@ -18,31 +26,44 @@ def main_data(argv: list[str]) -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=4096, help="size of a tokenizer trained here (4096)")
     parser.add_argument("--context", type=int, default=1024, help="tokens per row (1024)")
-    parser.add_argument("--show", type=int, default=0, metavar="K", help="print K rows, spread over the training set")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="K", help="print K rows, spread over the training set (0)"
+    )
     parser.add_argument("--verify", action="store_true", help="verify the checksum of every file, also of large ones")
+    add_json(parser)
     given, args = read_argv(parser, SourceOptions, argv)
 
     from moonwhale.data.packing import build_data
 
-    built = build_data(
-        SourceOptions(**given).load_source(),
-        args.tokenizer,
-        vocab_size=args.vocab_size,
-        context=args.context,
-        cache_dir=args.cache,
-        verify=args.verify,
-    )
-    print(built.describe())
-    rows = len(built.train)
-    shown = min(args.show, rows)
-    for row in (i * rows // shown for i in range(shown)):
-        print(f"\n--- training row {row:,} of {rows:,} ---")
-        print(built.tokenizer.decode(built.train[row]["input_ids"]))
+    with reporting(args.json) as show:
+        built = build_data(
+            SourceOptions(**given).load_source(),
+            args.tokenizer,
+            vocab_size=args.vocab_size,
+            context=args.context,
+            cache_dir=args.cache,
+            verify=args.verify,
+        )
+        rows = len(built.train)
+        count = min(args.show, rows)
+        texts = {
+            i: built.tokenizer.decode(built.train[i]["input_ids"]) for i in (n * rows // count for n in range(count))
+        }
+        shown = [f"\n--- training row {i:,} of {rows:,} ---\n{text}" for i, text in texts.items()]
+        result = built.figures() | {"rows": [{"row": i, "text": text} for i, text in texts.items()]}
+        show(result, "\n".join([built.describe(), *shown]))
 
 
 def main_tokenizer(argv: list[str]) -> None:
     """Trains a tokenizer, or prints the tokens of a text."""
-    parser = Parser(prog="moonwhale tokenizer", description="Train a tokenizer, or see how one splits a text.")
+    parser = Parser(
+        prog="moonwhale tokenizer",
+        description="Train a tokenizer, or see how one splits a text.",
+        examples=(
+            "moonwhale tokenizer train --data my_texts/ --vocab-size 8192 --out tokenizers/mine",
+            'moonwhale tokenizer show tokenizers/mine "How is this split?"',
+        ),
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train byte-level BPE on a source")
     add_options(train, SourceOptions)
@@ -52,6 +73,8 @@ def main_tokenizer(argv: list[str]) -> None:
     show = verbs.add_parser("show", help="print the tokens of a text")
     show.add_argument("tokenizer", help="deepseek, gpt2, a folder or a hub id")
     show.add_argument("text")
+    for verb in (train, show):
+        add_json(verb)
     given, args = read_argv(parser, SourceOptions, argv)
     if args.verb == "train":
         _train(SourceOptions(**given), args)
@@ -63,19 +86,21 @@ def _train(options: SourceOptions, args: argparse.Namespace) -> None:
     from moonwhale.data.tokenizer import load_or_train_tokenizer
     from moonwhale.outputs import new_named_folder
 
-    with new_named_folder(args.out, "out") as building:
-        source = options.load_source()
-        tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
-        tokenizer.save_pretrained(building)
-    print(f"{args.out}: {len(tokenizer):,} tokens")
+    with reporting(args.json) as show:
+        with new_named_folder(args.out, "out") as building:
+            source = options.load_source()
+            tokenizer = load_or_train_tokenizer(source, args.vocab_size, args.cache)
+            tokenizer.save_pretrained(building)
+        show({"out": args.out, "vocabulary": len(tokenizer)}, f"{args.out}: {len(tokenizer):,} tokens")
 
 
 def _show(args: argparse.Namespace) -> None:
     from moonwhale.data.chat import encode_document
     from moonwhale.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    ids = encode_document(tokenizer, args.text)
-    for id in ids.tolist():
-        print(f"{id:>8}  {tokenizer.decode([id])!r}")
-    print(f"{len(ids)} tokens for {len(args.text.encode())} bytes")
+    with reporting(args.json) as show:
+        tokenizer = load_tokenizer(args.tokenizer)
+        tokens = [{"id": id, "text": tokenizer.decode([id])} for id in encode_document(tokenizer, args.text).tolist()]
+        size = len(args.text.encode())
+        lines = [f"{token['id']:>8}  {token['text']!r}" for token in tokens]
+        show({"tokens": tokens, "bytes": size}, "\n".join([*lines, f"{len(tokens)} tokens for {size} bytes"]))

@@ -89,6 +89,16 @@ class TrainingData:
     train: PackedDataset
     held_out: PackedDataset
 
+    def figures(self) -> dict:
+        """Returns what `describe` says, ready for JSON."""
+        splits = {
+            name: {"documents": s.n_documents, "tokens": s.n_tokens, "bytes": s.n_bytes, "rows": len(s)}
+            for name, s in (("training", self.train), ("held_out", self.held_out))
+        }
+        source, folder = self.train.shards.index["source"], str(self.train.shards.folder)
+        context = {"vocabulary": len(self.tokenizer), "context": self.train.context}
+        return {"source": source, **context, **splits, "folder": folder}
+
     def describe(self) -> str:
         """Returns a summary of several lines for people to read."""
         train, held_out = self.train, self.held_out

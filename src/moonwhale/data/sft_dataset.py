@@ -70,8 +70,8 @@ def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict
         while batch := list(itertools.islice(documents, CONVERSATIONS_PER_BATCH)):
             if any(isinstance(document, str) for document in batch):
                 raise UserError(
-                    f"`data`: {source.name} holds text, not conversations: choose a column of messages by "
-                    "`data_columns`, or train on text with `moonwhale train`"
+                    f"`data`: {source.name} holds text, not conversations: to go on training a model on text, use "
+                    "moonwhale train with `from_` and `data`; or choose a column of messages by `data_columns`"
                 )
             for document, (ids, is_answer) in zip(batch, encode_answers(tokenizer, batch), strict=True):
                 if is_answer.any():

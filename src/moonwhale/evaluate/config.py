@@ -51,7 +51,7 @@ class EvalConfig:
     batch_size: int = option(8, "rows computed at once", group="general")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best there is", group="general")
     precision: str = option("auto", "precision of matrix products", group="general", choices=("auto", "fp32", "bf16"))
-    json: str | None = option(None, "new file for the results and these settings", group="general")
+    out: str | None = option(None, "new JSON file for the results and these settings", group="general")
 
     def __post_init__(self):
         if not (self.data or self.task or self.lm_eval):
@@ -70,5 +70,5 @@ class EvalConfig:
             )
         if self.speculation and not (self.data or self.task):
             raise UserError("`speculation`: drafts are measured on text or on answers: give `data` or `task`")
-        if self.json and (Path(self.json).exists() or not Path(self.json).parent.is_dir()):
-            raise UserError(f"`json`: {self.json} is no new file in a folder that exists: name one")
+        if self.out and (Path(self.out).exists() or not Path(self.out).parent.is_dir()):
+            raise UserError(f"`out`: {self.out} is no new file in a folder that exists: name one")

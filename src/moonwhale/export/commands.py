@@ -8,6 +8,7 @@ from pathlib import Path
 from moonwhale.errors import require_package
 from moonwhale.options import Parser
 from moonwhale.outputs import new_named_folder
+from moonwhale.reports import add_json, reporting
 
 # Each writer takes the source folder, an empty folder and the dtype of the weights, and returns the notes to print.
 # Writers are named here and imported in `main`, since they need torch and transformers.
@@ -25,20 +26,27 @@ def main(argv: list[str]) -> None:
     parser = Parser(
         prog="moonwhale export",
         description="Write a checkpoint in another format.",
+        examples=(
+            "moonwhale export runs/mine --out runs/mine-deepseek",
+            "moonwhale export runs/mine --to gguf --out runs/mine-gguf",
+        ),
         epilog="formats: " + "; ".join(f"{name}: {summary}" for name, (_, summary) in FORMATS.items()),
     )
     parser.add_argument("folder", metavar="FOLDER", help="checkpoint to read")
     parser.add_argument("--to", choices=FORMATS, default="deepseek", help="format to write (%(default)s)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (%(default)s)")
+    add_json(parser)
     args = parser.parse_args(argv)
     if args.to == "gguf":
         require_package("gguf", "gguf", "`to` gguf")
-    with new_named_folder(args.out, "out") as unfinished:
-        notes = export(args, unfinished)
-    for note in notes:
-        print(note, file=sys.stderr)
-    print(f"written    {args.out}, {FORMATS[args.to][1]}")
+    with reporting(args.json) as show:
+        with new_named_folder(args.out, "out") as unfinished:
+            notes = export(args, unfinished)
+        for note in notes:
+            print(note, file=sys.stderr)
+        result = {"out": args.out, "to": args.to, "dtype": args.dtype, "notes": notes}
+        show(result, f"written    {args.out}, {FORMATS[args.to][1]}")
 
 
 def export(args: argparse.Namespace, out: Path) -> list[str]:

@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moonwhale.errors import UserError, with_option_names
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
+from moonwhale.reports import add_json, reporting
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
@@ -26,7 +27,30 @@ Ctrl-C stops an answer."""
 
 def main_generate(argv: list[str]) -> None:
     """Continue each prompt. With --chat, answer the prompts as the user's turns of one conversation."""
-    parser = Parser(prog="moonwhale generate", description="Continue texts, or answer messages, with a trained model.")
+    args = _generate_parser().parse_intermixed_args(argv)
+    if args.folder and " " in args.folder and not Path(args.folder).exists():  # a PROMPT without a FOLDER
+        args.folder, args.prompts = None, [args.folder, *args.prompts]
+    options = _sampling_options(args)
+    prompts = args.prompts or _standard_input(args.chat)
+    with reporting(args.json) as show:
+        engine = load_engine(args)
+        answer = _continue_conversation if args.chat else _continue_texts
+        answers = [
+            {"prompt": prompt, "text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
+            for prompt, c in zip(prompts, answer(engine, prompts, options, args.verbose), strict=True)
+        ]
+        show({"answers": answers})
+
+
+def _generate_parser() -> Parser:
+    parser = Parser(
+        prog="moonwhale generate",
+        description="Continue texts, or answer messages, with a trained model.",
+        examples=(
+            'moonwhale generate runs/mine "Once upon a time" --temperature 0.8 --seed 1',
+            'moonwhale generate runs/talks --chat "Hi!" "What do you like to do for fun?"',
+        ),
+    )
     _add_folder(parser)
     parser.add_argument(
         "prompts",
@@ -38,29 +62,38 @@ def main_generate(argv: list[str]) -> None:
         "--chat", action="store_true", help="treat PROMPTs (or lines) as the user's turns of one conversation"
     )
     _add_options(parser)
-    args = parser.parse_intermixed_args(argv)
-    if args.folder and " " in args.folder and not Path(args.folder).exists():  # a PROMPT without a FOLDER
-        args.folder, args.prompts = None, [args.folder, *args.prompts]
-    options = _sampling_options(args)
-    prompts = args.prompts or _standard_input(args.chat)
-    engine = load_engine(args)
-    if args.chat:
-        from moonwhale.infer.chat_session import ChatSession
+    add_json(parser)
+    return parser
 
-        session = ChatSession(engine, **options)
-        for prompt in prompts:
-            print(f"you: {prompt}")
-            _answer(session, prompt, args.verbose)
-        return
+
+def _continue_texts(engine, prompts: list[str], options: dict, verbose: bool) -> Iterator:
+    """Print each prompt with its continuation, and yield the Completion."""
     for i, prompt in enumerate(prompts):
         stream = engine.stream(prompt, **options)
         _print_pieces(stream, "\n" * (i > 0) + prompt)
-        _report(engine, stream.completion(), args.verbose)
+        _report(engine, stream.completion(), verbose)
+        yield stream.completion()
+
+
+def _continue_conversation(engine, prompts: list[str], options: dict, verbose: bool) -> Iterator:
+    """Print the user's turns with their answers, and yield each answer's Completion."""
+    from moonwhale.infer.chat_session import ChatSession
+
+    session = ChatSession(engine, **options)
+    for prompt in prompts:
+        print(f"you: {prompt}")
+        _answer(session, prompt, verbose)
+        yield session.last
 
 
 def main_chat(argv: list[str]) -> None:
     """Hold a conversation in the terminal."""
-    parser = Parser(prog="moonwhale chat", description="Talk to a trained model.", epilog=HELP)
+    parser = Parser(
+        prog="moonwhale chat",
+        description="Talk to a trained model.",
+        examples=("moonwhale chat runs/talks", "moonwhale chat runs/talks --temperature 0.5 --seed 0"),
+        epilog=HELP,
+    )
     _add_folder(parser)
     _add_options(parser)
     args = parser.parse_args(argv)

@@ -3,7 +3,6 @@
 torch and transformers are imported only after the options are checked, so that `--help` is quick.
 """
 
-import json
 from pathlib import Path
 
 from moonwhale.errors import UserError
@@ -11,6 +10,7 @@ from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser, above_zero, add_options, read_argv
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 from moonwhale.presets import PRESETS
+from moonwhale.reports import add_json, reporting
 from moonwhale.train.config import ModelOverrides
 
 
@@ -20,6 +20,7 @@ def main_info(argv: list[str]) -> None:
         prog="moonwhale info",
         description="Parameters, FLOPs, cache and memory of a preset or a checkpoint.\n"
         "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
+        examples=("moonwhale info seed_190m --context 4096", "moonwhale info runs/mine --json"),
         epilog="presets:\n" + "\n".join(f"  {name:<11}{preset.summary}" for name, preset in PRESETS.items()),
     )
     target = parser.add_argument("target", metavar="PRESET_OR_FOLDER", help="a preset's name or a checkpoint's folder")
@@ -27,30 +28,21 @@ def main_info(argv: list[str]) -> None:
     number = {"type": above_zero(int), "metavar": "N"}
     parser.add_argument("--context", **number, help="tokens per row (the longest that the model is made for)")
     parser.add_argument("--batch", **number, default=1, help="rows at once (1)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_json(parser)
     add_options(parser, ModelOverrides, show=False)
     overrides, args = read_argv(parser, ModelOverrides, argv)
 
     from moonwhale.inspect.info import find_config, gather_figures, table
 
-    config, run = find_config(args.target, overrides)
-    figures = gather_figures(config, args.context or config.max_position_embeddings, args.batch, run)
-    print(json.dumps(figures, indent=2) if args.json else table(args.target, figures))
+    with reporting(args.json) as show:
+        config, run = find_config(args.target, overrides)
+        figures = gather_figures(config, args.context or config.max_position_embeddings, args.batch, run)
+        show(figures, table(args.target, figures))
 
 
 def main_xray(argv: list[str]) -> None:
     """Writes an HTML page about a prompt and the model's answer to it."""
-    parser = Parser(prog="moonwhale xray", description="See what happens inside the model, in one HTML file.")
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
-    prompt = "text to continue, or with --chat a message to answer (a conversation of several MoBA blocks)"
-    add("--prompt", metavar="TEXT", help=prompt)
-    add("--chat", action="store_true", help="treat the prompt as a chat message")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer; 0 for none (%(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (%(default)s)")
-    add("--out", default="xray.html", metavar="FILE", help="file to write (%(default)s)")
-    args = parser.parse_args(argv)
+    args = _xray_parser().parse_args(argv)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"`out`: {args.out} is no place for a file: give a path in a folder that exists")
@@ -61,25 +53,54 @@ def main_xray(argv: list[str]) -> None:
     from moonwhale.inspect.example import example_conversation
     from moonwhale.inspect.xray import clip_threshold, xray
 
-    folder = checkpoint_or_packaged(args.folder)
-    model, tokenizer = open_checkpoint(folder)
-    engine = Engine(model, tokenizer)
-    if args.prompt is None:
-        ids = example_conversation(engine, options.max_new_tokens)
-    else:
-        ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
-    answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
-    out.write_text(xray(model, tokenizer, ids + answer, len(ids), clip_threshold(folder)), encoding="utf-8")
-    print(f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")
+    with reporting(args.json) as show:
+        folder = checkpoint_or_packaged(args.folder)
+        model, tokenizer = open_checkpoint(folder)
+        engine = Engine(model, tokenizer)
+        if args.prompt is None:
+            ids = example_conversation(engine, options.max_new_tokens)
+        else:
+            ids = engine.encode([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
+        answer = engine.generate([ids], **vars(options))[0].token_ids if args.max_new_tokens > 0 else []
+        out.write_text(xray(model, tokenizer, ids + answer, len(ids), clip_threshold(folder)), encoding="utf-8")
+        result = {"out": args.out, "prompt_tokens": len(ids), "answer_tokens": len(answer)}
+        show(result, f"wrote {out}: {len(ids)} tokens of prompt, {len(answer)} of answer; open it in a browser")
+
+
+def _xray_parser() -> Parser:
+    parser = Parser(
+        prog="moonwhale xray",
+        description="See what happens inside the model, in one HTML file.",
+        examples=(
+            'moonwhale xray runs/mine --chat --prompt "Hi!"',
+            'moonwhale xray runs/mine --prompt "Once upon a time" --max-new-tokens 0 --out story.html',
+        ),
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
+    prompt = "text to continue, or with --chat a message to answer (a conversation of several MoBA blocks)"
+    add("--prompt", metavar="TEXT", help=prompt)
+    add("--chat", action="store_true", help="treat the prompt as a chat message")
+    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer; 0 for none (%(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (%(default)s)")
+    add("--out", default="xray.html", metavar="FILE", help="file to write (%(default)s)")
+    add_json(parser)
+    return parser
 
 
 def main_doctor(argv: list[str]) -> None:
     """Prints what this machine can do."""
-    parser = Parser(prog="moonwhale doctor", description="Show what this machine can do, and why not more.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = Parser(
+        prog="moonwhale doctor",
+        description="Show what this machine can do, and why not more.",
+        examples=("moonwhale doctor", "moonwhale doctor --json"),
+    )
+    add_json(parser)
     args = parser.parse_args(argv)
 
     from moonwhale.inspect.doctor import examine, table
 
-    report = examine()
-    print(json.dumps(report, indent=2) if args.json else table(report))
+    with reporting(args.json) as show:
+        report = examine()
+        show(report, table(report))

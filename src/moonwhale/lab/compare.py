@@ -1,6 +1,7 @@
 """The verb `moonwhale compare`."""
 
 from moonwhale.lab.config import parse
+from moonwhale.reports import reporting
 
 
 def main(argv: list[str]) -> None:
@@ -9,4 +10,5 @@ def main(argv: list[str]) -> None:
 
     from moonwhale.lab.comparing import compare
 
-    compare(asked)
+    with reporting(asked.json) as show:
+        show(compare(asked))

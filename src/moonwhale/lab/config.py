@@ -9,17 +9,17 @@ from moonwhale import options
 from moonwhale.errors import UserError
 from moonwhale.lab.variants import DECIDED, Variant, check_given, read_variants, varied
 from moonwhale.options import option, require, require_at_least_one
-from moonwhale.presets import PRESETS
-from moonwhale.train.config import TrainConfig
+from moonwhale.reports import add_json
+from moonwhale.train.config import TrainConfig, preset_defaults
 
 GROUP = "comparison"
-EPILOG = """examples:
-  moonwhale compare --vary model.moba_topk=1,2,4 --seeds 3 --seconds 240 --out runs/topk
-  moonwhale compare --preset small --variants ablations.yaml --tokens 50000000 --tune lr --out runs/ablations
-
---vary changes one option at a time; the preset with your other options is the base. A file of variants maps each name
-to the options that it changes; its first variant is the base. The same command goes on after a kill, and trains only
-what is missing if a variant or a seed is added."""
+EXAMPLES = (
+    "moonwhale compare --vary model.moba_topk=1,2,4 --seeds 3 --seconds 240 --out runs/topk",
+    "moonwhale compare --preset small --variants ablations.yaml --tokens 50000000 --tune lr --out runs/ablations",
+)
+EPILOG = """--vary changes one option at a time; the preset with your other options is the base. A file of variants
+maps each name to the options that it changes; its first variant is the base. The same command goes on after a kill,
+and trains only what is missing if a variant or a seed is added."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Comparison:
     given: dict
     config_file: str | None
     variants: tuple[Variant, ...]  # the base first
+    json: bool = False  # whether to print the result as JSON
 
     def config(self, variant: Variant, seed: int = 0, **changes) -> TrainConfig:
         """Returns the options of one run, without its folder. `seed` counts from the first seed.
@@ -104,6 +105,7 @@ def parse(argv: list[str]) -> Comparison:
         usage="%(prog)s [options]",
         description="Train variants of a model that differ in one thing, at equal time or tokens, and tell whether "
         "they differ.",
+        examples=EXAMPLES,
         epilog=EPILOG,
     )
     options.add_options(parser, CompareOptions)
@@ -114,10 +116,11 @@ def parse(argv: list[str]) -> Comparison:
         metavar="OPTION=VALUE,VALUE",
         help="values of one option of training, each a variant; may be repeated",
     )
-    demo = PRESETS["demo"]
-    preset_decides = {*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)}
-    options.add_options(parser, TrainConfig, preset_decides, leave_out=DECIDED)
-    parser.add_argument("--config", metavar="YAML", help="file with the base's options, such as the run.yaml of a run")
+    options.add_options(parser, TrainConfig, preset_defaults(argv)[1], leave_out=DECIDED)
+    parser.add_argument(
+        "--config", metavar="YAML", help="file with the base's options, such as the run.yaml of a run (none)"
+    )
+    add_json(parser)
     own, rest = options.read_argv(parser, CompareOptions, argv)
     given, _ = options.read_argv(parser, TrainConfig, argv)
     given.pop("out", None)
@@ -130,7 +133,7 @@ def parse(argv: list[str]) -> Comparison:
         variants = read_variants(chosen.variants)
     else:
         variants = varied(rest.vary, TrainConfig.resolve(given, rest.config))
-    return comparison(chosen, given, variants, rest.config)
+    return dataclasses.replace(comparison(chosen, given, variants, rest.config), json=rest.json)
 
 
 def comparison(

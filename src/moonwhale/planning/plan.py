@@ -1,7 +1,6 @@
 """`moonwhale plan`: how to spread a run over many GPUs, and what each layout would cost, before you rent them."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -11,6 +10,7 @@ from moonwhale.options import above_zero
 from moonwhale.parallel.options import divisors
 from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.presets import PRESETS
+from moonwhale.reports import add_json, reporting
 from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config
 from moonwhale.units import in_bytes, si
 
@@ -36,6 +36,10 @@ def main(argv: list[str]) -> int:
         prog="moonwhale plan",
         description="List layouts of a run over many GPUs, the fastest first, with memory, traffic and idle time.\n"
         "--model.FIELD VALUE overrides a field of the model's configuration: see `moonwhale train --help`.",
+        examples=(
+            "moonwhale plan --gpus 64 --preset seed_190m",
+            "moonwhale plan --gpus 1024 --preset large --tokens-per-step 16777216 --gpu h200",
+        ),
         epilog="GPUs (memory, dense bf16, network):\n"
         + "\n".join(f"  {n:<6}{g.memory:g} GB, {g.flops:g} TFLOP/s, {g.bandwidth:g} GB/s" for n, g in GPUS.items())
         + "\n\nThe plan assumes that messages between pipeline ranks overlap with computation, and that gradients and\n"
@@ -54,7 +58,7 @@ def main(argv: list[str]) -> int:
     reached = f"fraction of --flops that a busy GPU reaches ({UTILIZATION}, DeepSeek-V3's)"
     add("--utilization", type=figure, metavar="FRACTION", help=reached)
     add("--layouts", type=count, metavar="N", default=10, help="number of layouts to print (10)")
-    add("--json", action="store_true", help="print one JSON object instead of tables")
+    add_json(parser)
     options.add_options(parser, ModelOverrides, show=False)
     overrides, arguments = options.read_argv(parser, ModelOverrides, argv)
     if arguments.gpu not in GPUS:
@@ -68,10 +72,9 @@ def main(argv: list[str]) -> int:
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     run = TrainConfig.resolve(given | {"preset": arguments.preset} | overrides)
     shown = rank(run, arguments.gpus, figures)[: arguments.layouts]
-    if arguments.json:
-        print(json.dumps({"gpus": arguments.gpus, "preset": run.preset, **figures, "layouts": shown}, indent=2))
-    else:
-        print(report(run, arguments.gpus, arguments.gpu, figures, shown))
+    with reporting(arguments.json) as show:
+        result = {"gpus": arguments.gpus, "preset": run.preset, **figures, "layouts": shown}
+        show(result, report(run, arguments.gpus, arguments.gpu, figures, shown))
     return 0
 
 

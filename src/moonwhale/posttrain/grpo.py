@@ -16,7 +16,7 @@ from moonwhale.posttrain.rewards import BUILTIN_REWARDS, load_rewards
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import run_folder
 from moonwhale.train.run import Run, common_trainer_arguments, execute
-from moonwhale.train.run_options import parse_run
+from moonwhale.train.run_options import run_verb
 from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
@@ -50,6 +50,7 @@ class GRPOOptions(PostTrainOptions):
     """The options of GRPO. Lengths are in tokens."""
 
     verb: ClassVar[str] = "grpo"
+    RENAMED: ClassVar[dict[str, str]] = {"show": "show_answers"}
 
     task: str = option("chain_sum", TASK_HELP, group="task")
     questions: int = option(10_000, "training questions to draw from the task", group="task")
@@ -75,7 +76,7 @@ class GRPOOptions(PostTrainOptions):
     steps: int = option(200, "optimizer steps", group="optimization")
 
     eval_questions: int = option(64, "held-out questions per evaluation", group="reports and checkpoints")
-    show: int = option(
+    show_answers: int = option(
         2, "answers to print with each log line; all are kept in completions/", group="reports and checkpoints"
     )
 
@@ -83,7 +84,7 @@ class GRPOOptions(PostTrainOptions):
         super().__post_init__()
         require_at_least_one(self, "questions", "questions_per_step", "iterations")
         require_at_least_one(self, "max_new_tokens", "steps", "eval_questions")
-        require_not_negative(self, "show", "beta", "epsilon")
+        require_not_negative(self, "show_answers", "beta", "epsilon")
         for name in ("questions", "eval_questions"):
             require(self, name, getattr(self, name) <= 10**7, "give at most 10,000,000, which fit into memory")
         require(self, "group_size", self.group_size >= 2, "an answer is compared with at least one other")
@@ -120,7 +121,11 @@ class GRPOOptions(PostTrainOptions):
 
 def main(argv: list[str]) -> None:
     description = "Train a model by rewards for its own answers to questions that a rule can check (GRPO)."
-    grpo(parse_run(GRPOOptions, argv, description=description, epilog=OBJECTIVES_HELP))
+    examples = (
+        "moonwhale grpo runs/cold --task chain_sum --out runs/counts",
+        "moonwhale grpo runs/talks --task gsm8k --rewards accuracy,format=0.5 --out runs/thinks",
+    )
+    run_verb(GRPOOptions, argv, grpo, description=description, examples=examples, epilog=OBJECTIVES_HELP)
 
 
 def grpo(config: GRPOOptions) -> RunResult:
@@ -195,7 +200,7 @@ def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):
         max_completion_length=config.max_new_tokens,
         reward_weights=reward_weights,
         log_completions=True,
-        num_completions_to_print=config.show,
+        num_completions_to_print=config.show_answers,
     )
 
 

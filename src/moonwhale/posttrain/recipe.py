@@ -5,6 +5,7 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean, shown
 from moonwhale.posttrain import grpo, sample, sft
+from moonwhale.reports import add_json, reporting
 from moonwhale.train import pretrain, run_folder
 from moonwhale.train.config import TrainConfig
 from moonwhale.train.run import check_reporters
@@ -31,14 +32,21 @@ elsewhere before you run it."""
 
 def main(argv: list[str]) -> None:
     parser = options.Parser(
-        prog="moonwhale recipe", description="Run the stages of a training recipe in order.", epilog=EPILOG
+        prog="moonwhale recipe",
+        description="Run the stages of a training recipe in order.",
+        examples=("moonwhale recipe docs/r1.yaml", "moonwhale recipe docs/r1.yaml --json"),
+        epilog=EPILOG,
     )
     parser.add_argument("file", metavar="YAML", help="file of the recipe")
-    recipe(parser.parse_args(argv).file)
+    add_json(parser)
+    args = parser.parse_args(argv)
+    with reporting(args.json) as show:
+        stages = recipe(args.file)
+        show({"stages": [{"verb": verb, "out": config.out} for verb, config in stages]})
 
 
-def recipe(path: str) -> None:
-    """Checks all stages of a recipe, then runs them in order. Skips the finished ones.
+def recipe(path: str) -> list[tuple[str, object]]:
+    """Checks all stages of a recipe, then runs them in order. Skips the finished ones. Returns them as `read` does.
 
     Raises:
         UserError: the file is not a recipe, or the options of a stage are impossible.
@@ -53,6 +61,7 @@ def recipe(path: str) -> None:
             print("already finished", flush=True)
         else:
             STAGES[verb][1](config)
+    return stages
 
 
 def read(path: str) -> list[tuple[str, object]]:

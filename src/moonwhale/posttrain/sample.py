@@ -14,6 +14,7 @@ from moonwhale.infer.commands import DEVICES, PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require_at_least_one
 from moonwhale.outputs import new_file
+from moonwhale.reports import add_json, reporting
 
 
 @dataclass
@@ -50,23 +51,32 @@ def main(argv: list[str]) -> None:
     parser = options.Parser(
         prog="moonwhale sample",
         description="Let a model answer questions several times, and keep its right and well-formed answers.",
+        examples=(
+            "moonwhale sample runs/counts --task chain_sum --out runs/answers.jsonl",
+            "moonwhale sample runs/thinks --task gsm8k --samples 16 --out runs/gsm8k.jsonl",
+        ),
     )
     options.add_options(parser, SampleOptions)
-    given, _ = options.read_argv(parser, SampleOptions, argv)
-    sample(SampleOptions(**given))
+    add_json(parser)
+    given, arguments = options.read_argv(parser, SampleOptions, argv)
+    with reporting(arguments.json) as show:
+        show(sample(SampleOptions(**given)))
 
 
-def sample(config: SampleOptions) -> None:
+def sample(config: SampleOptions) -> dict:
     """Draws answers and writes the right ones to `config.out`, one line {"messages": […]} for each distinct answer.
+
+    Returns:
+        the file, and the numbers of answers drawn and kept, and of questions asked and solved.
 
     Raises:
         UserError: no answer was right, or as `load_task` and `Engine.load` do.
     """
     with new_file(Path(config.out), "out"):
-        _sample(config)
+        return _sample(config)
 
 
-def _sample(config: SampleOptions) -> None:
+def _sample(config: SampleOptions) -> dict:
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
     kept = draw_right_answers(config, task, problems)
@@ -84,6 +94,8 @@ def _sample(config: SampleOptions) -> None:
     options.write_whole(config.out, "".join(lines))
     solved = sum(map(bool, kept))
     print(f"kept {n_kept:,} of {n_drawn:,} answers, to {solved:,} of {len(problems):,} questions: {config.out}")
+    counts = {"drawn": n_drawn, "kept": n_kept, "questions": len(problems), "solved": solved}
+    return {"out": config.out, **counts}
 
 
 def draw_right_answers(config: SampleOptions, task: Task, problems: list[Problem]) -> list[set[str]]:

@@ -15,7 +15,7 @@ from moonwhale.posttrain.config import PostTrainOptions, open_model
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.run import Run, common_trainer_arguments, execute
-from moonwhale.train.run_options import parse_run
+from moonwhale.train.run_options import run_verb
 from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
@@ -56,7 +56,11 @@ def main(argv: list[str]) -> None:
     description = (
         "Fine-tune a model on conversations. The loss is on what the assistant says; the MTP modules are trained too."
     )
-    sft(parse_run(SFTOptions, argv, description=description))
+    examples = (
+        "moonwhale sft runs/mine --data openorca --out runs/talks",
+        "moonwhale sft runs/mine --data task:chain_sum --steps 200 --lr 3e-3 --out runs/cold",
+    )
+    run_verb(SFTOptions, argv, sft, description=description, examples=examples)
 
 
 def sft(config: SFTOptions) -> RunResult:

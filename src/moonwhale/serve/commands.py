@@ -48,6 +48,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="moonwhale serve",
         description="OpenAI's API (chat completions, completions, models) and a chat page, for one machine.",
+        examples=("moonwhale serve runs/talks", "moonwhale serve runs/talks --port 8080 --api-key my-key"),
     )
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help=FOLDER_HELP)
     add = parser.add_argument_group("server").add_argument

@@ -3,6 +3,7 @@
 A later source wins: the defaults, the preset, a YAML file (`--config`), the command line.
 """
 
+import argparse
 import os
 import typing
 from dataclasses import dataclass
@@ -197,16 +198,34 @@ class TrainConfig(SourceOptions, RunOptions):
 
 def parse(argv: list[str]) -> TrainConfig:
     """Reads the arguments of `moonwhale train`."""
-    demo = PRESETS["demo"]
-    return parse_run(
-        TrainConfig,
-        argv,
-        preset_decides={*demo.train, "model.max_position_embeddings", *(f"model.{name}" for name in demo.model)},
-        usage="%(prog)s [options]",
-        description="Train a model on text. Options come from the preset, the --config file and the command line: a "
-        "later source wins.",
-        epilog="`moonwhale info PRESET --model.FIELD VALUE` counts what a model costs.",
-    )
+    return parse_run(TrainConfig, argv, **parser_settings(argv))
+
+
+def parser_settings(argv: list[str]) -> dict:
+    """The settings of `run_verb` for `moonwhale train`. The help shows the defaults of the preset in `argv`."""
+    preset, defaults = preset_defaults(argv)
+    return {
+        "defaults": defaults,
+        "usage": "%(prog)s [options]",
+        "description": "Train a model on text. Options come from the preset, the --config file and the command line: a "
+        f"later source wins.\nThe defaults below are those of --preset {preset}; the presets are {', '.join(PRESETS)}.",
+        "examples": (
+            "moonwhale train --data my_texts/ --out runs/mine",
+            "moonwhale train --preset small --data tinystories --lr 1e-3 --out runs/stories",
+        ),
+        "epilog": "`moonwhale info PRESET --model.FIELD VALUE` counts what a model costs.",
+    }
+
+
+def preset_defaults(argv: list[str]) -> tuple[str, dict[str, object]]:
+    """The preset that the arguments name, and the defaults, by option, that it decides."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    named = parser.parse_known_args(argv)[0].preset
+    name = named if named in PRESETS else TrainConfig.preset
+    preset = PRESETS[name]
+    model = {"max_position_embeddings": preset.train["context"]} | preset.model
+    return name, {"preset": name} | preset.train | {f"model.{field}": value for field, value in model.items()}
 
 
 def fitted_warmup(values: dict) -> int:

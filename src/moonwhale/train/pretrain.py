@@ -7,10 +7,11 @@ from pathlib import Path
 from moonwhale.errors import UserError
 from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
-from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parse
+from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parser_settings
 from moonwhale.train.lr_schedule import lr_schedule_arguments
 from moonwhale.train.outlook import describe_run
 from moonwhale.train.run import Run, common_trainer_arguments, execute
+from moonwhale.train.run_options import run_verb
 from moonwhale.train.run_result import RunResult
 from moonwhale.train.starting_model import load_starting_model, starting_folder
 
@@ -18,7 +19,7 @@ from moonwhale.train.starting_model import load_starting_model, starting_folder
 def main(argv: list[str]) -> None:
     started_by_torchrun = "WORLD_SIZE" in os.environ
     try:
-        train(parse(argv))
+        run_verb(TrainConfig, argv, train, **parser_settings(argv))
     finally:
         if started_by_torchrun:
             import torch.distributed as dist

@@ -131,10 +131,15 @@ def check_data_unchanged(config, what: str, contents: bytes, description: str) -
 
 
 def write_run_file(config, path: str | os.PathLike) -> None:
-    """Writes the resolved options, which `--config` replays. `resume` belongs to a single call and is left out."""
+    """Writes the resolved options, which `--config` replays."""
+    options.write_whole(path, run_yaml(config))
+
+
+def run_yaml(config) -> str:
+    """The resolved options as YAML. `resume` belongs to a single call and is left out."""
     values = dataclasses.asdict(config)
     del values["resume"]
-    options.write_yaml(path, values, f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER")
+    return options.to_yaml(values, f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER")
 
 
 def find_run_file(out: str | None) -> str | None:

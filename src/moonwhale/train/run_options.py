@@ -1,14 +1,20 @@
 """The options that `moonwhale train`, `sft` and `grpo` share: their defaults, their checks, and how they are read."""
 
+import argparse
 import dataclasses
+import types
 import typing
-from collections.abc import Container
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moonwhale import options
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
-from moonwhale.processes import restarted
+from moonwhale.processes import is_main_process, restarted
+from moonwhale.reports import add_json, reporting
 from moonwhale.train import run_folder
+
+if typing.TYPE_CHECKING:
+    from moonwhale.train.run_result import RunResult
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "tf32", "bf32", "bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
@@ -103,19 +109,49 @@ def with_default(name: str, default):
 Options = typing.TypeVar("Options", bound=RunOptions)
 
 
-def parse_run(cls: type[Options], argv: list[str], preset_decides: Container[str] = (), **parser_settings) -> Options:
-    """Reads the arguments of the verb that has the options `cls`. A resumed run without `--config` takes its run.yaml.
+def parse_run(cls: type[Options], argv: list[str], **settings) -> Options:
+    """Reads the arguments of the verb that has the options `cls`. See `_read`."""
+    return _read(cls, argv, **settings)[0]
 
-    preset_decides: see `options.add_options`.
+
+def run_verb(cls: type[Options], argv: list[str], run: Callable[[Options], "RunResult"], **settings) -> None:
+    """Reads the arguments of a verb and calls `run` with its options, or shows them if `--show` asks for it."""
+    config, arguments = _read(cls, argv, **settings)
+    if arguments.show:
+        if is_main_process():
+            print(run_folder.run_yaml(config), end="")
+        return
+    with reporting(arguments.json) as show:
+        result = run(config)
+        show(_as_json(cls.verb, result))
+
+
+def _read(
+    cls: type[Options], argv: list[str], defaults: Mapping[str, object] = types.MappingProxyType({}), **parser_settings
+) -> tuple[Options, argparse.Namespace]:
+    """Returns the options and all arguments. A resumed run without `--config` takes its run.yaml.
+
+    defaults: see `options.add_options`.
     parser_settings: arguments of `options.Parser`.
     """
     parser = options.Parser(prog=f"moonwhale {cls.verb}", **parser_settings)
-    options.add_options(parser, cls, preset_decides)
-    parser.add_argument("--config", metavar="YAML", help="file with options; each run writes one, run.yaml")
+    options.add_options(parser, cls, defaults)
+    parser.add_argument("--config", metavar="YAML", help="file with options; each run writes one, run.yaml (none)")
+    parser.add_argument("--show", action="store_true", help="print the resolved options as YAML, and do not train")
+    add_json(parser)
     given, rest = options.read_argv(parser, cls, argv)
     path = rest.config
     if restarted():
         given["resume"] = True
     if given.get("resume") and path is None:
         path = run_folder.find_run_file(given.setdefault("out", cls.default_out(given)))
-    return cls.resolve(given, path)
+    return cls.resolve(given, path), rest
+
+
+def _as_json(verb: str, result: "RunResult") -> dict:
+    """What `--json` prints of a finished run."""
+    paths = {"out": result.out, "best": result.best, "plot": result.plot}
+    steps = max((entry["step"] for entry in result.history), default=0)
+    return {"verb": verb, **{name: path and str(path) for name, path in paths.items()}, "steps": steps} | {
+        "history": result.history
+    }
