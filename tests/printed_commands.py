@@ -41,6 +41,8 @@ class Command:
     @property
     def is_whole(self) -> bool:
         """Whether it can run as it stands. `moonwhale VERB --help` and `moonwhale eval --data` only name things."""
+        if "--help" in self.words:
+            return False
         names = [word for word in self.words[1:] if not re.fullmatch(r"--[a-z][\w.-]*|train|show", word)]
         return (bool(names) or self.words == ["doctor"]) and not any(re.fullmatch("[A-Z_]+", word) for word in names)
 
@@ -210,8 +212,8 @@ def folder(inputs, tmp_path, tmp_path_factory, monkeypatch):
 
 
 def status_of(words: list[str]) -> int:
-    """Runs a command and returns its exit status."""
+    """Runs a command and returns its exit status. `--help` raises it."""
     try:
         return cli.main(words)
-    except SystemExit as ended:  # --help
+    except SystemExit as ended:
         return ended.code
