@@ -2,6 +2,7 @@
 
 import json
 
+STORED = "moonwhale.conversation."
 SIZES = {"desktop": (1280, 800), "phone": (360, 640)}
 
 
@@ -12,9 +13,9 @@ class ChatPage:
         width, height = SIZES[size]
         self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        if conversations:
-            stored = json.dumps(json.dumps(conversations))
-            self.context.add_init_script(f"localStorage['moonwhale.conversations'] ??= {stored}")
+        for stored in conversations:
+            name, value = json.dumps(f"{STORED}{stored['id']}"), json.dumps(json.dumps(stored))
+            self.context.add_init_script(f"localStorage[{name}] ??= {value}")
         self.tab, self.troubles = self.context.new_page(), []
         self.tab.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.tab.on("console", lambda said: self.troubles.append(said.text) if said.type == "error" else None)
@@ -56,15 +57,18 @@ class ChatPage:
             self.click("#menu")
 
     def stored(self) -> list:
-        return self.evaluate("JSON.parse(localStorage['moonwhale.conversations'] ?? '[]')")
+        """Returns the stored conversations, newest first."""
+        names = f"Object.keys(localStorage).filter(name => name.startsWith('{STORED}'))"
+        found = self.evaluate(f"{names}.map(name => JSON.parse(localStorage[name]))")
+        return sorted(found, key=lambda one: -one["time"])
 
     def texts(self, selector: str) -> list[str]:
         return self.locator(selector).all_inner_texts()
 
 
-def conversation(*texts: str, title: str = "Whales", **answer) -> dict:
+def conversation(*texts: str, title: str = "Whales", time: int = 1, **answer) -> dict:
     """A stored conversation of questions and answers in turn."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     for message in messages[1::2]:
         message |= {"facts": "12 tokens, 300 per second", "from": 0} | answer
-    return {"id": title, "title": title, "messages": messages, "draws": 1}
+    return {"id": title, "title": title, "messages": messages, "draws": 1, "time": time}

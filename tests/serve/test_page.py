@@ -137,8 +137,8 @@ def test_messages_and_code_are_copied(open_page, has_clipboard):
 
 def test_thoughts_are_folded(open_page):
     plain = conversation("2+2?", "<think>Two *and* two.</think>\n<answer>4</answer>", title="done")
-    unfinished = conversation("2+2?", "<think>Two and", title="unfinished")
-    literal = conversation("tags?", "The tag `<think>` opens, </think> closes.", title="literal")
+    unfinished = conversation("2+2?", "<think>Two and", title="unfinished", time=0)
+    literal = conversation("tags?", "The tag `<think>` opens, </think> closes.", title="literal", time=-1)
     page = open_page(conversations=[plain, unfinished, literal])
     page.open(0)
     assert page.texts(".assistant .content") == ["Thoughts\n\n4"]
@@ -184,7 +184,7 @@ def test_the_xray_panel(page):
 
 def test_the_examined_answer_stays_in_view(page):
     page.route("**/xray", lambda route: route.fulfill(json={"url": "/health"}))
-    page.evaluate(f"localStorage['moonwhale.conversations'] = {json.dumps(json.dumps([LONG]))}")
+    page.evaluate("text => { localStorage['moonwhale.conversation.long'] = text }", json.dumps(LONG))
     page.reload()
     page.open(0)
     page.click("[data-action=examine] >> nth=5")
@@ -214,34 +214,41 @@ def test_the_menu_covers_nothing(open_page):
 
 
 def test_two_tabs_share_their_conversations(open_page):
-    page = open_page()
+    page = open_page(conversations=[TALK])
     page.set_option("max_tokens", "5")
     other = page.context.new_page()
     other.goto(page.url)
     other.wait_for_selector("#model:has-text('tiny')")
-    page.say("From the first")
-    other.wait_for_selector("#conversations .title:has-text('From the first')")
-    other.fill("#text", "From the second")
+    held = []
+    page.route("**/v1/chat/completions", held.append)
+    page.fill("#text", "From the first")
+    page.press("#text", "Enter")
+    page.wait_for_selector("#stop:visible")
+    other.fill("#text", "From the second")  # while the first tab waits for its answer
     other.press("#text", "Enter")
-    other.wait_for_selector("#send:visible")
     page.wait_for_selector("#conversations .title:has-text('From the second')")
-    assert len(page.stored()) == 2
+    held[0].continue_()
+    page.wait_until_idle()
+    other.wait_for_selector("#conversations .title:has-text('From the first')")
+    titles = ["From the first", "From the second", "Whales"]
+    assert [stored["title"] for stored in page.stored()] == titles
+    assert page.texts("#conversations .title") == other.locator("#conversations .title").all_inner_texts() == titles
 
 
 @pytest.mark.parametrize(
     "stored",
-    ["{", "null", "7", '{"a": 1}', '[null, 7, {"title": 5, "messages": []}, {"title": "x", "messages": [{}]}]'],
+    ["{", "null", "7", '{"id": "x", "title": 5, "messages": []}', json.dumps(TALK | {"messages": [{}]}), "[]"],
 )
 def test_damaged_storage_does_no_harm(open_page, stored):
     page = open_page()
     page.evaluate(
-        "text => { for (const n of ['conversations', 'settings']) localStorage[`moonwhale.${n}`] = text }", stored
+        "text => { for (const n of ['conversation.x', 'settings']) localStorage[`moonwhale.${n}`] = text }", stored
     )
     page.reload()
     page.wait_for_selector("#model:has-text('tiny')")
     page.set_option("max_tokens", "5")
     page.say("Hello")
-    assert len(page.stored()) == 1
+    assert page.texts("#conversations .title") == ["Hello"]
 
 
 def test_full_storage_is_said(open_page):

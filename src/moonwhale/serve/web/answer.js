@@ -1,8 +1,8 @@
 // Asks for answers. A request that fails before the first word leaves the conversation as it was.
 import { $, status } from "./dom.js";
-import { scrollToEnd, showProgress, speak } from "./messages.js";
-import { KeyNeeded, Failure, call, connect, events } from "./server.js";
-import { save, state } from "./state.js";
+import { firstSeen, scrollToEnd, showProgress, speak } from "./messages.js";
+import { Failure, KeyNeeded, call, connect, events } from "./server.js";
+import { saveConversation, state, touch } from "./state.js";
 import { render } from "./view.js";
 
 // Asks `text` after the first `index` messages of the open conversation; those that follow are replaced.
@@ -21,11 +21,12 @@ export function regenerate() {
 async function respond(conversation, index, question, typed) {
   const before = { messages: conversation.messages, title: conversation.title };
   const kept = before.messages.slice(0, index);
-  const answer = { role: "assistant", content: "", from: kept.findLast(({ role }) => role === "assistant")?.from ?? 0 };
+  const answer = { role: "assistant", content: "", from: firstSeen(kept) };
   conversation.messages = [...kept, question, answer];
-  conversation.title ||= question.content.slice(0, 60);
+  if (index === 0) conversation.title = [...question.content].slice(0, 60).join("");
   delete conversation.failure;
-  if (!state.conversations.some(({ id }) => id === conversation.id)) state.conversations.unshift(conversation);
+  touch(conversation);
+  state.editing = null;
   state.busy = Object.assign(new AbortController(), { answer, conversation });
   render();
   scrollToEnd();
@@ -33,20 +34,27 @@ async function respond(conversation, index, question, typed) {
     await receive(conversation, answer, state.busy.signal);
     speak(answer);
   } catch (error) {
-    const wasStopped = error.name === "AbortError";
-    if (!wasStopped && !(error instanceof Failure)) console.error(error);
-    if (!wasStopped) state.model = null; // the next question asks which one the server has now
-    answer.facts = wasStopped ? "stopped" : "incomplete";
-    if (!wasStopped) conversation.failure = error instanceof Failure ? error.message : `The page made a mistake: ${error.message}`;
+    if (error.name === "AbortError") answer.facts = "stopped";
+    else {
+      answer.facts = "incomplete";
+      conversation.failure = inWords(error);
+      state.model = null; // the next question asks which one the server has now
+    }
     if (!answer.content) undo(conversation, before, typed);
     if (error instanceof KeyNeeded) document.dispatchEvent(new Event("key-needed"));
   }
   state.busy = null;
   status("");
-  save();
+  if (state.conversations.includes(conversation)) saveConversation(conversation); // else it was deleted or taken back
   render();
   if (conversation.failure && state.current === conversation) scrollToEnd();
   if (!document.querySelector("dialog[open]") && document.activeElement === document.body) $("text").focus();
+}
+
+function inWords(error) {
+  if (error instanceof Failure) return error.message;
+  console.error(error);
+  return `The page made a mistake: ${error.message}`;
 }
 
 async function receive(conversation, answer, signal) {
@@ -78,10 +86,9 @@ function requestBody(conversation, answer) {
   const turns = conversation.messages.slice(answer.from, -1).map(({ role, content }) => ({ role, content }));
   const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
   conversation.draws = (conversation.draws ?? 0) + 1;
-  return {
-    model: state.model.id, messages, truncation: "auto", stream: true, stream_options: { include_usage: true }, ...numbers,
-    ...(seed === "" ? {} : { seed: Number(seed) + conversation.draws - 1 }),
-  };
+  const own = seed === "" ? {} : { seed: Number(seed) + conversation.draws - 1 };
+  const stream = { stream: true, stream_options: { include_usage: true } };
+  return { model: state.model.id, messages, truncation: "auto", ...stream, ...numbers, ...own };
 }
 
 function undo(conversation, before, typed) {

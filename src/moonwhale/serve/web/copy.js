@@ -4,7 +4,8 @@ import { element } from "./dom.js";
 const SHOWN = 1500; // milliseconds that a button says so
 
 export async function copy(text, button) {
-  const isDone = navigator.clipboard ? await navigator.clipboard.writeText(text).then(() => true, () => copyFromField(text)) : copyFromField(text);
+  const isWritten = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  const isDone = isWritten || copyFromField(text);
   const label = button.textContent;
   button.textContent = isDone ? "Copied" : "Not allowed";
   button.disabled = true; // or its second click would take "Copied" for the label

@@ -1,6 +1,6 @@
 // The dialogs: settings, the API key, and the question before something is lost. <dialog> keeps the focus inside.
 import { $ } from "./dom.js";
-import { DEFAULTS, save, saveKey, state } from "./state.js";
+import { DEFAULTS, saveKey, saveSettings, state } from "./state.js";
 
 // Returns whether the user says yes.
 export function confirmed(question, yes) {
@@ -28,7 +28,7 @@ $("settings").onclose = () => {
       state.settings[name] = typeof DEFAULTS[name] === "number" ? Number(value) : value;
     }
   }
-  if (chosen) save();
+  if (chosen) saveSettings();
 };
 
 // Calls `retry` with the new key in place. The dialog closes by itself.

@@ -1,5 +1,5 @@
-// Inline Markdown: `code`, *emphasis*, **strong**, ~~struck~~, [links](https://…) and addresses. Everything else, HTML
-// included, is text. The time is linear in the text: a model writes anything.
+// Inline Markdown: `code`, *emphasis*, **strong**, ~~struck~~, [links](https://…) and addresses. Everything else is
+// text, HTML included. The time is linear in the text: a model writes anything.
 import { element } from "./dom.js";
 
 const SCHEMES = ["http:", "https:", "mailto:"];
@@ -80,7 +80,8 @@ function mark(stack, text, at, size) {
   const isOpen = (name) => stack.some((entry) => entry.mark === name);
   let left = size;
   while (left > 0) {
-    const closable = closes ? stack.filter((entry) => entry.mark?.[0] === char && entry.mark.length <= left && entry.node.hasChildNodes()) : [];
+    const fits = (entry) => entry.mark?.[0] === char && entry.mark.length <= left && entry.node.hasChildNodes();
+    const closable = closes ? stack.filter(fits) : [];
     const closing = closable.find((entry) => entry.mark.length === left) ?? closable.at(-1);
     const opening = opens && [char + char, char].find((name) => name in TAGS && name.length <= left && !isOpen(name));
     if (closing) {

@@ -4,7 +4,7 @@ import { copy } from "./copy.js";
 import { askForKey, confirmed, openSettings } from "./dialogs.js";
 import { $, status } from "./dom.js";
 import { KeyNeeded, connect } from "./server.js";
-import { newConversation, reload, save, state } from "./state.js";
+import { deleteConversation, newConversation, reload, state } from "./state.js";
 import { showConversations, toggleMenu } from "./sidebar.js";
 import { render } from "./view.js";
 import { closeXray, examine } from "./xray.js";
@@ -19,11 +19,11 @@ function open(conversation) {
   $("text").focus();
 }
 async function remove(conversation) {
+  const isOpen = conversation.id === state.current.id;
   if (!await confirmed(`Delete “${conversation.title}”? It cannot be brought back.`, "Delete")) return;
   if (state.busy?.conversation === conversation) state.busy.abort();
-  state.conversations = state.conversations.filter(({ id }) => id !== conversation.id);
-  save();
-  if (conversation.id === state.current.id) open(newConversation()); else render();
+  deleteConversation(conversation);
+  if (isOpen) open(newConversation()); else render();
   $("new").focus();
 }
 function edit(message) {
@@ -108,7 +108,6 @@ async function start() {
 }
 document.addEventListener("key-needed", () => askForKey(start));
 addEventListener("storage", () => {
-  if (state.busy) return;
   reload();
   if (state.editing) showConversations(); else render();
 });

@@ -21,22 +21,25 @@ function appendBlocks(parent, lines, depth) {
   let i = 0;
   while (i < lines.length) {
     if (!lines[i].trim()) { i += 1; continue; }
-    const read = depth < DEEPEST && [readCode, readHeading, readRule, readQuote, readList, readTable].find((reads) => reads.starts(lines, i));
-    const [node, next] = (read || readParagraph)(lines, i, depth);
+    const read = (depth < DEEPEST && readerOf(lines, i)) || readParagraph;
+    const [node, next] = read(lines, i, depth);
     parent.append(node);
     i = next;
   }
 }
-const startsBlock = (lines, i) => [readCode, readHeading, readRule, readQuote, readList, readTable].some((reads) => reads.starts(lines, i));
 
 // Each reader returns the node of the block that starts in line i, and the line after it.
+function readerOf(lines, i) {
+  return [readCode, readHeading, readRule, readQuote, readList, readTable].find((read) => read.starts(lines, i));
+}
 
 function readCode(lines, i) {
   const [, fence, info] = FENCE.exec(lines[i]), [language] = info.trim().split(/\s/, 1);
   let end = i + 1;
   const closes = (line) => line.trim().length >= fence.length && line.trim() === fence[0].repeat(line.trim().length);
   while (end < lines.length && !closes(lines[end])) end += 1; // a fence that nothing closes reaches to the end
-  const bar = element("div", { className: "bar" }, element("span", { textContent: language || "text" }), actionButton("copyCode", "Copy", { "aria-label": "Copy the code" }));
+  const copy = actionButton("copyCode", "Copy", { "aria-label": "Copy the code" });
+  const bar = element("div", { className: "bar" }, element("span", { textContent: language || "text" }), copy);
   const code = element("pre", { tabIndex: 0 }, element("code", { textContent: lines.slice(i + 1, end).join("\n") }));
   return [element("div", { className: "code" }, bar, code), end + 1];
 }
@@ -124,7 +127,7 @@ function cells(line) {
 
 function readParagraph(lines, i) {
   const start = i;
-  do i += 1; while (i < lines.length && lines[i].trim() && !startsBlock(lines, i));
+  do i += 1; while (i < lines.length && lines[i].trim() && !readerOf(lines, i));
   const node = element("p");
   appendInline(node, lines.slice(start, i).map((line) => line.trim()).join("\n"));
   return [node, i];

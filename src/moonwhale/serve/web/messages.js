@@ -8,15 +8,21 @@ let shown = null; // the conversation that is on the page
 export function showMessages() {
   const { messages, failure } = state.current;
   const box = $("messages"), top = box.scrollTop, goesToEnd = isAtEnd(box) || shown !== state.current;
-  const firstSeen = messages.findLast(({ role }) => role === "assistant")?.from ?? 0;
   const nodes = messages.map(bubble);
-  if (firstSeen > 0) nodes.splice(firstSeen, 0, element("p", { className: "forgotten", textContent: "The model no longer sees what is above: its context is full." }));
-  if (!messages.length) nodes.push(element("p", { className: "empty", textContent: "A small model, so expect small talk." }));
-  if (failure) nodes.push(element("p", { className: "message error", textContent: failure, role: "alert" }));
+  const note = (className, textContent, more = {}) => element("p", { className, textContent, ...more });
+  const first = firstSeen(messages);
+  const forgotten = note("forgotten", "The model no longer sees what is above: the context is full.");
+  if (first > 0) nodes.splice(first, 0, forgotten);
+  if (!messages.length) nodes.push(note("empty", "A small model, so expect small talk."));
+  if (failure) nodes.push(note("message error", failure, { role: "alert" }));
   box.replaceChildren(...nodes);
   box.scrollTop = goesToEnd ? box.scrollHeight : top;
   shown = state.current;
 }
+
+// Returns the index of the first message that the model saw for the last answer.
+export function firstSeen(messages) { return messages.findLast(({ role }) => role === "assistant")?.from ?? 0; }
+
 export function scrollToEnd() { $("messages").scrollTop = $("messages").scrollHeight; }
 function isAtEnd(box) { return box.scrollHeight - box.scrollTop - box.clientHeight < 80; }
 
@@ -33,11 +39,14 @@ function bubble(message, index) {
   else if (isWriting(message)) showAnswer(box, message.content, true);
   else if (message.content) showAnswer(box, message.content, false);
   else box.append(element("p", { className: "note", textContent: "(an empty answer)" }));
-  node.append(isAnswer ? answerRow(message, index) : row(actionButton("copy", "Copy"), actionButton("edit", "Edit", { disabled: Boolean(state.busy) })));
+  node.append(isAnswer ? answerRow(message, index) : questionRow());
   return node;
 }
 function isWriting(message) { return Boolean(state.busy) && message === state.busy.answer; }
 
+function questionRow() {
+  return row(actionButton("copy", "Copy"), actionButton("edit", "Edit", { disabled: Boolean(state.busy) }));
+}
 function row(...children) { return element("div", { className: "facts" }, ...children); }
 function answerRow(message, index) {
   if (isWriting(message)) return row();
@@ -53,7 +62,8 @@ function answerRow(message, index) {
 function editor(node, message) {
   const text = element("textarea", { id: "edited", value: message.content, "aria-label": "Edit your message" });
   const note = element("span", { textContent: "What follows it is replaced." });
-  node.append(text, row(actionButton("sendEdited", "Send", { className: "" }), actionButton("cancelEdit", "Cancel"), note));
+  const send = actionButton("sendEdited", "Send", { className: "" });
+  node.append(text, row(send, actionButton("cancelEdit", "Cancel"), note));
   return node;
 }
 

@@ -11,8 +11,10 @@ const BROKEN = "The connection broke off before the answer was complete.";
 
 // Sends a GET, or with a body a POST. Raises a Failure, or an AbortError if the signal aborts.
 export async function call(path, body, signal) {
-  const headers = { "content-type": "application/json", ...(state.key ? { authorization: `Bearer ${state.key}` } : {}) };
-  const response = await orFailure(GONE, fetch(path, body ? { method: "POST", headers, body: JSON.stringify(body), signal } : { headers, signal }));
+  const key = state.key ? { authorization: `Bearer ${state.key}` } : {};
+  const headers = { "content-type": "application/json", ...key };
+  const post = body ? { method: "POST", body: JSON.stringify(body) } : {};
+  const response = await orFailure(GONE, fetch(path, { headers, signal, ...post }));
   if (response.ok) return response;
   const message = await response.json().then(({ error }) => error.message, () => "");
   if (response.status === 401) throw new KeyNeeded("The server wants its API key.");

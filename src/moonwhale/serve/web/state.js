@@ -1,65 +1,85 @@
-// What the page knows, and what of it the browser stores: conversations and settings until they are deleted, the API key
-// until the tab is closed.
+// What the page knows, and what of it the browser stores: conversations and settings until they are deleted, the API
+// key until the tab is closed. Each conversation has an entry of its own, so that tabs do not overwrite each other's.
 import { status } from "./dom.js";
 
-export const DEFAULTS = { system: "", temperature: 0.8, top_p: 1, min_p: 0.05, top_k: 0, repetition_penalty: 1, max_tokens: 256, seed: "" };
-const PREFIX = "moonwhale.";
+const PREFIX = "moonwhale.", CONVERSATION = `${PREFIX}conversation.`;
+export const DEFAULTS = {
+  system: "", temperature: 0.8, top_p: 1, min_p: 0.05, top_k: 0, repetition_penalty: 1, max_tokens: 256, seed: "",
+};
 
-// A conversation: { id, title, messages, draws }. An answer among its messages has `from`, the index of the first message
-// that the model saw, `system`, the instructions that it had, and `facts`, a line about it.
+// A conversation is { id, title, messages, draws, time }. An answer among its messages has `from`, the index of the
+// first message that the model saw, `system`, the instructions that it had, and `facts`, a line about it.
 export const state = {
   model: null, // the server's model card; null until the server has answered, and after each failure
-  conversations: read("conversations", isList).filter(isConversation),
+  conversations: storedConversations(), // newest first
   current: null,
-  settings: { ...DEFAULTS },
+  settings: { ...DEFAULTS, ...storedSettings() },
   key: "",
-  busy: null, // the AbortController of the answer that is being written
+  busy: null, // the AbortController of the answer that is being written, with that answer and its conversation
   editing: null, // the user's message that is being edited
   examined: null, // the answer that the X-ray shows
 };
-Object.assign(state.settings, readSettings());
 try { state.key = sessionStorage.getItem(`${PREFIX}key`) ?? ""; } catch { /* the page asks again after each reload */ }
 
 export function newConversation() {
-  return { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", messages: [], draws: 0 };
+  return { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", messages: [], draws: 0, time: 0 };
 }
 
-export function save() {
-  try {
-    // A failure is about this moment, so it is not kept.
-    const conversations = JSON.stringify(state.conversations, (key, value) => key === "failure" ? undefined : value);
-    localStorage.setItem(`${PREFIX}conversations`, conversations);
-    localStorage.setItem(`${PREFIX}settings`, JSON.stringify(state.settings));
-  } catch (error) {
+// Adds a conversation to the list if it is new, and moves it to the top.
+export function touch(conversation) {
+  conversation.time = Date.now();
+  state.conversations = [...new Set([conversation, ...state.conversations])];
+}
+export function saveConversation(conversation) {
+  touch(conversation);
+  const { failure, ...lasting } = conversation; // a failure is about this moment
+  store(() => localStorage.setItem(CONVERSATION + conversation.id, JSON.stringify(lasting)));
+}
+export function deleteConversation({ id }) {
+  state.conversations = state.conversations.filter((other) => other.id !== id);
+  store(() => localStorage.removeItem(CONVERSATION + id));
+}
+export function saveSettings() {
+  store(() => localStorage.setItem(`${PREFIX}settings`, JSON.stringify(state.settings)));
+}
+export function saveKey() {
+  try { sessionStorage.setItem(`${PREFIX}key`, state.key); } catch { /* it is kept until the next reload */ }
+}
+
+function store(write) {
+  try { write(); } catch (error) {
     status(error.name === "QuotaExceededError"
       ? "This browser's storage for the page is full: delete old conversations, or new ones are lost when you leave."
       : "This browser does not store data: conversations are lost when you leave the page.");
   }
 }
 
-export function saveKey() {
-  try { sessionStorage.setItem(`${PREFIX}key`, state.key); } catch { /* it is kept until the next reload */ }
-}
-
-// Takes over what another tab has stored.
+// Takes over what another tab has stored, but for the conversation that is being answered or edited here.
 export function reload() {
-  state.conversations = read("conversations", isList).filter(isConversation);
+  const isHeld = (own) => own === state.busy?.conversation || (state.editing && own === state.current);
+  const held = state.conversations.filter(isHeld);
+  const others = storedConversations().filter(({ id }) => !held.some((own) => own.id === id));
+  state.conversations = [...held, ...others].sort((a, b) => b.time - a.time);
   state.current = state.conversations.find(({ id }) => id === state.current.id) ?? state.current;
 }
 
-// Stored data may be of an earlier version or edited by hand: what does not fit is left out.
-function read(name, fits) {
-  try {
-    const value = JSON.parse(localStorage.getItem(PREFIX + name));
-    return fits(value) ? value : [];
-  } catch { return []; }
+// Stored data may be of another version or edited by hand: what does not fit is left out.
+function storedConversations() {
+  let names = [];
+  try { names = Object.keys(localStorage); } catch { /* this browser stores nothing */ }
+  return names.filter((name) => name.startsWith(CONVERSATION)).map(read).filter(isConversation).sort((a, b) => b.time - a.time);
 }
-function readSettings() {
-  const stored = read("settings", (value) => value !== null && typeof value === "object");
-  return Object.fromEntries(Object.entries(stored).filter(([name, value]) => typeof value === typeof DEFAULTS[name]));
+function storedSettings() {
+  const stored = Object.entries(read(`${PREFIX}settings`) ?? {});
+  return Object.fromEntries(stored.filter(([name, value]) => typeof value === typeof DEFAULTS[name]));
 }
-function isList(value) { return Array.isArray(value); }
+function read(name) {
+  try { return JSON.parse(localStorage.getItem(name)); } catch { return null; }
+}
 function isConversation(value) {
-  return typeof value?.title === "string" && isList(value.messages) && value.messages.every(
-    (message) => ["user", "assistant"].includes(message?.role) && typeof message.content === "string");
+  return typeof value?.id === "string" && typeof value.title === "string" && Number.isFinite(value.time)
+    && Array.isArray(value.messages) && value.messages.every(isMessage);
+}
+function isMessage(value) {
+  return ["user", "assistant"].includes(value?.role) && typeof value.content === "string";
 }

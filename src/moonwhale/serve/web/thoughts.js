@@ -1,4 +1,4 @@
-// The form of models that think first (DeepSeek-R1's): <think>…</think>, then the answer, perhaps in <answer>…</answer>.
+// The form of models that think first (DeepSeek-R1's): <think>…</think>, then the answer, perhaps in <answer> tags.
 import { element } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
 
@@ -21,7 +21,8 @@ export function showAnswer(box, content, isWriting) {
   const wasUnfolded = box.querySelector("details.thought")?.open ?? false;
   const parts = [];
   if (thought !== null) {
-    const summary = element("summary", { textContent: !isOpen ? "Thoughts" : isWriting ? "Thinking…" : "Thoughts (unfinished)" });
+    const name = !isOpen ? "Thoughts" : isWriting ? "Thinking…" : "Thoughts (unfinished)";
+    const summary = element("summary", { textContent: name });
     parts.push(element("details", { className: "thought", open: wasUnfolded }, summary, renderMarkdown(thought)));
   }
   parts.push(renderMarkdown(rest));

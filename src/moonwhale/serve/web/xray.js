@@ -8,9 +8,10 @@ export async function examine(conversation, answer) {
   status("Looking inside the model…");
   await connect();
   const { messages } = conversation;
-  const seen = messages.slice(answer.from ?? 0, messages.indexOf(answer) + 1).map(({ role, content }) => ({ role, content }));
+  const seen = messages.slice(answer.from ?? 0, messages.indexOf(answer) + 1);
+  const turns = seen.map(({ role, content }) => ({ role, content }));
   const system = answer.system ? [{ role: "system", content: answer.system }] : [];
-  const { url } = await (await call("xray", { model: state.model.id, messages: [...system, ...seen] })).json();
+  const { url } = await (await call("xray", { model: state.model.id, messages: [...system, ...turns] })).json();
   status("");
   if (state.current !== conversation || !messages.includes(answer)) return; // the user has gone on meanwhile
   state.examined = answer;
