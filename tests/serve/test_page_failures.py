@@ -28,32 +28,25 @@ def error(status: int, message: str, type="server_error") -> dict:
     return {"status": status, "json": {"error": {"message": message, "type": type, "param": None, "code": None}}}
 
 
-@pytest.mark.parametrize(
-    ("response", "words"),
-    [
+def test_a_failure_is_said_and_the_question_stays(open_page):
+    late = events(end=f"data: {json.dumps(error(408, 'the answer took 600 seconds')['json'])}\n\n")
+    failures = [
         (error(503, "the model had to stop: out of memory"), "The model is not available. The model had to stop: out"),
         (error(429, "256 prompts wait already: try again soon"), "The server is busy. 256 prompts wait"),
         (error(400, "temperature: give at most 2"), "Temperature: give at most 2."),
         (error(500, "the server made a mistake; its log says which"), "The server made a mistake; its log"),
-        (
-            {"status": 502, "body": "<html>Bad gateway <script>alert(1)</script>"},
-            "Is this the right address? (Status 502)",
-        ),
+        ({"status": 502, "body": "<html>Bad gateway <script>"}, "Is this the right address? (Status 502)"),
         ({"status": 200, "body": ""}, "The connection broke off before the answer"),
-        (
-            {"status": 200, "body": events(end=f"data: {json.dumps(error(408, 'it took 600 seconds')['json'])}\n\n")},
-            "It took",
-        ),
-    ],
-    ids=["503", "429", "400", "500", "a proxy", "an empty stream", "an error in the stream"],
-)
-def test_a_failure_is_said_and_the_question_stays(open_page, response, words):
+        ({"status": 200, "body": "<html>\n\nThis hotel's network\n\n"}, "not as moonwhale does"),
+        ({"status": 200, "body": late}, "The answer took 600 seconds"),
+    ]
     page = open_page(conversations=[TALK])
     page.set_option("max_tokens", "5")
     page.open(0)
-    assert words in fail(page, **response)
-    assert page.input_value("#text") == "Are you there?" and page.locator("article").count() == 2
-    assert page.evaluate("document.activeElement.id") == "text"
+    for response, words in failures:
+        assert words in fail(page, **response)
+        assert page.input_value("#text") == "Are you there?" and page.locator("article").count() == 2
+        assert page.evaluate("document.activeElement.id") == "text"
     page.press("#text", "Enter")  # the server is back
     page.wait_for_selector("article >> nth=3")
     page.wait_until_idle()
@@ -90,11 +83,6 @@ def test_a_stream_cut_half_way_keeps_what_was_written(open_page):
     page.click("[data-action=regenerate]")
     page.wait_for_selector(".assistant .facts span:has-text('per second')")
     assert page.locator(".assistant").count() == 1 and page.locator(".error").count() == 0
-
-
-def test_what_is_no_event_is_said(open_page):
-    page = open_page()
-    assert "not as moonwhale does" in fail(page, status=200, body="<html>\n\nWelcome to the hotel's network</html>\n\n")
 
 
 def test_another_server_at_this_address_is_said(open_page):

@@ -74,8 +74,8 @@ async function receive(conversation, answer, signal) {
   }
   cancelAnimationFrame(frame);
   const speed = usage.completion_tokens / ((performance.now() - start) / 1000);
-  const isFull = usage.total_tokens >= state.model.context;
-  const cut = reason === "length" ? `, cut off: ${isFull ? "the context is full" : "the longest answer of the settings"}` : "";
+  const limit = usage.total_tokens >= state.model.context ? "the context is full" : "the longest answer of the settings";
+  const cut = reason === "length" ? `, cut off: ${limit}` : "";
   answer.facts = `${usage.completion_tokens} tokens, ${speed.toFixed(0)} per second${cut}`;
 }
 

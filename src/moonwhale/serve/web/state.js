@@ -67,7 +67,8 @@ export function reload() {
 function storedConversations() {
   let names = [];
   try { names = Object.keys(localStorage); } catch { /* this browser stores nothing */ }
-  return names.filter((name) => name.startsWith(CONVERSATION)).map(read).filter(isConversation).sort((a, b) => b.time - a.time);
+  const stored = names.filter((name) => name.startsWith(CONVERSATION)).map(read);
+  return stored.filter(isConversation).sort((a, b) => b.time - a.time);
 }
 function storedSettings() {
   const stored = Object.entries(read(`${PREFIX}settings`) ?? {});
