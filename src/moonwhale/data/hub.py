@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from moonwhale.data.file_formats import READER
+from moonwhale.data.hub_access import hub_access
 from moonwhale.data.hub_sets import HUB_SETS, HubSet
 from moonwhale.data.row_formats import columns_of, read_rows
 from moonwhale.data.source import Source, digest, warn_once
@@ -32,12 +33,13 @@ def load_hub_set(spec: str, split: str = "train", columns: Sequence[str] = (), l
         name = f"{id} {configuration}" if configuration else id
         warn_once(f"`data` {spec}: {name}, licence {known.licence}" + (f" ({known.note})" if known.note else ""))
     try:
-        builder = datasets.load_dataset_builder(id, configuration or None)
-        if limit:
-            rows = builder.as_streaming_dataset(split)
-        else:
-            builder.download_and_prepare()
-            rows = builder.as_dataset(split)
+        with hub_access():
+            builder = datasets.load_dataset_builder(id, configuration or None)
+            if limit:
+                rows = builder.as_streaming_dataset(split)
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split)
     except Exception as error:  # missing, gated, offline, no such split or configuration: each has its own class
         raise UserError(explain_load_failure(spec, id, known, error)) from error
     if columns and rows.column_names and set(columns) <= set(rows.column_names):

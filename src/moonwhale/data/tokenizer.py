@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moonwhale.data.chat import ROLE_TOKENS, TOKENIZER_OPTIONS
+from moonwhale.data.hub_access import hub_access
 from moonwhale.data.source import Source, texts_of
 from moonwhale.data.templates import CHAT_TEMPLATE
 from moonwhale.data.tokenizer_checks import check_tokenizer, check_tokenizer_folder
@@ -248,8 +249,14 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with hub_access() as reachable:
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing, gated, offline, no tokenizer in it: each has its own class
+        if not reachable:
+            raise UserError(
+                f"{name} is no folder here and not in the cache, and the hub cannot be reached or HF_HUB_OFFLINE is "
+                'set (connect once, or use "deepseek" or "gpt2")'
+            ) from error
         raise UserError(
             f"{name} is no folder here, and has no usable tokenizer on the hub "
             f'(or use "deepseek" or "gpt2"): {one_line(error)[:200]}'

@@ -13,6 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from moonwhale.data.hub_access import hub_access
 from moonwhale.errors import UserError, did_you_mean, one_line, require_package
 from moonwhale.model import MoonwhaleForCausalLM
 
@@ -35,10 +36,11 @@ class HarnessTasks:
         self.manager = _task_manager(names, folder)
         self.tasks: list = []
         try:
-            for name in names:
-                loaded = self.manager.load(name)
-                self.tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
-            self.manager.load(self.tasks)  # raises if two names mean the same task
+            with hub_access():
+                for name in names:
+                    loaded = self.manager.load(name)
+                    self.tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+                self.manager.load(self.tasks)  # raises if two names mean the same task
         except Exception as error:  # no network, a missing data set, a mistake in a file: all of different classes
             raise UserError(_failure(names, error)) from error
 
