@@ -33,6 +33,7 @@ function addDrawing(picture, element, x, y, box) {
     shapes[i].removeAttribute("class");
   }
   copy.removeAttribute("style");
+  picture.append(svg("rect", { x, y, width: box.width, height: box.height, fill: "none", stroke: getComputedStyle(element).borderTopColor }));
   for (const [name, value] of Object.entries({ x, y, width: box.width, height: box.height })) copy.setAttribute(name, value);
   picture.append(copy);
 }
@@ -57,7 +58,10 @@ function addText(picture, text, style, origin) {
 }
 
 async function savePanel(panel, kind) {
-  const picture = panelAsSvg(panel), text = new XMLSerializer().serializeToString(picture);
+  panel.classList.add("whole"); // also what is scrolled away
+  const picture = panelAsSvg(panel);
+  panel.classList.remove("whole");
+  const text = new XMLSerializer().serializeToString(picture);
   const address = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
   if (kind === "svg") save(address, `${panel.id}.svg`);
   else save(await asPng(address, Number(picture.getAttribute("width")), Number(picture.getAttribute("height"))), `${panel.id}.png`);

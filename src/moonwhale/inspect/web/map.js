@@ -33,7 +33,8 @@ function blockMarks(L) {
 }
 function band(i, L, label, rows, cls, marks) {
   const figure = svg("svg", { viewBox: `0 0 ${T} ${rows}`, preserveAspectRatio: "none" });
-  figure.style.height = `${Math.min(160, Math.max(rows * 7, 14))}px`;
+  const most = Math.max(32, 800 / S.layers.length); // pixels, so that many blocks fit on a screen or two
+  figure.style.height = `${Math.min(most, Math.max(rows * 7, 14))}px`;
   for (let row = 1; row < rows; row++) figure.append(svg("rect", { x: 0, y: row - 0.03, width: T, height: 0.06, class: "rule" }));
   for (const mark of marks) figure.append(svg("rect", { x: mark.i, y: mark.row + 0.05, width: 1, height: 0.9, class: cls, opacity: (0.3 + 0.7 * mark.strength).toFixed(2) }));
   figure.append(svg("rect", { y: 0, width: Math.max(0.3, T / 400), height: rows, class: "cursor" }));

@@ -34,6 +34,8 @@ function choose(i) {
   token = i;
   key = Math.min(key, token);
   markText();
+  const text = $("text"), chosen = text.children[token].getBoundingClientRect(), box = text.getBoundingClientRect();
+  if (chosen.top < box.top || chosen.bottom > box.bottom) text.scrollTop += chosen.top - box.top - box.height / 2;
   drawPredictions();
   drawLayer();
 }

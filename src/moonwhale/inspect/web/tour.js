@@ -13,7 +13,7 @@ const STOPS = [
       const rotary = (j) => Math.max(...Array.from({ length: L.heads }, (_, h) => Math.abs(logit(L, h, token, j).rotary)));
       chooseKey(keys.reduce((a, j) => (rotary(j) > rotary(a) ? j : a), 0));
     },
-    text: () => "RoPE cannot be absorbed into W_UK, so V2 gives a logit a second, rotary part, whose key all heads share. Move the slider: the content part follows the words, the rotary part the distance. This is the key with the largest rotary part.",
+    text: () => "A rotation between W_UQ and W_UK would keep them from being absorbed. So V2 gives a logit a second, rotary part, whose key all heads share. Move the slider: the content part follows the words, the rotary part the distance. This is the key with the largest rotary part.",
   },
   {
     title: "A gate chooses blocks (MoBA)", panel: "attention",
@@ -51,7 +51,7 @@ const STOPS = [
       if (held >= 2) choose(held - 2);
     },
     text: () => (MODULES
-      ? "V3 §2.2: module k reads the state of the previous head and the embedding of token i + k, and predicts token i + k + 1 with the same output matrix. In training this densifies the loss. In decoding it drafts: a ✓ in the text is a token that cost no pass of its own. Compare how sure each head is."
+      ? "V3 §2.2: module k reads the state of the previous head and the embedding of token i + k, and predicts token i + k + 1 with the same output matrix. In training this densifies the loss. In decoding it drafts: a ✓ in the text is a token for which a draft can save a pass. Compare how sure each head is."
       : "V3 §2.2 adds modules that predict further tokens. This model has none, so there is one prediction for each token."),
   },
   {
@@ -60,7 +60,7 @@ const STOPS = [
       const tops = S.layers.map((L) => Math.max(...L.largest));
       chooseLayer(tops.indexOf(Math.max(...tops)));
     },
-    text: () => `Kimi K2 §2.1: Muon lets attention logits grow. QK-clip shrinks W_UQ, W_QR and W_UK of each head whose largest logit exceeded τ${R.facts.tau ? ` = ${R.facts.tau}` : ""}, and leaves the shared rotary key alone. This layer has the largest logit in this text. Last, change a setting below: fewer experts or smaller blocks cost so many nats.`,
+    text: () => `Kimi K2 §2.1: Muon lets attention logits grow. QK-clip shrinks W_UQ, W_QR and W_UK of each head whose largest logit exceeded τ${R.facts.tau ? ` = ${R.facts.tau}` : ""}, and leaves the shared rotary key alone. This layer has the largest logit in this text. The last panel tells what fewer experts or smaller blocks cost in nats.`,
   },
 ];
 let stop = -1;
