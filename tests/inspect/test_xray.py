@@ -220,6 +220,18 @@ def test_a_model_without_the_mechanisms_is_drawn_without_them(tiny_model, small_
     assert len(described["recordings"][0]["predictions"]) == 1
 
 
+def test_groups_of_experts_are_recorded(tiny_model, small_tokenizer):
+    model = tiny_model(n_routed_experts=8, n_group=4, topk_group=2, vocab_size=310)
+    assert limits(model)["num_experts_per_tok"] == [1, 4], "two groups of two"
+    ids = list(range(5, 25))
+    layer = record_with(model, small_tokenizer, ids, trained_settings(model))["layers"][0]
+    sums = array(layer["scores"], torch.float32, len(ids), 8) + torch.tensor(layer["bias"])
+    assert layer["groups"] == 4 and layer["topk_groups"] == 2
+    best = sums.unflatten(1, (4, 2)).sum(-1).topk(2).indices
+    for token, experts in enumerate(layer["experts"]):
+        assert {e // 2 for e in experts} <= set(best[token].tolist())
+
+
 def test_a_recording_keeps_what_its_budget_allows(small_model, small_tokenizer, ids):
     n, whole = len(ids), record_with(small_model, small_tokenizer, ids, trained_settings(small_model))
     details = ("content", "rotary", "block_gates", "scores")
