@@ -20,6 +20,12 @@ if hasattr(signal, "SIGHUP"):  # the terminal or ssh was closed; Windows has no 
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
+def write_line(line: str) -> None:
+    """Prints a line above the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 class StepClock:
     """Measures the time of steps, evaluations and checkpoints included, to tell how long the steps to come will take.
 
@@ -80,19 +86,14 @@ class ProgressLines(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         if self.clock.tick(state.global_step) == ESTIMATE_AFTER and state.is_world_process_zero:
-            self._write(f"time       {duration(self.clock.left(state))} for the steps to come")
+            write_line(f"time       {duration(self.clock.left(state))} for the steps to come")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = self.log_line(logs)
         if line and state.is_world_process_zero:
             seconds = self.clock.left(state) if "loss" in logs else None
             left = f"  {duration(seconds)} left" if seconds else ""
-            self._write(f"step {state.global_step:>6}  {line}{left}")
-
-    @staticmethod
-    def _write(line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+            write_line(f"step {state.global_step:>6}  {line}{left}")
 
 
 class StopAtStepEnd(TrainerCallback):

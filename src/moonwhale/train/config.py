@@ -73,6 +73,12 @@ class TrainConfig(SourceOptions, RunOptions):
     compile: bool = option(False, "compile the model with torch.compile", group="device")
 
     eval_rows: int = option(64, "held-out rows per evaluation", group="reports and checkpoints")
+    sample_every: int = option(
+        0, "steps between samples of what the model writes; 0: none", group="reports and checkpoints"
+    )
+    sample_prompt: str = option(
+        "", "text that the samples continue (the beginning of a document)", group="reports and checkpoints"
+    )
 
     parallel: dict = option(
         {}, "how the model is spread over several processes", group="several processes", fields=ParallelOptions
@@ -89,12 +95,14 @@ class TrainConfig(SourceOptions, RunOptions):
             )
         self._check_ranges()
         self._check_compile()
+        if self.sample_every and self.parallelism.splits_model:
+            raise UserError("`sample_every`: no rank holds the whole model that would write: leave it out")
         self.gradient_accumulation_steps()
         self.micro_batches_per_replica()
 
     def _check_ranges(self) -> None:
         require_at_least_one(self, "context", "tokens_per_step", "steps", "eval_rows", "data_documents")
-        require_not_negative(self, "mtp_loss_weight_final", "embedding_lr")
+        require_not_negative(self, "sample_every", "mtp_loss_weight_final", "embedding_lr")
         for name in ("decay_fraction", "min_lr_ratio", "mtp_start"):
             require(self, name, 0 <= getattr(self, name) <= 1, "it lies in [0, 1]")
         decay_steps = self.decay_steps if self.schedule == "wsd" else 0

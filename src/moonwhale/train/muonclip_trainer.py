@@ -235,6 +235,11 @@ class MuonClipTrainerMixin:
             raise
         self._step_start = time.perf_counter()  # evaluations and checkpoints do not count
 
+    def leave_out_of_speed(self, seconds: float) -> None:
+        """Leaves seconds that a callback has taken out of the speed that is logged."""
+        if self._step_start is not None:
+            self._step_start += seconds
+
     def _speed_logs(self) -> dict[str, float]:
         """Tokens per second since the last call, and model FLOPs utilization over all devices."""
         if not self._window_seconds:

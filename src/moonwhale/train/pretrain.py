@@ -60,6 +60,7 @@ def build(config: TrainConfig) -> Run:
     from moonwhale.parallel import process_groups
     from moonwhale.train.mtp_trainer import MTPTrainer
     from moonwhale.train.pipeline_trainer import PipelineTrainer
+    from moonwhale.train.samples import SampleText
 
     parallelism, world = config.parallelism, world_size()  # `join_run` hides it from the Trainer
     if parallelism.splits_model:
@@ -105,7 +106,16 @@ def build(config: TrainConfig) -> Run:
         **of_pipeline,
     )
     summarize = partial(progress.summary, tokens_per_step=config.tokens_per_step, out=Path(config.out))
-    return Run(config, choice, make_trainer, progress.log_line, summarize, evaluate_first=config.from_ is not None)
+    sampler = partial(SampleText, every=config.sample_every, prompt=config.sample_prompt)
+    return Run(
+        config,
+        choice,
+        make_trainer,
+        progress.log_line,
+        summarize,
+        evaluate_first=config.from_ is not None,
+        make_sampler=sampler if config.sample_every else None,
+    )
 
 
 def load_data(config: TrainConfig, vocab_size: int, replicas: int):

@@ -15,7 +15,7 @@ from moonwhale.train.run_options import RunOptions
 from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     from moonwhale.precision import ComputeSettings
 
@@ -36,6 +36,7 @@ class Run:
     summarize: the lines to print at the end, from the log history.
     publish: writes the trained model into the run's folder.
     evaluate_first: whether to evaluate the model before its first step.
+    make_sampler: called with the trainer, returns a callback that prints samples; None for no samples.
     """
 
     config: RunOptions
@@ -45,6 +46,7 @@ class Run:
     summarize: Callable[[list[dict]], str]
     publish: Callable[["Trainer", Path], None] = publish_last_model
     evaluate_first: bool = False
+    make_sampler: Callable[["Trainer"], "TrainerCallback"] | None = None
 
     @property
     def out(self) -> Path:
@@ -181,6 +183,8 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
     with memory_advice, ProgressLines(run.log_line) as lines, StopAtStepEnd() as stop:
         trainer = run.make_trainer(callbacks=[lines, stop])
         trainer.remove_callback(transformers.PrinterCallback)
+        if run.make_sampler:
+            trainer.add_callback(run.make_sampler(trainer))
         try:
             if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:
                 # Killed before its adapters were merged. `train` would take one step more.

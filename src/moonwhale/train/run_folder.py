@@ -28,6 +28,8 @@ FREE_TO_CHANGE = {
     "save_every",
     "keep_checkpoints",
     "log_every",
+    "sample_every",
+    "sample_prompt",
     "report_to",
     "parallel",
 }
