@@ -149,19 +149,18 @@ def write(folder: Path, name: str, result: dict, **curves) -> None:
 
 
 @contextmanager
-def picture(path: Path, rows: int = 1, columns: int = 1, **figure_options) -> Iterator[tuple]:
+def picture(path: Path, rows: int = 1, columns: int = 1, figsize=None, **axes_options) -> Iterator[tuple]:
     """Yields a new figure and its axes, and writes the figure to the SVG file `path` at the end.
+
+    axes_options: arguments of `Figure.subplots`, as `sharex`.
 
     Equal contents give equal bytes: the file has no date and no random ids.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     style = {"svg.hashsalt": "moonwhale", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(rows, columns, layout="constrained", **figure_options)
-        yield figure, axes
+    with rc_context(style):
+        figure = Figure(figsize, layout="constrained")
+        yield figure, figure.subplots(rows, columns, **axes_options)
         figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)

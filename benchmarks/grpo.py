@@ -250,13 +250,11 @@ def say(line: str) -> None:
 
 def draw(result: dict, path: Path) -> None:
     """Plots the share of right answers and their length over the steps of GRPO, one line for each seed."""
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "moonwhale"
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for seed, curve in enumerate(result["curves"]):
         steps, accuracy, length = zip(*curve, strict=True)
         left.plot(steps, accuracy, color=f"C{seed}", label=f"seed {seed}")
@@ -274,8 +272,8 @@ def draw(result: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with rc_context({"svg.hashsalt": "moonwhale"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import nn
 
 from common import ROOT, environment, options, write
@@ -201,7 +202,8 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
     longest = max(end for events in recorded.values() for rank in events for *_, end in rank)
     with matplotlib.rc_context(style):
         size = (11, 1.1 + sum(0.5 + 0.4 * len(events) for events in recorded.values()))
-        figure, axes = plt.subplots(len(recorded), 1, figsize=size, sharex=True, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(recorded), 1, sharex=True)
         for axis, (schedule, events) in zip(axes, recorded.items(), strict=True):
             second = (
                 max(stage_ranks(schedule, len(events))) + 1
@@ -218,12 +220,11 @@ def draw(recorded: dict[str, list[list[tuple]]], path: Path) -> None:
             axis.set_title(schedule, loc="left", fontsize=11)
             axis.set_xlim(0, longest)
         axes[-1].set_xlabel("time; 1 = a forward pass of half a rank's part of the model")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]
-        handles.append(plt.Rectangle((0, 0), 1, 1, color=COLOURS["F"], alpha=0.55, label="of a rank's second stage"))
+        handles = [Rectangle((0, 0), 1, 1, color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]
+        handles.append(Rectangle((0, 0), 1, 1, color=COLOURS["F"], alpha=0.55, label="of a rank's second stage"))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
         unfinished = path.with_name(f".{path.name}")
         figure.savefig(unfinished, format="svg", metadata={"Date": None})
-        plt.close(figure)
     unfinished.replace(path)
 
 

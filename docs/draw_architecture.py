@@ -7,10 +7,9 @@ and the widths of latents and heads are drawn to scale, so the picture changes w
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon
 
 from moonwhale.costs import model_size
@@ -30,7 +29,8 @@ class Sheet:
     """A page for boxes, text and arrows. Coordinates are inches from its lower left corner."""
 
     def __init__(self):
-        self.figure = plt.figure(figsize=(WIDTH, HEIGHT), facecolor="none")
+        self.figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="none")
+        FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
         self.axes.axis("off")
@@ -284,10 +284,9 @@ STYLE = {
 
 def save(config, name: str, path: Path) -> None:
     """Draws a model into an .svg or a .png file. Equal models give equal bytes in an .svg."""
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = draw(config, name).figure
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
-        plt.close(figure)
 
 
 def main(name: str = PRESET, path: str | Path = PICTURE) -> None:

@@ -206,7 +206,6 @@ def test_any_configuration_can_be_drawn(preset, changed, drawing):
     for text in figure.axes[0].texts:
         box = text.get_window_extent()
         assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text.get_text()
-    drawing.plt.close(figure)
 
 
 # --- the README's figures --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Each room of the package imports only the rooms that it may import."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -154,3 +155,14 @@ def test_the_import_rules_have_no_cycle():
         assert free, f"these rooms import each other: {', '.join(sorted(left))}"
         done |= free
         left = {room: allowed for room, allowed in left.items() if room not in free}
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks", "docs"])
+def test_no_plot_goes_through_pyplot(folder):
+    """Pyplot and `matplotlib.use` are the process's: a notebook would lose its backend."""
+    found = [
+        path.name
+        for path in (SOURCE.parents[1] / folder).rglob("*.py")
+        if re.search(r"\bpyplot\b(?!,)|matplotlib\.use\(", path.read_text(encoding="utf-8"))
+    ]
+    assert not found
