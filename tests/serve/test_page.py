@@ -14,7 +14,11 @@ from serving import NAME, Running
 
 pytestmark = pytest.mark.slow
 TALK = conversation("Hello", "The whale sang.", "And then?", "The moon sang back.")
-LONG = conversation(*[text for i in range(12) for text in (f"Question {i}", f"Answer {i}: the whale sang. " * 8)])
+SEEN = {"from": 2, "system": "Sing."}
+LONG = conversation(
+    *[text for i in range(12) for text in (f"Question {i}", f"Answer {i}: the whale sang. " * 8)], **SEEN
+)
+ANSWER = LONG["messages"][11]["content"]
 
 
 def test_a_conversation(page):
@@ -183,12 +187,21 @@ def test_the_xray_panel(page):
 
 
 def test_the_examined_answer_stays_in_view(page):
-    page.route("**/xray", lambda route: route.fulfill(json={"url": "/health"}))
+    asked = []
+    page.route(
+        "**/xray", lambda route: (asked.append(route.request.post_data_json), route.fulfill(json={"url": "/health"}))
+    )
     page.evaluate("text => { localStorage['moonwhale.conversation.long'] = text }", json.dumps(LONG))
     page.reload()
     page.open(0)
     page.click("[data-action=examine] >> nth=5")
     page.wait_for_selector("#xray:visible")
+    system, first, *_, last = asked[0]["messages"]  # what the model saw, and its answer
+    assert (system["content"], first["content"], last) == (
+        "Sing.",
+        "Question 1",
+        {"role": "assistant", "content": ANSWER},
+    )
     view = page.locator("#messages").bounding_box()
     for top in (0, 10**6):
         page.evaluate(f"document.querySelector('#messages').scrollTop = {top}")
