@@ -79,7 +79,7 @@ def test_the_figures_belong_together(compared):
 def test_what_is_printed(compared):
     out, printed = compared
     lines = printed.splitlines()
-    assert "runs       4 to train: 16 steps; the first turn tells how long they take" in lines
+    assert "runs       4 to train: 16 steps; evaluations and checkpoints come on top" in lines
     assert any(line.startswith("time       about ") for line in lines)
     assert any(line.startswith("lr=0.01, seed 1: ") and line.endswith(" tokens/s") for line in lines)
     assert lines[-1] == f"page       {out}/comparison.html; all figures: {out}/comparison.json"

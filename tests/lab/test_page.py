@@ -1,14 +1,10 @@
 """The page and the table of a comparison, from results of every kind; the page in a real browser."""
 
-import shutil
-
 import pytest
 
 from moonwhale.lab.curves import chart, decimals, ticks
 from moonwhale.lab.page import page
 from moonwhale.lab.report import summary, table
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def run(name: str, seed: int, bits: float | None) -> dict:
@@ -26,7 +22,14 @@ def result(seeds: int, **bits: list) -> dict:
     base = next(iter(runs.values()))
     variants = [{"name": name, "changes": {"lr": [1, 2]}} | summary(base, own) for name, own in runs.items()]
     budget = {"unit": "seconds", "amount": 240.0}
-    of_all = {"moonwhale": "0", "budget": budget, "seeds": list(range(seeds)), "data": "chitchat", "tuned": None}
+    of_all = {
+        "moonwhale": "0",
+        "budget": budget,
+        "seeds": list(range(seeds)),
+        "data": "chitchat",
+        "passes": 0.4,
+        "tuned": None,
+    }
     return of_all | {"variants": variants}
 
 
@@ -35,7 +38,10 @@ THREE = {"base": [2.0, 2.1, 2.2], "better": [1.9, 2.0, 2.1001], "same": [2.1, 2.
 
 def test_the_table():
     lines = table(result(3, **THREE)).splitlines()
-    assert lines[0] == "240 s of training of chitchat each; 3 seeds, 95 % intervals of paired differences"
+    assert (
+        lines[0]
+        == "240 s of training each; chitchat, read up to 0.4 times; 3 seeds, 95 % intervals of paired differences"
+    )
     assert lines[2].split() == ["base", "2.1000", "6,000", "2.90", "M", "640", "B", "400", "MB"]
     assert lines[3].split()[:6] == ["better", "2.0000", "-0.1000", "±", "0.0001", "better"]
     assert lines[4].split()[:8] == ["same", "2.1000", "+0.0000", "±", "0.2484", "no", "difference", "seen"]
@@ -72,21 +78,17 @@ def test_a_chart_of_nothing_and_of_a_single_point():
     assert "<polyline" in chart([("base", "red", [[(1.0, 2.0)]])])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_the_page_without_complaints(scheme, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_a_browser_draws_the_page_without_complaints(browser, scheme, tmp_path):
     (tmp_path / "page.html").write_text(page(result(3, **THREE)), encoding="utf-8")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab, said = browser.new_page(color_scheme=scheme, viewport={"width": 400, "height": 800}), []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("request", lambda request: said.append(request.url) if "page.html" not in request.url else None)
-        tab.goto((tmp_path / "page.html").as_uri())
-        assert said == []
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 400  # wide tables scroll by themselves
-        dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-        assert dark == (scheme == "dark")
-        strokes = tab.evaluate("[...document.querySelectorAll('polyline.mean')].map(l => getComputedStyle(l).stroke)")
-        assert len(strokes) == 8 and len(set(strokes)) == 4
-        browser.close()
+    tab, said = browser.new_page(color_scheme=scheme, viewport={"width": 400, "height": 800}), []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("request", lambda request: said.append(request.url) if "page.html" not in request.url else None)
+    tab.goto((tmp_path / "page.html").as_uri())
+    assert said == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400  # wide tables scroll by themselves
+    dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    assert dark == (scheme == "dark")
+    strokes = tab.evaluate("[...document.querySelectorAll('polyline.mean')].map(l => getComputedStyle(l).stroke)")
+    assert len(strokes) == 8 and len(set(strokes)) == 4
+    tab.close()

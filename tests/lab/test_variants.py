@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moonwhale.errors import UserError
-from moonwhale.lab.config import Budget, minutes, parse
+from moonwhale.lab.config import Budget, parse
 
 
 def asked(*argv: str):
@@ -158,10 +158,3 @@ def test_a_run_file_is_a_base(tmp_path):
     assert [variant.name for variant in comparison.variants] == ["base", "lr=0.001"]
     config = comparison.config(comparison.variants[0])
     assert (config.lr, config.save_every, dataclasses.asdict(config)["model"]) == (3e-3, 0, run.model)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "1 s"), (99, "99 s"), (100, "2 min"), (5400, "90 min"), (7200, "2.0 h")]
-)
-def test_times_are_for_people(seconds, text):
-    assert minutes(seconds) == text

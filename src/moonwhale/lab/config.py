@@ -1,7 +1,6 @@
 """The options of `moonwhale compare`, beside those of training. Imports nothing heavy, since `--help` needs it."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -179,10 +178,3 @@ def _flat(values: dict, outer: str = "") -> dict:
     for name, value in values.items():
         flat |= _flat(value, f"{outer}{name}.") if isinstance(value, dict) else {outer + name: value}
     return flat
-
-
-def minutes(seconds: float) -> str:
-    """Formats a time for people: 45 s, 12 min, 3.2 h."""
-    if seconds < 100:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -26,12 +26,14 @@ def report(asked: Comparison, runs: list[list[Run]], out: Path) -> dict:
         {"name": variant.name, "changes": changes(asked, i)} | summary(by_variant[0], by_variant[i])
         for i, variant in enumerate(asked.variants)
     ]
-    config = runs[0][0].config
+    config, text = runs[0][0].config, runs[0][0].rows.data.train
+    most = max(run.get("tokens", 0) for of_variant in by_variant for run in of_variant)
     result = {
         "moonwhale": __version__,
         "budget": {"unit": asked.budget.unit, "amount": asked.budget.amount},
         "seeds": [of_seed[0].config.seed for of_seed in runs],
         "data": config.data,
+        "passes": most / (len(text) * config.context),
         "tuned": asked.options.tune,
         "variants": variants,
     }
@@ -61,7 +63,7 @@ def summary(base: list[dict], own: list[dict]) -> dict:
         return figures
     figures |= {name: mean(run[name] for run in own) for name in MEANS}
     peaks = [run["peak_memory_bytes"] for run in own if run["peak_memory_bytes"]]
-    figures["peak_memory_bytes"] = max(peaks, default=None)
+    figures["peak_memory_bytes"] = min(peaks, default=None)  # what libraries allocate once comes on top of one run's
     if own is not base and not any("diverged" in run for run in base):
         difference = paired_difference([run["bits_per_byte"] for run in base], [run["bits_per_byte"] for run in own])
         figures["difference"] = {
@@ -117,7 +119,7 @@ def heading(result: dict) -> str:
     amount = f"{budget['amount']:,.10g} {'s of training' if budget['unit'] == 'seconds' else budget['unit']}"
     rates = "; the learning rate of each variant is tuned" if result["tuned"] else ""
     seeds = f"{n} seeds, 95 % intervals of paired differences" if n > 1 else "1 seed: no interval"
-    return f"{amount} of {result['data']} each; {seeds}{rates}"
+    return f"{amount} each; {result['data']}, read up to {result['passes']:.2g} times; {seeds}{rates}"
 
 
 def table(result: dict) -> str:

@@ -5,10 +5,11 @@ import time
 
 from tqdm.auto import tqdm
 
-from moonwhale.lab.config import Comparison, minutes
+from moonwhale.lab.config import Comparison
 from moonwhale.lab.runs import Run
 from moonwhale.processes import print_once
 from moonwhale.train.callbacks import StopAtStepEnd
+from moonwhale.units import duration
 
 
 class Training:
@@ -20,7 +21,7 @@ class Training:
     def __init__(self, asked: Comparison):
         self.unit = "s" if asked.budget.unit == "seconds" else "steps"
         self.stop = StopAtStepEnd()
-        self._steps_left: float | None = None  # until it is told how long they take
+        self._left = 0.0  # of the budgets of all runs, until it is told how long that takes
 
     def __enter__(self):
         self.stop.__enter__()
@@ -51,18 +52,15 @@ class Training:
                     self._take_turn(min(left, key=lambda run: run.share), bar)
 
     def _announce(self, n_runs: int, todo: list[Run]) -> None:
-        """Says how much there is to train. With a budget of steps, the first turn tells how long that takes."""
+        """Says how much there is to train. The first turn tells how long all of it takes."""
         there = n_runs - len(todo)
         if not todo:
             print_once(f"runs       all {there} are there already")
             return
-        left = sum(run.budget.amount - run.position for run in todo)
-        if self.unit == "s":
-            what = f"{minutes(left)} of training, and about a tenth more to evaluate and save"
-        else:
-            what = f"{left:,.0f} steps; the first turn tells how long they take"
-        print_once(f"runs       {len(todo)} to train" + (f", {there} are there already" if there else "") + f": {what}")
-        self._steps_left = left if self.unit == "steps" else None
+        self._left = sum(run.budget.amount - run.position for run in todo)
+        amount = f"{duration(self._left)} of training" if self.unit == "s" else f"{self._left:,.0f} steps"
+        known = f", {there} are there already" if there else ""
+        print_once(f"runs       {len(todo)} to train{known}: {amount}; evaluations and checkpoints come on top")
 
     def _take_turn(self, run: Run, bar: tqdm) -> None:
         """Trains a run for one turn, and prints its result if it was the last."""
@@ -79,10 +77,12 @@ class Training:
         if run.result is not None:
             bar.update(before + run.budget.amount - position - bar.n)
             tqdm.write(f"{run.name}: {_outcome(run.result)}", file=sys.stdout)
-        elif self._steps_left and run.position > position:
-            seconds = (time.perf_counter() - start) / (run.position - position) * self._steps_left
-            tqdm.write(f"time       about {minutes(seconds)}, if all steps take as long as the first", file=sys.stdout)
-            self._steps_left = None
+        elif self._left and run.position > position:
+            seconds = (time.perf_counter() - start) / (run.position - position) * self._left
+            tqdm.write(
+                f"time       about {duration(seconds)} in all, if it goes on like the first turn", file=sys.stdout
+            )
+            self._left = 0
         sys.stdout.flush()
 
 
