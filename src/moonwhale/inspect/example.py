@@ -14,7 +14,7 @@ TURNS = (
     ("Yes, I love it. I went to the beach last summer.", "That sounds like fun. Did you go swimming?"),
     ("We did, and we saw a whale far out in the water.", "Wow, a real whale! I have never seen one."),
 )
-QUESTION = "It was very big. What would you do if you saw one?"
+QUESTION = "Do you like whales?"
 
 
 def example_conversation(engine: Engine, answer_tokens: int) -> list[int]:

@@ -33,41 +33,59 @@ let key = 0; // the key of the logit that is taken apart
 const pairsBefore = (query) => (query * (query + 1) - S.first * (S.first + 1)) / 2;
 function logit(L, head, query, key) {
   const at = head * pairsBefore(T) + pairsBefore(query) + key;
-  const content = L.content[at] * L.step[head], rotary = L.rotary[at] * L.step[head];
+  const content = L.content[at] * L.step[head],
+    rotary = L.rotary[at] * L.step[head];
   return { content, rotary, sum: content + rotary };
 }
 function readsBlock(L, head, query, block) {
   const bit = (head * T + query) * L.count + block;
   return (L.blocks[bit >> 3] >> (7 - (bit & 7))) & 1;
 }
-const reads = (L, head, query, key) => key <= query && (!L.blocks || readsBlock(L, head, query, Math.floor(key / L.block_size)) === 1);
+const reads = (L, head, query, key) =>
+  key <= query && (!L.blocks || readsBlock(L, head, query, Math.floor(key / L.block_size)) === 1);
 const blockGate = (L, head, query, block) => L.block_gates[(head * (T - S.first) + query - S.first) * L.count + block];
 
 // The softmax over the keys that a query reads, one weight for each key up to the query.
 function weights(L, head, query) {
-  const logits = Float64Array.from({ length: query + 1 }, (_, j) => (reads(L, head, query, j) ? logit(L, head, query, j).sum : -Infinity));
-  const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity), exps = logits.map((x) => Math.exp(x - largest));
+  const logits = Float64Array.from({ length: query + 1 }, (_, j) =>
+    reads(L, head, query, j) ? logit(L, head, query, j).sum : -Infinity,
+  );
+  const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity),
+    exps = logits.map((x) => Math.exp(x - largest));
   const total = exps.reduce((a, b) => a + b, 0);
   return exps.map((x) => x / total);
 }
 
 // All experts of a token, the chosen ones first, each part by score + bias. Closed: the router left out its group.
 function rankedExperts(L, token) {
-  const per = L.experts[token].length, at = (token - S.first) * L.n_experts, chosen = L.experts[token];
+  const per = L.experts[token].length,
+    at = (token - S.first) * L.n_experts,
+    chosen = L.experts[token];
   const all = L.bias.map((bias, e) => {
-    const score = L.scores[at + e], place = chosen.indexOf(e);
+    const score = L.scores[at + e],
+      place = chosen.indexOf(e);
     return { e, score, bias, sum: score + bias, gate: place < 0 ? null : L.gates[token * per + place], closed: false };
   });
   if (L.groups > 1) {
-    const size = L.n_experts / L.groups, best = (group) => group.map((x) => x.sum).sort((a, b) => b - a).slice(0, 2).reduce((a, b) => a + b, 0);
-    const groups = Array.from({ length: L.groups }, (_, g) => all.slice(g * size, (g + 1) * size)).sort((a, b) => best(b) - best(a));
+    const size = L.n_experts / L.groups,
+      best = (group) =>
+        group
+          .map((x) => x.sum)
+          .sort((a, b) => b - a)
+          .slice(0, 2)
+          .reduce((a, b) => a + b, 0);
+    const groups = Array.from({ length: L.groups }, (_, g) => all.slice(g * size, (g + 1) * size)).sort(
+      (a, b) => best(b) - best(a),
+    );
     for (const group of groups.slice(L.topk_groups)) for (const x of group) x.closed = x.gate === null;
   }
   return all.sort((a, b) => (b.gate !== null) - (a.gate !== null) || b.sum - a.sum);
 }
 // The experts that the scores alone would choose, without the bias.
 function chosenByScore(L, token) {
-  const open = rankedExperts(L, token).filter((x) => !x.closed).sort((a, b) => b.score - a.score);
+  const open = rankedExperts(L, token)
+    .filter((x) => !x.closed)
+    .sort((a, b) => b.score - a.score);
   return new Set(open.slice(0, L.experts[token].length).map((x) => x.e));
 }
 

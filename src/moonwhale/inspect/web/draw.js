@@ -1,6 +1,7 @@
 // The page's small vocabulary. Text reaches the page as text nodes only, so a token cannot be markup.
 const $ = (id) => document.getElementById(id);
-const shown = (text) => (text === "" ? "∅" : text.replace(/\n/g, "⏎").replace(/[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "�"));
+const shown = (text) =>
+  text === "" ? "∅" : text.replace(/\n/g, "⏎").replace(/[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "�");
 const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %";
 const signed = (x, digits) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
 const plain = (x, digits) => (x < 0 ? "−" : "") + Math.abs(x).toFixed(digits);
@@ -49,7 +50,8 @@ function bars(rows, most, extra) {
 }
 // A filled part of a track, from share a to share b of its width.
 function span(a, b, cls = "") {
-  const element = make("i", cls), [from, to] = [Math.min(a, b), Math.max(a, b)].map((x) => Math.max(0, Math.min(1, x)));
+  const element = make("i", cls),
+    [from, to] = [Math.min(a, b), Math.max(a, b)].map((x) => Math.max(0, Math.min(1, x)));
   element.style.left = `${100 * from}%`;
   element.style.width = `${100 * (to - from)}%`;
   return element;

@@ -9,10 +9,19 @@ function show(recording) {
   drawSettings();
   choose(token);
 }
-$("summary").textContent = `${plural(T, "token")}, ${T - R.prompt_tokens} of them written by a model of ${R.facts.parameters.toLocaleString("en")} parameters. All numbers come from one recorded forward pass for each setting.`;
-let resized = 0, widthDrawn = innerWidth;
+$("summary").textContent =
+  `${plural(T, "token")}, ${T - R.prompt_tokens} of them written by a model of ` +
+  `${R.facts.parameters.toLocaleString("en")} parameters. All numbers come from one recorded forward pass ` +
+  `for each setting.`;
+let resized = 0,
+  widthDrawn = innerWidth;
 addEventListener("resize", () => {
   clearTimeout(resized);
-  resized = setTimeout(() => { if (innerWidth !== widthDrawn) { widthDrawn = innerWidth; drawAttention(); } }, 150);
+  resized = setTimeout(() => {
+    if (innerWidth !== widthDrawn) {
+      widthDrawn = innerWidth;
+      drawAttention();
+    }
+  }, 150);
 });
 show(S);
