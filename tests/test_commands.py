@@ -85,7 +85,9 @@ def test_verbs_and_options_exist(document, known):
     """So do options that the text names without a command."""
     text = read(document)
     assert not unknown_names(text, known)
-    every = set().union(*known.values(), {"--version", "--completion", "--check", "--parallel.FIELD", "--model.FIELD"})
+    every = set().union(*known.values(), {"--version", "--completion", "--parallel.FIELD", "--model.FIELD"})
+    for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")):
+        every |= {*re.findall(r'"(--[a-z-]+)"', script.read_text(encoding="utf-8"))}
     assert not set(re.findall(r"`(--[a-z][\w.-]*)", prose(text))) - every
 
 
