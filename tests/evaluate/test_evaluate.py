@@ -202,6 +202,17 @@ def test_a_question_beyond_the_context_is_one_line(engine):
         tasks.generate_answers(engine, [Problem("why " * 99, "so", {})], 1, 1.0, 8, 0)
 
 
+def test_a_context_that_is_longer_than_the_text_is_padding_no_one_computes(small_checkpoint, tmp_path):
+    folder = shutil.copytree(small_checkpoint, tmp_path / "run")
+    (tmp_path / "text.txt").write_text("The whale sang to the moon. " * 20)
+    config = {"data": str(tmp_path / "text.txt"), "whole": True, "device": "cpu", "precision": "fp32"}
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 16_000_000}))
+    long = evaluate(str(folder), EvalConfig(**config))["text"]
+    asked = evaluate(str(folder), EvalConfig(**config, context=15_000_000))["text"]
+    assert long == asked and long["rows"] == 1 and long["targets"] == long["context"] - 1 < 1000
+
+
 # ---- drafts
 
 

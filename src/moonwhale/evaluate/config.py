@@ -25,7 +25,7 @@ class EvalConfig:
     data: str | None = option(None, DATA_HELP, group="text")
     data_split: str | None = option(None, "split of a hub set (train)", group="text")
     data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="text")
-    context: int | None = option(None, "tokens per row (the model's context)", group="text")
+    context: int | None = option(None, "tokens per row (the model's context, at most 32,768)", group="text")
     rows: int | None = option(None, "number of rows to read, spread over the text (all)", group="text")
 
     task: str | None = option(None, TASK_HELP, group="task")

@@ -18,6 +18,7 @@ from moonwhale.infer.decoder import require_latent_attention
 from moonwhale.infer.engine import Engine
 from moonwhale.precision import choose
 
+LONGEST_ROW = 1 << 15  # tokens, if no context is given: attention takes time quadratic in it
 NUM_EXAMPLES = 3  # greedy answers that the report shows
 
 
@@ -31,7 +32,7 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     """
     model_config = read_config(Path(folder))
     longest, num_mtp_modules = model_config.max_position_embeddings, model_config.num_nextn_predict_layers
-    context = config.context or longest
+    context = config.context or min(longest, LONGEST_ROW)
     if context > longest:
         raise UserError(f"`context`: {context} is longer than the model's context of {longest}: give at most that")
     if config.speculation and not num_mtp_modules:
@@ -51,8 +52,9 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
         autocast = precision.dtype if precision.autocast else None
         if source:
             rows = pack_all(source, tokenizer, context) if config.whole else pack_split(source, tokenizer, context)[1]
+            rows.context = min(context, max(rows.n_tokens, 2))  # the rest of a longer row would be padding
             scores = score_text(model, choose_rows(rows, config.rows), tokenizer, config.batch_size, autocast)
-            results["text"] = scores | {"context": context}
+            results["text"] = scores | {"context": rows.context}
             tables.show_text(config.data, "whole" if config.whole else "held out", results["text"])
         if harness:
             results["lm_eval"] = harness.run(model, tokenizer, config.limit, config.batch_size, autocast)
