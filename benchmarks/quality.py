@@ -50,6 +50,7 @@ from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
+from moonwhale.presets import FAST
 
 VOCABULARY, CONTEXT = 4096, 256
 MODEL = {
@@ -72,10 +73,11 @@ MODEL = {
     "bias_update_speed": 0.01,
     "num_nextn_predict_layers": 1,
     "mtp_num_blocks": 1,
+    **FAST.model,
 }
-RECIPE = {  # warmup, decay and momentum_warmup are shares of the time
+RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the time
     "rows": 16,
-    "lr": 6e-3,
+    "lr": 1.2e-2,
     "warmup": 0.03,
     "decay": 0.5,
     "floor": 0.0,
@@ -85,6 +87,7 @@ RECIPE = {  # warmup, decay and momentum_warmup are shares of the time
     "grad_clip": 1.0,
     "qk_clip_tau": 100.0,
     "mtp_loss_weight_final": 0.3,
+    **FAST.train,
 }
 OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 DENSE = {"vocab_size": VOCABULARY, "layers": 4, "width": 256, "heads": 4, "inner": 1024, "context": CONTEXT}
@@ -98,7 +101,7 @@ NANOCHAT_LR = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, 
 NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies all learning rates of nanochat
 NANOCHAT_RATES = (4.0, 8.0, 16.0, 32.0)
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
-WARM_UP = 3  # untimed steps
+WARM_UP = (0.0, 0.5, 1.0)  # progress of the untimed steps: a schedule may change what is computed
 POINTS = 50  # points per training curve
 REPORTED = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
 REPORTED += ("active_parameters", "others", "busiest")
@@ -206,8 +209,8 @@ def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, s
     # Untimed steps compile kernels and allocate memory; their effect on the model is undone.
     weights = copy.deepcopy(model.state_dict())
     model.train()
-    for _ in range(WARM_UP):
-        step(0, 0.0, tokens())
+    for progress in WARM_UP:
+        step(0, progress, tokens())
     model.load_state_dict(weights)
     optimizer.state.clear()
     draw.manual_seed(seed)
@@ -235,17 +238,20 @@ def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = R
     """Trains our model with all its mechanisms. Returns the result of `race`, the bits per byte and the sizes."""
     torch.manual_seed(seed)
     net = MoonwhaleForCausalLM(MoonwhaleConfig(**model)).to(choose().device)
-    optimizer = MuonClip(param_groups(net, lr=recipe["lr"], weight_decay=recipe["weight_decay"]))
+    optimizer = MuonClip(param_groups(net, **{name: recipe[name] for name in ("lr", "weight_decay", "embedding_lr")}))
     attach_hooks(optimizer, net, qk_clip_tau=recipe["qk_clip_tau"])
+    peaks = [group["lr"] for group in optimizer.param_groups]
     low, high = recipe["momentum"]
 
     def step(number: int, progress: float, tokens: Tensor) -> Tensor:
         factor = linear_decay(progress, recipe["warmup"], recipe["decay"], recipe["floor"])
         momentum = low + (high - low) * min(1.0, progress / recipe["momentum_warmup"])
-        for group in optimizer.param_groups:
-            group |= {"lr": recipe["lr"] * factor, "momentum": momentum}
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group |= {"lr": peak * factor, "momentum": momentum}
         decaying = progress > 1 - recipe["decay"]
         net.mtp_loss_weight = recipe["mtp_loss_weight_final"] if decaying else net.config.mtp_loss_weight
+        if progress < recipe["mtp_start"]:
+            net.mtp_loss_weight = 0.0  # the modules are not run
         with _autocast():
             out = net(tokens, labels=tokens)
         _descend(net, optimizer, out.loss, recipe["grad_clip"])

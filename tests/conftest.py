@@ -78,11 +78,12 @@ def text_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     """`tiny_run(**options)` returns the options of a one-second run: all mechanisms, two micro-batches a step."""
+    from moonwhale.presets import PAPER
     from moonwhale.train.config import TrainConfig
 
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    # Two MTP modules, and MoBA in every block
-    model = TOY | {"moba_full_attention_layers": None, "num_nextn_predict_layers": 2}
+    # Two MTP modules, which are trained from the first step, and MoBA in every block
+    model = TOY | PAPER.model | {"moba_full_attention_layers": None, "num_nextn_predict_layers": 2}
     options = {
         "out": str(tmp_path / "run"),
         "data": str(text_folder),
@@ -99,6 +100,7 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
         "report_to": ["none"],
         "device": "cpu",
         "precision": "fp32",
+        **PAPER.train,
     }
 
     def tiny_run(**changes):

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from moonwhale.costs import model_size
 from moonwhale.errors import UserError
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
-from moonwhale.presets import PRESETS, get_preset, model_fields
+from moonwhale.presets import FAST, PAPER, PRESETS, get_preset, model_fields
 from moonwhale.train.config import TrainConfig, build_model_config
 
 
@@ -29,6 +29,16 @@ def test_presets_set_the_same_options(name):
     # `moonwhale train --help` gives "the preset's" as the default of these options.
     assert PRESETS["demo"].train.keys() <= PRESETS[name].train.keys()
     assert PRESETS[name].train.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_large_presets_follow_the_papers_and_small_ones_the_fast_recipe():
+    for names, recipe in ((("seed_190m", "large"), PAPER), (("demo", "small"), FAST)):
+        for preset in (PRESETS[name] for name in names):
+            assert recipe.model.items() <= preset.model.items() and recipe.train.items() <= preset.train.items()
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert PAPER.train.items() <= defaults.items()
+    assert all(getattr(MoonwhaleConfig(), name) == value for name, value in PAPER.model.items())
+    assert PAPER.train.keys() == FAST.train.keys() and PAPER.model.keys() == FAST.model.keys()
 
 
 def test_seed_has_the_documented_figures():

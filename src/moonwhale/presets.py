@@ -16,10 +16,25 @@ class Preset:
     train: dict  # fields of TrainConfig
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Options that presets of several sizes share. Both recipes set the same ones."""
+
+    model: dict
+    train: dict
+
+
+# As in the papers: one learning rate and one initial size for all weights, and MTP from the first step.
+PAPER = Recipe(model={"embedding_initializer_range": None}, train={"embedding_lr": 1.0, "mtp_start": 0.0})
+# The best that short runs found (docs/training.md): a large embedding with a large learning rate, and MTP at the end,
+# since it takes a third of a small model's step.
+FAST = Recipe(model={"embedding_initializer_range": 0.8}, train={"embedding_lr": 20.0, "mtp_start": 0.7})
+
 PRESETS = {
     "demo": Preset(
         summary="a CPU and some minutes, with every mechanism",
-        model={
+        model=FAST.model
+        | {
             "vocab_size": 2048,
             "hidden_size": 256,
             "num_hidden_layers": 4,
@@ -39,7 +54,8 @@ PRESETS = {
             "num_nextn_predict_layers": 1,  # as in V3; a second one takes a quarter of the time and costs 3 %
             "mtp_num_blocks": 1,
         },
-        train={
+        train=FAST.train
+        | {
             "context": 512,
             "batch_size": 8,
             "tokens_per_step": 4096,
@@ -54,7 +70,8 @@ PRESETS = {
     ),
     "small": Preset(
         summary="a laptop or one small GPU",
-        model={
+        model=FAST.model
+        | {
             "vocab_size": 16384,
             "hidden_size": 512,
             "num_hidden_layers": 6,
@@ -74,7 +91,8 @@ PRESETS = {
             "num_nextn_predict_layers": 2,
             "mtp_num_blocks": 1,
         },
-        train={
+        train=FAST.train
+        | {
             "context": 512,
             "batch_size": 16,
             "tokens_per_step": 65_536,
@@ -90,7 +108,8 @@ PRESETS = {
     ),
     "seed_190m": Preset(
         summary="one data-center GPU: 12 MoE blocks, 4 of them in two MTP modules",
-        model={
+        model=PAPER.model
+        | {
             "vocab_size": 50_304,
             "hidden_size": 768,
             "num_hidden_layers": 8,
@@ -110,7 +129,8 @@ PRESETS = {
             "num_nextn_predict_layers": 2,
             "mtp_num_blocks": 2,
         },
-        train={
+        train=PAPER.train
+        | {
             "context": 1024,
             "batch_size": 16,
             "tokens_per_step": 491_520,
@@ -126,7 +146,8 @@ PRESETS = {
     ),
     "large": Preset(
         summary="the widths of fast MLA decoding kernels: latent 512, rotary 64; 900 M parameters",
-        model={
+        model=PAPER.model
+        | {
             "vocab_size": 50_304,
             "hidden_size": 1280,
             "num_hidden_layers": 12,
@@ -146,7 +167,8 @@ PRESETS = {
             "num_nextn_predict_layers": 2,
             "mtp_num_blocks": 1,
         },
-        train={
+        train=PAPER.train
+        | {
             "context": 4096,
             "batch_size": 4,
             "tokens_per_step": 1_048_576,
@@ -168,6 +190,15 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"`preset`: {name!r} is none of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]
+
+
+def is_record(values: dict, preset: Preset) -> bool:
+    """Whether the options of a file leave a preset nothing to decide but its recipe, as a run's run.yaml does.
+
+    If such a file lacks an option of the recipe, it is older than the option, and its run had the default.
+    """
+    options = values.keys() >= preset.train.keys() - PAPER.train.keys()
+    return options and values.get("model", {}).keys() >= preset.model.keys() - PAPER.model.keys()
 
 
 def model_fields() -> type:

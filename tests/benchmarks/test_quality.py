@@ -220,7 +220,7 @@ def test_warm_up_changes_nothing_and_runs_see_the_same_rows(quality, data, monke
     monkeypatch.setattr(quality, "race", lambda step, seconds: runs.append(_two_steps(step)) or _STOPPED.copy())
     train = {"ours": quality.train_ours, "dense": quality.train_dense}[name]
     first = train(data, 1.0)
-    monkeypatch.setattr(quality, "WARM_UP", 6)
+    monkeypatch.setattr(quality, "WARM_UP", (0.0,) * 6)
     assert train(data, 1.0)["bits_per_byte"] == first["bits_per_byte"]
     assert runs[0] == runs[1]
     assert train(data, 1.0, seed=1)["bits_per_byte"] != first["bits_per_byte"]

@@ -183,6 +183,20 @@ def test_a_run_file_does_not_depend_on_the_preset(tmp_path):
     assert written["model"] == PRESETS["demo"].model
 
 
+def test_a_run_file_from_before_the_recipes_trains_as_it_did(tmp_path):
+    config = parse(["--preset", "demo", "--steps", "30"])
+    assert (config.embedding_lr, config.mtp_start, config.model["embedding_initializer_range"]) == (20.0, 0.7, 0.8)
+    write_run_file(config, tmp_path / "run.yaml")
+    values = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    del values["embedding_lr"], values["mtp_start"], values["model"]["embedding_initializer_range"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    old = parse(["--config", str(tmp_path / "run.yaml")])
+    assert (old.embedding_lr, old.mtp_start, old.steps) == (1.0, 0.0, 30)
+    assert "embedding_initializer_range" not in old.model and old.model["vocab_size"] == 2048
+    (tmp_path / "run.yaml").write_text("preset: demo\nlr: 0.01\n")  # no record: the preset decides the rest
+    assert parse(["--config", str(tmp_path / "run.yaml")]).embedding_lr == 20.0
+
+
 def test_resume_is_not_written_to_the_run_file(tmp_path):
     write_run_file(parse(["--resume"]), tmp_path / "run.yaml")
     assert parse(["--config", str(tmp_path / "run.yaml")]).resume is False

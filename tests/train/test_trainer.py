@@ -279,6 +279,10 @@ def test_mtp_modules_rest_until_they_start(make_trainer):
     assert all(not torch.equal(seen[3][name], weight) for name, weight in before.items() if "proj" in name)
     for log in logged(trainer):
         assert ("loss_mtp_2" in log) == (log["step"] > 3), log["step"]
+        flops = flops_per_token(trainer.model.config, LENGTH, training=log["step"] > 3) * (1 if log["step"] > 3 else 3)
+        peak = peak_flops(trainer.args.device, torch.float32)
+        if "mfu" in log:  # the first step warms up
+            assert log["mfu"] * peak / log["tokens_per_second"] == pytest.approx(flops), log["step"]
         mtp = 0.3 * (log.get("loss_mtp_1", 0) + log.get("loss_mtp_2", 0)) / 2
         assert log["loss"] == pytest.approx(log["loss_main"] + mtp + log["loss_balance"], rel=1e-5)
 
@@ -291,7 +295,7 @@ def test_resting_mtp_modules_leave_the_main_model_as_weight_zero_does(tiny_model
     resting = body(**batch)
     rested = torch.autograd.grad(resting.loss, head)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "_skips_mtp", False)
+        patch.setattr(type(model), "skips_mtp", False)
         running = model(**batch)
     assert resting.losses.shape == (1,) and running.losses.shape == (3,)
     assert torch.equal(resting.losses[0], running.losses[0])

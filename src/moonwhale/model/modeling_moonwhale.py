@@ -275,7 +275,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if has_loss else use_cache,
             documents=documents,
-            with_mtp=has_loss and not self._skips_mtp,
+            with_mtp=has_loss and not self.skips_mtp,
             collect_statistics=collect_statistics,
             **kwargs,
         )
@@ -295,7 +295,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
         )
 
     @property
-    def _skips_mtp(self) -> bool:
+    def skips_mtp(self) -> bool:
         """Whether a training step leaves the MTP modules out: with λ = 0 their loss counts for nothing.
 
         Several processes run them all the same, since DDP waits for every parameter's gradient.

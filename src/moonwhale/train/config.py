@@ -13,7 +13,7 @@ from moonwhale.data.source_options import SourceOptions
 from moonwhale.errors import UserError
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.parallel.options import ParallelOptions
-from moonwhale.presets import PRESETS, get_preset, model_fields
+from moonwhale.presets import PRESETS, get_preset, is_record, model_fields
 from moonwhale.train import starting_model
 from moonwhale.train.run_options import RunOptions, parse_run
 
@@ -144,7 +144,10 @@ class TrainConfig(SourceOptions, RunOptions):
         folder = starting_model.absolute(explicit.get("from_"))
         name = explicit.setdefault("preset", (folder and starting_model.preset_of(folder)) or cls.preset)
         preset = get_preset(name)
-        merged = options.merge(preset.train, {"model": {} if folder else preset.model}, explicit)
+        if is_record(in_file, preset):
+            merged = explicit
+        else:
+            merged = options.merge(preset.train, {"model": {} if folder else preset.model}, explicit)
         if "warmup_steps" not in explicit:
             merged["warmup_steps"] = fitted_warmup(merged)
         if folder and "context" not in explicit and (longest := starting_model.longest_context(folder)):

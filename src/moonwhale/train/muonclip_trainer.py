@@ -249,7 +249,11 @@ class MuonClipTrainerMixin:
         fp32 = not self.args.bf16 and torch.get_float32_matmul_precision() == "highest"
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
-        flops = flops_per_token(self.model.config, self._context)
+        config, context = self.model.config, self._context
+        if getattr(self.model, "skips_mtp", False):  # a pipeline's stages never do
+            flops = 3 * flops_per_token(config, context, training=False)  # forward and backward without the modules
+        else:
+            flops = flops_per_token(config, context)
         return {"tokens_per_second": speed, "mfu": speed * flops / peak}
 
     # Checkpoints
