@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moonwhale.data.chat import encode_conversation
+from moonwhale.data.loading import load_source
 from moonwhale.errors import UserError
 from moonwhale.infer import commands
 from moonwhale.infer.chat_session import ChatSession, forget_oldest
@@ -565,5 +566,21 @@ def test_chat_takes_back_tries_again_and_saves(engine, folder, tmp_path, capsys,
     assert out == "".join(f"moonwhale: {answer}\n" for answer in answers)
     saved = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert saved == [session.messages, session.messages[:2]]
-    assert err.count("there is no turn yet") == 4 and "/save needs the name" in err and "(taken back: moon)" in err
+    assert (
+        err.count("there is no turn yet") == 3
+        and "there is no answer yet" in err
+        and "/save needs the name" in err
+        and "(taken back: moon)" in err
+    )
     assert f"cannot write {tmp_path}: Is a directory" in err
+
+
+def test_chat_saves_what_sft_reads(tmp_path, capsys):
+    turn = [{"role": "user", "content": "sang"}, {"role": "assistant", "content": "moon"}]
+    interrupted = [{"role": "user", "content": "again"}, {"role": "assistant", "content": " "}]
+    file = tmp_path / "said.jsonl"
+    commands._save([*turn, *interrupted], str(file))
+    (chat,) = load_source(str(file))
+    assert chat == turn and "1 turns appended" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no answer yet"):
+        commands._save(interrupted, str(file))

@@ -141,15 +141,16 @@ def _run_command(session, command: str, argument: str) -> str | None:
 
 
 def _save(messages: list[dict], file: str) -> None:
-    """Append a conversation to a JSON Lines file."""
-    if not file or not messages:
-        raise UserError("there is no turn yet" if file else "/save needs the name of a file")
+    """Append a conversation to a JSON Lines file, without turns whose answer is blank: no training set may have any."""
+    turns = [turn for turn in zip(messages[::2], messages[1::2], strict=True) if turn[1]["content"].strip()]
+    if not file or not turns:
+        raise UserError("there is no answer yet" if file else "/save needs the name of a file")
     try:
         with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"messages": messages}) + "\n")
+            lines.write(json.dumps({"messages": [message for turn in turns for message in turn]}) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
-    print(f"({len(messages) // 2} turns appended to {file})", file=sys.stderr)
+    print(f"({len(turns)} turns appended to {file})", file=sys.stderr)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
