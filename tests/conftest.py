@@ -104,7 +104,8 @@ def tiny_run(text_folder, tmp_path, tmp_path_factory, monkeypatch):
     }
 
     def tiny_run(**changes):
-        return TrainConfig.resolve({**options, "model": model | changes.pop("model", {}), **changes})
+        own = {} if changes.get("from_") else model  # else it has the model of a checkpoint
+        return TrainConfig.resolve({**options, "model": own | changes.pop("model", {}), **changes})
 
     return tiny_run
 

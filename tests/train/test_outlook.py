@@ -43,7 +43,7 @@ def test_many_passes_are_warned_of(steps, said):
 )
 def test_a_schedule_without_room_is_warned_of(options, warned):
     config = TrainConfig.resolve({"steps": 100, **options})
-    warning = "warning    the learning rate never stays at its peak: 50 steps of warm-up and 50 of decay are all 100"
+    warning = "warning    the learning rate never stays at its peak: warm-up takes 50 and decay 50 of all 100 steps"
     assert (warning in describe_run(config, 10_000)) == warned
 
 

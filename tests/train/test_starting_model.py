@@ -13,7 +13,7 @@ from moonwhale.data.loading import load_source
 from moonwhale.data.packing import pack_split
 from moonwhale.errors import UserError
 from moonwhale.train import pretrain
-from moonwhale.train.config import TrainConfig, parse
+from moonwhale.train.config import parse
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,7 @@ def going_on(tiny_run, trained_checkpoint, other_text):
     """`going_on(**options)` returns the options of a run of three steps that goes on from the trained checkpoint."""
 
     def going_on(**changes):
-        options = vars(tiny_run()) | {
-            "from_": str(trained_checkpoint),
-            "data": str(other_text),
-            "steps": 3,
-            "model": {},
-        }
-        return TrainConfig.resolve(options | changes)
+        return tiny_run(**{"from_": str(trained_checkpoint), "data": str(other_text), "steps": 3} | changes)
 
     return going_on
 

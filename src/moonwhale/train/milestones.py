@@ -50,7 +50,7 @@ def best_checkpoint(history: list[dict], out: str | Path) -> Path | None:
 def describe_best(history: list[dict], out: str | Path) -> str | None:
     """Returns a line that names the best checkpoint of a finished run, or None if only one was evaluated."""
     scores, best = held_out_scores(history), best_checkpoint(history, out)
-    if best is None or len(scores) < 2:
+    if best is None or len(scores.keys() - {0}) < 2:  # step 0 is that of the model from which the run went on
         return None
     last = max(scores)
     if step_of(best) == last:

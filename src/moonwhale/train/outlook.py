@@ -41,7 +41,7 @@ def schedule_without_room(config: TrainConfig) -> str | None:
     if config.schedule != "wsd" or not config.warmup_steps or config.warmup_steps + config.decay_steps < config.steps:
         return None
     return (
-        f"the learning rate never stays at its peak: {config.warmup_steps:,} steps of warm-up and "
-        f"{config.decay_steps:,} of decay are all {config.steps:,}: give more `steps`, or lower `warmup_steps` or "
+        f"the learning rate never stays at its peak: warm-up takes {config.warmup_steps:,} and decay "
+        f"{config.decay_steps:,} of all {config.steps:,} steps: give more `steps`, or lower `warmup_steps` or "
         "`decay_fraction`"
     )
