@@ -16,6 +16,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 sanitize: $(VENV)/installed-dev
@@ -32,7 +33,7 @@ site: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs site .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) $(LOWEST) runs site .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moonwhale needs Python 3.11 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'

@@ -237,9 +237,9 @@ def test_mutant_rope_on_a_part(dtype, pair, monkeypatch):
 
 
 def test_mutant_one_position_for_a_whole_piece(pair, monkeypatch):
-    def forward(self, x, rotation, documents, cache=None, output_attentions=False):
+    def forward(self, x, rotation, documents, cache=None, *args, **options):
         rotated = tuple(t[:, :, :1].expand_as(t) for t in rotation) if cache is not None else rotation
-        return right(self, x, rotated, documents, cache, output_attentions)
+        return right(self, x, rotated, documents, cache, *args, **options)
 
     right, models = GroupedQueryAttention.forward, pair()
     monkeypatch.setattr(GroupedQueryAttention, "forward", forward)

@@ -509,8 +509,8 @@ def test_mutant_bias_cast_to_bf16(tiny_model, tmp_path, monkeypatch):
 def test_mutant_counted_on_the_way(tiny_model, monkeypatch):
     right = DeepseekMoE.forward
 
-    def forward(self, x, valid):
-        out, loss, load = right(self, x, valid)
+    def forward(self, x, valid, **options):
+        out, loss, load = right(self, x, valid, **options)
         self.load += load
         return out, loss, torch.zeros_like(load)
 

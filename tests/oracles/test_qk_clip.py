@@ -273,10 +273,10 @@ def test_mutant_columns_instead_of_rows(trained, monkeypatch):
 def test_mutant_padding_measured(trained, monkeypatch):
     right = MultiheadLatentAttention.forward
 
-    def forward(self, x, table, documents, cache=None, output_attentions=False):
-        out = right(self, x, table, documents, cache)[0]
+    def forward(self, x, table, documents, cache=None, *args, **options):
+        out = right(self, x, table, documents, cache, *args, **options)[0]
         documents = replace(documents, valid=torch.ones_like(documents.valid))
-        return out, right(self, x, table, documents, cache)[1]
+        return out, right(self, x, table, documents, cache, *args, **options)[1]
 
     model = trained()
     assert_measured_by_hand(model)

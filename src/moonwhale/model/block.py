@@ -11,6 +11,7 @@ from .gqa import GroupedQueryAttention
 from .mla import MultiheadLatentAttention
 from .moe import MLP, DeepseekMoE
 from .norm import RMSNorm
+from .step_statistics import keep_largest_
 
 
 class BlockStatistics(NamedTuple):
@@ -35,7 +36,7 @@ class Block(GradientCheckpointingLayer):
         self.self_attn = attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer_idx < config.first_k_dense_replace
-        self.mlp = MLP(config, config.intermediate_size) if dense else DeepseekMoE(config)
+        self.mlp = MLP(config, config.intermediate_size) if dense else DeepseekMoE(config, initialise=False)
 
     def forward(
         self,
@@ -52,23 +53,19 @@ class Block(GradientCheckpointingLayer):
             checkpointing loses the gradient of what is.
         """
         attended, max_logit, *weights = self.self_attn(
-            self.input_layernorm(x), rotation, documents, cache, output_attentions
+            self.input_layernorm(x), rotation, documents, cache, output_attentions, collect_statistics=False
         )
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(normed), *BlockStatistics(max_logit, None, None, *weights)
-        out, balance, load = self.mlp(normed, documents.valid[:, -x.shape[1] :])
+        out, balance, load = self.mlp(normed, documents.valid[:, -x.shape[1] :], collect_statistics=False)
         return x + out, *BlockStatistics(max_logit, balance, load, *weights)
 
     @torch.no_grad()
     def collect(self, statistics: BlockStatistics) -> None:
-        """Add a training batch's statistics to the buffers that QK-Clip and the bias update read after the step.
-
-        A logit that is NaN or infinite measures nothing: the batch's step is skipped or its run stopped.
-        """
+        """Add a training batch's statistics to the buffers that QK-Clip and the bias update read after the step."""
         if statistics.max_logit is not None:
-            measured = statistics.max_logit.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-            self.self_attn.max_logit.copy_(self.self_attn.max_logit.maximum(measured))
+            keep_largest_(self.self_attn.max_logit, statistics.max_logit)
         if statistics.load is not None:
             self.mlp.load += statistics.load

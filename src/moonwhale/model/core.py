@@ -8,6 +8,18 @@ from .documents import Documents
 from .flex import attention as flex_attention
 from .flex import serves as flex_serves
 from .moba import moba_attention, moba_mask
+from .rope import rotation_table
+
+
+def described(
+    config, x: Tensor, rotation: tuple[Tensor, Tensor] | None, documents: Documents | None
+) -> tuple[tuple[Tensor, Tensor], Documents]:
+    """Return both as given. One that is None describes rows of x (B, T, hidden) that hold one document each."""
+    if documents is None:
+        documents = Documents.from_inputs(*x.shape[:2], x.device)
+    if rotation is None:
+        rotation = rotation_table(config, documents.positions[:, -x.shape[1] :], x.dtype)
+    return rotation, documents
 
 
 def attend_to_documents(

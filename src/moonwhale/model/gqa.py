@@ -7,23 +7,28 @@ as wide as MLA's: `qk_nope_head_dim + qk_rope_head_dim` for queries and keys, `v
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from .core import attend_to_documents, join_heads, seen_keys, softmax_weights
+from .configuration_moonwhale import MoonwhaleConfig
+from .core import attend_to_documents, described, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .mla import scale_rows_
 from .rope import rotate
+from .step_statistics import Statistics, collects, keep_largest_
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(Statistics):
     """The attention of one block. Parameters are named as in Llama's checkpoints.
 
     The buffer `max_logit` (heads,) holds each head's largest scaled logit since the last optimizer step. `clip_qk_`
     reads it.
     """
 
-    def __init__(self, config, layer_idx: int):
+    max_logit: Tensor
+
+    def __init__(self, config: MoonwhaleConfig, layer_idx: int = 0):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.interleaved, self.scale = config.rope_interleave, config.attention_scale()
         self.block_size = config.moba_block_size
@@ -45,16 +50,18 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        documents: Documents,
-        cache=None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
+        collect_statistics: bool | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Attend from the newest Tq tokens to all Tk tokens.
 
         Arguments and results are those of `MultiheadLatentAttention.forward`, but a cache holds keys
         (B, kv_heads, Tk, D) and values (B, kv_heads, Tk, Dv).
         """
+        rotation, documents = described(self.config, x, rotation, documents)
         q = rotate(self._by_head(self.q_proj(x), self.heads), rotation, self.interleaved)
         k = rotate(self._by_head(self.k_proj(x), self.kv_heads), rotation, self.interleaved)
         v = self._by_head(self.v_proj(x), self.kv_heads)
@@ -71,8 +78,10 @@ class GroupedQueryAttention(nn.Module):
             seen = seen_keys(products, documents, self.block_size, self.topk)
             probs, max_logit = softmax_weights(products, seen, self.scale)
             out, weights = probs @ v, (probs,) if output_attentions else ()
-        out, max_logit = join_heads(out, max_logit, documents)
-        return self.o_proj(out), max_logit, *weights
+        out, largest = join_heads(out, max_logit, documents)
+        if largest is not None and collects(collect_statistics):
+            keep_largest_(self.max_logit, largest)
+        return self.o_proj(out), largest, *weights
 
     def _by_head(self, x: Tensor, heads: int) -> Tensor:
         """Reshape (B, T, heads * width) to (B, heads, T, width)."""

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.cache_utils import Cache
 
-from .core import attend_to_documents, join_heads, seen_keys, softmax_weights
+from .configuration_moonwhale import MoonwhaleConfig
+from .core import attend_to_documents, described, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .moba import moba_gates
 from .norm import RMSNorm
 from .rope import rotate
+from .step_statistics import Statistics, collects, keep_largest_
 
 
 class Logits(NamedTuple):
@@ -31,16 +34,21 @@ class Logits(NamedTuple):
     gates: Tensor | None  # (B, heads, T, blocks) MoBA's gates in fp32, see `moba_gates`; None in full attention
 
 
-class MultiheadLatentAttention(nn.Module):
+class MultiheadLatentAttention(Statistics):
     """The attention of one block. Parameters are named as in DeepSeek-V3's checkpoints.
+
+    It can be a part of any module: `config` is a MoonwhaleConfig, or has its fields about attention, and x alone is
+    enough for `forward`. Weights start as `nn.Linear`'s do.
 
     The buffer `max_logit` (heads,) holds each head's largest scaled logit since the last optimizer step. `clip_qk_`
     reads it.
     """
 
-    def __init__(self, config, layer_idx: int):
+    max_logit: Tensor
+
+    def __init__(self, config: MoonwhaleConfig, layer_idx: int = 0):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         self.heads = config.num_attention_heads
         self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rank = config.kv_lora_rank
@@ -68,25 +76,28 @@ class MultiheadLatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        documents: Documents,
-        cache=None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
+        collect_statistics: bool | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Attend from the newest Tq tokens to all Tk tokens.
 
         Args:
             x: (B, Tq, hidden) the newest tokens.
-            rotation: cosines and sines of their positions, from `rotation_table`.
-            documents: describes all Tk tokens.
+            rotation: cosines and sines of their positions, from `rotation_table`. None: of those in `documents`.
+            documents: describes all Tk tokens. None: each row is one document, without a cache.
             cache: a transformers cache. Of this layer it holds latents (B, 1, Tk, rank) and rotary keys
                 (B, 1, Tk, rope).
             output_attentions: whether to return the softmax's weights too. This takes memory for all of them.
+            collect_statistics: whether the pass counts in `max_logit`. None: if gradients are enabled.
 
         Returns:
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache; then the
             weights (B, heads, Tq, Tk), if asked for.
         """
+        rotation, documents = described(self.config, x, rotation, documents)
         q_nope, q_rope, latent, k_rope = self._project(x, rotation)
         if cache is not None:
             n_tokens = documents.document_ids.shape[1]  # a static cache returns its unused end too
@@ -99,8 +110,10 @@ class MultiheadLatentAttention(nn.Module):
             out, max_logit = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
         else:
             out, _, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
-        out, max_logit = join_heads(out, max_logit, documents)
-        return self.o_proj(out), max_logit, *weights
+        out, largest = join_heads(out, max_logit, documents)
+        if largest is not None and collects(collect_statistics):
+            keep_largest_(self.max_logit, largest)
+        return self.o_proj(out), largest, *weights
 
     def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Logits:
         """Return every logit of x (B, T, hidden), in its two parts.

@@ -24,11 +24,12 @@ CHUNK_COUNT_MULTIPLE = 16  # a CPU's kernel library compiles a product for every
 
 
 def moba_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, block_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None, block_size: int, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv).
+    """Compute sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv). It can be a part of any attention.
 
-    Work and memory are linear in T * topk * block_size. `topk` counts the query's own block.
+    Work and memory are linear in T * topk * block_size. `topk` counts the query's own block. `scale` is the softmax's,
+    1 / √D as a rule. Without `documents` (None) each row is one.
 
     To read a long prompt in pieces, `q` may hold the last Tq tokens only, from the start of a block on. This needs
     `documents.one_per_row` and has no gradient.
@@ -36,6 +37,8 @@ def moba_attention(
     Returns:
         out (B, H, Tq, Dv), and the largest scaled logit of each query (B, H, Tq) in fp32.
     """
+    if documents is None:
+        documents = Documents.from_inputs(len(k), k.shape[2], k.device)
     table, length = documents.block_table(block_size), q.shape[2]
     every_block_is_chosen = topk >= table.count
     if every_block_is_chosen:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .configuration_moonwhale import MoonwhaleConfig
 from .documents import needs_static_shapes
 from .groups import line_up
+from .step_statistics import Statistics, collects
 
 EXPERT_ROW_MULTIPLE = 64  # each expert's rows are padded to a multiple, so that shapes of products are few
 
@@ -38,7 +40,7 @@ class Routing(NamedTuple):
     gates: Tensor  # (N, K) weights of their outputs in fp32
 
 
-class Router(nn.Module):
+class Router(Statistics):
     """Scores the experts, chooses K of them by score + bias, and weights their outputs by score alone.
 
     `e_score_correction_bias` is a buffer, not a parameter. It steers only the choice and has no gradient.
@@ -51,8 +53,11 @@ class Router(nn.Module):
         self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
         self.sigmoid = config.scoring_func == "sigmoid"
         self.weight = nn.Parameter(torch.empty(self.n_experts, config.hidden_size))
-        # fp32 in any model, as is `DeepseekMoE.load`: bf16 can represent neither a step of γ nor a count beyond 256.
         self.register_buffer("e_score_correction_bias", torch.zeros(self.n_experts, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as `nn.Linear` does."""
+        _draw_as_linear_(self.weight)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x (N, hidden). This is computed in fp32 whatever the precision around it."""
@@ -97,6 +102,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.starts_at_zero = config.zero_init_residual  # down_proj does
 
+    def reset_parameters(self) -> None:
+        """Draw the weights as `nn.Linear` does, each expert being linear layers of its own."""
+        _draw_as_linear_(self.gate_up_proj)
+        _draw_as_linear_(self.down_proj)
+
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         """Send x (N, hidden) through each token's experts `index` (N, K), weighting their outputs by `gates` (N, K)."""
         if self.product is None:
@@ -108,6 +118,11 @@ class Experts(nn.Module):
         out = self.product(F.silu(gate) * up, self.down_proj, ends)
         out = out.index_select(0, row_of_pair).view(*index.shape, -1)  # (N, K, hidden)
         return (out * gates.unsqueeze(-1).to(x.dtype)).sum(1, dtype=x.dtype)  # CUDA's autocast would return fp32
+
+
+def _draw_as_linear_(weight: Tensor) -> None:
+    bound = weight.shape[-1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)
 
 
 def line_up_by_expert(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,16 +211,25 @@ class _GroupedExperts(torch.autograd.Function):
         return d_x, d_gate_up, d_down, None, d_gates
 
 
-class DeepseekMoE(nn.Module):
+class DeepseekMoE(Statistics):
     """Shared experts for every token, and K routed experts per token.
+
+    It can be a part of any module: `config` is a MoonwhaleConfig, or has its fields about experts, and x alone is
+    enough for `forward`. Its weights start as `nn.Linear`'s do; with `initialise=False` the caller sets those of the
+    router and the routed experts.
 
     The buffer `load` (E,) counts the tokens that chose each expert since the last optimizer step, for `update_bias_`.
     """
 
-    def __init__(self, config):
+    load: Tensor
+
+    def __init__(self, config: MoonwhaleConfig, initialise: bool = True):
         super().__init__()
         self.experts = Experts(config)
         self.gate = Router(config)
+        if initialise:
+            self.gate.reset_parameters()
+            self.experts.reset_parameters()
         self.shared_experts = (
             MLP(config, config.moe_intermediate_size * config.n_shared_experts) if config.n_shared_experts else None
         )
@@ -213,18 +237,29 @@ class DeepseekMoE(nn.Module):
         self.device_groups, self.bias_speed = config.n_device_groups, config.bias_update_speed
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.float32), persistent=False)
 
-    def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply the experts to x (B, T, hidden). Only tokens in `valid` (B, T) count in the loss and the load.
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, collect_statistics: bool | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the experts to x (B, T, hidden).
+
+        Args:
+            valid: (B, T), which tokens count in the loss and the load. None: all.
+            collect_statistics: whether the pass counts in the buffer `load`. None: if gradients are enabled.
 
         Returns:
             the output (B, T, hidden), the weighted balance loss (0-d), and how many tokens chose each expert (E,).
         """
+        if valid is None:
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         flat = x.flatten(0, 1)  # (B * T, hidden)
         routing = self.gate(flat)
         out = self.experts(flat, routing.index, routing.gates).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        return out, self.balance_loss(routing, valid), self.count(routing.index, valid.flatten()).sum(0)
+        load = self.count(routing.index, valid.flatten()).sum(0)
+        if collects(collect_statistics):
+            self.load += load
+        return out, self.balance_loss(routing, valid), load
 
     def count(self, index: Tensor, valid: Tensor) -> Tensor:
         """Return ones where a valid token chose an expert, (N, E), from the choices `index` (N, K) and `valid` (N,)."""

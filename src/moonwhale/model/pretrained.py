@@ -10,9 +10,6 @@ from .gqa import GroupedQueryAttention
 from .mla import MultiheadLatentAttention
 from .moe import DeepseekMoE, Experts, Router
 
-# bf16 can represent neither a step of the bias by γ nor a count beyond 256.
-FP32_BUFFERS = ("e_score_correction_bias", "load", "max_logit")
-
 
 class MoonwhalePreTrainedModel(PreTrainedModel):
     """Initialisation, saving and loading, shared by the body and the language model."""
@@ -22,7 +19,7 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block", "MTPModule")
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)  # for loaders and quantizers; `_apply` keeps the others
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)  # for loaders and quantizers; see step_statistics.py
     # DeepSeek's MTP modules carry copies of the main model's embedding and head.
     _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
 
@@ -57,16 +54,6 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
             init.constant_(module.max_logit, -torch.inf)
             if getattr(module, "key_conv", None) is not None:
                 init.zeros_(module.key_conv)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Move and cast as `nn.Module` does, as `.bfloat16()` does, but keep FP32_BUFFERS in fp32."""
-        kept = [(module, name) for module in self.modules() for name in FP32_BUFFERS if name in module._buffers]
-        before = [module._buffers[name] for module, name in kept]
-        super()._apply(fn, recurse)
-        for (module, name), buffer in zip(kept, before, strict=True):
-            cast = module._buffers[name]
-            module._buffers[name] = buffer.to(cast.device) if cast.dtype != buffer.dtype else cast
-        return self
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
         """Save as transformers does, but by default with experts as stacks: a resuming Trainer reads only these.

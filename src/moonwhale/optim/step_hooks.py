@@ -4,6 +4,7 @@ Both are hooks of the optimizer, so that every training loop has them: this proj
 """
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ class StepHooks:
         self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
         self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
         self.last: dict[str, Tensor] = {}
+        self._is_first_step = True
         self._handle = _unwrapped(optimizer).register_step_post_hook(self)
 
     @torch.no_grad()
@@ -44,7 +46,19 @@ class StepHooks:
             self.last["loads"] = torch.stack(loads)
             for moe in self.moes:
                 moe.update_bias_()
+        if self._is_first_step and self.last:  # later ones are not looked at, since on a GPU that is a host sync
+            self._is_first_step = False
+            self._warn_if_nothing_was_collected()
         self.reset()
+
+    def _warn_if_nothing_was_collected(self) -> None:
+        logits, loads = self.last.get("max_logits"), self.last.get("loads")
+        if not ((logits is not None and (logits > -math.inf).any()) or (loads is not None and (loads > 0).any())):
+            warnings.warn(
+                "attach_hooks: no batch was counted before the first step, so nothing is clipped or balanced: give the "
+                "model labels, or call it with collect_statistics=True",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -70,7 +84,8 @@ def attach_hooks(
       −inf.
     - An MoE has `update_bias_()`. Its fp32 buffer `load` (experts,) counts each expert's tokens since the last step.
 
-    The model's forward fills these buffers (see its `collect_statistics`). After a step they are reduced over the ranks
+    The modules' forward fills these buffers, or that of a whole model (see `collect_statistics`). A first step without
+    any batch counted is warned of. After a step they are reduced over the ranks
     of `group`, which hold replicas of `model` (None: all ranks do), then used, then reset. Under DDP, accumulate in
     `no_sync` or with `broadcast_buffers=False`; otherwise rank 0's buffers overwrite the others'.
 
