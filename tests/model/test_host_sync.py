@@ -12,7 +12,7 @@ from host_sync import NoHostSync
 from moonwhale import fp8, precision
 from moonwhale.checkpoint import list_checkpoints, step_of
 from moonwhale.errors import UserError
-from moonwhale.model import documents, flex, loss, mla, moba, moe
+from moonwhale.model import core, documents, flex, loss, moba, moe
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import muonclip_trainer, pretrain, run
@@ -33,7 +33,7 @@ def dense(q, k, v, scale, mask):
 def as_on_a_gpu(monkeypatch):
     for module in (documents, loss, moba, moe, muonclip_trainer):
         monkeypatch.setattr(module, "needs_static_shapes", lambda device: True)
-    monkeypatch.setattr(mla, "flex_serves", lambda q, layout: True)
+    monkeypatch.setattr(core, "flex_serves", lambda q, layout: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(flex, "_has_flex", lambda q, v: True)
     monkeypatch.setattr(flex, "_flex", dense)
