@@ -128,41 +128,33 @@ def test_the_page_shows_the_table_and_loads_nothing(compared):
     assert "http://" not in page and "https://" not in page and "<script" not in page
 
 
-def test_a_killed_comparison_goes_on_and_ends_with_the_same_figures(compared, arguments, tmp_path, monkeypatch):
-    """It ends without any clean-up in the middle of the third turn, as by kill -9."""
-    count, steps = TurnTrainer._count_step, []
+def test_an_interrupted_and_killed_comparison_ends_with_the_same_figures(
+    compared, arguments, tmp_path, capsys, monkeypatch
+):
+    """Ctrl-C in the middle of a turn; then an end without any clean-up, as by kill -9, in the middle of another."""
+    count, begin, out = TurnTrainer._count_step, TurnTrainer.create_scheduler, tmp_path / "out"
+    command = [*arguments, *STEPS, "--vary", "lr=1e-2", "--seeds", "1", "--out", str(out)]
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return begin(*args)
 
     def dying(trainer):
-        steps.append(1)
-        if len(steps) == 6:
+        if trainer.state.global_step == 4:
             raise Killed
         count(trainer)
 
-    out = tmp_path / "killed"
-    command = [*arguments, *STEPS, "--vary", "lr=1e-2", "--seeds", "1", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(TurnTrainer, "create_scheduler", interrupted)
+        assert main(command) == 130
+    assert "stopped    all runs are saved; go on with the same command" in capsys.readouterr().out
+    assert [path.name for path in out.glob("runs/*/checkpoint-*")] == ["checkpoint-1"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(TurnTrainer, "_count_step", dying)
         main(command)
-    assert len(list(out.glob("runs/*/checkpoint-2"))) == 2
+    assert [path.name for path in out.glob("runs/*/checkpoint-*")] == ["checkpoint-2"] * 2
     assert main(command) == 0
     assert bits(out).items() <= bits(compared[0]).items()
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(compared, arguments, tmp_path, capsys, monkeypatch):
-    count = TurnTrainer._count_step
-
-    def interrupted(trainer):
-        if trainer.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        count(trainer)
-
-    command = [*arguments, *STEPS, "--vary", "lr=1e-2", "--seeds", "1", "--out", str(tmp_path / "out")]
-    with monkeypatch.context() as patch:
-        patch.setattr(TurnTrainer, "_count_step", interrupted)
-        assert main(command) == 130
-    assert "stopped    all runs are saved; go on with the same command" in capsys.readouterr().out
-    assert main(command) == 0
-    assert bits(tmp_path / "out").items() <= bits(compared[0]).items()
 
 
 def test_a_budget_of_seconds_counts_training_alone(arguments, tmp_path, monkeypatch):

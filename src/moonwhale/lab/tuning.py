@@ -22,15 +22,17 @@ def tune(asked: Comparison, rows: Rows, training: Training) -> Comparison:
     grids = {
         variant.name: {factor: _run(asked, variant, factor, rows) for factor in FACTORS} for variant in asked.variants
     }
-    for _ in range(1 + MOST_EXTENSIONS):
-        training.finish([run for grid in grids.values() for run in grid.values()])
-        missing = [
-            (variant, factor) for variant in asked.variants if (factor := next_factor(scores(grids[variant.name])))
-        ]
-        if not missing:
+    training.finish([run for grid in grids.values() for run in grid.values()])
+    for _ in range(MOST_EXTENSIONS):
+        new = []
+        for variant in asked.variants:
+            grid = grids[variant.name]
+            if factor := next_factor(scores(grid)):
+                grid[factor] = _run(asked, variant, factor, rows)
+                new.append(grid[factor])
+        if not new:
             break
-        for variant, factor in missing:
-            grids[variant.name][factor] = _run(asked, variant, factor, rows)
+        training.finish(new)
     tuned = []
     for variant in asked.variants:
         found = scores(grids[variant.name])
