@@ -135,9 +135,9 @@ def test_an_interrupted_and_killed_comparison_ends_with_the_same_figures(
     count, begin, out = TurnTrainer._count_step, TurnTrainer.create_scheduler, tmp_path / "out"
     command = [*arguments, *STEPS, "--vary", "lr=1e-2", "--seeds", "1", "--out", str(out)]
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
-        return begin(*args)
+        return begin(*args, **kwargs)
 
     def dying(trainer):
         if trainer.state.global_step == 4:
