@@ -108,6 +108,20 @@ def test_a_pipeline_trains_as_one_process(one, tmp_path):
         torch.testing.assert_close(value, b[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [["pp=2", "schedule=1f1b"], ["fsdp=true"]], ids=" ".join)
+def test_a_split_model_goes_on_from_a_checkpoint(one, split, trained_checkpoint, tmp_path):
+    options = {"from_": str(trained_checkpoint), "steps": 2, "tokens_per_step": 256, "save_every": 0, "eval_every": 0}
+    options["model"] = {"aux_loss_alpha": 0.0}
+    config = one(**options)
+    out = tmp_path / "two"
+    said = together(
+        "--config", str(tmp_path / "run.yaml"), "--out", str(out), *(f"--parallel.{name}" for name in split)
+    )
+    assert said.count("step      0  held out") == 1
+    assert_close(out, config.out)
+
+
 def our_lines(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("moonwhale:")]
 
