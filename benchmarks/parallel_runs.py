@@ -27,13 +27,18 @@ from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
+from moonwhale.presets import PAPER
 
-MODEL = TOY | {
-    "num_hidden_layers": 8,  # at least one for each stage of the largest pipeline
-    "aux_loss_alpha": 0.01,
-    "bias_update_speed": 0.01,
-}
-RUN = {
+MODEL = (
+    TOY
+    | PAPER.model
+    | {
+        "num_hidden_layers": 8,  # at least one for each stage of the largest pipeline
+        "aux_loss_alpha": 0.01,
+        "bias_update_speed": 0.01,
+    }
+)
+RUN = PAPER.train | {  # MTP from the first step
     "context": 32,
     "batch_size": 2,
     "tokens_per_step": 512,  # 8 micro-batches, the least for DualPipe on four ranks

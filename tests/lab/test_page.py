@@ -66,7 +66,12 @@ def test_names_are_shown_as_they_are():
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 240, [0, 50, 100, 150, 200]), (1.83, 2.02, [1.85, 1.9, 1.95, 2.0]), (0, 1e6, [0, 2e5, 4e5, 6e5, 8e5, 1e6])],
+    [
+        (0, 240, [0, 50, 100, 150, 200]),
+        (1.83, 2.02, [1.85, 1.9, 1.95, 2.0]),
+        (6.0, 6.0966, [6.0, 6.02, 6.04, 6.06, 6.08]),
+        (0, 1e6, [0, 2e5, 4e5, 6e5, 8e5, 1e6]),
+    ],
 )
 def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)

@@ -172,6 +172,7 @@ def test_mtp_losses_equal_the_models_own(batch):
     trainer, inputs = batch("r1")
     model, (ids, mask) = copy.deepcopy(trainer.model), whole(inputs)
     del model.forward  # TRL has replaced it on the instance
+    model.mtp_loss_weight = 1.0  # with 0 the model leaves its modules out
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, : inputs["prompt_ids"].shape[1]] = -100
     with torch.no_grad():

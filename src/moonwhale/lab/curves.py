@@ -73,4 +73,4 @@ def decimals(low: float, high: float) -> int:
 
 def _step(low: float, high: float) -> float:
     power = 10.0 ** math.floor(math.log10(high - low))
-    return next(power * factor for factor in (0.1, 0.2, 0.5, 1) if (high - low) / (power * factor) < 9)
+    return next(power * factor for factor in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (power * factor) < 9)

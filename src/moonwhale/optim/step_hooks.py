@@ -46,13 +46,15 @@ class StepHooks:
             self.last["loads"] = torch.stack(loads)
             for moe in self.moes:
                 moe.update_bias_()
-        if self._is_first_step and self.last:  # later ones are not looked at, since on a GPU that is a host sync
+        if self._is_first_step and self.last:
             self._is_first_step = False
             self._warn_if_nothing_was_collected()
         self.reset()
 
     def _warn_if_nothing_was_collected(self) -> None:
         logits, loads = self.last.get("max_logits"), self.last.get("loads")
+        if any(statistics.device.type != "cpu" for statistics in self.last.values()):
+            return  # to look would be a host sync
         if not ((logits is not None and (logits > -math.inf).any()) or (loads is not None and (loads > 0).any())):
             warnings.warn(
                 "attach_hooks: no batch was counted before the first step, so nothing is clipped or balanced: give the "
@@ -84,8 +86,8 @@ def attach_hooks(
       −inf.
     - An MoE has `update_bias_()`. Its fp32 buffer `load` (experts,) counts each expert's tokens since the last step.
 
-    The modules' forward fills these buffers, or that of a whole model (see `collect_statistics`). A first step without
-    any batch counted is warned of. After a step they are reduced over the ranks
+    The modules' forward fills these buffers, or that of a whole model (see `collect_statistics`). A first step on a
+    CPU without any batch counted is warned of. After a step they are reduced over the ranks
     of `group`, which hold replicas of `model` (None: all ranks do), then used, then reset. Under DDP, accumulate in
     `no_sync` or with `broadcast_buffers=False`; otherwise rank 0's buffers overwrite the others'.
 
