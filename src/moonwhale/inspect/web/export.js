@@ -92,23 +92,23 @@ async function savePanel(panel, kind) {
   const picture = panelAsSvg(panel);
   panel.classList.remove("whole");
   const text = new XMLSerializer().serializeToString(picture);
-  const address = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
-  if (kind === "svg") save(address, `${panel.id}.svg`);
-  else
-    save(await asPng(address, Number(picture.getAttribute("width")), Number(picture.getAttribute("height"))), `${panel.id}.png`);
+  const width = Number(picture.getAttribute("width")),
+    height = Number(picture.getAttribute("height"));
+  save(kind === "svg" ? new Blob([text], { type: "image/svg+xml" }) : await asPng(text, width, height), `${panel.id}.${kind}`);
 }
-async function asPng(address, width, height) {
+async function asPng(text, width, height) {
   const drawn = new Image();
-  drawn.src = address;
+  drawn.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
   await drawn.decode();
   const canvas = document.createElement("canvas"),
     scale = 2; // sharp in print
   Object.assign(canvas, { width: scale * width, height: scale * height });
   canvas.getContext("2d").drawImage(drawn, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL("image/png");
+  return new Promise((done) => canvas.toBlob(done, "image/png"));
 }
-function save(address, name) {
+function save(blob, name) {
   const link = make("a");
-  Object.assign(link, { href: address, download: `xray-${name}` });
+  Object.assign(link, { href: URL.createObjectURL(blob), download: `xray-${name}` });
   link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
