@@ -6,9 +6,11 @@ date.
 
 import importlib
 import json
-import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import generated_blocks
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "ablations.md"
@@ -96,11 +98,7 @@ def _figures(result: dict, budget: str, name: str) -> dict | None:
 def updated(text: str, result: dict, rows: tuple) -> str:
     """Returns the text of the page with its generated blocks replaced."""
     regions = {"differences": differences(result, rows), "costs": costs(result, rows), "where": where(result)}
-    for name, content in regions.items():
-        pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
-        text, n = pattern.subn(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
-        assert n == 1, f"{PAGE.name} has {n} blocks named {name}, not one"
-    return text
+    return generated_blocks.replaced(text, regions, PAGE.name)
 
 
 def read() -> dict:
@@ -109,11 +107,8 @@ def read() -> dict:
 
 
 def main() -> None:
-    before = PAGE.read_text(encoding="utf-8")
-    after = updated(before, read(), variants())
-    if "--check" in sys.argv:
-        sys.exit(0 if before == after else "docs/ablations.md is not up to date: run python docs/update_ablations.py")
-    PAGE.write_text(after, encoding="utf-8")
+    after = updated(PAGE.read_text(encoding="utf-8"), read(), variants())
+    generated_blocks.write_or_check(PAGE, after, "update_ablations.py")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ The blocks are the end of the demo, the size of the core and of the presets, and
 import ast
 import io
 import json
-import re
 import sys
 import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import generated_blocks
 import readme_figures
 
 ROOT = Path(__file__).parent.parent
@@ -86,20 +86,12 @@ REGIONS = {"demo": demo, "core": core, "sizes": sizes, "figures": figures}
 
 def updated(text: str) -> str:
     """Returns the text of README.md with its generated blocks replaced."""
-    for name, produce in REGIONS.items():
-        pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
-        text, n = pattern.subn(lambda match, produce=produce: f"{match[1]}\n{produce()}\n\n{match[2]}", text)
-        assert n == 1, f"README.md has {n} blocks named {name}, not one"
-    return text
+    return generated_blocks.replaced(text, {name: produce() for name, produce in REGIONS.items()}, "README.md")
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = updated(before)
-    if "--check" in sys.argv:
-        sys.exit(0 if before == after else "README.md is not up to date: run python docs/update_readme.py")
-    path.write_text(after, encoding="utf-8")
+    page = ROOT / "README.md"
+    generated_blocks.write_or_check(page, updated(page.read_text(encoding="utf-8")), "update_readme.py")
 
 
 if __name__ == "__main__":
