@@ -1,4 +1,4 @@
-"""The options of `moonwhale compare`, beside those of training. Imports nothing heavy, since `--help` needs it."""
+"""The options of `moonwhale compare`, added to those of training. Imports nothing heavy, since `--help` needs it."""
 
 import dataclasses
 from collections.abc import Sequence

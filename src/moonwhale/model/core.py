@@ -1,14 +1,35 @@
-"""What every attention of the model shares once it has queries, keys and values: the softmax over the keys in sight."""
+"""What every attention of the model shares: its settings, and the softmax over the keys in sight."""
 
 import torch
 from torch import Tensor
 
 from .attention import attend
+from .configuration_moonwhale import MoonwhaleConfig
 from .documents import Documents
 from .flex import attention as flex_attention
 from .flex import serves as flex_serves
 from .moba import moba_attention, moba_mask
 from .rope import rotation_table
+from .step_statistics import Statistics
+
+
+class Attention(Statistics):
+    """The settings of one block's attention, and what QK-Clip reads after a step.
+
+    The buffer `max_logit` (heads,) holds each head's largest scaled logit since the last optimizer step.
+    `clip_qk_` of each attention reads it.
+    """
+
+    max_logit: Tensor
+
+    def __init__(self, config: MoonwhaleConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.heads = config.num_attention_heads
+        self.interleaved, self.scale = config.rope_interleave, config.attention_scale()
+        self.block_size = config.moba_block_size
+        self.topk = config.moba_topk if config.is_moba_layer(layer_idx) else 0
+        self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
 
 def described(

@@ -10,30 +10,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .core import attend_to_documents, described, join_heads, seen_keys, softmax_weights
+from .core import Attention, attend_to_documents, described, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .mla import scale_rows_
 from .rope import rotate
-from .step_statistics import Statistics, collects, keep_largest_
+from .step_statistics import collects, keep_largest_
 
 
-class GroupedQueryAttention(Statistics):
-    """The attention of one block. Parameters are named as in Llama's checkpoints.
-
-    The buffer `max_logit` (heads,) holds each head's largest scaled logit since the last optimizer step. `clip_qk_`
-    reads it.
-    """
-
-    max_logit: Tensor
+class GroupedQueryAttention(Attention):
+    """The attention of one block. Parameters are named as in Llama's checkpoints."""
 
     def __init__(self, config: MoonwhaleConfig, layer_idx: int = 0):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.interleaved, self.scale = config.rope_interleave, config.attention_scale()
-        self.block_size = config.moba_block_size
-        self.topk = config.moba_topk if config.is_moba_layer(layer_idx) else 0
-
+        super().__init__(config, layer_idx)
+        self.kv_heads = config.num_key_value_heads
         hidden, bias, width, v_width = (
             config.hidden_size,
             config.attention_bias,
@@ -45,7 +34,6 @@ class GroupedQueryAttention(Statistics):
         self.v_proj = nn.Linear(hidden, self.kv_heads * v_width, bias=bias)
         self.o_proj = nn.Linear(self.heads * v_width, hidden, bias=bias)
         self.o_proj.starts_at_zero = config.zero_init_residual
-        self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
         self,

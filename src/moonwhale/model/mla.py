@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .core import attend_to_documents, described, join_heads, seen_keys, softmax_weights
+from .core import Attention, attend_to_documents, described, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .moba import moba_gates
 from .norm import RMSNorm
 from .rope import rotate
-from .step_statistics import Statistics, collects, keep_largest_
+from .step_statistics import collects, keep_largest_
 
 
 class Logits(NamedTuple):
@@ -34,28 +34,17 @@ class Logits(NamedTuple):
     gates: Tensor | None  # (B, heads, T, blocks) MoBA's gates in fp32, see `moba_gates`; None in full attention
 
 
-class MultiheadLatentAttention(Statistics):
+class MultiheadLatentAttention(Attention):
     """The attention of one block. Parameters are named as in DeepSeek-V3's checkpoints.
 
     It can be a part of any module: `config` is a MoonwhaleConfig, or has its fields about attention, and x alone is
     enough for `forward`. Weights start as `nn.Linear`'s do.
-
-    The buffer `max_logit` (heads,) holds each head's largest scaled logit since the last optimizer step. `clip_qk_`
-    reads it.
     """
 
-    max_logit: Tensor
-
     def __init__(self, config: MoonwhaleConfig, layer_idx: int = 0):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.heads = config.num_attention_heads
+        super().__init__(config, layer_idx)
         self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rank = config.kv_lora_rank
-        self.interleaved = config.rope_interleave
-        self.scale = config.attention_scale()
-        self.block_size = config.moba_block_size
-        self.topk = config.moba_topk if config.is_moba_layer(layer_idx) else 0
 
         hidden, bias, q_width = config.hidden_size, config.attention_bias, self.heads * (self.nope + self.rope)
         if config.q_lora_rank is None:
@@ -71,7 +60,6 @@ class MultiheadLatentAttention(Statistics):
         self.o_proj.starts_at_zero = config.zero_init_residual  # read by `MoonwhalePreTrainedModel._init_weights`
         # (rank, 1, width), the newest tap last. It is initialised to zero, so it starts as no convolution at all.
         self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
-        self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
     def forward(
         self,

@@ -6,8 +6,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .gqa import GroupedQueryAttention
-from .mla import MultiheadLatentAttention
+from .core import Attention
 from .moe import DeepseekMoE, Experts, Router
 
 
@@ -50,7 +49,7 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
                 init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, DeepseekMoE):
             init.zeros_(module.load)
-        elif isinstance(module, MultiheadLatentAttention | GroupedQueryAttention):
+        elif isinstance(module, Attention):
             init.constant_(module.max_logit, -torch.inf)
             if getattr(module, "key_conv", None) is not None:
                 init.zeros_(module.key_conv)
