@@ -20,6 +20,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from common import deepseek_config, environment, options, timed_rounds, write
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.native.training import use_kernels
 from moonwhale.precision import tune_allocator
 from moonwhale.presets import PRESETS
 
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     context, rows = PRESETS["demo"].train["context"], arguments.rows or PRESETS["demo"].train["batch_size"]
 
     tuned, contenders = tune_allocator(), models()
+    use_kernels(torch.device("cpu"))
     vocab_size = contenders["moonwhale, MoBA"].config.vocab_size
     generator = torch.Generator().manual_seed(1)
 

@@ -47,6 +47,7 @@ from moonwhale.data.source import texts_of
 from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.native.training import use_kernels
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
@@ -424,6 +425,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--only nanochat: {why}")
 
     allocator_tuned = tune_allocator()
+    use_kernels(choose().device)
     try:
         data = load(arguments.text)
     except UserError as error:

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,6 +28,14 @@ TINY = {
     "moe_intermediate_size": 16,
     "eos_token_id": None,
 }
+
+
+@pytest.fixture(autouse=True)
+def plain_training():
+    """After each test the model computes in PyTorch again, whatever a run in this process has set."""
+    yield
+    if kernels := sys.modules.get("moonwhale.model.kernels"):
+        kernels.compiled = None
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ BASE = {
     "packaged",
     "reports",
 }
-TRAINING = BASE | {"model", "optim", "data", "parallel", "train"}
+TRAINING = BASE | {"model", "optim", "data", "parallel", "native", "train"}
 INFERENCE = BASE | {"model", "data", "native", "infer"}
 MAY_IMPORT = {
     "errors": set(),
@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "files", "manifest", "outputs", "options", "weights", "model", "data"},
     "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},
     "train": TRAINING,
-    "native": {"native", "errors", "files"},
+    "native": {"native", "errors", "files", "model"},
     "infer": INFERENCE,
     "posttrain": TRAINING | INFERENCE | {"posttrain"},  # GRPO samples its answers from the engine
     "evaluate": INFERENCE | {"evaluate"},

@@ -98,7 +98,7 @@ def differing(decoder, compositions=COMPOSITIONS) -> list[str]:
 
 @pytest.fixture
 def _compiler():
-    if reason := build.unavailable_reason():
+    if reason := build.unavailable_reason("step"):
         pytest.skip(reason)
 
 

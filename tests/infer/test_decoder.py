@@ -40,7 +40,7 @@ def way(request, monkeypatch):
     blocks, depending on the length. "long" always reads only the chosen blocks.
     """
     if request.param == "native":
-        if reason := build.unavailable_reason():
+        if reason := build.unavailable_reason("step"):
             pytest.skip(reason)
     else:
         monkeypatch.setattr(build, "supports", lambda weight: False)

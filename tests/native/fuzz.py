@@ -164,20 +164,56 @@ def run_random_products(draw: random.Random) -> None:
         attempt(product, torch.randn(rows, inputs + 1))
     x, y = torch.randn(2, inputs), torch.empty(2, out)
     for rows, threads in ((-1, 1), (2**62, 1), (2, 0), (2, -1), (2, 2**31)):
-        assert build.library().run_product(ctypes.byref(product.matrix), y.data_ptr(), x.data_ptr(), rows, threads)
+        assert build.library("step").run_product(
+            ctypes.byref(product.matrix), y.data_ptr(), x.data_ptr(), rows, threads
+        )
     for pointers in ((None, y.data_ptr(), x.data_ptr()), (ctypes.byref(product.matrix), None, None)):
-        assert build.library().run_product(*pointers, 2, 1)
+        assert build.library("step").run_product(*pointers, 2, 1)
+
+
+def run_random_training(draw: random.Random) -> None:
+    """Run the parts of a training step on tables of any size, then with absurd sizes and without each address."""
+    import torch
+
+    from moonwhale.native import build, training
+
+    torch.set_num_threads(draw.randint(1, 3))
+    dtype, rows, columns = draw.choice([torch.float32, torch.bfloat16]), draw.randint(1, 150), draw.randint(1, 70)
+    wide = torch.randn(rows, 2 * columns + draw.randint(0, 3)).to(dtype)
+    if draw.random() < 0.2:
+        wide[draw.randrange(rows), draw.randrange(columns)] = draw.choice([torch.nan, torch.inf, -1e38])
+    x, up, weight = wide[:, :columns], wide[:, columns : 2 * columns], torch.randn(columns)
+    _, inverse = training.norm(x, weight, 1e-6)
+    training.norm_backward(up, x, weight, inverse)
+    training.score(x.contiguous(), torch.randint(columns, (rows,)), draw.random() < 0.5)
+    for row_weight in (None, torch.randn(rows)):
+        training.gate_backward(training.gate(x, up, row_weight), x, up, row_weight)
+
+    spare = torch.zeros(1 << 12).data_ptr()
+    for name, kinds in build.ARGUMENTS["training"].items():
+        function = getattr(build.library("training"), name)
+        pointer = [kind is ctypes.c_void_p for kind in kinds]
+        good = [spare if is_pointer else 1 for is_pointer in pointer]
+        optional = {"run_gate": {4}, "run_gate_backward": {3, 4, 9}}.get(name, set())
+        for i, kind in enumerate(kinds):
+            if pointer[i]:
+                refused = [None] if i not in optional else []
+            else:
+                refused = [] if kind is ctypes.c_float or (i == 5 and name == "run_score") else [-1, 2**62]
+            for value in refused:
+                assert function(*good[:i], value, *good[i + 1 :]) in (2, 3)
 
 
 def main(rounds: int, folder: Path) -> None:
-    """Compile the steps with sanitizers, use them in place of the library, and run `rounds` of each kind."""
+    """Compile the steps with sanitizers, use them in place of the libraries, and run `rounds` of each kind."""
     del os.environ["LD_PRELOAD"]  # the compiler needs no sanitizers
     from moonwhale.native import build
 
-    build.compile_steps(build.compiler(), build.SOURCES, folder)
-    library = build.load(folder)
-    build.library = lambda: library
-    build.available = lambda: True
+    for name in build.ARGUMENTS:
+        build.compile_steps(build.compiler(), build.SOURCES, folder, name)
+    libraries = {name: build.load(folder, name) for name in build.ARGUMENTS}
+    build.library = libraries.get
+    build.available = lambda name: True
 
     import torch
 
@@ -186,6 +222,7 @@ def main(rounds: int, folder: Path) -> None:
             torch.manual_seed(number)
             run_random_steps(random.Random(number))
             run_random_products(random.Random(number))
+            run_random_training(random.Random(number))
     print(f"{rounds} rounds without a finding")
 
 

@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 def works() -> bool:
     """Open the library as a new process does, and return whether its function returns 7."""
-    return build.library.__wrapped__().run_block(*[None] * 4) == 7
+    return build.library.__wrapped__("step").run_block(*[None] * 4) == 7
 
 
 def script(path: Path, text: str) -> str:
@@ -105,7 +105,7 @@ def plant(cache: Path, tmp_path: Path) -> Path:
     (build.SOURCES / "step.cpp").write_text(code + SOURCE)
     shutil.rmtree(folder)
     folder.mkdir()
-    build.compile_steps(build.compiler(), build.SOURCES, folder)
+    build.compile_steps(build.compiler(), build.SOURCES, folder, "step")
     (build.SOURCES / "step.cpp").write_text(SOURCE)
     trace.unlink()
     return trace
@@ -219,7 +219,7 @@ def test_no_compiler(monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
-    assert build.unavailable_reason.__wrapped__() == "no C++ compiler found (install g++)"
+    assert build.unavailable_reason.__wrapped__("step") == "no C++ compiler found (install g++)"
 
 
 @pytest.mark.parametrize("asked", ["-###", "step.cpp"])
@@ -246,7 +246,7 @@ def test_a_library_that_cannot_be_loaded_is_not_kept(cache):
 
 
 def test_a_new_library_does_not_change_one_in_use(cache):
-    first = build.library.__wrapped__()
+    first = build.library.__wrapped__("step")
     [path] = cache.glob("*/step.so")
     path.write_bytes(path.read_bytes())
     (path.parent / "step.so.sha256").unlink()

@@ -5,11 +5,8 @@ tests/infer/test_decoder.py compares both with the model.
 
 import copy
 import ctypes
-import functools
-import platform
-import shutil
-from pathlib import Path
 
+import levels
 import pytest
 import torch
 
@@ -34,7 +31,6 @@ SHAPES = {  # the latent and its rotary key are several whole SIMD vectors of 16
 PROMPT = 300  # several pieces of full attention, many blocks of MoBA
 
 
-LEVELS = {"this machine": "", "AVX2": "-march=haswell", "no AVX": "-march=x86-64"}  # MOONWHALE_CXXFLAGS
 MUTANTS = {  # expressions: file, right, wrong
     "the gate takes the worst blocks": ("attention.h", "gates[i] > gates[j]", "gates[i] < gates[j]"),
     "block means are never written": ("attention.h", "(position(t) + 1) % w.block_size", "true"),
@@ -50,39 +46,16 @@ MUTANTS = {  # expressions: file, right, wrong
 }
 
 
-@functools.cache
-def with_mutants(level: str, folder: Path) -> ctypes.CDLL:
-    """Compile the steps with every mutant in them, of which the integer `mutant` chooses one. 0 is none."""
-    sources = folder / level
-    shutil.copytree(build.SOURCES, sources)
-    for number, (file, right, wrong) in enumerate(MUTANTS.values(), 1):
-        source = (sources / file).read_text()
-        assert source.count(right) == 1
-        (sources / file).write_text(source.replace(right, f"(mutant == {number} ? {wrong} : {right})"))
-    main = sources / "step.cpp"
-    main.write_text("int mutant;\n" + main.read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOONWHALE_CXXFLAGS", f"-O1 {LEVELS[level]}")
-        build.compile_steps(build.compiler(), sources, sources)
-    return build.load(sources)
-
-
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=levels.LEVELS)
 def mutants(request, tmp_path_factory) -> ctypes.CDLL:
-    if reason := build.unavailable_reason():
-        pytest.skip(reason)
-    if request.param != "this machine" and platform.machine() != "x86_64":
-        pytest.skip("these are x86-64's vectors")
-    if request.param == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this machine has no AVX2")
-    return with_mutants(request.param, tmp_path_factory.getbasetemp() / "levels")
+    return levels.library("step", MUTANTS, request.param, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(autouse=True)
 def library(request, mutants, monkeypatch):
     """Each test runs at each level. At this machine's, it takes the steps that users run."""
     if request.node.callspec.params["mutants"] != "this machine":
-        monkeypatch.setattr(build, "library", lambda: mutants)
+        monkeypatch.setattr(build, "library", lambda name: mutants)
 
 
 @pytest.fixture
@@ -181,7 +154,7 @@ def test_products_of_every_shape(size, rows):
 
 def test_structures_have_the_size_of_their_cpp_twins():
     ours = list(STRUCTURES.values())
-    assert build.library().sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
+    assert build.library("step").sizes()[: len(ours)] == [ctypes.sizeof(structure) for structure in ours]
 
 
 @pytest.mark.parametrize("number", range(1, 1 + len(MUTANTS)), ids=MUTANTS)
@@ -191,7 +164,7 @@ def test_mutants_are_caught(model, mutants, monkeypatch, number):
         layer.mlp.gate.e_score_correction_bias.copy_(torch.linspace(1, 0, model.config.n_routed_experts))
     naive = in_pytorch(model, monkeypatch)
     want = steps(naive, read(naive), [1] * 20)[0]
-    monkeypatch.setattr(build, "library", lambda: mutants)
+    monkeypatch.setattr(build, "library", lambda name: mutants)
     decoder, chosen = Decoder(model), ctypes.c_int.in_dll(mutants, "mutant")
     assert (steps(decoder, read(decoder), [1] * 20)[0] - want).norm() < 1e-5 * want.norm()
     try:

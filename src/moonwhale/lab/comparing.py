@@ -14,6 +14,7 @@ from moonwhale.lab.report import report, table
 from moonwhale.lab.runs import Rows, Run
 from moonwhale.lab.training import Training
 from moonwhale.lab.tuning import tune
+from moonwhale.native.training import use_kernels
 from moonwhale.outputs import owned
 from moonwhale.precision import choose, tune_allocator
 from moonwhale.processes import print_once, world_size
@@ -41,6 +42,7 @@ def compare(asked: Comparison) -> dict:
     with owned(out / LOCK, out, "out"), silent_libraries():
         tune_allocator()
         choice = choose(asked.config(asked.variants[0]).device, asked.config(asked.variants[0]).precision)
+        use_kernels(choice.device)
         rows = load_rows(asked)
         _check_base(asked, rows, out)
         print_once(rows.data.describe())

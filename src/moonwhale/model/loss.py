@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import LN2
 from .documents import needs_static_shapes
+from .kernels import compiled_for
 
 IGNORE_INDEX = -100  # label of a position without a target, as in `F.cross_entropy`
 ROWS_PER_CHUNK = 1024  # rows whose logits are held at once
@@ -101,6 +102,9 @@ def _score_piece(logits: Tensor, row: Tensor, labels: Tensor, nll: Tensor, corre
         Σ exp(logit - max) of each row (n, 1). With `need_grad`, `logits` is overwritten with this sum times
         dCE / dlogits, which is powers - total * one-hot.
     """
+    if compiled := compiled_for(logits):
+        total, nll[row], correct[row] = compiled.score(logits, labels[row], need_grad)
+        return total
     target = labels[row].unsqueeze(1)
     powers = logits.to(nll.dtype, copy=True)  # first of all: computing in bf16 is slow, and mixed with fp32 slower
     peak, at_target = powers.amax(-1, keepdim=True), powers.gather(1, target)

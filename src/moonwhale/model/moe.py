@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .configuration_moonwhale import MoonwhaleConfig
 from .documents import needs_static_shapes
+from .gated import gated, gated_rows, gated_rows_backward
 from .groups import line_up
 from .step_statistics import Statistics, collects
 
@@ -29,7 +30,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, hidden) to the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -183,28 +184,24 @@ class _GroupedExperts(torch.autograd.Function):
     def forward(ctx, x, gate_up_proj, down_proj, index, gates):
         token, row_of_pair, ends = line_up_by_expert(index, len(down_proj), EXPERT_ROW_MULTIPLE)
         weight = gates.new_zeros(len(token)).scatter_(0, row_of_pair, gates.flatten())  # 0 for padding rows
-        weight = weight.to(x.dtype).unsqueeze(1)  # (R, 1)
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
         rows = x.index_select(0, token)  # (R, hidden)
         inner = grouped_product(rows, gate_up_proj.transpose(1, 2), ends)  # (R, 2 * inner)
-        gate, up = (half.contiguous() for half in inner.chunk(2, dim=-1))  # makes all that follows twice as fast
-        activated = F.silu(gate)
-        out = grouped_product((activated * up).mul_(weight), down_proj.transpose(1, 2), ends)  # (R, hidden)
-        ctx.save_for_backward(rows, gate_up_proj, down_proj, gate, up, activated, weight, token, row_of_pair, ends)
-        ctx.gates_dtype, ctx.shape = gates.dtype, index.shape
+        product, kept = gated_rows(inner, weight)
+        out = grouped_product(product, down_proj.transpose(1, 2), ends)  # (R, hidden)
+        ctx.save_for_backward(rows, gate_up_proj, down_proj, weight, token, row_of_pair, ends, *kept)
+        ctx.shape = index.shape
         return F.embedding_bag(row_of_pair.view(index.shape), out, mode="sum")  # (N, hidden), summed in one pass
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        rows, gate_up_proj, down_proj, gate, up, activated, weight, token, row_of_pair, ends = ctx.saved_tensors
-        product = activated * up
+        rows, gate_up_proj, down_proj, weight, token, row_of_pair, ends, *kept = ctx.saved_tensors
         d_rows = d_out.index_select(0, token)
-        d_down = grouped_product(d_rows.T, product * weight, ends)
         d_product = grouped_product(d_rows, down_proj, ends)
-        d_gates = (d_product * product).sum(-1, dtype=ctx.gates_dtype).index_select(0, row_of_pair).view(ctx.shape)
-        d_product = d_product.mul_(weight)
-        d_inner = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * activated], dim=-1)
+        d_inner, d_weight, product = gated_rows_backward(d_product, weight, kept)
+        d_gates = d_weight.index_select(0, row_of_pair).view(ctx.shape)
+        d_down = grouped_product(d_rows.T, product, ends)
         d_gate_up = grouped_product(d_inner.T, rows, ends)
         d_rows = grouped_product(d_inner, gate_up_proj, ends)
         d_x = F.embedding_bag(row_of_pair.view(ctx.shape), d_rows, mode="sum")

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import compiled_for
+
 
 class RMSNorm(nn.Module):
     """Computes x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
@@ -28,6 +30,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
+        if compiled := compiled_for(x):
+            out, inverse = compiled.norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, inverse)
+            return out
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -38,10 +44,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         x, weight, inverse = ctx.saved_tensors
+        if compiled := compiled_for(x, d_out):
+            return *compiled.norm_backward(d_out, x, weight, inverse), None
         normed = x.to(inverse.dtype, copy=True).mul_(inverse)
         d_normed = d_out.to(inverse.dtype, copy=True)
         product = d_normed * normed
-        d_weight = product.flatten(0, -2).sum(0)
+        d_weight = product.view(-1, x.shape[-1]).sum(0)
         d_normed.mul_(weight)  # in place, as all that follows: new memory costs more than the arithmetic
         along = torch.mul(d_normed, normed, out=product).mean(-1, keepdim=True)
         return d_normed.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype), d_weight, None

@@ -64,7 +64,7 @@ class NativeBlock:
         blocks = 0 if means is None else means.shape[1]
         cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], blocks, dtype)
         structures = map(ctypes.byref, (self._block, cache, placement))
-        match build.library().run_block(*structures, x.data_ptr()):
+        match build.library("step").run_block(*structures, x.data_ptr()):
             case 1:
                 raise MemoryError(f"no memory for a decoding step of {len(x)} sequences")
             case 2:

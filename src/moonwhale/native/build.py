@@ -1,4 +1,5 @@
-"""The compiled steps as a library: `step/` is compiled once for this machine and kept in the cache folder.
+"""The compiled steps as two libraries, for decoding and for training: the files `step/NAME.cpp` are compiled once for
+this machine and kept in the cache folder.
 
 What is in that folder runs in this process, so nothing is loaded that another user could have written, or whose
 checksum is wrong. docs/reliability.md lists what is checked.
@@ -26,40 +27,52 @@ from torch import Tensor
 
 from moonwhale.errors import UserError, one_line
 from moonwhale.files import cache_folder, checksum, locked, new_folder
-from moonwhale.native.structures import DTYPE_CODES, INTEGER, POINTER, SOURCES
+from moonwhale.native.structures import DTYPE_CODES, INTEGER, POINTER, REAL, SOURCES
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi"]
 FLAGS += ["-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
+TABLE = [INTEGER] * 4  # rows, columns, dtype, threads
+ARGUMENTS = {  # of the functions in each library
+    "step": {"run_block": [POINTER] * 4, "run_product": [POINTER, POINTER, POINTER, INTEGER, INTEGER]},
+    "training": {
+        "run_norm": [*[POINTER] * 3, INTEGER, POINTER, INTEGER, INTEGER, REAL, INTEGER, INTEGER],
+        "run_norm_backward": [*[POINTER] * 3, INTEGER, POINTER, INTEGER, POINTER, POINTER, *TABLE],
+        "run_score": [*[POINTER] * 5, INTEGER, INTEGER, INTEGER, INTEGER, INTEGER],
+        "run_gate": [*[POINTER] * 3, INTEGER, POINTER, *TABLE],
+        "run_gate_backward": [POINTER, POINTER, INTEGER, *[POINTER] * 5, INTEGER, POINTER, *TABLE],
+    },
+}
+PURPOSES = {"step": "decoding", "training": "training"}  # of each library, for people
 COMPILER_SECONDS, QUESTION_SECONDS = 300, 30  # a compiler that takes longer is ended
 
 
 def supports(weight: Tensor) -> bool:
-    """Return whether compiled steps are available here for such weights."""
-    return weight.device.type == "cpu" and weight.dtype in DTYPE_CODES and available()
+    """Return whether compiled decoding steps are available here for such weights."""
+    return weight.device.type == "cpu" and weight.dtype in DTYPE_CODES and available("step")
 
 
 @functools.cache
-def available() -> bool:
+def available(name: str) -> bool:
     """Return whether steps can be compiled here. On Linux, where they should be, the first call prints why not."""
-    reason = unavailable_reason()
+    reason = unavailable_reason(name)
     if reason and sys.platform == "linux":
-        print(f"note: decoding runs in PyTorch, which is slower: {reason}", file=sys.stderr)
+        print(f"note: {PURPOSES[name]} runs in PyTorch, which is slower: {reason}", file=sys.stderr)
     return not reason
 
 
 @functools.cache
-def unavailable_reason() -> str:
+def unavailable_reason(name: str) -> str:
     """Say why steps cannot be compiled here, or return an empty string. The first call compiles them."""
     try:
-        library()
+        library(name)
         return ""
     except UserError as error:
         return str(error)
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """Load the compiled steps from the cache folder, or compile them first, which takes some seconds.
+def library(name: str) -> ctypes.CDLL:
+    """Load the compiled steps of `name`.cpp from the cache folder, or compile them first, which takes some seconds.
 
     Raises:
         UserError: this system is not Linux, there is no compiler, it fails, its output cannot be stored or loaded, or
@@ -70,17 +83,17 @@ def library() -> ctypes.CDLL:
     command = compiler()
     # With -### the compiler prints its version and what `native` means on this machine.
     machine = _output_of([*command, "-E", "-###", "-x", "c++", os.devnull], QUESTION_SECONDS)[1]
-    parts = [machine, shlex.join(command), *(path.read_text("utf-8") for path in sorted(SOURCES.iterdir()))]
+    parts = [name, machine, shlex.join(command), *(path.read_text("utf-8") for path in sorted(SOURCES.iterdir()))]
     folder = cache_folder() / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     with suppress(OSError):  # `locked` says what is wrong
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if (loaded := load_intact(folder)) is None:
+    if (loaded := load_intact(folder, name)) is None:
         with locked(folder):
-            if (loaded := load_intact(folder)) is None:  # another process may have compiled meanwhile
-                print("compiling decoding steps for this machine, once", file=sys.stderr)
+            if (loaded := load_intact(folder, name)) is None:  # another process may have compiled meanwhile
+                print(f"compiling {PURPOSES[name]} steps for this machine, once", file=sys.stderr)
                 with new_folder(folder) as building:
-                    compile_steps(command, SOURCES, building)
-                loaded = load_intact(folder)
+                    compile_steps(command, SOURCES, building, name)
+                loaded = load_intact(folder, name)
     if loaded is None:
         raise UserError(f"{folder} was replaced or damaged while steps were compiled: try again")
     return loaded
@@ -99,23 +112,25 @@ def compiler() -> list[str]:
     return [*command, *FLAGS, *more]
 
 
-def compile_steps(command: list[str], sources: Path, folder: Path) -> None:
-    """Compile `sources` into a library in `folder`, which becomes loadable. `command` is the compiler and its options.
+def compile_steps(command: list[str], sources: Path, folder: Path, name: str) -> None:
+    """Compile `name`.cpp of `sources` into a library in `folder`, which becomes loadable.
+
+    `command` is the compiler and its options.
 
     Raises:
         UserError: with the compiler's first error, or because its library cannot be loaded.
     """
-    object_file, library_file = str(folder / "step.o"), str(folder / "step.so")
+    object_file, library_file = str(folder / f"{name}.o"), str(folder / f"{name}.so")
     # OpenMP's own library is not linked: torch has loaded one, whose idle threads the steps use.
     link = [*(option for option in command if option != "-fopenmp"), "-shared", object_file, "-o", library_file]
-    for step in ([*command, "-c", str(sources / "step.cpp"), "-o", object_file], link):
+    for step in ([*command, "-c", str(sources / f"{name}.cpp"), "-o", object_file], link):
         status, output = _output_of(step, COMPILER_SECONDS)
         if status or not os.path.exists(step[-1]):
             message = next((line for line in output.splitlines() if "error" in line), "it printed no error")
-            raise UserError(f"{command[0]} can't compile decoding steps: {message}")
+            raise UserError(f"{command[0]} can't compile {PURPOSES[name]} steps: {message}")
     os.unlink(object_file)
-    _opened(folder)
-    (folder / "step.so.sha256").write_text(f"{checksum(folder / 'step.so')}  step.so\n", encoding="utf-8")
+    _opened(Path(library_file))
+    (folder / f"{name}.so.sha256").write_text(f"{checksum(folder / f'{name}.so')}  {name}.so\n", encoding="utf-8")
 
 
 def _output_of(command: list[str], seconds: float) -> tuple[int, str]:
@@ -137,7 +152,7 @@ def _output_of(command: list[str], seconds: float) -> tuple[int, str]:
     return process.returncode, output.decode(errors="replace")
 
 
-def load_intact(folder: Path) -> ctypes.CDLL | None:
+def load_intact(folder: Path, name: str) -> ctypes.CDLL | None:
     """Load the library in `folder` if it has the checksum that `compile_steps` wrote, otherwise return None.
 
     Raises:
@@ -160,10 +175,11 @@ def load_intact(folder: Path) -> ctypes.CDLL | None:
                 os.fchmod(above, 0o700)
         same = Path(f"/proc/self/fd/{above}", folder.name)  # still this folder if another user exchanges the path
         try:
-            sums = (same / "step.so.sha256").read_text("utf-8").split(), [checksum(same / "step.so"), "step.so"]
+            file = f"{name}.so"
+            sums = (same / f"{file}.sha256").read_text("utf-8").split(), [checksum(same / file), file]
         except (OSError, ValueError):  # absent, unreadable, or not text
             return None
-        return load(same) if sums[0] == sums[1] else None
+        return load(same, name) if sums[0] == sums[1] else None
     finally:
         os.close(above)
 
@@ -172,18 +188,19 @@ def _refused(folder: Path, reason: str) -> UserError:
     return UserError(f"{folder} {reason}: delete it, or set MOONWHALE_CACHE to a folder of yours")
 
 
-def load(folder: Path) -> ctypes.CDLL:
+def load(folder: Path, name: str) -> ctypes.CDLL:
     """Load the library that `compile_steps` wrote into a folder. Raises UserError if that is not possible."""
-    loaded = _opened(folder)
-    loaded.run_block.argtypes = [POINTER] * 4
-    loaded.run_product.argtypes = [POINTER, POINTER, POINTER, INTEGER, INTEGER]
-    loaded.sizes.restype = ctypes.POINTER(INTEGER)
+    loaded = _opened(folder / f"{name}.so")
+    for function, arguments in ARGUMENTS[name].items():
+        getattr(loaded, function).argtypes = arguments
+    if name == "step":
+        loaded.sizes.restype = ctypes.POINTER(INTEGER)
     return loaded
 
 
-def _opened(folder: Path) -> ctypes.CDLL:
+def _opened(file: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(folder / "step.so"))
+        return ctypes.CDLL(str(file))
     except OSError as error:
         hint = "with PyTorch's OpenMP, which is g++'s, CXX must be g++"
         raise UserError(f"the compiled steps can't be loaded: {one_line(error)} ({hint})") from error

@@ -56,7 +56,7 @@ class PackedLinear:
         if x.shape[1] != self.weight.shape[1]:
             raise ValueError(f"a product of x {tuple(x.shape)} and a weight of {self.weight.shape[1]} inputs")
         out, threads = torch.empty(len(x), self.out), torch.get_num_threads()
-        if build.library().run_product(ctypes.byref(self.matrix), out.data_ptr(), x.data_ptr(), len(x), threads):
+        if build.library("step").run_product(ctypes.byref(self.matrix), out.data_ptr(), x.data_ptr(), len(x), threads):
             raise ValueError(f"no product of {len(x)} rows on {threads} threads")
         return out
 

@@ -52,10 +52,12 @@ def open_model(config: PostTrainOptions, choice):
     """
     from moonwhale import fp8, precision
     from moonwhale.checkpoint import open_checkpoint
+    from moonwhale.native.training import use_kernels
 
     init_process_group(choice.device.type == "cpu", TIMEOUT)
     choice.apply()
     precision.tune_allocator()
+    use_kernels(choice.device)
     model, tokenizer = open_checkpoint(config.checkpoint)
     for module in model.modules():
         if hasattr(module, "bias_speed"):

@@ -57,6 +57,7 @@ def build(config: TrainConfig) -> Run:
 
     from moonwhale import precision
     from moonwhale.data.tokenizer import byte_lengths
+    from moonwhale.native.training import use_kernels
     from moonwhale.parallel import process_groups
     from moonwhale.train.mtp_trainer import MTPTrainer
     from moonwhale.train.pipeline_trainer import PipelineTrainer
@@ -68,6 +69,7 @@ def build(config: TrainConfig) -> Run:
     choice = precision.choose(config.device, config.precision)
     choice.apply()
     precision.tune_allocator()
+    use_kernels(choice.device)
     model_config = build_model_config(config)  # refuses an impossible model before a tokenizer is trained
     settings = run_folder.options_that_affect_training(config, also=("out", "resume"))
     on_cpu = choice.device.type == "cpu"

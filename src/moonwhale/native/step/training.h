@@ -1,0 +1,205 @@
+// Element-wise parts of a training step, each in one or two passes over memory: the same computations as RMSNorm
+// (model/norm.py), the cross-entropy (loss.py) and the gated activation (moe.py). PyTorch makes a pass for every
+// operation, with a temporary in memory between them.
+//
+// Numbers are fp32 or bf16 and intermediate values fp32. Rows are `step` numbers apart, numbers of a row adjacent.
+// A result is the same to the last bit for any number of threads.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "checks.h"
+#include "products.h"
+
+constexpr long CHUNKS = 64; // of rows, whose parts of a weight's gradient are summed by themselves
+
+struct All {}; // the LANES numbers of a whole vector
+struct Some {  // the numbers after the last whole vector
+  long n;
+};
+
+template <class T> INLINE Vector get(const T *x, All) { return load(x); }
+template <class T> INLINE Vector get(const T *x, Some some) {
+  T part[LANES] = {};
+  std::memcpy(part, x, some.n * sizeof(T));
+  return load(part);
+}
+
+INLINE void put(float *to, Vector x) { std::memcpy(to, &x, sizeof x); }
+INLINE void put(bf16 *to, Vector x) { // rounds to nearest, ties to even; NaN stays NaN
+  typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+  Bits bits = (Bits)x;
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  Halves halves = __builtin_convertvector(x == x ? bits : Bits{} + 0x7fc0, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+template <class T> INLINE void put(T *to, Vector x, All) { put(to, x); }
+template <class T> INLINE void put(T *to, Vector x, Some some) {
+  T part[LANES];
+  put(part, x);
+  std::memcpy(to, part, some.n * sizeof(T));
+}
+
+// Calls run(i, All) for whole vectors of n numbers, and run(i, Some) for the rest
+template <class Run> INLINE void each_vector(long n, Run run) {
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) run(i, All());
+  if (i < n) run(i, Some{n - i});
+}
+
+// exp(x) for x <= 0 to 2 units in the last place, and 0 where it is no normal number: 2^n * e^rest, where n * ln 2 is
+// subtracted in two parts, since one would round n * ln 2 itself. The second factor is a Taylor series.
+INLINE Vector exp_negative(Vector x) {
+  const Vector least = Vector{} - 87.3f;
+  Vector inside = x < least ? least : x; // NaN stays NaN
+  Whole n = __builtin_convertvector(inside * 1.44269504f - 0.5f, Whole);
+  Vector whole = __builtin_convertvector(n, Vector), z = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vector y = z * (1.0f / 5040) + 1.0f / 720;
+  y = y * z + 1.0f / 120;
+  y = y * z + 1.0f / 24;
+  y = y * z + 1.0f / 6;
+  y = y * z + 0.5f;
+  y = y * z + 1.0f;
+  y = y * z + 1.0f;
+  y *= (Vector)((n + 127) << 23);
+  return x < least ? Vector{} : y;
+}
+
+INLINE Vector sigmoid(Vector x) {
+  Vector e = exp_negative(x < 0 ? x : -x);
+  return (x < 0 ? e : Vector{} + 1.0f) / (1.0f + e);
+}
+
+// Calls `run` with a null pointer of the type that `dtype` says
+template <class Run> INLINE void with_type(Dtype dtype, Run run) {
+  if (dtype == FP32) run((float *)nullptr);
+  else run((bf16 *)nullptr);
+}
+
+static bool is_valid_table(int64_t rows, int64_t columns, int64_t step, Dtype dtype, int64_t threads) {
+  return is_within(rows, 1, MAX_NUMBERS) && columns > 0 && is_within(dtype, FP32, BF16) &&
+         is_within(threads, 1, MAX_THREADS) && count({rows, columns}) && count({rows, step}) >= 0;
+}
+
+// y = x * inverse * weight, where `inverse` (rows) is 1 / rms(x)
+template <class T>
+static void rms_norm_forward(T *y, float *inverse, const T *x, long step, const float *weight, long rows, long columns,
+                             float eps, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < rows; r++) {
+    const T *in = x + r * step;
+    T *out = y + r * columns;
+    Vector square = {};
+    each_vector(columns, [&](long i, auto part) {
+      Vector some = get(in + i, part);
+      square += some * some;
+    });
+    const float scale = inverse[r] = 1 / std::sqrt(sum(square) / columns + eps);
+    each_vector(columns,
+                [&](long i, auto part) { put(out + i, get(in + i, part) * scale * get(weight + i, part), part); });
+  }
+}
+
+// d_x, and d_weight (columns) summed over rows
+template <class T>
+static void rms_norm_backward(T *d_x, float *d_weight, const T *d_y, long d_step, const T *x, long step,
+                              const float *inverse, const float *weight, long rows, long columns, int threads) {
+  const long chunks = std::min(rows, CHUNKS);
+  std::vector<float> sums(chunks * columns);
+#pragma omp parallel for num_threads(threads)
+  for (long chunk = 0; chunk < chunks; chunk++) {
+    float *own = &sums[chunk * columns];
+    for (long r = rows * chunk / chunks; r < rows * (chunk + 1) / chunks; r++) {
+      const T *in = x + r * step, *d_out = d_y + r * d_step;
+      const float scale = inverse[r];
+      Vector along = {};
+      each_vector(columns, [&](long i, auto part) {
+        Vector product = get(d_out + i, part) * (get(in + i, part) * scale);
+        along += product * get(weight + i, part);
+        put(own + i, get(own + i, part) + product, part);
+      });
+      const float mean = sum(along) / columns;
+      each_vector(columns, [&](long i, auto part) {
+        Vector d_normed = get(d_out + i, part) * get(weight + i, part);
+        put(d_x + r * columns + i, (d_normed - get(in + i, part) * scale * mean) * scale, part);
+      });
+    }
+  }
+  std::fill_n(d_weight, columns, 0);
+  for (long chunk = 0; chunk < chunks; chunk++)
+    for (long i = 0; i < columns; i++) d_weight[i] += sums[chunk * columns + i];
+}
+
+// For each row of logits, `total`: the sum of exp(logit - largest), `nll`: the cross-entropy, and whether no logit is
+// larger than the label's. With `gradient`, logits become total * d nll / d logits.
+template <class T>
+static void score_rows(T *logits, const int64_t *labels, float *total, float *nll, bool *correct, long rows,
+                       long columns, bool gradient, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < rows; r++) {
+    T *row = logits + r * columns;
+    const float at_label = number(row[labels[r]]);
+    Vector largest = Vector{} + at_label, all = {};
+    each_vector(columns, [&](long i, auto part) {
+      Vector some = get(row + i, part);
+      if constexpr (std::is_same_v<decltype(part), Some>)
+        for (int lane = part.n; lane < LANES; lane++) some[lane] = at_label;
+      largest = some > largest ? some : largest;
+    });
+    float peak = at_label;
+    for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, largest[lane]);
+    each_vector(columns, [&](long i, auto part) {
+      Vector power = exp_negative(get(row + i, part) - peak);
+      if (gradient) put(row + i, power, part);
+      if constexpr (std::is_same_v<decltype(part), Some>)
+        for (int lane = part.n; lane < LANES; lane++) power[lane] = 0;
+      all += power;
+    });
+    total[r] = sum(all);
+    nll[r] = std::log(total[r]) + (peak - at_label);
+    correct[r] = at_label == peak && total[r] == total[r];
+    if (gradient) {
+      const float power = exp_negative(Vector{} + (at_label - peak))[0];
+      store(row + labels[r], power - total[r]);
+    }
+  }
+}
+
+// product = silu(gate) * up * row_weight. Without row weights they are 1.
+template <class T>
+static void gate_forward(T *product, const T *gate, const T *up, long step, const float *row_weight, long rows,
+                         long columns, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < rows; r++) {
+    const float scale = row_weight ? row_weight[r] : 1;
+    each_vector(columns, [&](long i, auto part) {
+      Vector x = get(gate + r * step + i, part);
+      put(product + r * columns + i, x * sigmoid(x) * get(up + r * step + i, part) * scale, part);
+    });
+  }
+}
+
+// The gradients of gate_forward for d_product. With row weights also theirs, `d_weight` (rows), and `product` again.
+template <class T>
+static void gate_backward(T *d_gate, T *d_up, long d_step, float *d_weight, T *product, const T *d_product,
+                          const T *gate, const T *up, long step, const float *row_weight, long rows, long columns,
+                          int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < rows; r++) {
+    const float scale = row_weight ? row_weight[r] : 1;
+    Vector along = {};
+    each_vector(columns, [&](long i, auto part) {
+      Vector x = get(gate + r * step + i, part), value = get(up + r * step + i, part);
+      Vector d = get(d_product + r * columns + i, part), share = sigmoid(x), activated = x * share;
+      if (row_weight) {
+        Vector plain = activated * value;
+        along += d * plain;
+        put(product + r * columns + i, plain * scale, part);
+      }
+      d *= scale;
+      put(d_up + r * d_step + i, d * activated, part);
+      put(d_gate + r * d_step + i, d * value * share * (1.0f + x * (1.0f - share)), part);
+    });
+    if (row_weight) d_weight[r] = sum(along);
+  }
+}

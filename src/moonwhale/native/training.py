@@ -1,0 +1,129 @@
+"""Parts of a training step on a CPU in C++ (`step/training.h`). The model calls them after `use_kernels`.
+
+All tensors are fp32 or bf16 and on a CPU; `model/kernels.py` asks for that. Each function raises ValueError if shapes
+contradict each other.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from moonwhale.model import kernels
+from moonwhale.native import build
+from moonwhale.native.structures import DTYPE_CODES, address
+
+
+def use_kernels(device: torch.device) -> bool:
+    """Let this process train with compiled functions if `device` is a CPU and they can be compiled. Return whether."""
+    if device.type == "cpu" and build.available("training"):
+        kernels.compiled = sys.modules[__name__]
+    return kernels.compiled is not None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return RMSNorm of x (…, size), and 1 / rms(x) in fp32 (…, 1)."""
+    rows, weight = _rows(x), _floats(weight)
+    out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(*x.shape[:-1], 1)
+    _require(weight.shape == x.shape[-1:])
+    _run("run_norm", out, inverse, rows, rows.stride(0), weight, *rows.shape, eps, *_how(x))
+    return out, inverse
+
+
+def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and, in fp32, of the weight."""
+    rows, d_rows, weight = _rows(x), _rows(d_out), _floats(weight)
+    d_x, d_weight = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[-1])
+    _require(d_out.shape == x.shape and weight.shape == x.shape[-1:] and inverse.numel() == len(rows))
+    steps = d_rows, d_rows.stride(0), rows, rows.stride(0)
+    _run("run_norm_backward", d_x, d_weight, *steps, _floats(inverse), weight, *rows.shape, *_how(x))
+    return d_x, d_weight
+
+
+def score(logits: Tensor, labels: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `_score_piece` in model/loss.py does, for contiguous logits (n, V), and labels (n,).
+
+    Returns:
+        Σ exp(logit - max) of each row (n, 1), its cross-entropy (n,), and whether no logit is larger than the label's.
+
+    Raises:
+        IndexError: a label is no token of the vocabulary.
+    """
+    _require(logits.is_contiguous() and labels.shape == logits.shape[:1])
+    total, nll = torch.empty(len(labels), 1), torch.empty(len(labels))
+    correct, labels = torch.empty(len(labels), dtype=torch.bool), labels.long().contiguous()
+    _run("run_score", logits, labels, total, nll, correct, *logits.shape, need_grad, *_how(logits))
+    return total, nll, correct
+
+
+def gate(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """Return silu(gate) * up * row_weight, (…, inner). `row_weight` (rows,) is one for each row, all 1 if None."""
+    gates, ups, step = _pair(gate, up)
+    row_weight = None if row_weight is None else _floats(row_weight)
+    _require(row_weight is None or row_weight.shape == (len(gates),))
+    product = torch.empty(gate.shape, dtype=gate.dtype)
+    _run("run_gate", product, gates, ups, step, row_weight, *gates.shape, *_how(gate))
+    return product
+
+
+def gate_backward(
+    d_product: Tensor, gate: Tensor, up: Tensor, row_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the gradients of `gate`.
+
+    Returns:
+        the gradients of gate and of up side by side (…, 2 * inner); with row weights, their gradient in fp32 (rows,)
+        and the product again.
+    """
+    gates, ups, step = _pair(gate, up)
+    d_product, (n_rows, inner) = d_product.contiguous(), gates.shape
+    d_inner, d_weight, product = torch.empty(*gate.shape[:-1], 2 * inner, dtype=gate.dtype), None, None
+    if row_weight is not None:
+        row_weight, d_weight, product = _floats(row_weight), torch.empty(n_rows), torch.empty_like(d_product)
+        _require(row_weight.shape == (n_rows,))
+    _require(d_product.shape == gate.shape)
+    d_halves = d_inner, d_inner[..., inner:], 2 * inner
+    _run(
+        "run_gate_backward",
+        *(*d_halves, d_weight, product, d_product, gates, ups, step, row_weight, n_rows, inner, *_how(gate)),
+    )
+    return d_inner, d_weight, product
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x as a table of rows whose numbers are adjacent. The rows may be apart."""
+    rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _pair(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return two tensors of one shape as tables, and the numbers from a row to the next in both."""
+    _require(gate.shape == up.shape)
+    gates, ups = _rows(gate), _rows(up)
+    if gates.stride(0) != ups.stride(0):
+        gates, ups = gates.contiguous(), ups.contiguous()
+    return gates, ups, gates.stride(0)
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+def _how(x: Tensor) -> tuple[int, int]:
+    return DTYPE_CODES[x.dtype], torch.get_num_threads()
+
+
+def _require(fits: bool) -> None:
+    if not fits:
+        raise ValueError("the tensors of a compiled training step do not fit each other")
+
+
+def _run(name: str, *arguments) -> None:
+    values = (address(value) if value is None or isinstance(value, Tensor) else value for value in arguments)
+    match getattr(build.library("training"), name)(*values):
+        case 1:
+            raise MemoryError("no memory for a compiled training step")
+        case 2:
+            raise IndexError("a label is no token of the vocabulary")
+        case 3:
+            _require(False)

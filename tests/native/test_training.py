@@ -1,0 +1,310 @@
+"""Compares the compiled parts of a training step with their twins in PyTorch, for the vectors of several machines."""
+
+import ctypes
+import itertools
+
+import levels
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moonwhale.model import kernels
+from moonwhale.model.gated import gated, gated_rows, gated_rows_backward
+from moonwhale.model.loss import linear_cross_entropy
+from moonwhale.model.moe import MLP
+from moonwhale.model.norm import RMSNorm
+from moonwhale.native import build, training
+from moonwhale.optim.muonclip import MuonClip, param_groups
+
+MUTANTS = {
+    "rms without eps": ("training.h", "sum(square) / columns + eps", "sum(square) / columns"),
+    "the norm's gradient ignores the rms": ("training.h", "sum(along) / columns", "0.0f"),
+    "chunks of rows overlap": ("training.h", "rows * (chunk + 1) / chunks", "rows"),
+    "exp of a wrong remainder": ("training.h", "whole * 2.12194440e-4f", "whole * 0.0f"),
+    "a logit after the last vector is lost": ("training.h", "std::max(peak, largest[lane])", "peak"),
+    "no gradient at the label": ("training.h", "power - total[r]", "power"),
+    "the gate's derivative": ("training.h", "x * (1.0f - share)", "x"),
+    "row weights are ignored": ("training.h", "d *= scale", "d *= 1.0f"),
+}
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1), (1, 16), (3, 5), (64, 32), (67, 48), (130, 33)]
+
+
+@pytest.fixture(params=levels.LEVELS)
+def library(request, tmp_path_factory, monkeypatch) -> ctypes.CDLL:
+    """Each test with this fixture runs at each level. At this machine's, it takes the steps that users run."""
+    compiled = levels.library("training", MUTANTS, request.param, tmp_path_factory.getbasetemp())
+    assert training.use_kernels(torch.device("cpu"))
+    if request.param != "this machine":
+        monkeypatch.setattr(build, "library", lambda name: compiled)
+    return compiled
+
+
+def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def norm(x, weight, d_out):
+    """Return RMSNorm of x, and the gradients of x and of the weight."""
+    module = RMSNorm(len(weight), eps=0.1)
+    module.weight, x = nn.Parameter(weight), x.detach().requires_grad_()
+    out = module(x)
+    out.backward(d_out)
+    return out.detach(), x.grad, module.weight.grad
+
+
+def cross_entropy(hidden, head, labels):
+    """Return the weighted loss, each row's, whether it was correct, and the gradients."""
+    hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+    loss, nll, correct = linear_cross_entropy(hidden, head, labels, torch.linspace(0.5, 1, len(labels)))
+    loss.backward()
+    return loss.detach(), nll, correct, hidden.grad, head.grad
+
+
+def gate(x, up, d_product):
+    x, up = x.detach().requires_grad_(), up.detach().requires_grad_()
+    product = gated(x, up)
+    product.backward(d_product)
+    return product.detach(), x.grad, up.grad
+
+
+def gate_rows(inner, weight, d_product):
+    product, kept = gated_rows(inner, weight)
+    return product, *gated_rows_backward(d_product.clone(), weight, kept)
+
+
+def in_pytorch(run, *inputs):
+    """Return what `run` computes without kernels, in fp32 whatever the inputs' dtype."""
+    compiled, kernels.compiled = kernels.compiled, None
+    try:
+        return run(*(x.float() if x.is_floating_point() else x for x in inputs))
+    finally:
+        kernels.compiled = compiled
+
+
+def assert_equal_to_rounding(run, *inputs):
+    assert kernels.compiled_for(inputs[0])
+    for some, exact in zip(run(*inputs), in_pytorch(run, *inputs), strict=True):
+        near = 2e-2 if torch.bfloat16 in (some.dtype, inputs[0].dtype) else 2e-6
+        if exact.dtype is torch.bool:
+            assert torch.equal(some, exact)
+        else:
+            assert (some.float() - exact).norm() <= near * exact.norm() + 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+def test_norm(library, dtype, weight_dtype):
+    for seed, (rows, size) in enumerate(SHAPES):
+        x, d_out = normal(rows, size, dtype=dtype, seed=seed), normal(rows, size, dtype=dtype, seed=seed + 50)
+        assert_equal_to_rounding(norm, x, normal(size, dtype=weight_dtype, seed=9), d_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_apart_and_numbers_that_are(library, dtype):
+    wide = normal(6, 7, 40, dtype=dtype)
+    views = (
+        wide[..., 5:25],
+        wide.transpose(0, 1)[..., :20],
+        wide[:, :3, ::2],
+        normal(20, 9, dtype=dtype).T,
+        normal(20, dtype=dtype),
+        normal(20, dtype=dtype).expand(5, 20),
+        normal(3, 1, dtype=dtype).expand(3, 20),
+    )
+    weight = normal(20)
+    for x in views:
+        for d_out in (normal(*x.shape, 2, dtype=dtype)[..., 1], torch.ones((), dtype=dtype).expand_as(x)):
+            assert_equal_to_rounding(norm, x, weight, d_out)
+            assert_equal_to_rounding(gate, x, x.flip(0), d_out)
+            assert_equal_to_rounding(gate, x, x, d_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [2, 16, 45, 200])
+def test_cross_entropy(library, dtype, vocabulary):
+    labels = torch.arange(50) * 7 % vocabulary
+    labels[::3] = -100
+    for scale in (0.3, 1.0):
+        head = normal(vocabulary, 12, dtype=dtype, seed=1, scale=scale)
+        assert_equal_to_rounding(cross_entropy, normal(50, 12, dtype=dtype), head, labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_every_size(library, dtype):
+    """Σ exp, cross-entropy and gradient equal those in fp64, the label being anywhere, also with the largest logit."""
+    for vocabulary, spread in itertools.product((1, 8, 37, 64), (0.0, 1.0, 80.0, 3e4)):
+        logits = normal(2 * vocabulary, vocabulary, dtype=dtype, scale=spread)
+        labels = torch.arange(2 * vocabulary) % vocabulary
+        exact = logits.double()
+        powers = (exact - exact.amax(1, keepdim=True)).exp()
+        want = powers.sum(1, keepdim=True)
+        d_logits = powers.scatter_add(1, labels[:, None], -want)
+        total, nll, correct = training.score(logits, labels, True)
+        torch.testing.assert_close(total.double(), want, rtol=1e-6, atol=0)
+        want = nn.functional.cross_entropy(exact, labels, reduction="none")
+        torch.testing.assert_close(nll.double(), want, rtol=1e-6, atol=2e-6)
+        assert torch.equal(correct, exact.gather(1, labels[:, None])[:, 0] == exact.amax(1))
+        near = 2**-8 if dtype is torch.bfloat16 else 2e-6
+        torch.testing.assert_close(logits.double(), d_logits, rtol=near, atol=1e-6)
+
+
+def test_exponentials_are_exact_to_two_units(library):
+    x = torch.cat([torch.linspace(-87, 0, 4000), torch.linspace(-1e-3, 0, 96)])
+    logits = torch.stack([torch.zeros_like(x), x], dim=1)
+    total, _, _ = training.score(logits, torch.zeros(len(x), dtype=torch.long), True)
+    exact = x.double().exp()
+    assert ((logits[:, 1].double() - exact).abs() <= 2 * 2.0**-24 * 2 * exact).all()
+    torch.testing.assert_close(total[:, 0].double(), 1 + exact, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates(library, dtype):
+    for seed, (rows, size) in enumerate(SHAPES):
+        x, up = (normal(rows, size, dtype=dtype, seed=seed + i, scale=3.0) for i in range(2))
+        d_product, weight = normal(rows, size, dtype=dtype, seed=9), normal(rows, seed=8)
+        weight[0] = 0
+        assert_equal_to_rounding(gate, x, up, d_product)
+        assert_equal_to_rounding(gate_rows, torch.cat([x, up], 1), weight, d_product)
+    far = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30], dtype=dtype)
+    assert_equal_to_rounding(gate, far, torch.ones_like(far), torch.ones_like(far))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_kept(library, dtype):
+    for bad in (torch.nan, torch.inf):
+        x = normal(4, 19, dtype=dtype)
+        x[1, 17] = x[2, 3] = bad
+        broken = x.isfinite().logical_not().any(1)
+        assert torch.equal(norm(x, torch.ones(19), torch.ones_like(x))[1].isfinite().logical_not().any(1), broken)
+        total, nll, correct = training.score(x.clone(), torch.tensor([0, 17, 0, 1]), True)
+        assert torch.equal(nll.isfinite(), ~broken) and torch.equal(total[:, 0].isfinite(), ~broken)
+        assert not correct[broken].any()
+        assert not gate(x, x, torch.ones_like(x))[0].isfinite()[broken].all(1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(library, dtype):
+    x, labels = normal(131, 50, dtype=dtype), torch.arange(131) % 50
+    runs = [
+        lambda: norm(x, normal(50), x),
+        lambda: training.score(x.clone(), labels, True),
+        lambda: gate_rows(x, normal(131), x[:, :25].contiguous()),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        for run in runs:
+            torch.set_num_threads(1)
+            alone = run()
+            for count in (2, 3, 5):
+                torch.set_num_threads(count)
+                assert all(map(torch.equal, run(), alone))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("number", range(1, 1 + len(MUTANTS)), ids=MUTANTS)
+def test_mutants_are_caught(library, monkeypatch, number):
+    monkeypatch.setattr(build, "library", lambda name: library)
+    x, labels = normal(131, 45, scale=0.5), torch.arange(131) % 45
+
+    def check():
+        assert_equal_to_rounding(norm, x, normal(45), normal(131, 45, seed=1))
+        assert_equal_to_rounding(gate, x, normal(131, 45, seed=2), normal(131, 45, seed=1))
+        assert_equal_to_rounding(gate_rows, torch.cat([x, x], 1), normal(131, seed=2), normal(131, 45, seed=1))
+        assert_equal_to_rounding(cross_entropy, x, normal(45, 45, seed=1, scale=2.0), labels)
+
+    check()
+    chosen = ctypes.c_int.in_dll(library, "mutant")
+    chosen.value = number
+    try:
+        with pytest.raises(AssertionError):
+            check()
+    finally:
+        chosen.value = 0
+
+
+def use_kernels():
+    if not training.use_kernels(torch.device("cpu")):
+        pytest.skip(build.unavailable_reason("training"))
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    use_kernels()
+    x = normal(4, 8)
+    for call in (
+        lambda: training.norm(x, torch.ones(7), 1e-6),
+        lambda: training.norm_backward(x[:3], x, torch.ones(8), torch.ones(4, 1)),
+        lambda: training.norm_backward(x, x, torch.ones(8), torch.ones(3, 1)),
+        lambda: training.score(x[:, ::2], torch.zeros(4), True),
+        lambda: training.score(x, torch.zeros(5), True),
+        lambda: training.gate(x, x[:, :7]),
+        lambda: training.gate(x, x, torch.ones(5)),
+        lambda: training.gate_backward(x[:, :7], x, x),
+    ):
+        with pytest.raises(ValueError, match="do not fit each other"):
+            call()
+    for label in (-1, 8, 2**40):
+        before = x.clone()
+        with pytest.raises(IndexError, match="no token of the vocabulary"):
+            training.score(x, torch.tensor([0, 1, 2, label]), True)
+        assert torch.equal(x, before)
+
+
+def test_what_the_kernels_cannot_compute_is_left_to_pytorch():
+    use_kernels()
+    x = normal(4, 8)
+    assert kernels.compiled_for(x, nn.Parameter(x)) is training
+    others = [x.double(), x.half(), x.long(), x.to("meta"), x[:0], x.as_subclass(type("Own", (torch.Tensor,), {}))]
+    with FakeTensorMode() as mode:
+        others.append(mode.from_tensor(x))
+    for other in others:
+        assert kernels.compiled_for(other) is None
+    assert kernels.compiled_for(x, x.bfloat16()) is None
+    module = RMSNorm(8)
+    traced = torch.jit.trace(module, x)
+    torch.testing.assert_close(traced(x + 1), module(x + 1))
+    assert torch.autograd.gradcheck(module.double(), x.double().requires_grad_())
+
+
+def test_kernels_are_for_a_cpu(monkeypatch):
+    assert not training.use_kernels(torch.device("cuda")) and not training.use_kernels(torch.device("mps"))
+    monkeypatch.setattr(build, "available", lambda name: False)
+    assert not training.use_kernels(torch.device("cpu")) and kernels.compiled is None
+
+
+def test_compiled_graphs_do_not_call_the_kernels(tiny_config, monkeypatch):
+    use_kernels()
+    module = nn.Sequential(RMSNorm(32), MLP(tiny_config(), 16))
+    x = normal(5, 32)
+    eager = module(x)
+    for name in ("norm", "norm_backward", "gate", "gate_backward"):
+        monkeypatch.setattr(training, name, None)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    out = compiled(x)
+    torch.testing.assert_close(out, eager)
+    out.sum().backward()
+
+
+def test_a_model_trains_the_same_with_and_without(tiny_model):
+    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(0))
+
+    def train():
+        model = tiny_model(num_nextn_predict_layers=1, moba_block_size=8, moba_topk=2).train()
+        optimizer, losses, norms = MuonClip(param_groups(model, lr=0.01)), [], []
+        for _ in range(4):
+            loss = model(tokens, labels=tokens).loss
+            loss.backward()
+            losses.append(loss.detach())
+            norms += [p.grad.norm() for p in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(losses), torch.stack(norms[: len(norms) // 4])
+
+    plain = train()
+    use_kernels()
+    once, again = train(), train()
+    assert all(map(torch.equal, once, again))
+    torch.testing.assert_close(once[0], plain[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(once[1], plain[1], rtol=1e-5, atol=1e-6)
