@@ -189,17 +189,17 @@ def run_random_training(draw: random.Random) -> None:
     for row_weight in (None, torch.randn(rows)):
         training.gate_backward(training.gate(x, up, row_weight), x, up, row_weight)
 
-    spare = torch.zeros(1 << 12).data_ptr()
+    spare = torch.zeros(1 << 12)
     for name, kinds in build.ARGUMENTS["training"].items():
         function = getattr(build.library("training"), name)
         pointer = [kind is ctypes.c_void_p for kind in kinds]
-        good = [spare if is_pointer else 1 for is_pointer in pointer]
+        good = [spare.data_ptr() if is_pointer else 1 for is_pointer in pointer]
         optional = {"run_gate": {4}, "run_gate_backward": {3, 4, 9}}.get(name, set())
         for i, kind in enumerate(kinds):
             if pointer[i]:
                 refused = [None] if i not in optional else []
             else:
-                refused = [] if kind is ctypes.c_float or (i == 5 and name == "run_score") else [-1, 2**62]
+                refused = [] if kind is ctypes.c_float or (i == 7 and name == "run_score") else [-1, 2**62]
             for value in refused:
                 assert function(*good[:i], value, *good[i + 1 :]) in (2, 3)
 
