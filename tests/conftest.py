@@ -145,6 +145,7 @@ def small_model(small_tokenizer, draw):
         moba_topk=2,
         moba_full_attention_layers=[1],
         moba_key_conv=3,
+        embedding_conv=2,
         n_routed_experts=4,
         moe_intermediate_size=16,
         num_nextn_predict_layers=1,

@@ -25,21 +25,21 @@ class ModelSize:
 
 def model_size(config) -> ModelSize:
     """Counts the parameters and the cache bytes of a configuration."""
-    vocabulary = config.vocab_size * config.hidden_size
+    vocabulary, embedding = config.vocab_size * config.hidden_size, _embedding(config)
     head = 0 if config.tie_word_embeddings else vocabulary
     main_blocks = range(config.num_hidden_layers)
     blocks = range(config.num_blocks)
     last = main_blocks[-1]
     modules = config.num_nextn_predict_layers
     mtp_inputs = modules * (_eh_proj(config) + _mtp_norms(config))
-    parameters = vocabulary + head + config.hidden_size + mtp_inputs + sum(_block(config, i) for i in blocks)
+    parameters = embedding + head + config.hidden_size + mtp_inputs + sum(_block(config, i) for i in blocks)
     heads, width = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
     return ModelSize(
         parameters=parameters,
         active_parameters=parameters - sum(_inactive_experts(config, i) for i in blocks),
         parameters_per_block=_block(config, last),
         active_parameters_per_block=_block(config, last) - _inactive_experts(config, last),
-        embedding=vocabulary,
+        embedding=embedding,
         head=head,
         mtp=mtp_inputs + sum(_block(config, i) for i in blocks[len(main_blocks) :]),
         matrices=modules * _eh_proj(config) + sum(_matrices(config, i) for i in blocks),
@@ -110,7 +110,7 @@ def part_sizes(config) -> PartSizes:
         routed_experts=tuple(0 if _is_dense(config, i) else routed for i in blocks),
         matrices=tuple(_matrices(config, i) for i in blocks),
         saved_activations=tuple(_saved_activations(config, i) for i in blocks),
-        embedding=config.vocab_size * config.hidden_size,
+        embedding=_embedding(config),
         eh_proj=_eh_proj(config),
         mtp_norms=_mtp_norms(config),
     )
@@ -152,6 +152,11 @@ def inference_bytes(config, tokens: int) -> dict[str, int]:
     """Returns the memory of generation in bf16 with `tokens` tokens in the cache."""
     size = model_size(config)
     return {"weights": 2 * size.parameters, "cache": tokens * size.kv_cache_bytes_per_token}
+
+
+def _embedding(config) -> int:
+    """Parameters of the embedding and its convolution."""
+    return (config.vocab_size + config.embedding_conv) * config.hidden_size
 
 
 def _is_dense(config, layer: int) -> bool:

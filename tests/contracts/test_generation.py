@@ -31,6 +31,7 @@ MASK[1, :4] = 0
 BATCH = {"input_ids": IDS.masked_fill(MASK == 0, 0), "attention_mask": MASK}
 ALONE = {"input_ids": IDS[:1].repeat(1, 2), "attention_mask": torch.ones(1, 18, dtype=torch.long)}
 EXTENSIONS = {"num_nextn_predict_layers": 2, "moba_topk": 2, "moba_block_size": 4, "moba_key_conv": 3}
+EXTENSIONS |= {"embedding_conv": 2}
 
 MODES = {
     "greedy": {},

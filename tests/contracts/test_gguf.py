@@ -186,6 +186,7 @@ def test_what_is_lost_is_reported(exported):
     ("overrides", "why"),
     [
         ({"moba_key_conv": 3}, "moba_key_conv"),
+        ({"embedding_conv": 2}, "embedding_conv"),
         ({"attention_bias": True}, "attention_bias"),
         ({"n_shared_experts": 0}, "n_shared_experts"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "type linear"),

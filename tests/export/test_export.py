@@ -149,6 +149,7 @@ def test_bf16_keeps_the_router_bias(checkpoint, tmp_path, capsys):
     ("overrides", "options", "why"),
     [
         ({"moba_key_conv": 3}, [], "moba_key_conv"),
+        ({"embedding_conv": 2}, [], "embedding_conv"),
         ({"scoring_func": "softmax"}, [], "sigmoid, not softmax"),
         ({}, ["--to", "moonwhale"], "model of type 'moonwhale', not 'deepseek_v3'"),
         ({}, ["--to", "onnx"], "deepseek"),

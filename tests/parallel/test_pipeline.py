@@ -34,6 +34,7 @@ MODEL = {
     "moba_topk": 2,
     "moba_full_attention_layers": [1],
     "num_nextn_predict_layers": 2,
+    "embedding_conv": 2,
     "mtp_num_blocks": [1, 2],
     "aux_loss_alpha": 0.05,
     "bias_update_speed": 0.02,

@@ -155,13 +155,14 @@ def without_moba(folder: Path, config: MoonwhaleConfig, blocks: int) -> list[str
     """Returns a warning if full attention in the first `blocks` blocks changes the model, else an empty list.
 
     Raises:
-        UserError: the model has a convolution on keys, which full attention lacks at any length.
+        UserError: the model has a convolution, which DeepSeek-V3 lacks at any length.
     """
-    if config.moba_key_conv:
-        raise UserError(
-            f"{folder}: DeepSeek-V3's format has no convolution on keys (moba_key_conv is set): "
-            "export it with `to` code"
-        )
+    for field, place in (("moba_key_conv", "keys"), ("embedding_conv", "embeddings")):
+        if getattr(config, field):
+            raise UserError(
+                f"{folder}: DeepSeek-V3's format has no convolution on {place} ({field} is set): "
+                "export it with `to` code"
+            )
     covered = config.moba_topk * config.moba_block_size
     if covered >= config.max_position_embeddings or not any(map(config.is_moba_layer, range(blocks))):
         return []

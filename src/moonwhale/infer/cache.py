@@ -15,6 +15,7 @@ class LatentCache:
     values[i] is the same tensor, whose first `rank` numbers are the values. With convolved keys (`moba_key_conv`) it is
         a tensor (slots, length, rank) of its own.
     means[i] (slots, blocks, rank + rope) fp32 holds the mean entry of each full MoBA block, or is None without MoBA.
+    tokens (slots, length) int64 holds the tokens' ids if the model convolves embeddings, or is None.
 
     Entries beyond a sequence's length are undefined. The reader has to know the length.
     """
@@ -33,13 +34,14 @@ class LatentCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.means: list[Tensor | None] = []
+        self.tokens: Tensor | None = None
         self.resize(0, 0)
 
     @cached_property
     def bytes_per_token(self) -> float:
         """Bytes for each token of one sequence, over all blocks that run."""
         config, number = self.config, torch.empty((), dtype=self.dtype).element_size()
-        width, total = config.kv_cache_numbers_per_token, 0.0
+        width, total = config.kv_cache_numbers_per_token, 8.0 if config.embedding_conv else 0.0
         for i in self.layers:
             total += (width + (config.kv_lora_rank if config.moba_key_conv else 0)) * number
             total += width * 4 / config.moba_block_size if config.is_moba_layer(i) else 0
@@ -48,7 +50,7 @@ class LatentCache:
     @property
     def bytes(self) -> int:
         """Bytes that are allocated now."""
-        tensors = [*self.keys, *(t for t in (*self.values, *self.means) if t is not None)]
+        tensors = [t for t in (*self.keys, *self.values, *self.means, self.tokens) if t is not None]
         return sum({id(t): t.nbytes for t in tensors}.values())
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -71,15 +73,20 @@ class LatentCache:
         keys = [zeros(slots, length, width) for _ in layers]
         values = [zeros(slots, length, config.kv_lora_rank) for _ in layers] if config.moba_key_conv else keys.copy()
         means = [zeros(slots, blocks, width, dtype=torch.float32) if config.is_moba_layer(i) else None for i in layers]
-        for new_tensors, old_tensors in zip((keys, values, means), (self.keys, self.values, self.means), strict=True):
+        tokens = zeros(slots, length, dtype=torch.int64) if config.embedding_conv else None
+        new_lists, old_lists = (keys, values, means, [tokens]), (self.keys, self.values, self.means, [self.tokens])
+        for new_tensors, old_tensors in zip(new_lists, old_lists, strict=True):
             for new, before in zip(new_tensors, old_tensors, strict=False):
-                if new is not None:
+                if new is not None and before is not None:
                     n = min(new.shape[1], before.shape[1])
                     new[:kept, :n] = before[:kept, :n]
         self.slots, self.length, self.keys, self.values, self.means = slots, length, keys, values, means
+        self.tokens = tokens
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of slot `source` to slot `target`."""
+        if self.tokens is not None:
+            self.tokens[target, :length] = self.tokens[source, :length]
         for i, keys in enumerate(self.keys):
             keys[target, :length] = keys[source, :length]
             if self.values[i] is not keys:

@@ -60,6 +60,7 @@ class Decoder:
         self.config = model.config
         self.block_size = model.config.moba_block_size
         self.embedding = body.embed_tokens.weight
+        self.conv = None if body.embed_conv is None else body.embed_conv.weight[:, 0].T  # (taps, hidden), newest last
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         n_positions = self.config.max_position_embeddings + 2 * len(body.mtp_modules) + 1  # drafts exceed the context
         positions = torch.arange(n_positions, device=self.device)[None]
@@ -81,7 +82,7 @@ class Decoder:
 
     def run(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Return normed hidden states (B, Q, hidden) of new tokens (B, Q), and write their entries into the cache."""
-        return self._step(self._main_blocks, (F.embedding(tokens, self.embedding),), cache, placement)
+        return self._step(self._main_blocks, (self._embed(tokens, cache, placement),), cache, placement)
 
     def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Run MTP module `depth` (from 1) of the chain. Return normed hidden states (B, Q, hidden) for `draft_head`.
@@ -90,6 +91,20 @@ class Decoder:
         `depth` positions after each position.
         """
         return self._step(self.modules[depth - 1], (hidden, F.embedding(ahead, self.embedding)), cache, placement)
+
+    def _embed(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+        """Return the first block's input (B, Q, hidden), as `MoonwhaleModel.convolve` does."""
+        x = F.embedding(tokens, self.embedding)
+        if self.conv is None:
+            return x
+        known = cache.tokens.flatten()
+        known.index_copy_(0, placement.entry_index, tokens.flatten())
+        mixed = x * self.conv[-1]
+        for back in range(1, len(self.conv)):
+            earlier = known[(placement.entry_index - back).clamp(min=0)].view_as(tokens)
+            inside = (placement.positions >= back).unsqueeze(-1)
+            mixed = mixed + torch.where(inside, F.embedding(earlier, self.embedding), 0.0) * self.conv[-1 - back]
+        return x + mixed
 
     def _step(
         self, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, placement: Placement

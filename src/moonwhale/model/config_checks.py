@@ -41,6 +41,7 @@ RANGES = {  # the least and the largest value; other combinations are checked by
     "rms_norm_eps": (1e-30, 1),  # in fp32, less would be no protection against a division by zero
     "initializer_range": (0, 10),
     "embedding_initializer_range": (0, 10),
+    "embedding_conv": (0, 1024),
     "num_attention_heads": (1, DEEPEST),
     "num_key_value_heads": (1, DEEPEST),
     "q_lora_rank": (1, WIDEST),

@@ -25,6 +25,7 @@ class ConfigFields:
     hidden_act: str = described("silu", "activation of the gated networks; silu only")
     initializer_range: float = described(0.02, "standard deviation of the initial weights")
     embedding_initializer_range: float | None = described(None, "that of the embedding; null: initializer_range")
+    embedding_conv: int = described(0, "width of the causal convolution on embeddings (arXiv 2512.17351); 0 = off")
     zero_init_residual: bool = described(True, "start at zero the weights that write into the residual stream")
     tie_word_embeddings: bool = described(False, "use the embedding's weight as the output head's")
     use_cache: bool = described(True, "keep a cache in transformers' generate")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING_BETWEEN_TOKENS = (
-    "attention_mask has padding between tokens, which moba_key_conv cannot skip: pad at the left, "
+    "attention_mask has padding between tokens, which a convolution cannot skip: pad at the left, "
     "or let position_ids restart at 0 after it"
 )
 
@@ -139,7 +139,7 @@ class Documents:
         return self.ranks is not self.positions
 
     def check_unbroken(self) -> None:
-        """Check that no padding interrupts a document. MoBA's key convolution reads the tokens before by their index.
+        """Check that no padding interrupts a document. A convolution reads the tokens before by their index.
 
         Raises:
             ValueError: it does. On CUDA this is a device-side assertion.

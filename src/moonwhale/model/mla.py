@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from .configuration_moonwhale import MoonwhaleConfig
+from .convolution import depthwise_convolution
 from .core import Attention, attend_to_documents, described, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .moba import moba_gates
@@ -185,12 +186,8 @@ class MultiheadLatentAttention(Attention):
         Values are computed from the plain latent. The cache holds the plain latent too, so this is recomputed when the
         cache is read.
         """
-        c, mixed = latent.squeeze(1), 0.0  # (B, T, rank)
-        for back in range(self.key_conv.shape[-1]):
-            tap = F.pad(c, (0, 0, back, 0))[:, : c.shape[1]]
-            inside = (documents.positions >= back).unsqueeze(-1)
-            mixed = mixed + torch.where(inside, tap, 0.0) * self.key_conv[:, 0, -1 - back].to(c.dtype)
-        return (c + F.silu(mixed)).unsqueeze(1)
+        c = latent.squeeze(1)  # (B, T, rank)
+        return (c + F.silu(depthwise_convolution(c, self.key_conv, documents.positions))).unsqueeze(1)
 
     @torch.no_grad()
     def clip_qk_(self, tau: float) -> Tensor:

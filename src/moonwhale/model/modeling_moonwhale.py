@@ -20,6 +20,7 @@ from .arguments import (
 )
 from .block import Block, BlockStatistics
 from .configuration_moonwhale import MoonwhaleConfig
+from .convolution import EmbeddingConvolution
 from .documents import Documents
 from .generation import MoonwhaleGenerationMixin
 from .loss import IGNORE_INDEX, linear_cross_entropy
@@ -36,6 +37,9 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
     def __init__(self, config: MoonwhaleConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_conv = (
+            EmbeddingConvolution(config.embedding_conv, config.hidden_size) if config.embedding_conv else None
+        )
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         for n_blocks in config.mtp_blocks:
             first = sum(1 + len(getattr(layer, "blocks", ())) for layer in self.layers)
@@ -114,7 +118,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             position_ids = documents.positions[:, past:]
         rotation = rotation_table(self.config, position_ids, x.dtype)
 
-        embeds, balance, hidden_states = x, x.new_zeros((), dtype=torch.float32), []
+        embeds, x = x, self.convolve(x, documents, past_key_values)
+        balance, hidden_states = x.new_zeros((), dtype=torch.float32), []
         attentions = [] if output_attentions else None
         for i, block in enumerate(self.main_blocks):
             hidden_states.append(x if i in chosen else None)
@@ -138,6 +143,14 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed tokens (B, T) as (B, T, hidden), in the precision of the blocks."""
         return _as_computed(self.embed_tokens(input_ids))
+
+    def convolve(self, embeds: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
+        """Return the first block's input (B, T, hidden): the embeddings, convolved if the model does so."""
+        if self.embed_conv is None:
+            return embeds
+        if cache is None:
+            return self.embed_conv(embeds, documents)
+        return self.embed_conv.continue_from(cache, self.config.num_hidden_layers, embeds, documents)
 
     def run(
         self,

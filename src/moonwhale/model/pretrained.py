@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_moonwhale import MoonwhaleConfig
+from .convolution import EmbeddingConvolution
 from .core import Attention
 from .moe import DeepseekMoE, Experts, Router
 
@@ -38,7 +39,9 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
-        if isinstance(module, Router):
+        if isinstance(module, EmbeddingConvolution):
+            init.zeros_(module.weight)
+        elif isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):

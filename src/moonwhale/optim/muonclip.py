@@ -209,16 +209,16 @@ def param_groups(
     """Sort a model's trainable parameters into MuonClip's groups, each parameter into exactly one group.
 
     Muon gets every 2-D weight except embeddings and the head (the router too, as in Moonlight), and the 3-D stacks of a
-    module named `experts`, where a fused `gate_up_proj` counts as two matrices. AdamW gets all others. Embeddings and
-    1-D parameters have no weight decay. With `muon=False` AdamW gets Muon's weights too.
+    module named `experts`, where a fused `gate_up_proj` counts as two matrices. AdamW gets all others. Embeddings,
+    their convolution and 1-D parameters have no weight decay. With `muon=False` AdamW gets Muon's weights too.
 
-    The rate of embeddings is `embedding_lr` times `lr`. A token's row gets a gradient only where the token occurs, so
-    it takes larger steps than weights that every token moves; a short run depends on it.
+    The rate of embeddings and their convolution is `embedding_lr` times `lr`. A token's row gets a gradient only where
+    the token occurs, so it takes larger steps than weights that every token moves; a short run depends on it.
     """
     matrices, fused, adamw_decay, adamw_plain, embeddings, seen = [], [], [], [], [], set()
     for module_name, module in model.named_modules():
         leaf = module_name.rpartition(".")[2]
-        embedding, head = isinstance(module, nn.Embedding), leaf in ("lm_head", "head")
+        embedding, head = isinstance(module, nn.Embedding) or leaf == "embed_conv", leaf in ("lm_head", "head")
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad or p in seen:
                 continue

@@ -92,6 +92,8 @@ def prune_(model: MoonwhaleForCausalLM, specs: list[StageSpec]) -> None:
     last_reads_embedding = config.num_nextn_predict_layers or config.tie_word_embeddings
     if not (any(spec.is_first for spec in specs) or (has_last and last_reads_embedding)):
         body.embed_tokens = nn.Identity()
+    if not any(spec.is_first for spec in specs):
+        body.embed_conv = None
     if not has_last:
         body.norm, model.lm_head = nn.Identity(), nn.Identity()
 
@@ -137,7 +139,7 @@ class Stage(nn.Module):
         positions = documents.positions if position_ids is None else position_ids
         with torch.autocast(device_type, self.autocast) if self.autocast else nullcontext():
             if spec.is_first:
-                x = body.embed(input_ids)
+                x = body.convolve(body.embed(input_ids), documents)
                 balance = x.new_zeros((), dtype=torch.float32)
             else:
                 x, balance = previous
