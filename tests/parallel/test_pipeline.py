@@ -34,7 +34,6 @@ MODEL = {
     "moba_topk": 2,
     "moba_full_attention_layers": [1],
     "num_nextn_predict_layers": 2,
-    "embedding_conv": 2,
     "mtp_num_blocks": [1, 2],
     "aux_loss_alpha": 0.05,
     "bias_update_speed": 0.02,
@@ -110,18 +109,19 @@ def largest_error(seen: list[list[dict]], expected: list[dict]) -> dict[str, flo
 
 
 DEEP = {"num_hidden_layers": 8, "mtp_num_blocks": 1, "num_nextn_predict_layers": 1}  # for 8 stages
+TIED = {"tie_word_embeddings": True, "embedding_conv": 2}
 CASES = {
     "dualpipev": {"schedule": "dualpipev"},
-    "dualpipev, tied": {"schedule": "dualpipev", "tie_word_embeddings": True},
+    "dualpipev, tied and convolved": {"schedule": "dualpipev", **TIED},
     "dualpipev, no MTP": {"schedule": "dualpipev", "num_nextn_predict_layers": 0, "mtp_num_blocks": 1},
     "dualpipev, whole backward": {"schedule": "dualpipev", "whole": True},
     "dualpipe": {"schedule": "dualpipe"},
-    "dualpipe, tied": {"schedule": "dualpipe", "tie_word_embeddings": True},
+    "dualpipe, tied and convolved": {"schedule": "dualpipe", **TIED},
     "zerobubble": {"schedule": "zerobubble"},
     "1f1b": {"schedule": "1f1b"},
-    "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True},
+    "1f1b, tied and convolved": {"schedule": "1f1b", **TIED},
     "fsdp": {"schedule": "1f1b", "pp": 1, "fsdp": True},
-    "fsdp, tied": {"schedule": "1f1b", "pp": 1, "fsdp": True, "tie_word_embeddings": True},
+    "fsdp, tied and convolved": {"schedule": "1f1b", "pp": 1, "fsdp": True, **TIED},
     "fsdp of mirrored ranks": {"schedule": "dualpipe", "fsdp": True},
     "fsdp, six steps": {"schedule": "1f1b", "pp": 1, "fsdp": True, "steps": 6},
     "dualpipev, six steps": {"schedule": "dualpipev", "steps": 6},
@@ -130,15 +130,15 @@ CASES = {
 }
 EXPERT_PARALLEL = {  # one stage on every rank; the experts are sharded
     "ep 2": {"schedule": "1f1b", "pp": 1, "ep": 2},
-    "ep 2, tied": {"schedule": "1f1b", "pp": 1, "ep": 2, "tie_word_embeddings": True},
+    "ep 2, tied and convolved": {"schedule": "1f1b", "pp": 1, "ep": 2, **TIED},
     "ep 2, a rank without tokens": {"schedule": "1f1b", "pp": 1, "ep": 2, "shut": 3},
     "ep 2, six steps": {"schedule": "1f1b", "pp": 1, "ep": 2, "steps": 6},
 }
 EXPERT_PARALLEL_ON_FOUR = {
     "ep 2, twice": {"schedule": "1f1b", "pp": 1, "ep": 2},
-    "ep 2, twice, tied": {"schedule": "1f1b", "pp": 1, "ep": 2, "tie_word_embeddings": True},
+    "ep 2, twice, tied and convolved": {"schedule": "1f1b", "pp": 1, "ep": 2, **TIED},
     "dualpipev, ep 2": {"schedule": "dualpipev", "pp": 2, "ep": 2},
-    "dualpipev, ep 2, tied": {"schedule": "dualpipev", "pp": 2, "ep": 2, "tie_word_embeddings": True},
+    "dualpipev, ep 2, tied and convolved": {"schedule": "dualpipev", "pp": 2, "ep": 2, **TIED},
     "dualpipe, ep 2": {"schedule": "dualpipe", "pp": 2, "ep": 2, "shut": 3},
     "zerobubble, ep 2": {"schedule": "zerobubble", "pp": 2, "ep": 2},
 }
@@ -158,13 +158,13 @@ WRONG_RETURN = {"ep 2, home": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "
 MUTANTS_ON_FOUR = {"experts": {"schedule": "1f1b", "pp": 1, "ep": 2, "mutant": "experts"}}
 ON_FOUR = {
     "dualpipev": {"schedule": "dualpipev", **DEEP},
-    "dualpipev, tied": {"schedule": "dualpipev", "tie_word_embeddings": True, **DEEP},
+    "dualpipev, tied and convolved": {"schedule": "dualpipev", **TIED, **DEEP},
     "dualpipe": {"schedule": "dualpipe", **DEEP},
-    "dualpipe, tied": {"schedule": "dualpipe", "tie_word_embeddings": True, **DEEP},
-    "1f1b, tied": {"schedule": "1f1b", "tie_word_embeddings": True, **DEEP},
+    "dualpipe, tied and convolved": {"schedule": "dualpipe", **TIED, **DEEP},
+    "1f1b, tied and convolved": {"schedule": "1f1b", **TIED, **DEEP},
     "two pipelines": {"schedule": "dualpipev", "pp": 2},
     "two pipelines, fsdp": {"schedule": "dualpipev", "pp": 2, "fsdp": True},
-    "two pipelines, fsdp, tied": {"schedule": "1f1b", "pp": 2, "fsdp": True, "tie_word_embeddings": True},
+    "two pipelines, fsdp, tied and convolved": {"schedule": "1f1b", "pp": 2, "fsdp": True, **TIED},
 }
 
 
