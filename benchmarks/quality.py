@@ -87,7 +87,6 @@ RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the tim
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "qk_clip_tau": 100.0,
-    "mtp_loss_weight_final": 0.3,
     **FAST.train,
 }
 OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
@@ -249,10 +248,8 @@ def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = R
         momentum = low + (high - low) * min(1.0, progress / recipe["momentum_warmup"])
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group |= {"lr": peak * factor, "momentum": momentum}
-        decaying = progress > 1 - recipe["decay"]
-        net.mtp_loss_weight = recipe["mtp_loss_weight_final"] if decaying else net.config.mtp_loss_weight
-        if progress < recipe["mtp_start"]:
-            net.mtp_loss_weight = 0.0  # the modules are not run
+        # With a weight of 0 the modules are not run.
+        net.mtp_loss_weight = net.config.mtp_loss_weight if progress >= recipe["mtp_start"] else 0.0
         with _autocast():
             out = net(tokens, labels=tokens)
         _descend(net, optimizer, out.loss, recipe["grad_clip"])

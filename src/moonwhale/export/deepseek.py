@@ -161,7 +161,7 @@ def without_moba(folder: Path, config: MoonwhaleConfig, blocks: int) -> list[str
         if getattr(config, field):
             raise UserError(
                 f"{folder}: DeepSeek-V3's format has no convolution on {place} ({field} is set): "
-                "export it with `to` code"
+                f"train with `model.{field}` 0, or export it with `to` code"
             )
     covered = config.moba_topk * config.moba_block_size
     if covered >= config.max_position_embeddings or not any(map(config.is_moba_layer, range(blocks))):
