@@ -81,7 +81,13 @@ def main() -> None:
         "steps": 1,
         "warmup_steps": 0,
     }
-    train = common | {"data": "text", "context": 32, "tokens_per_step": 64, "eval_rows": 2, "model": TOY}
+    train = common | {
+        "data": "text",
+        "context": 32,
+        "tokens_per_step": 64,
+        "eval_rows": 2,
+        "model": TOY | {"embedding_conv": 0},
+    }
     sft = common | {"data": "task:task.jsonl", "context": 32}
     grpo = common | {"task": "task.jsonl", "questions": 4, "group_size": 2, "questions_per_step": 1}
     grpo |= {"max_new_tokens": 4, "eval_questions": 1, "show_answers": 0}
