@@ -15,10 +15,10 @@ Keys of the answer (results/quality.json), most with one value per contender ("o
     why_no_nanochat: the reason if nanochat is missing.
     bits_per_byte, tuning_bits_per_byte: on the held-out text, and on the text that chooses learning rates.
     tokens, tokens_per_second, seconds, parameters, active_parameters: of the training run.
-    others, busiest: cores that other processes used, on average and in the busiest fiftieth of the run.
+    others, busiest: cores that other processes used, on average and in the busiest twelfth of the run.
     rates, finals: tuning_bits_per_byte of each learning rate, in the trials and after the whole time.
     recipes, models, text, context, vocabulary, train_tokens, held_out_tokens: the settings and the data.
-    curves: (seconds, tokens, training loss in bits per byte) at 50 points of each run.
+    curves: (seconds, tokens, bits per byte of some held-out rows) at 12 points of each run.
 """
 
 import argparse
@@ -102,7 +102,7 @@ NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies
 NANOCHAT_RATES = (4.0, 8.0, 16.0, 32.0)
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
 WARM_UP = (0.0, 0.5, 1.0)  # progress of the untimed steps: a schedule may change what is computed
-POINTS = 50  # points per training curve
+POINTS, POINT_ROWS = 12, 96  # points of a held-out curve, and the rows that are scored at each
 REPORTED = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
 REPORTED += ("active_parameters", "others", "busiest")
 
@@ -145,24 +145,24 @@ def _rows(stream: Tensor) -> Tensor:
     return stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
 
-def race(step: Callable[[int, float], Tensor], seconds: float) -> dict:
+def race(step: Callable[[int, float], Tensor], seconds: float, score: Callable[[], float]) -> dict:
     """Calls `step(number, share of the time that has passed)` for `seconds`, or until its loss is not finite.
 
     Returns:
         seconds, steps: the time and the number of the calls.
-        curve: (seconds, steps, mean loss) at each of POINTS points in time.
+        curve: (seconds, steps, `score()`) at each of POINTS points in time. Scoring does not count as time.
         others, busiest: cores that other processes used, on average, and at most between two of these points.
     """
-    spent, steps, losses, curve, disturbances, first = 0.0, 0, [], [], [], _cpu_seconds()
+    spent, steps, loss, curve, disturbances, first = 0.0, 0, 0.0, [], [], _cpu_seconds()
     last = first
-    while spent < seconds and math.isfinite(sum(losses)):
+    while spent < seconds and math.isfinite(loss):
         start = time.perf_counter()
-        losses.append(step(steps, spent / seconds).item())
+        loss = step(steps, spent / seconds).item()
         spent, steps = spent + time.perf_counter() - start, steps + 1
         if spent >= seconds * (len(curve) + 1) / POINTS:
-            curve.append((spent, steps, sum(losses) / len(losses)))
-            disturbances.append(_others(last, last := _cpu_seconds()))
-            losses = []
+            disturbances.append(_others(last, _cpu_seconds()))
+            curve.append((spent, steps, score()))
+            last = _cpu_seconds()
     return {
         "seconds": round(spent, 2),
         "steps": steps,
@@ -215,15 +215,20 @@ def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, s
     optimizer.state.clear()
     draw.manual_seed(seed)
 
-    run = race(lambda number, progress: step(number, progress, tokens()), seconds)
+    def score() -> float:
+        model.eval()
+        bits = bits_per_byte(mean_loss, data.held_out[:POINT_ROWS], data.lengths)
+        model.train()
+        return bits
+
+    run = race(lambda number, progress: step(number, progress, tokens()), seconds, score)
     model.eval()
     run["bits_per_byte"] = bits_per_byte(mean_loss, data.held_out, data.lengths)
     run["tuning_bits_per_byte"] = bits_per_byte(mean_loss, data.tuning, data.lengths)
     run["tokens"] = run["steps"] * rows * CONTEXT
     run["tokens_per_second"] = round(run["tokens"] / run["seconds"])
     run["parameters"] = run["active_parameters"] = sum(p.numel() for p in model.parameters())
-    bits = len(data.train) / data.lengths[data.train].sum().item() / math.log(2)  # per byte, for one nat per token
-    run["curve"] = [(round(at, 2), n * rows * CONTEXT, round(loss * bits, 4)) for at, n, loss in run["curve"]]
+    run["curve"] = [(round(at, 2), steps * rows * CONTEXT, bits) for at, steps, bits in run["curve"]]
     return run
 
 
@@ -346,19 +351,19 @@ def nanochat_schedule(number: int, progress: float, warmdown: float = 0.65) -> t
 
 
 def draw(result: dict, path: Path) -> None:
-    """Draws the training losses against the time, each labelled with the model's bits per byte on held-out text."""
+    """Draws the bits per byte of held-out text against the time, each curve labelled with the model's last figure."""
     curves, last = result["curves"], -math.inf
-    top = max(loss for curve in curves.values() for _, _, loss in curve[len(curve) // 10 :])
-    bottom = min(loss for curve in curves.values() for _, _, loss in curve)
+    top = max(bits for curve in curves.values() for _, _, bits in curve[len(curve) // 10 :])
+    bottom = min(bits for curve in curves.values() for _, _, bits in curve)
     with picture(path, figsize=(8, 4.2)) as (_, ax):
         for name, curve in sorted(curves.items(), key=lambda item: item[1][-1][2]):
-            ax.plot([at for at, _, _ in curve], [loss for _, _, loss in curve], color=COLOURS[name], linewidth=1.6)
+            ax.plot([at for at, _, _ in curve], [bits for _, _, bits in curve], color=COLOURS[name], linewidth=1.6)
             last = max(curve[-1][2], last + 0.06 * (top - bottom))  # keeps labels apart
-            label = f"{name}: {result['bits_per_byte'][name]:.3f} held out"
+            label = f"{name}: {result['bits_per_byte'][name]:.3f}"
             ax.annotate(
                 label, (curve[-1][0], last), (6, 0), textcoords="offset points", va="center", color=COLOURS[name]
             )
-        ax.set(xlabel="seconds of training", ylabel="training loss, bits per byte", ylim=(bottom - 0.05, top))
+        ax.set(xlabel="seconds of training", ylabel="bits per byte of held-out text", ylim=(bottom - 0.05, top))
         ax.grid(alpha=0.25)
 
 

@@ -129,7 +129,7 @@ def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
     quality.draw(result, again)
     assert again.read_bytes() == picture.read_bytes()
     for name in result["bits_per_byte"]:
-        assert f"{name}: {bits[name]:.3f} held out" in picture.read_text()
+        assert f"{name}: {bits[name]:.3f}" in picture.read_text()
 
 
 def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path):
@@ -194,15 +194,15 @@ def test_the_race_ends_when_the_time_is_up(quality, monkeypatch):
         seen.append((number, progress))
         return torch.tensor(float(number))
 
-    run = quality.race(step, 4.0)
+    run = quality.race(step, 4.0, lambda: 1.5 * len(seen))
     assert seen == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
     assert (run["seconds"], run["steps"]) == (4.0, 4)
-    assert run["curve"] == [(1.0, 1, 0.0), (2.0, 2, 1.0), (3.0, 3, 2.0), (4.0, 4, 3.0)]
+    assert run["curve"] == [(1.0, 1, 1.5), (2.0, 2, 3.0), (3.0, 3, 4.5), (4.0, 4, 6.0)]
     assert run["others"] == run["busiest"] == 0.5
 
 
 def test_a_race_that_diverges_stops(quality):
-    run = quality.race(lambda number, progress: torch.tensor(math.nan if number == 2 else 1.0), 1e6)
+    run = quality.race(lambda number, progress: torch.tensor(math.nan if number == 2 else 1.0), 1e6, float)
     assert run["steps"] == 3
 
 
@@ -217,7 +217,7 @@ def test_a_rate_that_diverges_is_never_the_best(quality):
 def test_warm_up_changes_nothing_and_runs_see_the_same_rows(quality, data, monkeypatch, name):
     """A longer warm-up changes neither the losses nor the result of a run of two steps."""
     runs = []
-    monkeypatch.setattr(quality, "race", lambda step, seconds: runs.append(_two_steps(step)) or _STOPPED.copy())
+    monkeypatch.setattr(quality, "race", lambda step, seconds, score: runs.append(_two_steps(step)) or _STOPPED.copy())
     train = {"ours": quality.train_ours, "dense": quality.train_dense}[name]
     first = train(data, 1.0)
     monkeypatch.setattr(quality, "WARM_UP", (0.0,) * 6)
