@@ -200,7 +200,7 @@ def trained_checkpoint(text_folder, tmp_path_factory):
     options = (
         "--context 32 --batch-size 2 --tokens-per-step 128 --steps 2 --warmup-steps 1 --eval-every 0 --eval-rows 4"
     )
-    fixed = "--save-every 0 --report-to none --device cpu --precision fp32"
+    fixed = "--save-every 0 --report-to none --device cpu --precision fp32 --model.embedding_conv 0"  # fits all exports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         arguments = ["--data", str(text_folder), "--out", str(folder / "run"), *options.split(), *fixed.split(), *model]
