@@ -190,17 +190,26 @@ def run_random_training(draw: random.Random) -> None:
     for row_weight in (None, torch.randn(rows)):
         training.gate_backward(training.gate(x, up, row_weight), x, up, row_weight)
 
+    heads, queries = draw.randint(1, 4), draw.randint(1, 40)
+    scores = torch.randn(heads, queries, queries + draw.randint(0, 40)).to(dtype)
+    ids = [torch.randint(3, (heads, n)) for n in scores.shape[1:]]
+    for log_sum in (None, torch.randn(heads, queries)):
+        training.softmax_(scores.clone(), draw.random() < 0.5, draw.choice([None, ids]), log_sum)
+    training.score_gradient_(scores.clone(), scores, torch.randn(heads, queries, 1), 0.5)
+
     spare = torch.zeros(1 << 12)
     for name, kinds in build.ARGUMENTS["training"].items():
         function = getattr(build.library("training"), name)
         pointer = [kind is ctypes.c_void_p for kind in kinds]
         good = [spare.data_ptr() if is_pointer else 1 for is_pointer in pointer]
-        optional = {"run_gate": {4}, "run_gate_backward": {3, 4, 9}}.get(name, set())
+        optional = {"run_gate": {4}, "run_gate_backward": {3, 4, 9}, "run_softmax": {1, 2, 3}}.get(name, set())
         for i, kind in enumerate(kinds):
             if pointer[i]:
                 refused = [None] if i not in optional else []
             else:
-                refused = [] if kind is ctypes.c_float or (i == 7 and name == "run_score") else [-1, 2**62]
+                refused = (
+                    [] if kind is ctypes.c_float or (name, i) in (("run_score", 7), ("run_softmax", 6)) else [-1, 2**62]
+                )
             for value in refused:
                 assert function(*good[:i], value, *good[i + 1 :]) in (2, 3)
 

@@ -1,6 +1,7 @@
 """Compares the compiled parts of a training step with their twins in PyTorch, for the vectors of several machines."""
 
 import ctypes
+import functools
 import itertools
 
 import levels
@@ -10,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moonwhale.model import kernels
+from moonwhale.model.attention import attend
 from moonwhale.model.gated import gated, gated_rows, gated_rows_backward
 from moonwhale.model.loss import linear_cross_entropy
 from moonwhale.model.moe import MLP
@@ -22,10 +24,18 @@ MUTANTS = {
     "the norm's gradient ignores the rms": ("training.h", "sum(along) / columns", "0.0f"),
     "chunks of rows overlap": ("training.h", "rows * (chunk + 1) / chunks", "rows"),
     "exp of a wrong remainder": ("training.h", "whole * 2.12194440e-4f", "whole * 0.0f"),
-    "a logit after the last vector is lost": ("training.h", "std::max(peak, largest[lane])", "peak"),
-    "no gradient at the label": ("training.h", "power - total[r]", "power"),
+    "lanes after the last logit count": ("training.h", "fill_after(exponential, part, 0)", "exponential"),
+    "no gradient at the label": ("training.h", "exponential - total[r]", "exponential"),
     "the gate's derivative": ("training.h", "x * (1.0f - share)", "x"),
     "row weights are ignored": ("training.h", "d *= scale", "d *= 1.0f"),
+    "a query sees the next token": (
+        "training.h",
+        "keys - queries + row % queries + 1",
+        "std::min(keys, row % queries + 2)",
+    ),
+    "documents see each other": ("training.h", "ids == of_queries[row]", "ids == ids"),
+    "powers are not relative to the largest": ("training.h", "load(own + k) - peak[r]", "load(own + k) - 20.0f"),
+    "the scores' gradient": ("training.h", "get(at, part) - out_dot[r]", "get(at, part)"),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (1, 16), (3, 5), (64, 32), (67, 48), (130, 33)]
@@ -72,6 +82,14 @@ def gate(x, up, d_product):
 def gate_rows(inner, weight, d_product):
     product, kept = gated_rows(inner, weight)
     return product, *gated_rows_backward(d_product.clone(), weight, kept)
+
+
+def attention(q, k, v, d_out, ids=None, causal=True):
+    """Return the output, the largest logits, and the gradients of q, k and v."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, largest = attend(q, k, v, 0.3, causal, ids)
+    out.backward(d_out)
+    return out.detach(), largest, q.grad, k.grad, v.grad
 
 
 def in_pytorch(run, *inputs):
@@ -171,6 +189,29 @@ def test_gates(library, dtype):
     assert_equal_to_rounding(gate, far, torch.ones_like(far), torch.ones_like(far))
 
 
+def attention_inputs(length, dtype=torch.float32):
+    shapes = [(2, 3, length, width) for width in (10, 10, 7, 7)]
+    return [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [5, 16, 45, 150])  # the last has two tiles of queries
+def test_attention(library, dtype, length):
+    inputs = attention_inputs(length, dtype)
+    ids = torch.stack([torch.arange(length) // 20, (torch.arange(length) - 7) // 9])
+    ids[1, -3:] = -1
+    for causal, of_tokens in itertools.product((True, False), (None, ids)):
+        assert_equal_to_rounding(functools.partial(attention, ids=of_tokens, causal=causal), *inputs)
+
+
+def test_scores_of_thousands(library):
+    """The same powers, up to the rounding of such scores, and no infinity."""
+    q, k, v, d_out = attention_inputs(150)
+    inputs = 30 * q, 30 * k, v, d_out
+    for some, exact in zip(attention(*inputs), in_pytorch(attention, *inputs), strict=True):
+        assert some.isfinite().all() and (some - exact).norm() < 1e-3 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_are_kept(library, dtype):
     for bad in (torch.nan, torch.inf):
@@ -191,6 +232,7 @@ def test_threads_change_no_bit(library, dtype):
         lambda: norm(x, normal(50), x),
         lambda: training.score(x.clone(), labels, True),
         lambda: gate_rows(x, normal(131), x[:, :25].contiguous()),
+        lambda: attention(*attention_inputs(150, dtype)),
     ]
     threads = torch.get_num_threads()
     try:
@@ -207,13 +249,15 @@ def test_threads_change_no_bit(library, dtype):
 @pytest.mark.parametrize("number", range(1, 1 + len(MUTANTS)), ids=MUTANTS)
 def test_mutants_are_caught(library, monkeypatch, number):
     monkeypatch.setattr(build, "library", lambda name: library)
-    x, labels = normal(131, 45, scale=0.5), torch.arange(131) % 45
+    x, labels, ids = normal(131, 45, scale=0.5), torch.arange(131) % 45, torch.arange(90).view(2, 45) // 20
 
     def check():
         assert_equal_to_rounding(norm, x, normal(45), normal(131, 45, seed=1))
         assert_equal_to_rounding(gate, x, normal(131, 45, seed=2), normal(131, 45, seed=1))
         assert_equal_to_rounding(gate_rows, torch.cat([x, x], 1), normal(131, seed=2), normal(131, 45, seed=1))
         assert_equal_to_rounding(cross_entropy, x, normal(45, 45, seed=1, scale=2.0), labels)
+        assert_equal_to_rounding(functools.partial(attention, ids=ids), *attention_inputs(45))
+        assert_equal_to_rounding(attention, *(60 * x for x in attention_inputs(45)))
 
     check()
     chosen = ctypes.c_int.in_dll(library, "mutant")
@@ -242,6 +286,11 @@ def test_tensors_that_do_not_fit_are_refused():
         lambda: training.gate(x, x[:, :7]),
         lambda: training.gate(x, x, torch.ones(5)),
         lambda: training.gate_backward(x[:, :7], x, x),
+        lambda: training.softmax_(x[None, :, ::2], False, None),
+        lambda: training.softmax_(x.T[None].contiguous(), True, None),  # more queries than keys
+        lambda: training.softmax_(x[None], False, (torch.zeros(1, 4), torch.zeros(1, 7))),
+        lambda: training.softmax_(x[None], False, None, torch.zeros(1, 5)),
+        lambda: training.score_gradient_(x, x, torch.zeros(5), 1.0),
     ):
         with pytest.raises(ValueError, match="do not fit each other"):
             call()

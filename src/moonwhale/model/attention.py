@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels import compiled_for
+
 QUERIES_PER_TILE = 128  # a causal tile computes only the keys up to its last query
 SCORES_PER_TILE = 1 << 20  # a tile takes as many heads as this allows
 LN2 = math.log(2)  # scores are powers of 2, not of e: on a CPU torch's exp2 is three times as fast as its exp
@@ -51,11 +53,15 @@ def attend_forward(
     lse = torch.empty_like(max_logit)
     for tile in _tiles(len(q), q.shape[1], k.shape[1], causal):
         heads, queries, keys = tile
-        scores = _scores(q, k, scale, causal, document_ids, tile)  # (heads, queries, keys)
-        peak = scores.amax(-1, keepdim=True)
-        probs = scores.sub_(peak).exp2_()
-        total = probs.sum(-1, keepdim=True)
-        probs = probs.div_(total).to(v.dtype)
+        if compiled := compiled_for(q, k, v):
+            probs = _products(q, k, scale, tile)
+            peak, total = compiled.softmax_(probs, causal, _ids(document_ids, len(q), q.shape[1], tile))
+        else:
+            scores = _scores(q, k, scale, causal, document_ids, tile)  # (heads, queries, keys)
+            peak = scores.amax(-1, keepdim=True)
+            probs = scores.sub_(peak).exp2_()
+            total = probs.sum(-1, keepdim=True)
+            probs = probs.div_(total).to(v.dtype)
         out[heads, queries] = probs @ v[heads, keys]
         if saved_probs is not None:
             saved_probs.append(probs)
@@ -77,9 +83,12 @@ def attend_backward(
     wide = out_dot.dtype
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
     for (heads, queries, keys), p in zip(_tiles(len(q), q.shape[1], k.shape[1], causal), probs, strict=False):
-        dp = (d_out[heads, queries] @ v[heads, keys].transpose(1, 2)).to(wide)
+        dp = d_out[heads, queries] @ v[heads, keys].transpose(1, 2)
         dv_tile = p.to(v.dtype).transpose(1, 2) @ d_out[heads, queries]
-        ds = dp.sub_(out_dot[heads, queries]).mul_(scale).mul_(p.to(wide)).to(q.dtype)  # P * (dP - rowsum(dO * O))
+        if compiled := compiled_for(q, p, dp):
+            ds = compiled.score_gradient_(dp, p, out_dot[heads, queries], scale)  # P * (dP - rowsum(dO * O))
+        else:
+            ds = dp.to(wide).sub_(out_dot[heads, queries]).mul_(scale).mul_(p.to(wide)).to(q.dtype)
         dq[heads, queries] = ds @ k[heads, keys]
         dk_tile = ds.transpose(1, 2) @ q[heads, queries]
         first_tile_of_heads = queries.stop == q.shape[1]
@@ -108,20 +117,42 @@ def _tiles(n_heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, document_ids: Tensor | None, tile) -> Tensor:
     """Return a tile's scaled and masked logits as exponents of 2, in fp32 since a CPU is slow in bf16."""
-    heads, queries, keys = tile
-    scores = torch.baddbmm(
-        q.new_empty(()), q[heads, queries], k[heads, keys].transpose(1, 2), beta=0, alpha=scale / LN2
-    )
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))  # (heads, queries, keys)
-    if document_ids is not None:
-        row = torch.arange(heads.start, heads.stop, device=q.device) // (len(q) // len(document_ids))
-        of_queries = document_ids[row, -q.shape[1] :][:, queries, None]
-        scores.masked_fill_(of_queries != document_ids[row, None, keys], -torch.inf)
+    _, queries, _ = tile
+    scores = _products(q, k, scale, tile).to(torch.promote_types(q.dtype, torch.float32))  # (heads, queries, keys)
+    if ids := _ids(document_ids, len(q), q.shape[1], tile):
+        of_queries, of_keys = ids
+        scores.masked_fill_(of_queries[:, :, None] != of_keys[:, None], -torch.inf)
     if causal:
         size = queries.stop - queries.start
         future = scores.new_full((size, size), -torch.inf).triu_(1)
         scores[:, :, -size:] += future  # on a CPU four times as fast as masked_fill_
     return scores
+
+
+def _products(q: Tensor, k: Tensor, scale: float, tile) -> Tensor:
+    """Return a tile's scaled logits as exponents of 2, in the dtype of q."""
+    heads, queries, keys = tile
+    return torch.baddbmm(q.new_empty(()), q[heads, queries], k[heads, keys].transpose(1, 2), beta=0, alpha=scale / LN2)
+
+
+def _ids(document_ids: Tensor | None, n_heads: int, n_queries: int, tile) -> tuple[Tensor, Tensor] | None:
+    """Return the documents of a tile's queries (heads, queries) and keys (heads, keys), for ids (B, Tk)."""
+    if document_ids is None:
+        return None
+    heads, queries, keys = tile
+    row = torch.arange(heads.start, heads.stop, device=document_ids.device) // (n_heads // len(document_ids))
+    return document_ids[row, -n_queries:][:, queries], document_ids[row, keys]
+
+
+def _probs(q: Tensor, k: Tensor, scale: float, causal: bool, document_ids: Tensor | None, lse: Tensor, tile) -> Tensor:
+    """Return a tile's probabilities again, given the log-sum-exp of each query (N, Tq)."""
+    heads, queries, _ = tile
+    log_sum = lse[heads, queries] / LN2
+    if compiled := compiled_for(q, k):
+        probs = _products(q, k, scale, tile)
+        compiled.softmax_(probs, causal, _ids(document_ids, len(q), q.shape[1], tile), log_sum)
+        return probs
+    return _scores(q, k, scale, causal, document_ids, tile).sub_(log_sum.unsqueeze(-1)).exp2_()
 
 
 class _Attend(torch.autograd.Function):
@@ -145,7 +176,6 @@ class _Attend(torch.autograd.Function):
         d_out = d_out.to(v.dtype).reshape(out.shape)
         out_dot = (d_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
         tiles = _tiles(len(q), q.shape[1], k.shape[1], ctx.causal)
-        scores = ((tile, _scores(q, k, ctx.scale, ctx.causal, document_ids, tile)) for tile in tiles)
-        probs = (s.sub_(lse[heads, queries, None] / LN2).exp2_() for (heads, queries, _), s in scores)
+        probs = (_probs(q, k, ctx.scale, ctx.causal, document_ids, lse, tile) for tile in tiles)
         grads = attend_backward(d_out, out_dot, probs, q, k, v, ctx.scale, ctx.causal)
         return *(dx.to(q.dtype).unflatten(0, ctx.shape[:2]) for dx in grads), None, None, None

@@ -40,6 +40,8 @@ ARGUMENTS = {  # of the functions in each library
         "run_score": [*[POINTER] * 5, INTEGER, INTEGER, INTEGER, INTEGER, INTEGER],
         "run_gate": [*[POINTER] * 3, INTEGER, POINTER, *TABLE],
         "run_gate_backward": [POINTER, POINTER, INTEGER, *[POINTER] * 5, INTEGER, POINTER, *TABLE],
+        "run_softmax": [*[POINTER] * 6, *[INTEGER] * 6],
+        "run_score_gradient": [POINTER, POINTER, POINTER, REAL, *TABLE],
     },
 }
 PURPOSES = {"step": "decoding", "training": "training"}  # of each library, for people

@@ -90,6 +90,39 @@ def gate_backward(
     return d_inner, d_weight, product
 
 
+def softmax_(
+    scores: Tensor, causal: bool, ids: tuple[Tensor, Tensor] | None, log_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Turn contiguous scores (heads, queries, keys), which are exponents of 2, into probabilities.
+
+    Args:
+        causal: the last query sees all keys, each earlier one a key less.
+        ids: the documents of queries (heads, queries) and keys (heads, keys): a query sees keys of its own.
+        log_sum: the logarithm (base 2) of the sum of powers (heads, queries), if it is known.
+
+    Returns:
+        the largest score of each query (heads, queries, 1), and the sum of powers relative to it; None with `log_sum`.
+    """
+    heads, queries, keys = scores.shape
+    of_queries, of_keys = (None, None) if ids is None else (x.to(torch.int32).contiguous() for x in ids)
+    log_sum = None if log_sum is None else _floats(log_sum)
+    _require(scores.is_contiguous() and (log_sum is None or log_sum.shape == (heads, queries)))
+    _require(ids is None or (of_queries.shape == (heads, queries) and of_keys.shape == (heads, keys)))
+    peak, total = (torch.empty(heads, queries, 1), torch.empty(heads, queries, 1)) if log_sum is None else (None, None)
+    _run("run_softmax", scores, peak, total, log_sum, of_queries, of_keys, causal, *scores.shape, *_how(scores))
+    return None if peak is None else (peak, total)
+
+
+def score_gradient_(d_probs: Tensor, probs: Tensor, out_dot: Tensor, scale: float) -> Tensor:
+    """Turn d_probs (…, keys), the gradient of probs, into that of scores: probs * (d_probs - out_dot) * scale."""
+    out_dot = _floats(out_dot)
+    _require(d_probs.shape == probs.shape and d_probs.is_contiguous() and probs.is_contiguous())
+    _require(out_dot.numel() * d_probs.shape[-1] == d_probs.numel())
+    rows = out_dot.numel(), d_probs.shape[-1]
+    _run("run_score_gradient", d_probs, probs, out_dot, scale, *rows, *_how(d_probs))
+    return d_probs
+
+
 def _rows(x: Tensor) -> Tensor:
     """Return x as a table of rows whose numbers are adjacent. The rows may be apart."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)

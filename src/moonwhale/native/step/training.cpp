@@ -74,4 +74,36 @@ int run_gate_backward(void *d_gate, void *d_up, int64_t d_step, float *d_weight,
 } catch (const std::length_error &) {
   return 3;
 }
+
+// With `log_sum` it is an input and `peak` and `total` may be null; without, they are outputs.
+int run_softmax(void *scores, float *peak, float *total, const float *log_sum, const int32_t *of_queries,
+                const int32_t *of_keys, int64_t causal, int64_t heads, int64_t queries, int64_t keys, Dtype dtype,
+                int64_t threads) try {
+  if (!scores || (!log_sum && (!peak || !total)) || !of_queries != !of_keys) return 3;
+  if (heads < 1 || queries < 1 || (causal && keys < queries)) return 3;
+  if (!is_valid_table(count({heads, queries}), keys, keys, dtype, threads)) return 3;
+  const Tile tile{heads, queries, keys, causal != 0, of_queries, of_keys};
+  std::vector<float> scratch(log_sum ? 0 : count({threads, whole_vectors(keys)}));
+  with_type(dtype, [&](auto *t) {
+    if (log_sum) probability_rows((decltype(t))scores, log_sum, tile, threads);
+    else softmax_rows((decltype(t))scores, peak, total, tile, scratch.data(), threads);
+  });
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_score_gradient(void *d_probs, const void *probs, const float *out_dot, float scale, int64_t rows,
+                       int64_t columns, Dtype dtype, int64_t threads) try {
+  if (!d_probs || !probs || !out_dot || !is_valid_table(rows, columns, columns, dtype, threads)) return 3;
+  with_type(dtype, [&](auto *t) {
+    using T = decltype(t);
+    score_gradient_rows((T)d_probs, (T)probs, out_dot, scale, rows, columns, threads);
+  });
+  return 0;
+} catch (const std::length_error &) {
+  return 3;
+}
 }

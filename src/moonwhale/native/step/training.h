@@ -1,6 +1,6 @@
 // Element-wise parts of a training step, each in one or two passes over memory: the same computations as RMSNorm
-// (model/norm.py), the cross-entropy (loss.py) and the gated activation (moe.py). PyTorch makes a pass for every
-// operation, with a temporary in memory between them.
+// (model/norm.py), the cross-entropy (loss.py), the gated activation (gated.py) and the softmax (attention.py). PyTorch
+// makes a pass for every operation, with a temporary in memory between them.
 //
 // Numbers are fp32 or bf16 and intermediate values fp32. Rows are `step` numbers apart, numbers of a row adjacent.
 // A result is the same to the last bit for any number of threads.
@@ -10,6 +10,8 @@
 
 #include "checks.h"
 #include "products.h"
+
+extern "C" int omp_get_thread_num(); // torch has loaded the library
 
 constexpr long CHUNKS = 64; // of rows, whose parts of a weight's gradient are summed by themselves
 
@@ -47,13 +49,21 @@ template <class Run> INLINE void each_vector(long n, Run run) {
   if (i < n) run(i, Some{n - i});
 }
 
-// exp(x) for x <= 0 to 2 units in the last place, and 0 where it is no normal number: 2^n * e^rest, where n * ln 2 is
-// subtracted in two parts, since one would round n * ln 2 itself. The second factor is a Taylor series.
-INLINE Vector exp_negative(Vector x) {
-  const Vector least = Vector{} - 87.3f;
-  Vector inside = x < least ? least : x; // NaN stays NaN
-  Whole n = __builtin_convertvector(inside * 1.44269504f - 0.5f, Whole);
-  Vector whole = __builtin_convertvector(n, Vector), z = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
+INLINE Vector larger(Vector x, Vector y) { return x > y ? x : y; }
+INLINE float largest_lane(Vector x) {
+  float largest = x[0];
+  for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, x[lane]);
+  return largest;
+}
+
+INLINE Vector fill_after(Vector x, All, float) { return x; }
+INLINE Vector fill_after(Vector x, Some some, float value) { // the lanes that are no numbers of the array
+  for (int lane = some.n; lane < LANES; lane++) x[lane] = value;
+  return x;
+}
+
+// 2^n * e^z for |z| <= ln 2 / 2. The second factor is a Taylor series.
+INLINE Vector power(Whole n, Vector z) {
   Vector y = z * (1.0f / 5040) + 1.0f / 720;
   y = y * z + 1.0f / 120;
   y = y * z + 1.0f / 24;
@@ -61,8 +71,23 @@ INLINE Vector exp_negative(Vector x) {
   y = y * z + 0.5f;
   y = y * z + 1.0f;
   y = y * z + 1.0f;
-  y *= (Vector)((n + 127) << 23);
-  return x < least ? Vector{} : y;
+  return y * (Vector)((n + 127) << 23);
+}
+
+// 2^x for x <= 0 to 2 units in the last place, and 0 where it is no normal number
+INLINE Vector exp2_negative(Vector x) {
+  Vector inside = x < -126.0f ? Vector{} - 126.0f : x; // NaN stays NaN
+  Whole n = __builtin_convertvector(inside - 0.5f, Whole);
+  return x < -126.0f ? Vector{} : power(n, (inside - __builtin_convertvector(n, Vector)) * 0.693147181f);
+}
+
+// e^x in the same way. n * ln 2 is subtracted in two parts, since one would round n * ln 2 itself.
+INLINE Vector exp_negative(Vector x) {
+  const Vector least = Vector{} - 87.3f;
+  Vector inside = x < least ? least : x; // NaN stays NaN
+  Whole n = __builtin_convertvector(inside * 1.44269504f - 0.5f, Whole);
+  Vector whole = __builtin_convertvector(n, Vector), z = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  return x < least ? Vector{} : power(n, z);
 }
 
 INLINE Vector sigmoid(Vector x) {
@@ -141,26 +166,20 @@ static void score_rows(T *logits, const int64_t *labels, float *total, float *nl
     const float at_label = number(row[labels[r]]);
     Vector largest = Vector{} + at_label, all = {};
     each_vector(columns, [&](long i, auto part) {
-      Vector some = get(row + i, part);
-      if constexpr (std::is_same_v<decltype(part), Some>)
-        for (int lane = part.n; lane < LANES; lane++) some[lane] = at_label;
-      largest = some > largest ? some : largest;
+      largest = larger(fill_after(get(row + i, part), part, at_label), largest);
     });
-    float peak = at_label;
-    for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, largest[lane]);
+    const float peak = largest_lane(largest);
     each_vector(columns, [&](long i, auto part) {
-      Vector power = exp_negative(get(row + i, part) - peak);
-      if (gradient) put(row + i, power, part);
-      if constexpr (std::is_same_v<decltype(part), Some>)
-        for (int lane = part.n; lane < LANES; lane++) power[lane] = 0;
-      all += power;
+      Vector exponential = exp_negative(get(row + i, part) - peak);
+      if (gradient) put(row + i, exponential, part);
+      all += fill_after(exponential, part, 0);
     });
     total[r] = sum(all);
     nll[r] = std::log(total[r]) + (peak - at_label);
     correct[r] = at_label == peak && total[r] == total[r];
     if (gradient) {
-      const float power = exp_negative(Vector{} + (at_label - peak))[0];
-      store(row + labels[r], power - total[r]);
+      const float exponential = exp_negative(Vector{} + (at_label - peak))[0];
+      store(row + labels[r], exponential - total[r]);
     }
   }
 }
@@ -202,4 +221,75 @@ static void gate_backward(T *d_gate, T *d_up, long d_step, float *d_weight, T *p
     });
     if (row_weight) d_weight[r] = sum(along);
   }
+}
+
+// What the queries of a tile see: scores (heads, queries, keys) of causal attention, in which the last query sees all
+// keys, and of documents, in which it sees keys with its own id. Both are optional. ids: (heads, queries), (heads, keys).
+struct Tile {
+  long heads, queries, keys;
+  bool causal;
+  const int32_t *of_queries, *of_keys;
+  long visible(long row) const { return causal ? keys - queries + row % queries + 1 : keys; }
+  // The scores of a row from k on, and -infinity for keys of other documents and after the row's last key
+  template <class T, class Part> INLINE Vector scores(const T *row_scores, long row, long k, Part part) const {
+    Vector some = fill_after(get(row_scores + k, part), part, -INFINITY);
+    if (!of_keys) return some;
+    Whole ids = {};
+    if constexpr (std::is_same_v<Part, All>) ids = read<Whole>(of_keys + row / queries * keys + k);
+    else std::memcpy(&ids, of_keys + row / queries * keys + k, part.n * sizeof(int32_t));
+    return ids == of_queries[row] ? some : Vector{} - INFINITY;
+  }
+};
+
+// The scores, which are exponents of 2, become probabilities. `peak`: a row's largest score, `total`: the sum of powers
+// relative to it, both (heads, queries). `scratch` (threads, keys rounded up to vectors).
+template <class T>
+static void softmax_rows(T *scores, float *peak, float *total, const Tile &tile, float *scratch, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < tile.heads * tile.queries; r++) {
+    T *row = scores + r * tile.keys;
+    float *own = scratch + omp_get_thread_num() * whole_vectors(tile.keys);
+    const long visible = tile.visible(r);
+    Vector largest = Vector{} - INFINITY, all = {};
+    each_vector(visible, [&](long k, auto part) {
+      Vector some = tile.scores(row, r, k, part);
+      put(own + k, some);
+      largest = larger(some, largest);
+    });
+    peak[r] = largest_lane(largest);
+    for (long k = 0; k < visible; k += LANES) {
+      Vector power = exp2_negative(load(own + k) - peak[r]);
+      put(own + k, power);
+      all += power;
+    }
+    total[r] = sum(all);
+    const float scale = 1 / total[r];
+    each_vector(visible, [&](long k, auto part) { put(row + k, load(own + k) * scale, part); });
+    std::memset(row + visible, 0, (tile.keys - visible) * sizeof(T));
+  }
+}
+
+// The same probabilities from the logarithm (base 2) of each row's sum of powers
+template <class T> static void probability_rows(T *scores, const float *log_sum, const Tile &tile, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < tile.heads * tile.queries; r++) {
+    T *row = scores + r * tile.keys;
+    const long visible = tile.visible(r);
+    each_vector(visible, [&](long k, auto part) {
+      put(row + k, exp2_negative(tile.scores(row, r, k, part) - log_sum[r]), part);
+    });
+    std::memset(row + visible, 0, (tile.keys - visible) * sizeof(T));
+  }
+}
+
+// d_probs becomes the scores' gradient: probs * (d_probs - out_dot) * scale
+template <class T>
+static void score_gradient_rows(T *d_probs, const T *probs, const float *out_dot, float scale, long rows, long columns,
+                                int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long r = 0; r < rows; r++)
+    each_vector(columns, [&](long k, auto part) {
+      T *at = d_probs + r * columns + k;
+      put(at, (get(at, part) - out_dot[r]) * scale * get(probs + r * columns + k, part), part);
+    });
 }
