@@ -18,6 +18,7 @@ from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.native import build, training
 from moonwhale.optim.muonclip import MuonClip, param_groups
+from moonwhale.train.pretrain import train
 
 MUTANTS = {
     "rms without eps": ("training.h", "sum(square) / columns + eps", "sum(square) / columns"),
@@ -339,7 +340,7 @@ def test_compiled_graphs_do_not_call_the_kernels(tiny_config, monkeypatch):
 def test_a_model_trains_the_same_with_and_without(tiny_model):
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(0))
 
-    def train():
+    def run():
         model = tiny_model(num_nextn_predict_layers=1, moba_block_size=8, moba_topk=2).train()
         optimizer, losses, norms = MuonClip(param_groups(model, lr=0.01)), [], []
         for _ in range(4):
@@ -351,9 +352,17 @@ def test_a_model_trains_the_same_with_and_without(tiny_model):
             optimizer.zero_grad()
         return torch.stack(losses), torch.stack(norms[: len(norms) // 4])
 
-    plain = train()
+    plain = run()
     use_kernels()
-    once, again = train(), train()
+    once, again = run(), run()
     assert all(map(torch.equal, once, again))
     torch.testing.assert_close(once[0], plain[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(once[1], plain[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_uses_the_kernels(tiny_run):
+    if reason := build.unavailable_reason("training"):
+        pytest.skip(reason)
+    assert kernels.compiled is None
+    train(tiny_run(steps=1))
+    assert kernels.compiled is training
