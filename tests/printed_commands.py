@@ -189,9 +189,8 @@ def inputs(tmp_path_factory):
         file.write((folder / "openorca.jsonl").read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        assert (
-            cli.main(["train", "--data", str(folder / "my_texts"), "--out", str(folder / "toy"), *TOYS["train"]]) == 0
-        )
+        train = ["train", "--data", str(folder / "my_texts"), "--out", str(folder / "toy"), *TOYS["train"]]
+        assert cli.main([*train, "--model.embedding_conv", "0"]) == 0  # every format can hold it
     return folder
 
 

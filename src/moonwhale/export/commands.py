@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
         prog="moonwhale export",
         description="Write a checkpoint in another format.",
         examples=(
-            "moonwhale export runs/mine --out runs/mine-deepseek",
-            "moonwhale export runs/mine --to gguf --out runs/mine-gguf",
+            "moonwhale export runs/plain --out runs/plain-deepseek",
+            "moonwhale export runs/plain --to gguf --out runs/plain-gguf",
         ),
         epilog="formats: " + "; ".join(f"{name}: {summary}" for name, (_, summary) in FORMATS.items()),
     )
