@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from common import environment, options, timed_rounds, write
 from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention
+from moonwhale.native.training import use_kernels
 from moonwhale.precision import tune_allocator
 
 CASES = {"1k": (1024, 128, 12), "16k": (16_384, 256, 2), "32k": (32_768, 512, 2)}  # tokens, keys per block, heads
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shrink", type=int, default=1, help="divisor of lengths and blocks, for a quick trial (1)")
     arguments = parser.parse_args(argv)
     tuned, generator, result, details = tune_allocator(), torch.Generator().manual_seed(1), {}, {}
+    use_kernels(torch.device("cpu"))
     for name, dtype in DTYPES.items():
         for case, (*sizes, heads) in CASES.items():
             length, block_size = (size // arguments.shrink for size in sizes)

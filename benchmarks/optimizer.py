@@ -28,6 +28,7 @@ from torch import Tensor
 from common import ROOT, environment, options, timed_rounds, write
 from moonwhale.costs import model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM, attention
+from moonwhale.native.training import use_kernels
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, tune_allocator
@@ -74,6 +75,7 @@ def cost(rounds: int, rows: int) -> dict:
         print(f"cost: left out, a step needs about {needed / 1e9:.1f} GB of free memory", file=sys.stderr)
         return {}
 
+    use_kernels(torch.device("cpu"))
     torch.manual_seed(0)
     model = MoonwhaleForCausalLM(config).train()
     optimizer = MuonClip(param_groups(model))

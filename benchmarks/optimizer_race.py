@@ -31,6 +31,7 @@ from common import environment, picture
 from moonwhale.data.loading import load_source
 from moonwhale.data.packing import PackedDataset, TrainingData, build_data
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.native.training import use_kernels
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import tune_allocator
@@ -137,6 +138,7 @@ def start_process() -> None:
     """Limits a process to one thread. Tokens are compared, not time, so runs may share the machine."""
     torch.set_num_threads(1)
     tune_allocator()
+    use_kernels(torch.device("cpu"))
 
 
 def play(text: str, runs: list[Run], processes: int, what: str) -> dict[Run, list[list[float]]]:

@@ -30,6 +30,7 @@ import torch
 from common import ROOT, environment, options, picture, timed_rounds, write
 from moonwhale.costs import flops_per_token, model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.native.training import use_kernels
 from moonwhale.precision import choose, tune_allocator
 from moonwhale.presets import PRESETS
 from train import FP32, Contender, fresh, peak_of_process, step
@@ -99,6 +100,7 @@ def measure(shapes: dict, rows: int, context: int, steps: int) -> dict:
     """Measures the seconds and the megabytes of a step in this process."""
     before, precision = psutil.Process().memory_info().rss, choose("cpu")
     tune_allocator()
+    use_kernels(precision.device)
     torch.manual_seed(0)
     model = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes)).train()
     run = step(model, Contender("moonwhale", FP32, precision.dtype))

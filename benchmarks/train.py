@@ -46,6 +46,7 @@ from common import deepseek_config, environment, options, timed_rounds, write
 from dense import DenseLM
 from moonwhale.costs import flops_per_token, model_size
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.native.training import use_kernels
 from moonwhale.precision import choose, measured_flops, tune_allocator
 from moonwhale.presets import PRESETS
 
@@ -223,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     memory = memory_of(who, shapes, rows, context)
     check_same(build("transformers", shapes, context).train(), shapes, draw())
     tuned = tune_allocator()
+    use_kernels(precision.device)
     models = shared({name: who[name] for name in who if memory[name] is not None}, shapes, context)
     free, timed = psutil.virtual_memory().available / 1e6, {}
     for name, model in models.items():
