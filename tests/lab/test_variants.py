@@ -135,7 +135,7 @@ def test_bad_files_are_one_line(text, line, tmp_path):
 
 def test_the_budget_is_seconds_tokens_or_steps():
     vary = ("--vary", "tokens_per_step=8192")
-    assert asked(*vary).budget == Budget("steps", 350)  # the preset's
+    assert asked(*vary).budget == Budget("steps", 450)  # the preset's
     assert asked(*vary, "--steps", "40").budget == Budget("steps", 40)
     assert asked(*vary, "--seconds", "2.5").budget == Budget("seconds", 2.5)
     by_tokens = asked(*vary, "--tokens", "400000")
