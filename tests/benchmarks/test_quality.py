@@ -129,7 +129,7 @@ def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
     quality.draw(result, again)
     assert again.read_bytes() == picture.read_bytes()
     for name in result["bits_per_byte"]:
-        assert f"{name}: {bits[name]:.3f}" in picture.read_text()
+        assert f"{name}: {bits[name]:.3f} on all rows" in picture.read_text()
 
 
 def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path):
