@@ -63,7 +63,7 @@ def parts(rehearse: bool, results: Path, texts: list[str]) -> list[Part]:
     """Returns the parts in the order of their worth."""
     toy = ["--rehearse"] if rehearse else []
     gpu = [sys.executable, str(HERE / "gpu.py"), *toy, "--results", str(results), "--only"]
-    tests = ["-x", "tests/test_cuda.py", "tests/oracles/test_embedding_conv.py"]  # the fastest oracle
+    tests = ["-x", "tests/test_cuda.py", "tests/oracles/test_deepseek_v3.py"]
     if not rehearse:
         tests = ["--maxfail=20", "-n", str(PROCESSES), *TESTS]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]

@@ -26,6 +26,7 @@ from forked_processes import ForkedProcess, finish, rank_variables
 from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.model import MoonwhaleConfig
+from moonwhale.native import build
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
 from moonwhale.presets import PAPER
 
@@ -261,11 +262,21 @@ def planned(config: MoonwhaleConfig, run: dict, processes: int, parallel: dict) 
     layout = ParallelLayout(pp, processes // pp, schedule, micro_batches, run["batch_size"])
     layout_costs, blocks = LayoutCosts(config, run["context"], activation_bytes=4), range(config.num_blocks)
     saved = layout_costs.sizes.saved_activations
-    extra = [_saved_moba_probabilities(config, i, run["context"]) for i in blocks]  # a plan is for GPUs; this is a CPU
+    # A plan is for GPUs; this is a CPU.
+    extra = [_saved_moba_probabilities(config, i, run["context"]) - _recomputed(config, i) for i in blocks]
     saved = tuple(map(sum, zip(saved, extra, strict=True)))
     layout_costs.sizes = replace(layout_costs.sizes, saved_activations=saved)
     costs = layout_costs.costs(layout)
     return [{name: round(getattr(cost, name)) for name in (*HELD, "pipeline", "reduce")} for cost in costs] * layout.dp
+
+
+def _recomputed(config: MoonwhaleConfig, layer: int) -> int:
+    """Values per token that the compiled kernels do not save: silu(gate) of each network that a token uses."""
+    if not build.available("training"):
+        return 0
+    if layer < config.first_k_dense_replace:
+        return config.intermediate_size
+    return (config.n_shared_experts + config.num_experts_per_tok) * config.moe_intermediate_size
 
 
 def _saved_moba_probabilities(config: MoonwhaleConfig, layer: int, context: int) -> int:

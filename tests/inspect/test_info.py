@@ -66,9 +66,10 @@ def check(config) -> None:
     routed = numbers(block, lambda name, p: ".experts." in name)
     assert counts.parameters_per_block - counts.active_parameters_per_block == idle * routed
     assert counts.mtp == numbers(model.model.layers[config.num_hidden_layers :])
-    assert counts.embedding == model.model.embed_tokens.weight.numel()
+    convolution = model.model.embed_conv.weight.numel() if config.embedding_conv else 0
+    assert counts.embedding == model.model.embed_tokens.weight.numel() + convolution
     assert counts.head == (0 if config.tie_word_embeddings else model.lm_head.weight.numel())
-    ends = ("embed_tokens.weight", "lm_head.weight", "key_conv")
+    ends = ("embed_tokens.weight", "embed_conv.weight", "lm_head.weight", "key_conv")
     assert counts.matrices == numbers(model, lambda name, p: p.ndim > 1 and not name.endswith(ends))
 
 

@@ -96,16 +96,13 @@ class Scheduler:
         for row, states in zip(rows, hidden, strict=True):
             row.hidden, row.n_accepted = states, 0
             row.forwards += 1
-        accepting = list(range(len(rows)))  # rows whose drafts have all been accepted so far
+        accepting = list(range(len(rows)))  # running rows whose drafts have all been accepted so far
         for k in range(depth + 1):
             chosen = self._add_tokens(logits[accepting, k], [rows[i] for i in accepting])
-            accepting = [
-                i
-                for i, token in zip(accepting, chosen, strict=True)
-                if k < depth and token == rows[i].drafts[k] and rows[i].finish_reason is None
-            ]
-            for i in accepting:
+            right = [i for i, token in zip(accepting, chosen, strict=True) if k < depth and token == rows[i].drafts[k]]
+            for i in right:
                 rows[i].n_accepted += 1
+            accepting = [i for i in right if rows[i].finish_reason is None]
             if not accepting:
                 break
         for row in rows:
