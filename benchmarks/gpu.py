@@ -51,7 +51,7 @@ from moonwhale.model import MoonwhaleConfig, flex
 from moonwhale.model.documents import Documents
 from moonwhale.model.moba import moba_attention, moba_mask
 from moonwhale.precision import peak_flops, precision_unsupported_reason
-from moonwhale.presets import PRESETS
+from moonwhale.presets import PAPER, PRESETS
 from moonwhale.train.pretrain import compile_blocks
 from train import EXPERTS, active, build
 
@@ -350,7 +350,7 @@ def gpu_name(device: torch.device) -> str:
 
 def shrink() -> None:
     """Make shapes and lengths so small that a CPU runs all parts. Their figures then mean nothing."""
-    toy = PRESETS["demo"].model | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    toy = PRESETS["demo"].model | PAPER.model | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
     toy |= {"num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
     toy |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "moba_block_size": 8, "moba_topk": 2}
     toy |= {"moba_full_attention_layers": [1], "n_routed_experts": 4, "num_experts_per_tok": 2}
