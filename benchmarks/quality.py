@@ -215,10 +215,11 @@ def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, s
     optimizer.state.clear()
     draw.manual_seed(seed)
 
+    some_rows = data.held_out[:: max(1, len(data.held_out) // POINT_ROWS)]  # from all parts of the text
+
     def score() -> float:
         model.eval()
-        rows = data.held_out[:: max(1, len(data.held_out) // POINT_ROWS)]  # from all parts of the text
-        bits = bits_per_byte(mean_loss, rows, data.lengths)
+        bits = bits_per_byte(mean_loss, some_rows, data.lengths)
         model.train()
         return bits
 

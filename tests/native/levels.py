@@ -1,9 +1,11 @@
 """Compiled steps for the vectors of this machine and of lesser ones, with mutants in them."""
 
+import contextlib
 import ctypes
 import functools
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,17 @@ def library(name: str, mutants: dict[str, tuple[str, str, str]], level: str, fol
     if level == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this machine has no AVX2")
     return _compiled(name, tuple(mutants.values()), level, folder / "levels")
+
+
+@contextlib.contextmanager
+def mutated(library: ctypes.CDLL, number: int) -> Iterator[None]:
+    """Chooses a mutant of a library from `library`, for as long as the context lasts."""
+    chosen = ctypes.c_int.in_dll(library, "mutant")
+    chosen.value = number
+    try:
+        yield
+    finally:
+        chosen.value = 0
 
 
 @functools.cache

@@ -261,13 +261,8 @@ def test_mutants_are_caught(library, monkeypatch, number):
         assert_equal_to_rounding(attention, *(60 * x for x in attention_inputs(45)))
 
     check()
-    chosen = ctypes.c_int.in_dll(library, "mutant")
-    chosen.value = number
-    try:
-        with pytest.raises(AssertionError):
-            check()
-    finally:
-        chosen.value = 0
+    with levels.mutated(library, number), pytest.raises(AssertionError):
+        check()
 
 
 def use_kernels():

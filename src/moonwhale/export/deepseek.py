@@ -37,7 +37,8 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     config.use_cache = True
     require_latent_attention(folder, config)
     _require_representable(folder, config)
-    notes = without_moba(folder, config, config.num_blocks) + _read_differently(config)
+    require_no_convolution(folder, config)
+    notes = without_moba(config, config.num_blocks) + _read_differently(config)
     weights = {name: interleaved(name, weight, config) for name, weight in model.state_dict().items()}
     config.rope_interleave, n_blocks = True, config.num_hidden_layers
     modules = config.num_nextn_predict_layers
@@ -151,18 +152,18 @@ def interleaved(name: str, weight: Tensor, config: MoonwhaleConfig) -> Tensor:
     return torch.cat([rows[:, :-rope], rotated], dim=1).flatten(0, 1)
 
 
-def without_moba(folder: Path, config: MoonwhaleConfig, blocks: int) -> list[str]:
-    """Returns a warning if full attention in the first `blocks` blocks changes the model, else an empty list.
-
-    Raises:
-        UserError: the model has a convolution, which DeepSeek-V3 lacks at any length.
-    """
+def require_no_convolution(folder: Path, config: MoonwhaleConfig) -> None:
+    """Raises a UserError if the model has a convolution, which DeepSeek-V3 lacks."""
     for field, place in (("moba_key_conv", "keys"), ("embedding_conv", "embeddings")):
         if getattr(config, field):
             raise UserError(
                 f"{folder}: DeepSeek-V3's format has no convolution on {place} ({field} is set): "
                 f"train with `model.{field}` 0, or export it with `to` code"
             )
+
+
+def without_moba(config: MoonwhaleConfig, blocks: int) -> list[str]:
+    """Returns a warning if full attention in the first `blocks` blocks changes the model, else an empty list."""
     covered = config.moba_topk * config.moba_block_size
     if covered >= config.max_position_embeddings or not any(map(config.is_moba_layer, range(blocks))):
         return []

@@ -18,7 +18,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
-from moonwhale.export.deepseek import interleaved, layer_of, require_latent_attention, without_moba
+from moonwhale.export.deepseek import (
+    interleaved,
+    layer_of,
+    require_latent_attention,
+    require_no_convolution,
+    without_moba,
+)
 
 ARCH = gguf.MODEL_ARCH.DEEPSEEK2
 DIGIT = r"\p{N}"
@@ -45,7 +51,8 @@ def to_gguf(folder: Path, out: Path, dtype: torch.dtype) -> list[str]:
     model, tokenizer = open_checkpoint(folder)  # in fp32, since vectors and routers stay fp32 in the file
     config = model.config
     require_latent_attention(folder, config)
-    notes = without_moba(folder, config, config.num_hidden_layers)
+    require_no_convolution(folder, config)
+    notes = without_moba(config, config.num_hidden_layers)
     if config.num_nextn_predict_layers:
         notes.append("warning: MTP is left out: the file holds the main model only")
     if config.rms_norm_eps != 1e-6:
