@@ -1,7 +1,7 @@
-"""Draws the architecture from a preset's configuration: `python docs/draw_architecture.py [PRESET] [OUT]`.
+"""Draws the architecture from a preset's configuration: `python docs/draw_architecture.py [PRESET OUT]`.
 
-The picture goes to docs/architecture.svg, or to OUT (.svg or .png). Every number in it comes from the configuration,
-and the widths of latents and heads are drawn to scale, so the picture changes with the model.
+The pictures of two presets go to docs/, or one preset's to OUT (.svg or .png). Every number in them comes from the
+configuration, and the widths of latents and heads are drawn to scale, so the picture changes with the model.
 """
 
 import sys
@@ -16,8 +16,10 @@ from moonwhale.costs import model_size
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.presets import get_preset
 
-PRESET = "seed_190m"
-PICTURE = Path(__file__).with_name("architecture.svg")
+PICTURES = {  # the second is sparser: a token uses 6 of 32 experts, and reads 8 of 32 blocks
+    "seed_190m": Path(__file__).with_name("architecture.svg"),
+    "large": Path(__file__).with_name("architecture_large.svg"),
+}
 WIDTH, HEIGHT = 10.0, 10.3  # inches, which are also the units of the axes
 
 INK, GRAY, LIGHT, PALE = "#1f2937", "#6b7280", "#e5e7eb", "#f3f4f6"
@@ -117,9 +119,11 @@ def _chain(sheet: Sheet, config) -> None:
         sheet.text(middle, top + 0.12, f"predicts token i + {k + 1}", 8.8, GRAY)
         sheet.text(middle, bottom - 0.2, f"token i + {k}" if k else "token i", 8.8, GRAY)
         embedding = "shared embedding" if k else f"embedding  {config.vocab_size:,} × {config.hidden_size}"
+        if config.embedding_conv and not k:
+            embedding += f"\nand a convolution over {config.embedding_conv} tokens"
         head = "shared head" if k else f"head  {config.hidden_size} × {config.vocab_size:,}"
         tied = config.tie_word_embeddings and k == 0
-        sheet.box(x, bottom, w, row, embedding, GREEN, dashed=k > 0)
+        sheet.box(x, bottom, w, row, embedding, GREEN, dashed=k > 0, size=8 if "\n" in embedding else 9)
         sheet.box(x, top - row, w, row, "head, tied to the embedding" if tied else head, GREEN, dashed=tied or k > 0)
         sheet.arrow((middle, bottom + row), (middle, first))
         if k:
@@ -289,9 +293,10 @@ def save(config, name: str, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
 
 
-def main(name: str = PRESET, path: str | Path = PICTURE) -> None:
-    save(configuration(name), name, Path(path))
+def main(pictures: dict[str, Path]) -> None:
+    for name, path in pictures.items():
+        save(configuration(name), name, path)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main({sys.argv[1]: Path(sys.argv[2])} if len(sys.argv) == 3 else PICTURES)

@@ -140,26 +140,28 @@ def words(svg: Path) -> list[str]:
     return [text.text for text in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_picture_is_up_to_date(drawing, tmp_path):
-    drawing.main("seed_190m", tmp_path / "now.svg")
-    assert words(tmp_path / "now.svg") == words(drawing.PICTURE)
-    versions = [
-        re.search("Matplotlib v([^,]+)", path.read_text())[1] for path in (tmp_path / "now.svg", drawing.PICTURE)
-    ]
+@pytest.mark.parametrize("preset", ["seed_190m", "large"])
+def test_the_pictures_are_up_to_date(preset, drawing, tmp_path):
+    assert drawing.PICTURES.keys() == {"seed_190m", "large"}
+    now, kept = tmp_path / "now.svg", drawing.PICTURES[preset]
+    drawing.main({preset: now})
+    assert words(now) == words(kept)
+    versions = [re.search("Matplotlib v([^,]+)", path.read_text())[1] for path in (now, kept)]
     if versions[0] == versions[1]:  # other versions of Matplotlib may write the same lines differently
-        assert (tmp_path / "now.svg").read_bytes() == drawing.PICTURE.read_bytes()
+        assert now.read_bytes() == kept.read_bytes()
 
 
-def test_the_picture_shows_the_computed_counts(drawing):
+@pytest.mark.parametrize("preset", ["seed_190m", "large"])
+def test_the_pictures_show_the_computed_counts(preset, drawing):
     from moonwhale.costs import model_size
 
-    config = drawing.configuration("seed_190m")
-    size, shown = model_size(config), "\n".join(words(drawing.PICTURE))
+    config = drawing.configuration(preset)
+    size, shown = model_size(config), "\n".join(words(drawing.PICTURES[preset]))
     for number in (
         f"{size.parameters / 1e6:.0f} M parameters",
         f"uses {size.active_parameters / 1e6:.0f} M",
-        f"{size.parameters_per_block / 1e6:.2f} M parameters, ",
-        f"{size.active_parameters_per_block / 1e6:.2f} M active",
+        f"{drawing.millions(size.parameters_per_block)} parameters, ",
+        f"{drawing.millions(size.active_parameters_per_block)} active",
         f"= {config.kv_cache_numbers_per_token} numbers a token",
         f"{config.moba_topk} blocks of {config.moba_block_size} keys",
         f"{config.n_routed_experts} routed experts of {config.moe_intermediate_size}",
@@ -177,13 +179,14 @@ def test_the_picture_shows_the_computed_counts(drawing):
         {"mtp_num_blocks": [1, 2]},
         {"num_nextn_predict_layers": 0},
         {"vocab_size": 50_000},
+        {"embedding_conv": 3},
     ],
     ids=str,
 )
 def test_the_picture_changes_with_the_configuration(changed, drawing, tmp_path):
     config = drawing.configuration("seed_190m")
     drawing.save(type(config)(**config.to_dict() | changed), "seed_190m", tmp_path / "other.svg")
-    assert words(tmp_path / "other.svg") != words(drawing.PICTURE)
+    assert words(tmp_path / "other.svg") != words(drawing.PICTURES["seed_190m"])
 
 
 @pytest.mark.parametrize(

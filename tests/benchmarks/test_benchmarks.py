@@ -198,3 +198,23 @@ def test_moba(tmp_path, capsys, monkeypatch):
     seconds = result["timings"]["bf16 16k"]["seconds"]
     assert result["fwd_16k"] == pytest.approx(seconds["full fwd"] / seconds["moba fwd"], abs=1e-3)
     assert {"fwdbwd_16k", "fwd_32k", "fwdbwd_32k", "fwd_1k", "fwd_16k_fp32"} <= result.keys()
+
+
+def test_topics(tmp_path, capsys, small_checkpoint, monkeypatch):
+    topics = importlib.import_module("topics")
+    monkeypatch.setitem(topics.SAMPLING, "max_new_tokens", 4)
+    topics.main([str(small_checkpoint), "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "topics.json").read_text())
+    answers = result.pop("answers")[small_checkpoint.name]
+    assert result == printed(capsys) and result["questions"] == len(answers) == 20
+    assert {len(given) for given in answers.values()} == {5}
+
+
+def test_the_rule_of_topics(tmp_path):
+    topics = importlib.import_module("topics")
+    (tmp_path / "topics.txt").write_text("Any pets? | cat, cats, dog*\nAny music? | jazz, r&b\n")
+    rule = topics.read_topics(tmp_path / "topics.txt")
+    pets = ["My cats!", "A DOGGY.", "category", "a dog, jazz", ""]
+    answers = {"Any pets?": pets, "Any music?": ["R&B.", "jazz", "jazzy", "no", "no cat"]}
+    found = topics.judge(rule, answers)
+    assert found == {"questions_on_topic": 1, "answers_on_topic": 0.5, "control": 0.2}
