@@ -146,6 +146,7 @@ def small_model(small_tokenizer, draw):
         moba_full_attention_layers=[1],
         moba_key_conv=3,
         embedding_conv=2,
+        latent_embedding_layers=[1],
         n_routed_experts=4,
         moe_intermediate_size=16,
         num_nextn_predict_layers=1,

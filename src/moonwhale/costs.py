@@ -196,12 +196,13 @@ def _matrices(config, layer: int, active: bool = False) -> int:
 
 
 def _block(config, layer: int) -> int:
-    """Parameters of a block: its matrices, norms, biases and key convolution."""
+    """Parameters of a block: its matrices, norms, biases, key convolution and latent embedding."""
     hidden, (q_rank, rank) = config.hidden_size, _latents(config)
     norms = 2 * hidden + rank + q_rank
     queries = q_rank if config.attention == "mla" else config.num_attention_heads * config.qk_head_dim
     biases = queries + config.kv_cache_numbers_per_token + hidden if config.attention_bias else 0
-    return _matrices(config, layer) + norms + biases + rank * config.moba_key_conv
+    table = config.vocab_size if layer in config.latent_embedding_layers else 0
+    return _matrices(config, layer) + norms + biases + rank * (config.moba_key_conv + table)
 
 
 def _inactive_experts(config, layer: int) -> int:

@@ -17,6 +17,8 @@ CONFIGS = {
     "moba, convolved keys": {**MOBA, "moba_key_conv": 3},
     "convolved keys": {"moba_key_conv": 3},
     "convolved embeddings": {"embedding_conv": 3},
+    "embeddings on latents": {"latent_embedding_layers": [1]},
+    "moba, embeddings on latents": {**MOBA, "moba_key_conv": 2, "latent_embedding_layers": [0, 1]},
     "uncompressed queries": {"q_lora_rank": None, "rope_interleave": False},
     "dense first block": {"first_k_dense_replace": 1, "attention_bias": True},
     "most experts": {"num_experts_per_tok": 4, "n_shared_experts": 2, "scoring_func": "softmax"},

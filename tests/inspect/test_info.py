@@ -39,6 +39,7 @@ VARIANTS = {
     "biases": {"attention_bias": True},
     "biases, uncompressed queries": {"attention_bias": True, "q_lora_rank": None},
     "key convolution": {"moba_topk": 2, "moba_key_conv": 3},
+    "embeddings on latents": {"latent_embedding_layers": [0]},
     "tied": {"tie_word_embeddings": True},
     "module sizes": {"mtp_num_blocks": [1, 3]},
     "no MTP": {"num_nextn_predict_layers": 0},
@@ -69,7 +70,7 @@ def check(config) -> None:
     convolution = model.model.embed_conv.weight.numel() if config.embedding_conv else 0
     assert counts.embedding == model.model.embed_tokens.weight.numel() + convolution
     assert counts.head == (0 if config.tie_word_embeddings else model.lm_head.weight.numel())
-    ends = ("embed_tokens.weight", "embed_conv.weight", "lm_head.weight", "key_conv")
+    ends = ("embed_tokens.weight", "embed_conv.weight", "lm_head.weight", "key_conv", "latent_embedding.weight")
     assert counts.matrices == numbers(model, lambda name, p: p.ndim > 1 and not name.endswith(ends))
 
 

@@ -87,7 +87,7 @@ def keys_read(layer, n):
 @torch.no_grad()
 def queries_and_keys(attention, given):
     """The queries and every head's own keys, (heads, T, nope + rope), spelled out."""
-    q_nope, q_rope, latent, k_rope = attention._project(given[0], given[1])
+    q_nope, q_rope, latent, k_rope = attention._project(given[0], given[1], given[-1])
     if attention.key_conv is not None:
         latent = attention._convolved(latent, given[2])
     k_nope = torch.einsum("hdr,tr->htd", attention._split_up()[0], latent[0, 0])
@@ -114,7 +114,7 @@ def test_the_drawn_weights_reproduce_the_attentions_output(recorded, small_model
         assert layer["largest"] == pytest.approx(largest.tolist(), abs=1e-3)
         logits = pairs(layer, "content", 0, n) + pairs(layer, "rotary", 0, n)
         weights = logits.masked_fill(~keys_read(layer, n), -torch.inf).softmax(-1).double()
-        latent = attention._project(given[0], given[1])[2][0]
+        latent = attention._project(given[0], given[1], given[-1])[2][0]
         values = latent.double() @ attention._split_up()[1].double().mT
         rebuilt = (weights @ values).transpose(0, 1).flatten(1) @ attention.o_proj.weight.double().T
         assert (rebuilt - out[0]).norm() < 2e-3 * out.norm()

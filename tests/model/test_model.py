@@ -15,6 +15,7 @@ EVERYTHING = {
     "moba_full_attention_layers": [2],
     "moba_key_conv": 2,
     "embedding_conv": 3,
+    "latent_embedding_layers": [1],
     "n_routed_experts": 8,
     "n_group": 2,
     "num_nextn_predict_layers": 2,
@@ -99,7 +100,8 @@ def test_dense_only_and_tied_models_train(tiny_model):
 def test_initialisation_is_normal_except_zeros_and_ones(tiny_config):
     model = MoonwhaleForCausalLM(tiny_config(**EVERYTHING, hidden_size=256, initializer_range=0.05))
     for name, p in model.named_parameters():
-        if name.endswith(("key_conv", "embed_conv.weight", "bias", "o_proj.weight", "down_proj", "down_proj.weight")):
+        zeros = "key_conv", "embed_conv.weight", "latent_embedding.weight", "bias"
+        if name.endswith((*zeros, "o_proj.weight", "down_proj", "down_proj.weight")):
             assert (p == 0).all(), name
         elif "norm" in name:
             assert (p == 1).all(), name
@@ -206,7 +208,7 @@ def test_logits_to_keep_selects_positions(tiny_model):
 
 
 def test_embeddings_give_the_same_as_ids(tiny_model):
-    model = tiny_model(**EVERYTHING)
+    model = tiny_model(**EVERYTHING | {"latent_embedding_layers": []})  # which need ids
     embeds = model.model.embed_tokens(IDS)
     assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS).logits)
     assert torch.equal(model(inputs_embeds=embeds, labels=IDS).loss, model(IDS, labels=IDS).loss)

@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 def works() -> bool:
     """Open the library as a new process does, and return whether its function returns 7."""
-    return build.library.__wrapped__("step").run_block(*[None] * 4) == 7
+    return build.library.__wrapped__("step").run_block(*[None] * 5) == 7
 
 
 def script(path: Path, text: str) -> str:
@@ -250,5 +250,5 @@ def test_a_new_library_does_not_change_one_in_use(cache):
     [path] = cache.glob("*/step.so")
     path.write_bytes(path.read_bytes())
     (path.parent / "step.so.sha256").unlink()
-    assert works() and first.run_block(*[None] * 4) == 7
+    assert works() and first.run_block(*[None] * 5) == 7
     assert isinstance(first, ctypes.CDLL)

@@ -37,7 +37,7 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     config.use_cache = True
     require_latent_attention(folder, config)
     _require_representable(folder, config)
-    require_no_convolution(folder, config)
+    require_representable(folder, config)
     notes = without_moba(config, config.num_blocks) + _read_differently(config)
     weights = {name: interleaved(name, weight, config) for name, weight in model.state_dict().items()}
     config.rope_interleave, n_blocks = True, config.num_hidden_layers
@@ -152,13 +152,20 @@ def interleaved(name: str, weight: Tensor, config: MoonwhaleConfig) -> Tensor:
     return torch.cat([rows[:, :-rope], rotated], dim=1).flatten(0, 1)
 
 
-def require_no_convolution(folder: Path, config: MoonwhaleConfig) -> None:
-    """Raises a UserError if the model has a convolution, which DeepSeek-V3 lacks."""
-    for field, place in (("moba_key_conv", "keys"), ("embedding_conv", "embeddings")):
+NO_PLACE = {  # fields that DeepSeek-V3 has no place for: what they add, and the value that leaves it out
+    "moba_key_conv": ("convolution on keys", "0"),
+    "embedding_conv": ("convolution on embeddings", "0"),
+    "latent_embedding_layers": ("embeddings on latents", "[]"),
+}
+
+
+def require_representable(folder: Path, config: MoonwhaleConfig) -> None:
+    """Raises a UserError if the model has an extension that DeepSeek-V3 lacks."""
+    for field, (extension, off) in NO_PLACE.items():
         if getattr(config, field):
             raise UserError(
-                f"{folder}: DeepSeek-V3's format has no convolution on {place} ({field} is set): "
-                f"train with `model.{field}` 0, or export it with `to` code"
+                f"{folder}: DeepSeek-V3's format has no {extension} ({field} is set): "
+                f"train with `model.{field}` {off}, or export it with `to` code"
             )
 
 

@@ -82,7 +82,7 @@ class Decoder:
 
     def run(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Return normed hidden states (B, Q, hidden) of new tokens (B, Q), and write their entries into the cache."""
-        return self._step(self._main_blocks, (self._embed(tokens, cache, placement),), cache, placement)
+        return self._step(self._main_blocks, (self._embed(tokens, cache, placement), tokens), cache, placement)
 
     def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Run MTP module `depth` (from 1) of the chain. Return normed hidden states (B, Q, hidden) for `draft_head`.
@@ -108,9 +108,9 @@ class Decoder:
             return self.graphs(function, tensors, cache, placement)
         return function(*tensors, cache, placement)
 
-    def _main_blocks(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+    def _main_blocks(self, x: Tensor, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         for block in self.main:
-            x = block(x, cache, placement)
+            x = block(x, cache, placement, tokens)
         return self.norm(x)
 
 
@@ -143,10 +143,13 @@ class DecoderBlock:
             fields = self.feed_forward.native_fields()
             self.native = NativeBlock(self.before, vars(self.attention), self.after, fields)
 
-    def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+    def __call__(self, x: Tensor, cache: LatentCache, placement: Placement, tokens: Tensor | None = None) -> Tensor:
+        """Run the block on x (B, Q, hidden) of new `tokens` (B, Q), which a block with a latent embedding needs."""
+        table = self.attention.latent_embedding
+        added = None if table is None else F.embedding(tokens, table)  # (B, Q, rank)
         if self.native and placement.length < EXPAND_FROM_TOKENS:
-            return self.native(x, cache.of_layer(self.attention.layer), placement.for_native)
-        x = x + self.attention(self.before(x), cache, placement)
+            return self.native(x, cache.of_layer(self.attention.layer), placement.for_native, added)
+        x = x + self.attention(self.before(x), cache, placement, added)
         return x + self.feed_forward(self.after(x))
 
 
@@ -195,6 +198,7 @@ class DecoderAttention:
         self.q_up = pack(m.q_b_proj.weight) if compressed else None
 
         self.kv_norm = DecoderNorm(m.kv_a_layernorm)
+        self.latent_embedding = None if m.latent_embedding is None else m.latent_embedding.weight  # (V, rank)
         self.conv = None if m.key_conv is None else m.key_conv[:, 0].T  # (taps, rank), the newest tap last
         self.taps = 0 if self.conv is None else len(self.conv)
         self.up = m.kv_b_proj.weight  # (heads * (nope + v), rank)
@@ -212,7 +216,8 @@ class DecoderAttention:
             )
         return pack(torch.cat([layer.weight for layer in layers]), bias)
 
-    def __call__(self, x: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+    def __call__(self, x: Tensor, cache: LatentCache, placement: Placement, added: Tensor | None) -> Tensor:
+        """Attend from the new tokens x (B, Q, hidden). `added` (B, Q, rank) is added to their latents."""
         q, latent, k_rope = self.down(x).split_with_sizes(self.widths, dim=-1)
         if self.q_up:
             q = self.q_up(self.q_norm(q))
@@ -220,7 +225,8 @@ class DecoderAttention:
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         rotated = rotate(torch.cat([q_rope, k_rope.unsqueeze(2)], dim=2), placement.rotation, self.interleaved)
         q_rope, k_rope = rotated[:, :, :-1], rotated[:, :, -1]  # (B, Q, heads, rope), (B, Q, rope)
-        self._write_entries(self.kv_norm(latent), k_rope, cache, placement)
+        latent = self.kv_norm(latent)
+        self._write_entries(latent if added is None else latent + added, k_rope, cache, placement)
         if placement.length >= EXPAND_FROM_TOKENS:
             out = self._expanded(torch.cat([q_nope, q_rope], dim=-1), cache, placement)
         else:

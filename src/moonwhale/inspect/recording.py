@@ -102,8 +102,8 @@ def _attention(attention: MultiheadLatentAttention, inputs: tuple, first: int) -
     "counted" is the number of tokens that the block sees properly. An MTP module also reads a token further on, which
     the last positions do not have.
     """
-    x, rotation, documents = inputs[:3]
-    logits = attention.logits(x, rotation, documents)
+    x, rotation, documents, *_, input_ids = inputs
+    logits = attention.logits(x, rotation, documents, input_ids)
     counted = int(documents.valid.sum())
     seen = (logits.content + logits.rotary).masked_fill(~logits.mask, -torch.inf)[0]  # (H, T, T)
     found = {

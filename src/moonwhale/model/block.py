@@ -45,6 +45,7 @@ class Block(GradientCheckpointingLayer):
         documents: Documents,
         cache=None,
         output_attentions: bool = False,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Apply the block to x (B, T, hidden). See `MultiheadLatentAttention.forward` for the arguments.
 
@@ -53,7 +54,7 @@ class Block(GradientCheckpointingLayer):
             checkpointing loses the gradient of what is.
         """
         attended, max_logit, *weights = self.self_attn(
-            self.input_layernorm(x), rotation, documents, cache, output_attentions, collect_statistics=False
+            self.input_layernorm(x), rotation, documents, cache, output_attentions, False, input_ids
         )
         x = x + attended
         normed = self.post_attention_layernorm(x)

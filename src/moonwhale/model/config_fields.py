@@ -48,6 +48,9 @@ class ConfigFields:
     qk_nope_head_dim: int = described(64, "width of a head's queries and keys without position")
     qk_rope_head_dim: int = described(32, "width of a head's rotary queries and keys")
     v_head_dim: int = described(64, "width of a head's values")
+    latent_embedding_layers: list[int] | None = described(
+        None, "indices of main blocks whose latents get an embedding of the token added (value embeddings)"
+    )
     attention_bias: bool = described(False, "add biases to the down-projections and the output projection")
     attention_dropout: float = described(0.0, "dropout of attention weights; 0 only")
     rope_interleave: bool = described(True, "rotate neighbouring pairs, as DeepSeek-V3 does, not halves")

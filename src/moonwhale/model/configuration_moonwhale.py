@@ -37,6 +37,7 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.moba_full_attention_layers = sorted(self.moba_full_attention_layers or [])
+        self.latent_embedding_layers = sorted(self.latent_embedding_layers or [])
         for field in ("mtp_num_blocks", "eos_token_id"):
             if isinstance(getattr(self, field), tuple):
                 setattr(self, field, list(getattr(self, field)))

@@ -43,11 +43,12 @@ class GroupedQueryAttention(Attention):
         cache: Cache | None = None,
         output_attentions: bool = False,
         collect_statistics: bool | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Attend from the newest Tq tokens to all Tk tokens.
 
         Arguments and results are those of `MultiheadLatentAttention.forward`, but a cache holds keys
-        (B, kv_heads, Tk, D) and values (B, kv_heads, Tk, Dv).
+        (B, kv_heads, Tk, D) and values (B, kv_heads, Tk, Dv), and `input_ids` has no use here.
         """
         rotation, documents = described(self.config, x, rotation, documents)
         q = rotate(self._by_head(self.q_proj(x), self.heads), rotation, self.interleaved)

@@ -59,6 +59,10 @@ class MultiheadLatentAttention(Attention):
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
         self.o_proj.starts_at_zero = config.zero_init_residual  # read by `MoonwhalePreTrainedModel._init_weights`
+        self.latent_embedding = None
+        if layer_idx in (config.latent_embedding_layers or ()):
+            self.latent_embedding = nn.Embedding(config.vocab_size, self.rank)
+            self.latent_embedding.starts_at_zero = True  # as no embedding at all
         # (rank, 1, width), the newest tap last. It is initialised to zero, so it starts as no convolution at all.
         self.key_conv = nn.Parameter(torch.zeros(self.rank, 1, config.moba_key_conv)) if config.moba_key_conv else None
 
@@ -70,6 +74,7 @@ class MultiheadLatentAttention(Attention):
         cache: Cache | None = None,
         output_attentions: bool = False,
         collect_statistics: bool | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Attend from the newest Tq tokens to all Tk tokens.
 
@@ -81,13 +86,14 @@ class MultiheadLatentAttention(Attention):
                 (B, 1, Tk, rope).
             output_attentions: whether to return the softmax's weights too. This takes memory for all of them.
             collect_statistics: whether the pass counts in `max_logit`. None: if gradients are enabled.
+            input_ids: (B, Tq) the newest tokens, which a block of `latent_embedding_layers` needs.
 
         Returns:
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache; then the
             weights (B, heads, Tq, Tk), if asked for.
         """
         rotation, documents = described(self.config, x, rotation, documents)
-        q_nope, q_rope, latent, k_rope = self._project(x, rotation)
+        q_nope, q_rope, latent, k_rope = self._project(x, rotation, input_ids)
         if cache is not None:
             n_tokens = documents.document_ids.shape[1]  # a static cache returns its unused end too
             latent, k_rope = (x[:, :, :n_tokens] for x in cache.update(latent, k_rope, self.layer_idx))
@@ -104,26 +110,41 @@ class MultiheadLatentAttention(Attention):
             keep_largest_(self.max_logit, largest)
         return self.o_proj(out), largest, *weights
 
-    def logits(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Logits:
+    def logits(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, input_ids: Tensor | None = None
+    ) -> Logits:
         """Return every logit of x (B, T, hidden), in its two parts.
 
         This is for inspection. The forward pass never has all of them.
         """
-        content, rotary = self._parts(*self._project(x, rotation), documents)
+        content, rotary = self._parts(*self._project(x, rotation, input_ids), documents)
         products = content + rotary
         gates = moba_gates(products, documents, self.block_size) if self.topk else None
         mask = seen_keys(products, documents, self.block_size, self.topk).expand_as(products)
         return Logits(content.float() * self.scale, rotary.float() * self.scale, mask, gates)
 
-    def _project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], input_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the queries' two parts (B, heads, T, nope) and (B, heads, T, rope), the latents (B, 1, T, rank), and
         the rotary keys (B, 1, T, rope).
+
+        A latent is c = RMSNorm(W^DKV x), and where the block has `latent_embedding`, the token's row of it is added.
+        Keys and values get it alike, and the cache holds the sum, so that decoding never looks a token up again.
+
+        Raises:
+            ValueError: the block has `latent_embedding`, and there are no `input_ids`.
         """
         q_nope, q_rope = self._queries(x).split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         q_rope = rotate(q_rope, rotation, self.interleaved)
         k_rope = rotate(k_rope.unsqueeze(1), rotation, self.interleaved)
-        return q_nope, q_rope, self.kv_a_layernorm(latent).unsqueeze(1), k_rope
+        latent = self.kv_a_layernorm(latent)
+        if self.latent_embedding is not None:
+            if input_ids is None:
+                raise ValueError("give input_ids: latent_embedding_layers looks tokens up, which inputs_embeds are not")
+            latent = latent + self.latent_embedding(input_ids).to(latent.dtype)
+        return q_nope, q_rope, latent.unsqueeze(1), k_rope
 
     def _queries(self, x: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)

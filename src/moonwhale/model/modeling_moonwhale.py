@@ -124,7 +124,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         for i, block in enumerate(self.main_blocks):
             hidden_states.append(x if i in chosen else None)
             x, balance = self.run(
-                [block], x, balance, rotation, documents, past_key_values, collect_statistics, attentions
+                [block], x, balance, rotation, documents, past_key_values, collect_statistics, attentions, input_ids
             )
         x, mtp = self.norm(x), None
         if with_mtp:
@@ -162,14 +162,16 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         cache: Cache | None = None,
         collect_statistics: bool = False,
         attentions: list[Tensor] | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run x (B, T, hidden) through some main blocks. Append the weights of each softmax to `attentions`, if given.
+        Blocks of `latent_embedding_layers` need `input_ids` (B, T).
 
         Returns:
             the new x, and `balance` (0-d) plus the blocks' balance losses.
         """
         for block in blocks:
-            x, *measured = block(x, rotation, documents, cache, attentions is not None)
+            x, *measured = block(x, rotation, documents, cache, attentions is not None, input_ids)
             statistics = BlockStatistics(*measured)
             if attentions is not None:
                 attentions.append(statistics.attention)

@@ -33,7 +33,7 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
         """
         super()._init_weights(module)
         std, starts_at_zero = self.config.initializer_range, getattr(module, "starts_at_zero", False)
-        if isinstance(module, nn.Linear) and starts_at_zero:  # set on output projections, see mla.py and moe.py
+        if isinstance(module, nn.Linear | nn.Embedding) and starts_at_zero:  # set in mla.py, gqa.py and moe.py
             init.zeros_(module.weight)
         elif isinstance(module, nn.Embedding) and self.config.embedding_initializer_range is not None:
             init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
@@ -56,6 +56,18 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
             init.constant_(module.max_logit, -torch.inf)
             if getattr(module, "key_conv", None) is not None:
                 init.zeros_(module.key_conv)
+
+    def _resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the latent embeddings with the token embedding. New tokens add nothing to latents."""
+        embedding = super()._resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if getattr(module, "latent_embedding", None) is not None:
+                old, rows = module.latent_embedding.weight, embedding.num_embeddings
+                new = old.new_zeros(rows, old.shape[1])
+                new[: len(old)] = old.detach()[:rows]
+                module.latent_embedding = nn.Embedding.from_pretrained(new, freeze=not old.requires_grad)
+                module.latent_embedding.starts_at_zero = True
+        return embedding
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
         """Save as transformers does, but by default with experts as stacks: a resuming Trainer reads only these.

@@ -45,12 +45,13 @@ class NativeBlock:
         )
         w = self._block.attention
         width = w.rank + w.rope
-        self._sizes = self._block.hidden, width, w.rank if w.taps else width, w.block_size  # for `_check`
+        self._sizes = self._block.hidden, w.rank, width, w.rank if w.taps else width, w.block_size  # for `_check`
 
-    def __call__(self, x: Tensor, entries: tuple, placement: PlacementStruct) -> Tensor:
+    def __call__(self, x: Tensor, entries: tuple, placement: PlacementStruct, added: Tensor | None = None) -> Tensor:
         """Run the block on x (B, Q, hidden) of any dtype, which may be overwritten. The result is fp32.
 
-        `entries` are the block's keys, values and means in the cache.
+        `entries` are the block's keys, values and means in the cache. `added` (B, Q, rank) is added to the new tokens'
+        latents.
 
         Raises:
             MemoryError: there is no memory for intermediate values.
@@ -58,13 +59,14 @@ class NativeBlock:
             ValueError: shapes or fields contradict each other.
         """
         x = x.float().contiguous()
+        added = None if added is None else added.float().contiguous()
         keys, values, means = entries
-        self._check(x, keys, values, means, placement)
+        self._check(x, keys, values, means, placement, added)
         dtype = DTYPE_CODES.get(keys.dtype, -1)  # which the step refuses
         blocks = 0 if means is None else means.shape[1]
         cache = CacheStruct(address(keys), address(values), address(means), *keys.shape[:2], blocks, dtype)
         structures = map(ctypes.byref, (self._block, cache, placement))
-        match build.library("step").run_block(*structures, x.data_ptr()):
+        match build.library("step").run_block(*structures, x.data_ptr(), address(added)):
             case 1:
                 raise MemoryError(f"no memory for a decoding step of {len(x)} sequences")
             case 2:
@@ -73,11 +75,20 @@ class NativeBlock:
                 raise ValueError("the fields of a compiled block contradict each other")
         return x
 
-    def _check(self, x: Tensor, keys: Tensor, values: Tensor, means: Tensor | None, placement: PlacementStruct) -> None:
+    def _check(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        means: Tensor | None,
+        placement: PlacementStruct,
+        added: Tensor | None,
+    ) -> None:
         """Raise ValueError if tensors are not what the compiled step, which sees only addresses, takes them to be."""
-        hidden, width, values_width, block_size = self._sizes
+        hidden, rank, width, values_width, block_size = self._sizes
         slots, length = keys.shape[:2]
         good = x.shape == (placement.rows, placement.length, hidden)
+        good &= added is None or added.shape == (*x.shape[:2], rank)
         good &= keys.shape == (slots, length, width) and keys.is_contiguous()
         if values is not keys or values_width != width:
             good &= values.shape == (slots, length, values_width) and values.is_contiguous()

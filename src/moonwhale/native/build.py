@@ -33,7 +33,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi"]
 FLAGS += ["-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
 TABLE = [INTEGER] * 4  # rows, columns, dtype, threads
 ARGUMENTS = {  # of the functions in each library
-    "step": {"run_block": [POINTER] * 4, "run_product": [POINTER, POINTER, POINTER, INTEGER, INTEGER]},
+    "step": {"run_block": [POINTER] * 5, "run_product": [POINTER, POINTER, POINTER, INTEGER, INTEGER]},
     "training": {
         "run_norm": [*[POINTER] * 3, INTEGER, POINTER, INTEGER, INTEGER, REAL, INTEGER, INTEGER],
         "run_norm_backward": [*[POINTER] * 3, INTEGER, POINTER, INTEGER, POINTER, POINTER, *TABLE],

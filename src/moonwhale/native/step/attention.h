@@ -51,6 +51,7 @@ struct Attention {
   const AttentionFields &w;
   const Cache &cache;
   const Placement &p;
+  const float *added; // (tokens, rank) to the latents, or null
   const long tokens = p.rows * p.length, width = w.rank + w.rope;
   const long compressed = w.q_up.in; // 0 if queries are not compressed
   const long last = *std::max_element(p.start, p.start + p.rows) + p.length - 1; // the last position
@@ -63,8 +64,8 @@ struct Attention {
   std::vector<float> scratch; // (threads, scratch_step), since nothing may be allocated in a parallel region
   std::vector<long> earlier;  // (threads, blocks)
 
-  Attention(const AttentionFields &w, const Cache &cache, const Placement &p)
-      : w(w), cache(cache), p(p), projected(count({tokens, w.down.out})), compressed_q(count({tokens, compressed})),
+  Attention(const AttentionFields &w, const Cache &cache, const Placement &p, const float *added)
+      : w(w), cache(cache), p(p), added(added), projected(count({tokens, w.down.out})), compressed_q(count({tokens, compressed})),
         q(count({tokens, w.heads, w.nope + w.rope})), queries(count({tokens, w.heads, width})),
         top(count({tokens, w.heads, pieces})), total(top.size()), latents(count({tokens, w.heads, pieces, w.rank})),
         out(count({tokens, w.heads, w.v})), chosen(count({tokens, w.heads, topk})),
@@ -99,7 +100,7 @@ struct Attention {
     product(x, out.data(), w.out.in, tokens, w.out, true);
   }
 
-  // Norms the latents, rotates the rotary keys, and writes both into the cache
+  // Norms the latents, adds what is `added` to them, rotates the rotary keys, and writes both into the cache
   template <class T> void write_entries(T *keys, T *values) {
 #pragma omp for
     for (long t = 0; t < tokens; t++) {
@@ -108,6 +109,7 @@ struct Attention {
       rotate(w, p, c + w.rank, position(t), rotated);
       for (long i = 0; i < w.rank; i++) {
         c[i] *= inverse * w.kv_norm.weight[i];
+        if (added) c[i] += added[t * w.rank + i];
         store(w.taps ? &values[entry(t) * w.rank + i] : &keys[entry(t) * width + i], c[i]);
       }
       for (long i = 0; i < w.rope; i++) store(&keys[entry(t) * width + w.rank + i], rotated[i]);

@@ -15,14 +15,14 @@
 #include "experts.h"
 
 extern "C" {
-// Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache. Returns 0, or why nothing
-// was computed: 1 if memory ran out, 2 if an entry would lie outside the cache, 3 if values contradict each other.
-int run_block(const Block *b, const Cache *cache, const Placement *p, float *x) try {
+// Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache. `added` (tokens, rank), if
+// not null, is added to the latents. Returns 0, or why nothing was computed: 1 if memory ran out, 2 if an entry would lie outside the cache, 3 if values contradict each other.
+int run_block(const Block *b, const Cache *cache, const Placement *p, float *x, const float *added) try {
   if (!b || !cache || !p || !x || !is_valid(*b, *cache, *p)) return 3;
   if (!is_inside(*p, *cache)) return 2;
   const long tokens = p->rows * p->length;
   std::vector<float> h(tokens * b->hidden);
-  Attention attention(b->attention, *cache, *p);
+  Attention attention(b->attention, *cache, *p, added);
   FeedForward feed_forward(b->feed_forward, tokens);
 #pragma omp parallel num_threads(p->threads)
   {
