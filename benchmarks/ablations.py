@@ -53,6 +53,7 @@ VARIANTS = (
     ("balancing", "bias alone", {"model": {"balance_loss": "none"}}),
     ("initialisation", "normal everywhere", {"model": {"zero_init_residual": False}}),
     ("recipe", "no embedding convolution", {"model": {"embedding_conv": 0}}),
+    ("recipe", "no embeddings on latents", {"model": {"latent_embedding_every": 0}}),
     ("recipe", "one embedding rate", {"embedding_lr": 1.0, "model": {"embedding_initializer_range": None}}),
     ("recipe", "MTP from the first step", {"mtp_start": 0.0}),
 )

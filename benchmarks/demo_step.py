@@ -31,7 +31,8 @@ EXPERTS = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for e
 def models() -> dict[str, torch.nn.Module]:
     """Builds the contenders with the same weights."""
     torch.manual_seed(0)
-    shapes = PRESETS["demo"].model | {"num_nextn_predict_layers": 0, "embedding_conv": 0}  # what both can compute
+    extensions = dict.fromkeys(("num_nextn_predict_layers", "embedding_conv", "latent_embedding_every"), 0)
+    shapes = PRESETS["demo"].model | extensions  # what both can compute
     full = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes | {"moba_topk": 0}))
     moba = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes))
     moba.load_state_dict(full.state_dict())

@@ -80,7 +80,7 @@ RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the tim
     "rows": 16,
     "lr": 1.2e-2,
     "warmup": 0.03,
-    "decay": 0.5,
+    "decay": 0.95,
     "floor": 0.0,
     "momentum": (0.95, 0.95),
     "momentum_warmup": 0.1,

@@ -146,7 +146,7 @@ def small_model(small_tokenizer, draw):
         moba_full_attention_layers=[1],
         moba_key_conv=3,
         embedding_conv=2,
-        latent_embedding_layers=[1],
+        latent_embedding_every=2,
         n_routed_experts=4,
         moe_intermediate_size=16,
         num_nextn_predict_layers=1,
@@ -201,7 +201,8 @@ def trained_checkpoint(text_folder, tmp_path_factory):
     options = (
         "--context 32 --batch-size 2 --tokens-per-step 128 --steps 2 --warmup-steps 1 --eval-every 0 --eval-rows 4"
     )
-    fixed = "--save-every 0 --report-to none --device cpu --precision fp32 --model.embedding_conv 0"  # fits all exports
+    fixed = "--save-every 0 --report-to none --device cpu --precision fp32"
+    fixed += " --model.embedding_conv 0 --model.latent_embedding_every 0"  # fits all exports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         arguments = ["--data", str(text_folder), "--out", str(folder / "run"), *options.split(), *fixed.split(), *model]

@@ -86,7 +86,7 @@ def main() -> None:
         "context": 32,
         "tokens_per_step": 64,
         "eval_rows": 2,
-        "model": TOY | {"embedding_conv": 0},  # every format can hold it
+        "model": TOY | {"embedding_conv": 0, "latent_embedding_every": 0},  # every format can hold it
     }
     sft = common | {"data": "task:task.jsonl", "context": 32}
     grpo = common | {"task": "task.jsonl", "questions": 4, "group_size": 2, "questions_per_step": 1}

@@ -190,7 +190,8 @@ def inputs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         train = ["train", "--data", str(folder / "my_texts"), "--out", str(folder / "toy"), *TOYS["train"]]
-        assert cli.main([*train, "--model.embedding_conv", "0"]) == 0  # every format can hold it
+        plain = ["--model.embedding_conv", "0", "--model.latent_embedding_every", "0"]  # every format can hold it
+        assert cli.main([*train, *plain]) == 0
     return folder
 
 

@@ -32,7 +32,7 @@ def test_presets_set_the_same_options(name):
 
 
 def test_large_presets_follow_the_papers_and_small_ones_the_fast_recipe():
-    for names, recipe in ((("seed_190m", "large"), PAPER), (("demo", "small"), FAST)):
+    for names, recipe in ((("seed_190m", "large"), PAPER), (("demo", "evening", "small"), FAST)):
         for preset in (PRESETS[name] for name in names):
             assert recipe.model.items() <= preset.model.items() and recipe.train.items() <= preset.train.items()
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -55,7 +55,9 @@ def test_seed_has_the_documented_figures():
     assert (run.context, run.tokens_per_step) == (1024, 491_520)
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("demo", 5e6, 8e6), ("small", 50e6, 60e6), ("large", 0.7e9, 1e9)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("demo", 5e6, 6e6), ("evening", 5e6, 6e6), ("small", 50e6, 65e6), ("large", 0.7e9, 1e9)]
+)
 def test_presets_have_the_documented_sizes(name, low, high):
     assert low <= model_size(build_model_config(TrainConfig.resolve({"preset": name}))).parameters <= high
 

@@ -201,7 +201,7 @@ def _block(config, layer: int) -> int:
     norms = 2 * hidden + rank + q_rank
     queries = q_rank if config.attention == "mla" else config.num_attention_heads * config.qk_head_dim
     biases = queries + config.kv_cache_numbers_per_token + hidden if config.attention_bias else 0
-    table = config.vocab_size if layer in config.latent_embedding_layers else 0
+    table = config.vocab_size if config.has_latent_embedding(layer) else 0
     return _matrices(config, layer) + norms + biases + rank * (config.moba_key_conv + table)
 
 

@@ -26,40 +26,51 @@ class Recipe:
 
 # As in the papers: one learning rate and one initial size for all weights, and MTP from the first step.
 PAPER = Recipe(
-    model={"embedding_initializer_range": None, "embedding_conv": 0, "mtp_loss_weight": 0.3},
+    model={
+        "embedding_initializer_range": None,
+        "embedding_conv": 0,
+        "latent_embedding_every": 0,
+        "mtp_loss_weight": 0.3,
+    },
     train={"embedding_lr": 1.0, "mtp_start": 0.0},
 )
-# The best that short runs found (docs/training.md): a large embedding with a large learning rate and a convolution, and
-# MTP at the end, since it takes a third of a small model's step, with a weight that leaves the main model alone.
+# The best that short runs found (docs/training.md): a large embedding with a large learning rate and a convolution;
+# another embedding on the latents of every second block; and MTP at the end, since it takes a third of a small model's
+# step, with a weight that leaves the main model alone.
 FAST = Recipe(
-    model={"embedding_initializer_range": 0.8, "embedding_conv": 3, "mtp_loss_weight": 0.1},
-    train={"embedding_lr": 20.0, "mtp_start": 0.7},
+    model={
+        "embedding_initializer_range": 0.8,
+        "embedding_conv": 3,
+        "latent_embedding_every": 2,
+        "mtp_loss_weight": 0.1,
+    },
+    train={"embedding_lr": 10.0, "mtp_start": 0.7},
 )
+# The shape of the smallest models, on two CPU cores
+TINY = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "moba_block_size": 64,
+    "moba_topk": 2,
+    "moba_full_attention_layers": [1, 3],  # every other block; fewer were not tried
+    "n_routed_experts": 8,  # 16 are worse after the same time: each expert sees too few tokens
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "bias_update_speed": 0.01,  # in so short a run, V3's 0.001 would never balance the experts
+    "num_nextn_predict_layers": 1,  # as in V3; a second one takes a quarter of the time and costs 3 %
+    "mtp_num_blocks": 1,
+}
 
 PRESETS = {
     "demo": Preset(
         summary="a CPU and some minutes, with every mechanism",
-        model=FAST.model
-        | {
-            "vocab_size": 2048,
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "q_lora_rank": 128,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "moba_block_size": 64,
-            "moba_topk": 2,
-            "moba_full_attention_layers": [1, 3],  # every other block; fewer were not tried
-            "n_routed_experts": 8,  # 16 are worse after the same time: each expert sees too few tokens
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 96,
-            "bias_update_speed": 0.01,  # in so short a run, V3's 0.001 would never balance the experts
-            "num_nextn_predict_layers": 1,  # as in V3; a second one takes a quarter of the time and costs 3 %
-            "mtp_num_blocks": 1,
-        },
+        model=FAST.model | TINY | {"vocab_size": 2048},
         train=FAST.train
         | {
             "context": 512,
@@ -68,10 +79,27 @@ PRESETS = {
             "steps": 450,
             "lr": 6e-3,  # the best of 3e-3, 6e-3 and 1.2e-2 on held-out text after equal time (benchmarks/quality.py)
             "warmup_steps": 10,
-            "decay_fraction": 0.5,  # better than 0.8; warming the momentum up from 0.85 made no difference
+            "decay_fraction": 0.7,  # warming the momentum up from 0.85 made no difference
             "log_every": 25,
             "eval_every": 225,
             "save_every": 225,
+        },
+    ),
+    "evening": Preset(
+        summary="a CPU and an hour: the demo's model on six passes over the built-in text",
+        model=FAST.model | TINY | {"vocab_size": 2560},  # in bf16 it has 11.5 MB
+        train=FAST.train
+        | {
+            "context": 512,
+            "batch_size": 8,
+            "tokens_per_step": 4096,
+            "steps": 5_000,
+            "lr": 6e-3,
+            "warmup_steps": 50,
+            "decay_fraction": 0.9,
+            "log_every": 50,
+            "eval_every": 500,
+            "save_every": 500,
         },
     ),
     "small": Preset(

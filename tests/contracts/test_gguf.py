@@ -187,7 +187,7 @@ def test_what_is_lost_is_reported(exported):
     [
         ({"moba_key_conv": 3}, "moba_key_conv"),
         ({"embedding_conv": 2}, "embedding_conv"),
-        ({"latent_embedding_layers": [0]}, "latent_embedding_layers"),
+        ({"latent_embedding_every": 1}, "latent_embedding_every"),
         ({"attention_bias": True}, "attention_bias"),
         ({"n_shared_experts": 0}, "n_shared_experts"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "type linear"),

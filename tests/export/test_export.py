@@ -150,7 +150,7 @@ def test_bf16_keeps_the_router_bias(checkpoint, tmp_path, capsys):
     [
         ({"moba_key_conv": 3}, [], "moba_key_conv"),
         ({"embedding_conv": 2}, [], "embedding_conv"),
-        ({"latent_embedding_layers": [1]}, [], "latent_embedding_layers"),
+        ({"latent_embedding_every": 2}, [], "latent_embedding_every"),
         ({"scoring_func": "softmax"}, [], "sigmoid, not softmax"),
         ({}, ["--to", "moonwhale"], "model of type 'moonwhale', not 'deepseek_v3'"),
         ({}, ["--to", "onnx"], "deepseek"),

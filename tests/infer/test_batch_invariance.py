@@ -28,7 +28,7 @@ SHAPES = {  # wide enough that PyTorch's kernels depend on the number of rows
     "moba_full_attention_layers": [1],
     "moba_key_conv": 3,
     "embedding_conv": 3,
-    "latent_embedding_layers": [1],
+    "latent_embedding_every": 2,
     "num_nextn_predict_layers": 1,
     "max_position_embeddings": 512,
 }

@@ -39,7 +39,7 @@ VARIANTS = {
     "biases": {"attention_bias": True},
     "biases, uncompressed queries": {"attention_bias": True, "q_lora_rank": None},
     "key convolution": {"moba_topk": 2, "moba_key_conv": 3},
-    "embeddings on latents": {"latent_embedding_layers": [0]},
+    "embeddings on latents": {"latent_embedding_every": 1},
     "tied": {"tie_word_embeddings": True},
     "module sizes": {"mtp_num_blocks": [1, 3]},
     "no MTP": {"num_nextn_predict_layers": 0},
@@ -172,7 +172,7 @@ def test_table_and_overrides(capsys):
     before = capsys.readouterr().out
     main_info(["demo", "--model.hidden_size", "128", "--context", "512", "--batch", "4"])
     after = capsys.readouterr().out
-    assert "5.15 M, 2.94 M active" in before and "5.15 M" not in after
+    assert "5.41 M, 3.20 M active" in before and "5.41 M" not in after
     assert "4 x 512 tokens" in after
 
 

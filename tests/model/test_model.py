@@ -15,7 +15,7 @@ EVERYTHING = {
     "moba_full_attention_layers": [2],
     "moba_key_conv": 2,
     "embedding_conv": 3,
-    "latent_embedding_layers": [1],
+    "latent_embedding_every": 2,
     "n_routed_experts": 8,
     "n_group": 2,
     "num_nextn_predict_layers": 2,
@@ -208,7 +208,7 @@ def test_logits_to_keep_selects_positions(tiny_model):
 
 
 def test_embeddings_give_the_same_as_ids(tiny_model):
-    model = tiny_model(**EVERYTHING | {"latent_embedding_layers": []})  # which need ids
+    model = tiny_model(**EVERYTHING | {"latent_embedding_every": 0})  # which need ids
     embeds = model.model.embed_tokens(IDS)
     assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS).logits)
     assert torch.equal(model(inputs_embeds=embeds, labels=IDS).loss, model(IDS, labels=IDS).loss)

@@ -72,7 +72,7 @@ def random_model(draw: random.Random):
         moba_topk=draw.choice([0, 1, 3, 10**9]),
         moba_key_conv=draw.choice([0, 2]),
         embedding_conv=draw.choice([0, 2]),
-        latent_embedding_layers=draw.choice([[], [0]]),
+        latent_embedding_every=draw.choice([0, 1]),
         max_position_embeddings=300,
     )
     model = MoonwhaleForCausalLM(config).to(draw.choice([torch.float32, torch.bfloat16])).eval()

@@ -11,14 +11,14 @@ from moonwhale.optim import param_groups
 
 from .test_deepseek_v3 import batch, distance, their_config
 
-LAYERS = [1]
+EVERY, LAYERS = 2, [1]  # every second of two blocks
 IDS, _, LABELS = batch()
 
 
 @pytest.fixture
 def pair(tiny_model):
     """Our model with latent embeddings and transformers' model, whose norm of latents adds the same rows to them."""
-    ours = tiny_model(latent_embedding_layers=LAYERS, aux_loss_alpha=0.0)
+    ours = tiny_model(latent_embedding_every=EVERY, aux_loss_alpha=0.0)
     theirs = DeepseekV3ForCausalLM(their_config(ours.config)).eval().to(ours.device)
     weights = ours.state_dict()
     tables = {i: weights.pop(f"model.layers.{i}.self_attn.latent_embedding.weight").clone() for i in LAYERS}
@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_those_of_transformers(pair):
 
 
 def test_a_new_embedding_is_none_and_learns(tiny_config):
-    model = MoonwhaleForCausalLM(tiny_config(latent_embedding_layers=LAYERS, zero_init_residual=False))
+    model = MoonwhaleForCausalLM(tiny_config(latent_embedding_every=EVERY, zero_init_residual=False))
     plain = MoonwhaleForCausalLM(tiny_config(zero_init_residual=False))
     plain.load_state_dict(model.state_dict(), strict=False)
     loss = model(IDS, labels=IDS).loss
@@ -58,7 +58,7 @@ def test_a_new_embedding_is_none_and_learns(tiny_config):
 
 
 def test_it_learns_as_fast_as_the_embedding(tiny_model):
-    model = tiny_model(latent_embedding_layers=LAYERS)
+    model = tiny_model(latent_embedding_every=EVERY)
     table = model.model.layers[1].self_attn.latent_embedding.weight
     (group,) = [g for g in param_groups(model, lr=1.0, embedding_lr=20.0) if any(p is table for p in g["params"])]
     assert (group["muon"], group["lr"], group["weight_decay"]) == (False, 20.0, 0.0)
@@ -67,7 +67,7 @@ def test_it_learns_as_fast_as_the_embedding(tiny_model):
 @pytest.mark.parametrize("moba", [{}, {"moba_topk": 2, "moba_block_size": 4, "moba_key_conv": 2}], ids=["", "moba"])
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache], ids=["dynamic", "static"])
 def test_cached_steps_equal_the_whole(make, moba, tiny_model):
-    model = tiny_model(latent_embedding_layers=[0, 1], **moba)
+    model = tiny_model(latent_embedding_every=1, **moba)
     cache = StaticCache(config=model.config, max_cache_len=32) if make is StaticCache else DynamicCache()
     with torch.no_grad():
         whole = model(IDS, use_cache=False).logits
@@ -78,20 +78,19 @@ def test_cached_steps_equal_the_whole(make, moba, tiny_model):
 
 
 def test_embeddings_as_prompts_are_refused(tiny_model):
-    model = tiny_model(latent_embedding_layers=LAYERS)
-    with pytest.raises(ValueError, match="give input_ids: latent_embedding_layers looks tokens up"):
+    model = tiny_model(latent_embedding_every=EVERY)
+    with pytest.raises(ValueError, match="give input_ids: latent_embedding_every looks tokens up"):
         model(inputs_embeds=model.model.embed_tokens(IDS))
 
 
-@pytest.mark.parametrize("overrides", [{"latent_embedding_layers": [2]}, {"latent_embedding_layers": [-1]}], ids=str)
-def test_blocks_that_are_not_there_are_refused(overrides, tiny_config):
-    with pytest.raises(ValueError, match=r"latent_embedding_layers=.* is impossible: block indices go from 0 to 1"):
-        tiny_config(**overrides)
+def test_mtp_modules_have_none(tiny_config):
+    model = MoonwhaleForCausalLM(tiny_config(latent_embedding_every=1, num_nextn_predict_layers=2))
+    assert [layer.self_attn.latent_embedding is not None for layer in model.model.layers] == [True, True, False, False]
 
 
-def test_only_latent_attention_has_latents(tiny_config):
-    with pytest.raises(ValueError, match=r"latent_embedding_layers=.* is impossible: only attention=mla has latents"):
-        tiny_config(attention="gqa", latent_embedding_layers=[0])
+def test_the_plain_twin_has_no_latents(tiny_config):
+    model = MoonwhaleForCausalLM(tiny_config(attention="gqa", latent_embedding_every=1))
+    assert not any("latent" in name for name, _ in model.named_parameters())
 
 
 # --- mutants ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ MODEL = {
     "moba_block_size": 4,
     "moba_topk": 2,
     "moba_full_attention_layers": [1],
-    "latent_embedding_layers": [2],
+    "latent_embedding_every": 3,
     "num_nextn_predict_layers": 2,
     "mtp_num_blocks": [1, 2],
     "aux_loss_alpha": 0.05,

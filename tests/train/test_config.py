@@ -185,7 +185,7 @@ def test_a_run_file_does_not_depend_on_the_preset(tmp_path):
 
 def test_a_run_file_from_before_the_recipes_trains_as_it_did(tmp_path):
     config = parse(["--preset", "demo", "--steps", "30"])
-    assert (config.embedding_lr, config.mtp_start, config.model["embedding_initializer_range"]) == (20.0, 0.7, 0.8)
+    assert (config.embedding_lr, config.mtp_start, config.model["embedding_initializer_range"]) == (10.0, 0.7, 0.8)
     write_run_file(config, tmp_path / "run.yaml")
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
     del values["embedding_lr"], values["mtp_start"], values["model"]["embedding_initializer_range"]
@@ -194,7 +194,7 @@ def test_a_run_file_from_before_the_recipes_trains_as_it_did(tmp_path):
     assert (old.embedding_lr, old.mtp_start, old.steps) == (1.0, 0.0, 30)
     assert "embedding_initializer_range" not in old.model and old.model["vocab_size"] == 2048
     (tmp_path / "run.yaml").write_text("preset: demo\nlr: 0.01\n")  # no record: the preset decides the rest
-    assert parse(["--config", str(tmp_path / "run.yaml")]).embedding_lr == 20.0
+    assert parse(["--config", str(tmp_path / "run.yaml")]).embedding_lr == 10.0
 
 
 def test_resume_is_not_written_to_the_run_file(tmp_path):

@@ -152,20 +152,20 @@ def interleaved(name: str, weight: Tensor, config: MoonwhaleConfig) -> Tensor:
     return torch.cat([rows[:, :-rope], rotated], dim=1).flatten(0, 1)
 
 
-NO_PLACE = {  # fields that DeepSeek-V3 has no place for: what they add, and the value that leaves it out
-    "moba_key_conv": ("convolution on keys", "0"),
-    "embedding_conv": ("convolution on embeddings", "0"),
-    "latent_embedding_layers": ("embeddings on latents", "[]"),
+EXTENSIONS = {  # what DeepSeek-V3 has no place for, by the field that sets it
+    "moba_key_conv": "convolution on keys",
+    "embedding_conv": "convolution on embeddings",
+    "latent_embedding_every": "embeddings on latents",
 }
 
 
 def require_representable(folder: Path, config: MoonwhaleConfig) -> None:
     """Raises a UserError if the model has an extension that DeepSeek-V3 lacks."""
-    for field, (extension, off) in NO_PLACE.items():
+    for field, extension in EXTENSIONS.items():
         if getattr(config, field):
             raise UserError(
                 f"{folder}: DeepSeek-V3's format has no {extension} ({field} is set): "
-                f"train with `model.{field}` {off}, or export it with `to` code"
+                f"train with `model.{field}` 0, or export it with `to` code"
             )
 
 

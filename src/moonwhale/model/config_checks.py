@@ -52,6 +52,7 @@ RANGES = {  # the least and the largest value; other combinations are checked by
     "moba_block_size": (1, LARGEST),
     "moba_topk": (0, LARGEST),
     "moba_key_conv": (0, 1024),
+    "latent_embedding_every": (0, DEEPEST),
     "n_routed_experts": (1, WIDEST),
     "n_shared_experts": (0, DEEPEST),
     "num_experts_per_tok": (1, WIDEST),
@@ -287,9 +288,6 @@ def _check_attention(config) -> None:
     _require(config, heads % key_heads == 0, "num_key_value_heads", f"it must divide num_attention_heads={heads}")
     fix = "the convolution is on the latents of attention=mla; set it to 0"
     _require(config, latent or not config.moba_key_conv, "moba_key_conv", fix)
-    fix = f"block indices go from 0 to {config.num_hidden_layers - 1}" if latent else "only attention=mla has latents"
-    layers = config.latent_embedding_layers
-    _require(config, all(latent and 0 <= i < config.num_hidden_layers for i in layers), "latent_embedding_layers", fix)
     _require(config, config.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
     _require(
         config,

@@ -48,8 +48,8 @@ class ConfigFields:
     qk_nope_head_dim: int = described(64, "width of a head's queries and keys without position")
     qk_rope_head_dim: int = described(32, "width of a head's rotary queries and keys")
     v_head_dim: int = described(64, "width of a head's values")
-    latent_embedding_layers: list[int] | None = described(
-        None, "indices of main blocks whose latents get an embedding of the token added (value embeddings)"
+    latent_embedding_every: int = described(
+        0, "add an embedding of the token to the latents of every n-th main block (value embeddings); 0 = off"
     )
     attention_bias: bool = described(False, "add biases to the down-projections and the output projection")
     attention_dropout: float = described(0.0, "dropout of attention weights; 0 only")

@@ -37,7 +37,6 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.moba_full_attention_layers = sorted(self.moba_full_attention_layers or [])
-        self.latent_embedding_layers = sorted(self.latent_embedding_layers or [])
         for field in ("mtp_num_blocks", "eos_token_id"):
             if isinstance(getattr(self, field), tuple):
                 setattr(self, field, list(getattr(self, field)))
@@ -78,6 +77,11 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
     def is_moba_layer(self, layer_idx: int) -> bool:
         """Return whether a block attends to chosen key blocks only."""
         return self.moba_topk > 0 and layer_idx not in self.moba_full_attention_layers
+
+    def has_latent_embedding(self, layer_idx: int) -> bool:
+        """Return whether a block adds an embedding of the token to its latents. Only MLA has latents."""
+        every = self.latent_embedding_every if self.attention == "mla" else 0
+        return every > 0 and layer_idx < self.num_hidden_layers and (layer_idx + 1) % every == 0
 
     def attention_scale(self) -> float:
         """Return the softmax scale: 1 / sqrt(d_nope + d_rope), times mscale² with YaRN (DeepSeek-V2 §3.1.4)."""

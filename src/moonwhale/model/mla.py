@@ -60,7 +60,7 @@ class MultiheadLatentAttention(Attention):
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
         self.o_proj.starts_at_zero = config.zero_init_residual  # read by `MoonwhalePreTrainedModel._init_weights`
         self.latent_embedding = None
-        if layer_idx in (config.latent_embedding_layers or ()):
+        if config.has_latent_embedding(layer_idx):
             self.latent_embedding = nn.Embedding(config.vocab_size, self.rank)
             self.latent_embedding.starts_at_zero = True  # as no embedding at all
         # (rank, 1, width), the newest tap last. It is initialised to zero, so it starts as no convolution at all.
@@ -86,7 +86,7 @@ class MultiheadLatentAttention(Attention):
                 (B, 1, Tk, rope).
             output_attentions: whether to return the softmax's weights too. This takes memory for all of them.
             collect_statistics: whether the pass counts in `max_logit`. None: if gradients are enabled.
-            input_ids: (B, Tq) the newest tokens, which a block of `latent_embedding_layers` needs.
+            input_ids: (B, Tq) the newest tokens, which a block with a latent embedding needs.
 
         Returns:
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache; then the
@@ -142,7 +142,7 @@ class MultiheadLatentAttention(Attention):
         latent = self.kv_a_layernorm(latent)
         if self.latent_embedding is not None:
             if input_ids is None:
-                raise ValueError("give input_ids: latent_embedding_layers looks tokens up, which inputs_embeds are not")
+                raise ValueError("give input_ids: latent_embedding_every looks tokens up, which inputs_embeds are not")
             latent = latent + self.latent_embedding(input_ids).to(latent.dtype)
         return q_nope, q_rope, latent.unsqueeze(1), k_rope
 

@@ -165,7 +165,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run x (B, T, hidden) through some main blocks. Append the weights of each softmax to `attentions`, if given.
-        Blocks of `latent_embedding_layers` need `input_ids` (B, T).
+        Blocks with a latent embedding need `input_ids` (B, T).
 
         Returns:
             the new x, and `balance` (0-d) plus the blocks' balance losses.
