@@ -287,6 +287,15 @@ def test_mtp_modules_rest_until_they_start(make_trainer):
         assert log["loss"] == pytest.approx(log["loss_main"] + mtp + log["loss_balance"], rel=1e-5)
 
 
+def test_resting_mtp_modules_have_no_figures_in_an_evaluation(tiny_run):
+    config = tiny_run(steps=4, eval_every=1, mtp_start=0.5)
+    pretrain.train(config)
+    log = history(config, evaluations=True)
+    assert [("eval_accuracy_mtp_1" in entry, "eval_accuracy_main" in entry) for entry in log] == [
+        (entry["step"] > 2, True) for entry in log
+    ]
+
+
 def test_resting_mtp_modules_leave_the_main_model_as_weight_zero_does(tiny_model):
     model = tiny_model(num_nextn_predict_layers=2)
     model.mtp_loss_weight = 0.0

@@ -145,7 +145,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
         """Computes the loss to be optimized, and the metrics of `compute_metrics`, as Trainer does.
 
         Adds the loss in nats per token and the accuracy of the main head and of each MTP module, and bits per byte of
-        the main head.
+        the main head. Modules that are not trained yet (λ = 0) are left out.
         """
         of_training, self._loss_sums = self._loss_sums, self._no_losses()
         self._n_bytes = torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -157,6 +157,8 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             metrics = self._loss_sums.pop_logs(self.accelerator)
+            if any(vars(module).get("mtp_loss_weight") == 0 for module in self.model.modules()):
+                metrics = {name: value for name, value in metrics.items() if "_mtp_" not in name}
         finally:
             self._loss_sums = of_training
         n_bytes = self.accelerator.reduce(self._n_bytes, "sum").item()
