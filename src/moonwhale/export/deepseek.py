@@ -37,7 +37,7 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
     config.use_cache = True
     require_latent_attention(folder, config)
     _require_representable(folder, config)
-    require_representable(folder, config)
+    require_no_extension(folder, config)
     notes = without_moba(config, config.num_blocks) + _read_differently(config)
     weights = {name: interleaved(name, weight, config) for name, weight in model.state_dict().items()}
     config.rope_interleave, n_blocks = True, config.num_hidden_layers
@@ -159,7 +159,7 @@ EXTENSIONS = {  # what DeepSeek-V3 has no place for, by the field that sets it
 }
 
 
-def require_representable(folder: Path, config: MoonwhaleConfig) -> None:
+def require_no_extension(folder: Path, config: MoonwhaleConfig) -> None:
     """Raises a UserError if the model has an extension that DeepSeek-V3 lacks."""
     for field, extension in EXTENSIONS.items():
         if getattr(config, field):

@@ -22,7 +22,7 @@ from moonwhale.export.deepseek import (
     interleaved,
     layer_of,
     require_latent_attention,
-    require_representable,
+    require_no_extension,
     without_moba,
 )
 
@@ -51,7 +51,7 @@ def to_gguf(folder: Path, out: Path, dtype: torch.dtype) -> list[str]:
     model, tokenizer = open_checkpoint(folder)  # in fp32, since vectors and routers stay fp32 in the file
     config = model.config
     require_latent_attention(folder, config)
-    require_representable(folder, config)
+    require_no_extension(folder, config)
     notes = without_moba(config, config.num_hidden_layers)
     if config.num_nextn_predict_layers:
         notes.append("warning: MTP is left out: the file holds the main model only")

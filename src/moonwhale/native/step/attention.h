@@ -65,11 +65,12 @@ struct Attention {
   std::vector<long> earlier;  // (threads, blocks)
 
   Attention(const AttentionFields &w, const Cache &cache, const Placement &p, const float *added)
-      : w(w), cache(cache), p(p), added(added), projected(count({tokens, w.down.out})), compressed_q(count({tokens, compressed})),
-        q(count({tokens, w.heads, w.nope + w.rope})), queries(count({tokens, w.heads, width})),
-        top(count({tokens, w.heads, pieces})), total(top.size()), latents(count({tokens, w.heads, pieces, w.rank})),
-        out(count({tokens, w.heads, w.v})), chosen(count({tokens, w.heads, topk})),
-        scratch(count({p.threads, scratch_step})), earlier(topk ? count({p.threads, blocks}) : 0) {}
+      : w(w), cache(cache), p(p), added(added), projected(count({tokens, w.down.out})),
+        compressed_q(count({tokens, compressed})), q(count({tokens, w.heads, w.nope + w.rope})),
+        queries(count({tokens, w.heads, width})), top(count({tokens, w.heads, pieces})), total(top.size()),
+        latents(count({tokens, w.heads, pieces, w.rank})), out(count({tokens, w.heads, w.v})),
+        chosen(count({tokens, w.heads, topk})), scratch(count({p.threads, scratch_step})),
+        earlier(topk ? count({p.threads, blocks}) : 0) {}
 
   float *own_scratch() { return &scratch[omp_get_thread_num() * scratch_step]; }
   long position(long token) const { return p.start[token / p.length] + token % p.length; }

@@ -16,7 +16,8 @@
 
 extern "C" {
 // Runs a block on x (tokens, hidden) in place and writes the tokens' entries into the cache. `added` (tokens, rank), if
-// not null, is added to the latents. Returns 0, or why nothing was computed: 1 if memory ran out, 2 if an entry would lie outside the cache, 3 if values contradict each other.
+// not null, is added to the latents. Returns 0, or why nothing was computed: 1 if memory ran out, 2 if an entry would lie
+// outside the cache, 3 if values contradict each other.
 int run_block(const Block *b, const Cache *cache, const Placement *p, float *x, const float *added) try {
   if (!b || !cache || !p || !x || !is_valid(*b, *cache, *p)) return 3;
   if (!is_inside(*p, *cache)) return 2;
