@@ -45,6 +45,7 @@ RUN = PAPER.train | {  # MTP from the first step
     "tokens_per_step": 512,  # 8 micro-batches, the least for DualPipe on four ranks
     "lr": 1e-3,
     "warmup_steps": 1,
+    "decay_fraction": 0.5,
     "qk_clip_tau": 2e-3,  # low enough to clip
     "grad_clip": 0.0,
     "eval_every": 0,
