@@ -130,9 +130,10 @@ def _kernels(device: torch.device) -> dict[str, Finding]:
     }
     reason = precision.compile_unsupported_reason(device)
     findings["torch.compile"] = _finding(reason, "its compiler is installed (not run)")
-    on_cpu = device.type == "cpu"
-    reason = build.unavailable_reason("step") if on_cpu else f"for CPUs; {device.type} uses PyTorch's operations"
-    findings["decoding steps in C++"] = _finding(reason, "compiled for this machine")
+    elsewhere = "" if device.type == "cpu" else f"for CPUs; {device.type} uses PyTorch's operations"
+    for library, purpose in build.PURPOSES.items():
+        reason = elsewhere or build.unavailable_reason(library)
+        findings[f"{purpose} in C++"] = _finding(reason, "compiled for this machine")
     return findings
 
 
