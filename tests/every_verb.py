@@ -63,6 +63,7 @@ def free_port() -> int:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore
     folder = Path(sys.argv[1])
     os.chdir(folder)
     os.environ["MOONWHALE_CACHE"] = str(folder / "cache")

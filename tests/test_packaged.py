@@ -2,17 +2,24 @@
 
 import builtins
 import io
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from moonwhale import packaged
+from moonwhale.costs import model_size
 from moonwhale.errors import UserError
 from moonwhale.infer.commands import main_chat, main_generate
+from moonwhale.infer.engine import Engine
 from moonwhale.inspect.commands import main_xray
+from moonwhale.model import MoonwhaleConfig
+from moonwhale.presets import get_preset
 from moonwhale.serve import commands as serve_commands
 from moonwhale.serve import server
+from moonwhale.weights import read_headers, weight_files
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--greedy", "--max-new-tokens", "4"]
 
@@ -83,3 +90,40 @@ def test_without_it_the_error_says_what_to_do(elsewhere, tmp_path):
     for main, arguments in ((main_chat, []), (main_generate, ["The moon"]), (main_xray, ["--prompt", "moon"])):
         with pytest.raises(UserError, match="give a checkpoint's folder; make demo trains one"):
             main(arguments)
+
+
+# --- the model itself ------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def evening():
+    return Engine.load(ROOT / packaged.MODEL, device="cpu", precision="fp32")
+
+
+def test_it_is_small_and_in_bf16():
+    folder = ROOT / packaged.MODEL
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
+    dtypes = {name: header.dtype for name, header in read_headers(weight_files(folder)).items()}
+    assert all(dtype == ("F32" if name.endswith("correction_bias") else "BF16") for name, dtype in dtypes.items())
+    config = MoonwhaleConfig.from_pretrained(folder)
+    preset = get_preset("evening").model
+    assert {name: getattr(config, name) for name in preset} == preset, "the preset trains this model"
+
+
+def test_its_card_has_its_figures():
+    card = (ROOT / packaged.MODEL / "README.md").read_text(encoding="utf-8")
+    size = model_size(MoonwhaleConfig.from_pretrained(ROOT / packaged.MODEL))
+    topics = json.loads((ROOT / "benchmarks" / "results" / "topics.json").read_text(encoding="utf-8"))
+    run = (ROOT / "docs" / "evening.txt").read_text(encoding="utf-8")
+    (bits,) = set(re.findall(r"[\d.]+ bits per byte", run))
+    figures = [bits, f"{size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active"]
+    figures += [f"{topics['questions_on_topic']['evening']} of {topics['questions']} questions"]
+    assert all(figure in card for figure in figures), figures
+
+
+def test_it_stays_on_a_topic(evening):
+    messages = [[{"role": "user", "content": "Do you play any sports?"}]]
+    (answer,) = evening.generate(messages, temperature=0, max_new_tokens=40)
+    assert "play" in answer.text

@@ -31,6 +31,7 @@ def model(tiny_model):
         moba_topk=2,
         moba_block_size=8,
         moba_full_attention_layers=[0],
+        latent_embedding_every=2,
         num_nextn_predict_layers=2,
     ).train()
 

@@ -42,7 +42,7 @@ def test_many_passes_are_warned_of(steps, said):
     ],
 )
 def test_a_schedule_without_room_is_warned_of(options, warned):
-    config = TrainConfig.resolve({"steps": 100, **options})
+    config = TrainConfig.resolve({"steps": 100, "decay_fraction": 0.5, **options})
     warning = "warning    the learning rate never stays at its peak: warm-up takes 50 and decay 50 of all 100 steps"
     assert (warning in describe_run(config, 10_000)) == warned
 
