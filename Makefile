@@ -1,4 +1,5 @@
 # `make demo` trains the demo model on this machine and lets it speak; `make test` runs everything that is checked.
+# `make install` only installs, for the model in models/evening.
 # `make sanitize` runs the compiled steps under sanitizers for longer, `make test-lowest` the suite with the lowest versions
 # of the packages that we depend on. `make site` writes the documentation as a web site.
 PYTHON ?= python3
@@ -7,11 +8,13 @@ LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-lowest sanitize lint site clean
+.PHONY: demo install test test-lowest sanitize lint site clean
 
 demo: $(VENV)/installed
 	$(BIN)/moonwhale train --preset demo --out runs/demo --resume
 	$(BIN)/moonwhale generate runs/demo --chat --temperature 0.5 --seed 3 "Hi! How are you doing today?" "What do you like to do for fun?"
+
+install: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -25,6 +25,18 @@ def demo() -> str:
     return f"```\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').strip()}\n```"
 
 
+def evening() -> str:
+    """Returns the last lines that the run of models/evening and a conversation with it printed, and the figures."""
+    topics = read("topics")
+    count, of = topics["questions_on_topic"], topics["questions"]
+    return (
+        f"```\n{(ROOT / 'docs' / 'evening.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
+        f"It answers {count['evening']} of [{of} questions](benchmarks/topics.txt) on their topic, the demo "
+        f"{count['demo']}: [topics.py](benchmarks/topics.py) has the rule,\n"
+        "written before the models were trained, and [topics.json](benchmarks/results/topics.json) every answer."
+    )
+
+
 def core() -> str:
     """Returns the size of the rooms `model` and `optim`, in lines of code rounded to hundreds."""
     sources = [path for room in ("model", "optim") for path in sorted((ROOT / "src" / "moonwhale" / room).glob("*.py"))]
@@ -81,7 +93,7 @@ def figures() -> str:
     return readme_figures.tables({name: read(name) for name in SOURCES})
 
 
-REGIONS = {"demo": demo, "core": core, "sizes": sizes, "figures": figures}
+REGIONS = {"demo": demo, "evening": evening, "core": core, "sizes": sizes, "figures": figures}
 
 
 def updated(text: str) -> str:
