@@ -126,4 +126,4 @@ def test_its_card_has_its_figures():
 def test_it_stays_on_a_topic(evening):
     messages = [[{"role": "user", "content": "Do you play any sports?"}]]
     (answer,) = evening.generate(messages, temperature=0, max_new_tokens=40)
-    assert "play" in answer.text
+    assert re.search("play|sport|soccer|volleyball|basketball|football|swim|tennis", answer.text), answer.text
