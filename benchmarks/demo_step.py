@@ -22,7 +22,7 @@ from common import deepseek_config, environment, options, timed_rounds, write
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.native.training import use_kernels
 from moonwhale.precision import tune_allocator
-from moonwhale.presets import PRESETS
+from moonwhale.presets import PAPER, PRESETS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPERTS = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for every token
@@ -31,8 +31,7 @@ EXPERTS = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for e
 def models() -> dict[str, torch.nn.Module]:
     """Builds the contenders with the same weights."""
     torch.manual_seed(0)
-    extensions = dict.fromkeys(("num_nextn_predict_layers", "embedding_conv", "latent_embedding_every"), 0)
-    shapes = PRESETS["demo"].model | extensions  # what both can compute
+    shapes = PRESETS["demo"].model | PAPER.model | {"num_nextn_predict_layers": 0}  # what both can compute
     full = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes | {"moba_topk": 0}))
     moba = MoonwhaleForCausalLM(MoonwhaleConfig(**shapes))
     moba.load_state_dict(full.state_dict())

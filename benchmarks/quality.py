@@ -51,29 +51,13 @@ from moonwhale.native.training import use_kernels
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
-from moonwhale.presets import FAST
+from moonwhale.presets import FAST, TINY
 
 VOCABULARY, CONTEXT = 4096, 256
 MODEL = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": CONTEXT,
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "moba_block_size": 64,
-    "moba_topk": 2,
-    "moba_full_attention_layers": [1, 3],
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 96,
-    "bias_update_speed": 0.01,
-    "num_nextn_predict_layers": 1,
-    "mtp_num_blocks": 1,
+    **TINY,
     **FAST.model,
 }
 RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the time

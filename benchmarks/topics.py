@@ -56,13 +56,10 @@ def judge(topics: dict[str, re.Pattern], answers: dict[str, list[str]]) -> dict:
 def ask(checkpoint: Path, questions: list[str]) -> dict[str, list[str]]:
     """Returns the answers of a checkpoint to each question."""
     engine = Engine.load(checkpoint)
+    prompts = {question: [[{"role": "user", "content": question}]] * SEEDS for question in questions}
     return {
-        question: [
-            completion.text
-            for seed in range(SEEDS)
-            for completion in engine.generate([[{"role": "user", "content": question}]], seed=seed, **SAMPLING)
-        ]
-        for question in questions
+        question: [completion.text for completion in engine.generate(rows, seed=0, **SAMPLING)]  # row i has seed i
+        for question, rows in prompts.items()
     }
 
 

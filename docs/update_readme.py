@@ -20,9 +20,14 @@ ROOT = Path(__file__).parent.parent
 SOURCES = "quality", "optimizer", "train", "demo_step", "moba", "decode", "serve", "grpo", "fp8", "parallel"
 
 
+def transcript(name: str) -> str:
+    """Returns what was printed and kept in docs/NAME.txt, as a block of code."""
+    return f"```\n{(ROOT / 'docs' / f'{name}.txt').read_text(encoding='utf-8').strip()}\n```"
+
+
 def demo() -> str:
     """Returns the last lines that `make demo` printed."""
-    return f"```\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').strip()}\n```"
+    return transcript("demo")
 
 
 def evening() -> str:
@@ -30,7 +35,7 @@ def evening() -> str:
     topics = read("topics")
     count, of = topics["questions_on_topic"], topics["questions"]
     return (
-        f"```\n{(ROOT / 'docs' / 'evening.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
+        f"{transcript('evening')}\n\n"
         f"It answers {count['evening']} of [{of} questions](benchmarks/topics.txt) on their topic, the demo "
         f"{count['demo']}: [topics.py](benchmarks/topics.py) has the rule,\n"
         "written before the models were trained, and [topics.json](benchmarks/results/topics.json) every answer."

@@ -43,6 +43,40 @@ def tiny_model(tiny_model):
     return lambda seed=0, **overrides: tiny_model(seed, **overrides).to(DEVICE)
 
 
+@pytest.fixture
+def starts_as_nothing(tiny_config):
+    """`starts_as_nothing(ids, **extension)` returns a new model with the gradients of one batch.
+
+    It asserts that the loss equals that of the model without the extension.
+    """
+    from moonwhale.model import MoonwhaleForCausalLM
+
+    def starts_as_nothing(ids, **extension):
+        model = MoonwhaleForCausalLM(tiny_config(**extension, zero_init_residual=False))
+        plain = MoonwhaleForCausalLM(tiny_config(zero_init_residual=False))
+        plain.load_state_dict(model.state_dict(), strict=False)
+        loss = model(ids, labels=ids).loss
+        assert torch.equal(loss, plain(ids, labels=ids).loss)
+        loss.backward()
+        return model
+
+    return starts_as_nothing
+
+
+@pytest.fixture
+def learns_like_the_embedding():
+    """`learns_like_the_embedding(model, weight)` asserts that the optimizer treats the weight as the embedding's."""
+    from moonwhale.optim import param_groups
+
+    def learns_like_the_embedding(model, weight):
+        groups = param_groups(model, lr=1.0, embedding_lr=20.0)
+        (group,) = [g for g in groups if any(p is weight for p in g["params"])]
+        assert (group["muon"], group["lr"], group["weight_decay"]) == (False, 20.0, 0.0)
+        assert any(p is model.model.embed_tokens.weight for p in group["params"])
+
+    return learns_like_the_embedding
+
+
 def pytest_collection_modifyitems(items):
     """Skips tests of the CPU's own code paths on another device."""
     for item in items:

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
-from moonwhale.model import Documents, MoonwhaleForCausalLM, convolution
+from moonwhale.model import Documents, convolution
 from moonwhale.model.convolution import EmbeddingConvolution
-from moonwhale.optim import param_groups
 
 WIDTH = 3
 IDS = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(0))
@@ -40,22 +39,14 @@ def test_it_is_conv1d_of_each_document():
     assert_is_conv1d()
 
 
-def test_a_new_convolution_is_none_and_learns(tiny_config):
-    model = MoonwhaleForCausalLM(tiny_config(embedding_conv=WIDTH, zero_init_residual=False))
-    plain = MoonwhaleForCausalLM(tiny_config(zero_init_residual=False))
-    plain.load_state_dict(model.state_dict(), strict=False)
-    loss = model(IDS, labels=IDS).loss
-    assert torch.equal(loss, plain(IDS, labels=IDS).loss)
-    loss.backward()
+def test_a_new_convolution_is_none_and_learns(starts_as_nothing):
+    model = starts_as_nothing(IDS, embedding_conv=WIDTH)
     assert model.model.embed_conv.weight.grad.abs().min() > 0
 
 
-def test_it_learns_as_fast_as_the_embedding(tiny_model):
+def test_it_learns_as_fast_as_the_embedding(tiny_model, learns_like_the_embedding):
     model = tiny_model(embedding_conv=WIDTH)
-    groups = param_groups(model, lr=1.0, embedding_lr=20.0)
-    (group,) = [g for g in groups if any(p is model.model.embed_conv.weight for p in g["params"])]
-    assert (group["muon"], group["lr"], group["weight_decay"]) == (False, 20.0, 0.0)
-    assert any(p is model.model.embed_tokens.weight for p in group["params"])
+    learns_like_the_embedding(model, model.model.embed_conv.weight)
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from transformers import DeepseekV3ForCausalLM, DynamicCache, StaticCache
 
 from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.mla import MultiheadLatentAttention
-from moonwhale.optim import param_groups
 
 from .test_deepseek_v3 import batch, distance, their_config
 
@@ -46,22 +45,22 @@ def test_logits_and_gradients_are_those_of_transformers(pair):
     assert_same(*pair)
 
 
-def test_a_new_embedding_is_none_and_learns(tiny_config):
-    model = MoonwhaleForCausalLM(tiny_config(latent_embedding_every=EVERY, zero_init_residual=False))
-    plain = MoonwhaleForCausalLM(tiny_config(zero_init_residual=False))
-    plain.load_state_dict(model.state_dict(), strict=False)
-    loss = model(IDS, labels=IDS).loss
-    assert torch.equal(loss, plain(IDS, labels=IDS).loss)
-    loss.backward()
+def test_a_new_embedding_is_none_and_learns(starts_as_nothing):
+    model = starts_as_nothing(IDS, latent_embedding_every=EVERY)
     rows = model.model.layers[1].self_attn.latent_embedding.weight.grad.abs().amax(1)
     assert rows[IDS.unique()].min() > 0
 
 
-def test_it_learns_as_fast_as_the_embedding(tiny_model):
+def test_it_learns_as_fast_as_the_embedding(tiny_model, learns_like_the_embedding):
     model = tiny_model(latent_embedding_every=EVERY)
-    table = model.model.layers[1].self_attn.latent_embedding.weight
-    (group,) = [g for g in param_groups(model, lr=1.0, embedding_lr=20.0) if any(p is table for p in g["params"])]
-    assert (group["muon"], group["lr"], group["weight_decay"]) == (False, 20.0, 0.0)
+    learns_like_the_embedding(model, model.model.layers[1].self_attn.latent_embedding.weight)
+
+
+def test_asking_for_the_embedding_replaces_no_table(tiny_model):
+    model = tiny_model(latent_embedding_every=EVERY)
+    before = dict(model.named_parameters())
+    model.resize_token_embeddings()  # which returns the embedding
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("moba", [{}, {"moba_topk": 2, "moba_block_size": 4, "moba_key_conv": 2}], ids=["", "moba"])

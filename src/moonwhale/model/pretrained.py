@@ -62,11 +62,12 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
         embedding = super()._resize_token_embeddings(*args, **kwargs)
         for module in self.modules():
             if getattr(module, "latent_embedding", None) is not None:
-                old, rows = module.latent_embedding.weight, embedding.num_embeddings
-                new = old.new_zeros(rows, old.shape[1])
-                new[: len(old)] = old.detach()[:rows]
-                module.latent_embedding = nn.Embedding.from_pretrained(new, freeze=not old.requires_grad)
-                module.latent_embedding.starts_at_zero = True
+                table, rows = module.latent_embedding, embedding.num_embeddings
+                if table.num_embeddings != rows:  # else an optimizer may hold the parameter already
+                    old = table.weight
+                    new = old.new_zeros(rows, old.shape[1])
+                    new[: len(old)] = old.detach()[:rows]
+                    table.weight, table.num_embeddings = nn.Parameter(new, old.requires_grad), rows
         return embedding
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:

@@ -145,7 +145,9 @@ class Stage(nn.Module):
                 x, balance = previous
             table = rotation_table(self.model.config, positions, x.dtype)
             blocks = body.layers[spec.start : spec.stop]
-            x, balance = body.run(blocks, x, balance, table, documents, None, collect_statistics, None, input_ids)
+            x, balance = body.run(
+                blocks, x, balance, table, documents, collect_statistics=collect_statistics, input_ids=input_ids
+            )
             if not spec.is_last:
                 return x, balance + 0.0  # a tensor of its own, even if no block added to it
             x = body.norm(x)

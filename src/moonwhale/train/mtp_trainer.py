@@ -157,7 +157,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             metrics = self._loss_sums.pop_logs(self.accelerator)
-            if any(vars(module).get("mtp_loss_weight") == 0 for module in self.model.modules()):
+            if metrics and self._language_model.mtp_loss_weight == 0:
                 metrics = {name: value for name, value in metrics.items() if "_mtp_" not in name}
         finally:
             self._loss_sums = of_training

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
@@ -316,6 +316,11 @@ class MuonClipTrainerMixin:
         """This rank's shard of each parameter, by name."""
         return dict(self.model.named_parameters())
 
+    @property
+    def _language_model(self) -> nn.Module:
+        """The model inside an adapter, whose wrapper would keep `mtp_loss_weight` to itself."""
+        return next(m for m in self.model.modules() if "mtp_loss_weight" in vars(m))
+
     def _load_scheduler(self, checkpoint: str) -> None:
         saved = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
         self.lr_scheduler.load_state_dict(saved)
@@ -333,8 +338,7 @@ class _MuonClipCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.mtp_loss_weight_final is not None or args.mtp_start_step:
-            # The model inside an adapter, whose wrapper would keep the attribute to itself
-            model = next(m for m in self.trainer.model.modules() if "mtp_loss_weight" in vars(m))
+            model = self.trainer._language_model
             done, left = self.trainer._steps_done_and_left()
             weight = model.config.mtp_loss_weight
             if args.mtp_loss_weight_final is not None and left <= args.decay_steps:
