@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from common import ROOT, environment, options, picture, write
+from contenders import CONTEXT, VOCABULARY, Data, linear_decay, load
 from moonwhale import fp8
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import tune_allocator
-from quality import CONTEXT, VOCABULARY, Data, linear_decay, load
 
 MODEL = {
     "vocab_size": VOCABULARY,

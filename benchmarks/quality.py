@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py TEXT [--nanochat FOLDER] [--tune]
 
-The contenders train one after another on the same rows of the same text, with the same tokenizer, threads, precision
-and allocator. Only training steps are timed; building, compiling and scoring are not. Schedules follow the share of the
-time that has passed, so that each contender completes its own.
+The contenders (contenders.py) train on the same rows of the same text, with the same tokenizer, threads, precision and
+allocator. They take turns, each for a twelfth of its time, so that a machine whose speed drifts slows all alike. Only
+training steps are timed; building, compiling and scoring are not. Schedules follow the share of the time that has
+passed, so that each contender completes its own.
 
 The last 5 % of the text are held out. The 5 % before them choose the learning rates. With `--tune`, four rates are
 tried for a quarter of the time, the best two are run for the whole time, and the better one counts. No contender trains
@@ -25,315 +26,101 @@ import argparse
 import copy
 import json
 import math
-import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+import contenders
 from common import ROOT, _cpu_seconds, environment, options, picture, write
-from dense import DenseLM, adamw_groups, cosine_decay
-from moonwhale.costs import model_size
-from moonwhale.data.chat import encode_documents
-from moonwhale.data.loading import load_source
-from moonwhale.data.source import texts_of
-from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
+from contenders import Contender, Data, bits_per_byte
 from moonwhale.errors import UserError
-from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 from moonwhale.native.training import use_kernels
-from moonwhale.optim.muonclip import MuonClip, param_groups
-from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
-from moonwhale.presets import FAST, TINY
 
-VOCABULARY, CONTEXT = 4096, 256
-MODEL = {
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": CONTEXT,
-    **TINY,
-    **FAST.model,
-}
-RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the time
-    "rows": 16,
-    "lr": 1.2e-2,
-    "warmup": 0.03,
-    "decay": 0.95,
-    "floor": 0.0,
-    "momentum": (0.95, 0.95),
-    "momentum_warmup": 0.1,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "qk_clip_tau": 100.0,
-    **FAST.train,
-}
-OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
-DENSE = {"vocab_size": VOCABULARY, "layers": 4, "width": 256, "heads": 4, "inner": 1024, "context": CONTEXT}
-DENSE_RECIPE = {"rows": 16, "lr": 2e-3, "warmup": 0.02, "floor": 0.1, "weight_decay": 0.1, "grad_clip": 1.0}
-DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-# Full attention, heads of 64 and the linear warm-up are from nanochat's runs/runcpu.sh, the rest from its
-# scripts/base_train.py.
-NANOCHAT = {"vocab_size": VOCABULARY, "sequence_len": CONTEXT, "n_layer": 4, "n_embd": 256, "window_pattern": "L"}
-NANOCHAT |= {"n_head": 4, "n_kv_head": 4}
-NANOCHAT_LR = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, "scalar_lr": 0.5}
-NANOCHAT_RECIPE = {"rows": 16, "lr": 1.0, "weight_decay": 0.28}  # lr multiplies all learning rates of nanochat
-NANOCHAT_RATES = (4.0, 8.0, 16.0, 32.0)
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
 WARM_UP = (0.0, 0.5, 1.0)  # progress of the untimed steps: a schedule may change what is computed
-POINTS, POINT_ROWS = 12, 96  # points of a held-out curve, and the rows that are scored at each
+TURNS, TURN_ROWS = 12, 96  # turns of each run, and the held-out rows that are scored after each
 REPORTED = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
 REPORTED += ("active_parameters", "others", "busiest")
 
 
-@dataclass(frozen=True)
-class Data:
-    """Token ids (int64): the training stream `train` (n,), and the rows `tuning` and `held_out` (rows, CONTEXT).
+class Run:
+    """A contender's training for `seconds`, turn by turn. It ends early if its loss is not finite."""
 
-    `lengths` (V,) holds the bytes of each token.
-    """
+    def __init__(self, contender: Contender, data: Data, seconds: float, seed: int = 0) -> None:
+        self.contender, self.data, self.seconds = contender, data, seconds
+        self.draw = torch.Generator()
+        self.spent, self.steps, self.loss = 0.0, 0, 0.0
+        self.curve, self.disturbances = [], []
+        self._warm_up()
+        self.draw.manual_seed(seed)
 
-    train: Tensor
-    tuning: Tensor
-    held_out: Tensor
-    lengths: Tensor
-
-
-def load(text: str) -> Data:
-    """Loads and splits the documents of a source (see `load_source`). 90 % of the bytes are for training.
-
-    The documents of a text are its paragraphs.
-    """
-    documents = []
-    for document in load_source(text):
-        documents += re.split(r"\n\s*\n", document) if isinstance(document, str) else [document]
-    sizes = np.cumsum([sum(len(t.encode()) for t in texts_of(document)) for document in documents])
-    parts = [[], [], []]
-    for document, part in zip(documents, np.searchsorted([0.9, 0.95], sizes / sizes[-1]), strict=True):
-        parts[part].append(document)
-    tokenizer = train_tokenizer((t for document in parts[0] for t in texts_of(document)), VOCABULARY)
-    ids = [np.concatenate([[], *encode_documents(tokenizer, part)]).astype(np.int64) for part in parts]
-    if min(map(len, ids)) < CONTEXT:
-        raise UserError(f"{text}: 5 % of it are less than a row of {CONTEXT} tokens (give a longer text)")
-    device = choose().device
-    train, tuning, held_out, lengths = (torch.from_numpy(a).to(device) for a in (*ids, byte_lengths(tokenizer)))
-    return Data(train, _rows(tuning), _rows(held_out), lengths)
-
-
-def _rows(stream: Tensor) -> Tensor:
-    return stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-
-
-def race(step: Callable[[int, float], Tensor], seconds: float, score: Callable[[], float]) -> dict:
-    """Calls `step(number, share of the time that has passed)` for `seconds`, or until its loss is not finite.
-
-    Returns:
-        seconds, steps: the time and the number of the calls.
-        curve: (seconds, steps, `score()`) at each of POINTS points in time. Scoring does not count as time.
-        others, busiest: cores that other processes used, on average, and at most between two of these points.
-    """
-    spent, steps, loss, curve, disturbances, first = 0.0, 0, 0.0, [], [], _cpu_seconds()
-    last = first
-    while spent < seconds and math.isfinite(loss):
-        start = time.perf_counter()
-        loss = step(steps, spent / seconds).item()
-        spent, steps = spent + time.perf_counter() - start, steps + 1
-        if spent >= seconds * (len(curve) + 1) / POINTS:
-            disturbances.append(_others(last, _cpu_seconds()))
-            curve.append((spent, steps, score()))
-            last = _cpu_seconds()
-    return {
-        "seconds": round(spent, 2),
-        "steps": steps,
-        "curve": curve,
-        "others": round(_others(first, _cpu_seconds()), 3),
-        "busiest": round(max(disturbances, default=0.0), 3),
-    }
-
-
-def _others(before: tuple[float, float, float], now: tuple[float, float, float]) -> float:
-    """Returns the cores that other processes used between two results of `_cpu_seconds`."""
-    wall, own, total = (b - a for a, b in zip(before, now, strict=True))
-    return max(0.0, total - own) / wall
-
-
-@torch.no_grad()
-def bits_per_byte(mean_loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor) -> float:
-    """Returns the bits per byte of rows (n, T). Control tokens and the first token of each row are not scored.
-
-    `mean_loss(tokens, labels)` returns the mean in nats over those labels[:, 1:] that are not -100.
-    """
-    nats = n_bytes = 0
-    for tokens in rows.split(16):
-        labels = tokens.masked_fill(lengths[tokens] == 0, -100)
-        scored = labels[:, 1:][labels[:, 1:] != -100]
-        nats += mean_loss(tokens, labels).item() * len(scored)
-        n_bytes += lengths[scored].sum().item()
-    return round(nats / math.log(2) / n_bytes, 5)
-
-
-def _autocast() -> torch.autocast:
-    choice = choose()
-    return torch.autocast(choice.device.type, choice.dtype, enabled=choice.autocast)
-
-
-def _train(data: Data, seconds: float, rows: int, seed: int, model, optimizer, step, mean_loss) -> dict:
-    """Trains with `step(number, progress, tokens (rows, CONTEXT)) -> loss`, then scores the model."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def tokens() -> Tensor:
-        starts = torch.randint(len(data.train) - CONTEXT + 1, (rows, 1), generator=draw)
-        return data.train[starts + torch.arange(CONTEXT)]
-
-    # Untimed steps compile kernels and allocate memory; their effect on the model is undone.
-    weights = copy.deepcopy(model.state_dict())
-    model.train()
-    for progress in WARM_UP:
-        step(0, progress, tokens())
-    model.load_state_dict(weights)
-    optimizer.state.clear()
-    draw.manual_seed(seed)
-
-    some_rows = data.held_out[:: max(1, len(data.held_out) // POINT_ROWS)]  # from all parts of the text
-
-    def score() -> float:
-        model.eval()
-        bits = bits_per_byte(mean_loss, some_rows, data.lengths)
+    def _warm_up(self) -> None:
+        """Does untimed steps, which compile kernels and allocate memory, and undoes their effect on the model."""
+        model, optimizer = self.contender.model, self.contender.optimizer
+        weights = copy.deepcopy(model.state_dict())
         model.train()
+        for progress in WARM_UP:
+            self.contender.step(0, progress, self._tokens())
+        model.load_state_dict(weights)
+        optimizer.state.clear()
+
+    def _tokens(self) -> Tensor:
+        """Draws random rows (rows, CONTEXT) of the training stream."""
+        stream, context = self.data.train, self.data.held_out.shape[1]
+        starts = torch.randint(len(stream) - context + 1, (self.contender.rows, 1), generator=self.draw)
+        return stream[starts + torch.arange(context)]
+
+    def advance(self, share: float) -> None:
+        """Trains until this share of the time is spent, then scores some held-out rows, which costs no time."""
+        before = _cpu_seconds()
+        while self.spent < self.seconds * share and math.isfinite(self.loss):
+            start = time.perf_counter()
+            self.loss = self.contender.step(self.steps, self.spent / self.seconds, self._tokens()).item()
+            self.spent, self.steps = self.spent + time.perf_counter() - start, self.steps + 1
+        wall, own, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
+        self.disturbances.append(max(0.0, total - own) / wall)
+        some = self.data.held_out[:: max(1, len(self.data.held_out) // TURN_ROWS)]  # from all parts of the text
+        self.curve.append((round(self.spent, 2), self.steps * self._step_tokens(), self._score(some)))
+
+    def _step_tokens(self) -> int:
+        return self.contender.rows * self.data.held_out.shape[1]
+
+    def _score(self, rows: Tensor) -> float:
+        self.contender.model.eval()
+        bits = bits_per_byte(self.contender.mean_loss, rows, self.data.lengths)
+        self.contender.model.train()
         return bits
 
-    run = race(lambda number, progress: step(number, progress, tokens()), seconds, score)
-    model.eval()
-    run["bits_per_byte"] = bits_per_byte(mean_loss, data.held_out, data.lengths)
-    run["tuning_bits_per_byte"] = bits_per_byte(mean_loss, data.tuning, data.lengths)
-    run["tokens"] = run["steps"] * rows * CONTEXT
-    run["tokens_per_second"] = round(run["tokens"] / run["seconds"])
-    run["parameters"] = run["active_parameters"] = sum(p.numel() for p in model.parameters())
-    run["curve"] = [(round(at, 2), steps * rows * CONTEXT, bits) for at, steps, bits in run["curve"]]
-    return run
+    def result(self) -> dict:
+        """Scores the model and returns the keys of REPORTED and the curve."""
+        tokens = self.steps * self._step_tokens()
+        return {
+            "bits_per_byte": self._score(self.data.held_out),
+            "tuning_bits_per_byte": self._score(self.data.tuning),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / self.spent),
+            "seconds": round(self.spent, 2),
+            "parameters": sum(p.numel() for p in self.contender.model.parameters()),
+            "active_parameters": self.contender.active_parameters,
+            "others": round(fmean(self.disturbances), 3),
+            "busiest": round(max(self.disturbances), 3),
+            "curve": self.curve,
+        }
 
 
-def _descend(model, optimizer, loss: Tensor, grad_clip: float) -> None:
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def train_ours(data: Data, seconds: float, model: dict = MODEL, recipe: dict = RECIPE, seed: int = 0) -> dict:
-    """Trains our model with all its mechanisms. Returns the result of `race`, the bits per byte and the sizes."""
-    torch.manual_seed(seed)
-    net = MoonwhaleForCausalLM(MoonwhaleConfig(**model)).to(choose().device)
-    optimizer = MuonClip(param_groups(net, **{name: recipe[name] for name in ("lr", "weight_decay", "embedding_lr")}))
-    attach_hooks(optimizer, net, qk_clip_tau=recipe["qk_clip_tau"])
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    low, high = recipe["momentum"]
-
-    def step(number: int, progress: float, tokens: Tensor) -> Tensor:
-        factor = linear_decay(progress, recipe["warmup"], recipe["decay"], recipe["floor"])
-        momentum = low + (high - low) * min(1.0, progress / recipe["momentum_warmup"])
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group |= {"lr": peak * factor, "momentum": momentum}
-        # With a weight of 0 the modules are not run.
-        net.mtp_loss_weight = net.config.mtp_loss_weight if progress >= recipe["mtp_start"] else 0.0
-        with _autocast():
-            out = net(tokens, labels=tokens)
-        _descend(net, optimizer, out.loss, recipe["grad_clip"])
-        return out.losses[0]
-
-    def mean_loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        with _autocast():
-            return net(tokens, labels=labels, logits_to_keep=1).losses[0]
-
-    run = _train(data, seconds, recipe["rows"], seed, net, optimizer, step, mean_loss)
-    return run | {"active_parameters": model_size(net.config).active_parameters}
-
-
-def linear_decay(progress: float, warmup: float, decay: float, floor: float) -> float:
-    """Returns the share of the peak learning rate: linear warm-up, constant, then linear decay to `floor`."""
-    if progress < warmup:
-        return progress / warmup
-    return min(1.0, floor + (1 - floor) * (1 - progress) / decay)
-
-
-def train_dense(data: Data, seconds: float, recipe: dict = DENSE_RECIPE, seed: int = 0) -> dict:
-    """Does the same with `DenseLM` and AdamW, as nanoGPT trains its models."""
-    torch.manual_seed(seed)
-    model = DenseLM(**DENSE).to(choose().device)
-    optimizer = torch.optim.AdamW(adamw_groups(model, recipe["weight_decay"]), betas=(0.9, 0.95), fused=True)
-
-    def mean_loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        with _autocast():
-            return model(tokens, labels)
-
-    def step(number: int, progress: float, tokens: Tensor) -> Tensor:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe["lr"] * cosine_decay(progress, recipe["warmup"], recipe["floor"])
-        loss = mean_loss(tokens, tokens)
-        _descend(model, optimizer, loss, recipe["grad_clip"])
-        return loss
-
-    return _train(data, seconds, recipe["rows"], seed, model, optimizer, step, mean_loss)
-
-
-def train_nanochat(data: Data, seconds: float, folder: Path, recipe: dict = NANOCHAT_RECIPE, seed: int = 0) -> dict:
-    """Does the same with nanochat's model and optimizer in the checkout `folder`, as its scripts/base_train.py does."""
-    choice = choose()
-    os.environ.setdefault("NANOCHAT_DTYPE", "bfloat16" if choice.autocast else "float32")
-    sys.path.insert(0, str(folder))
-    with redirect_stdout(sys.stderr):
-        from nanochat.gpt import GPT, GPTConfig
-
-        torch.manual_seed(seed)
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**NANOCHAT))
-            reference = GPT(GPTConfig(**NANOCHAT | {"n_layer": 12, "n_embd": 768}))  # its rates are for this size
-        model.to_empty(device=choice.device)
-        model.init_weights()
-        # Learning rates grow with the square root of the batch. A smaller model, trained on fewer tokens, gets more
-        # weight decay.
-        batch = math.sqrt(recipe["rows"] * CONTEXT / 2**19)
-        sizes = [m.num_scaling_params() for m in (reference, model)]
-        horizon, own_horizon = (size["transformer_matrices"] + size["lm_head"] for size in sizes)
-        weight_decay = recipe["weight_decay"] * batch * horizon / own_horizon
-        rates = {name: rate * batch * recipe["lr"] for name, rate in NANOCHAT_LR.items()}
-        optimizer = model.setup_optimizer(**rates, weight_decay=weight_decay)
-    compiled = torch.compile(model, dynamic=False)
-
-    def targets(labels: Tensor) -> Tensor:
-        following = labels.roll(-1, 1).masked_fill(labels.roll(-1, 1) == -100, -1)
-        following[:, -1] = -1
-        return following
-
-    def step(number: int, progress: float, tokens: Tensor) -> Tensor:
-        loss = compiled(tokens, targets(tokens))
-        loss.backward()
-        factor, momentum, decay = nanochat_schedule(number, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-            if group["kind"] == "muon":
-                group |= {"momentum": momentum, "weight_decay": weight_decay * decay}
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def mean_loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        return model(tokens, targets(labels))
-
-    return _train(data, seconds, recipe["rows"], seed, model, optimizer, step, mean_loss)
-
-
-def nanochat_schedule(number: int, progress: float, warmdown: float = 0.65) -> tuple[float, float, float]:
-    """Returns the share of the peak learning rate, Muon's momentum, and the share of the weight decay."""
-    left = min(1.0, (1 - progress) / warmdown)
-    factor = (number + 1) / 40 if number < 40 else 0.05 + 0.95 * left
-    momentum = 0.85 + 0.12 * number / 400 if number < 400 else 0.90 + 0.07 * left
-    return factor, momentum, (1 + math.cos(math.pi * progress)) / 2
+def race(runs: list[Run], name: str) -> list[dict]:
+    """Trains all runs in turns, in alternating order, and returns their results."""
+    for turn in tqdm(range(TURNS), desc=name, unit="turn"):
+        for run in runs if turn % 2 else runs[::-1]:
+            run.advance((turn + 1) / TURNS)
+    return [run.result() for run in runs]
 
 
 def draw(result: dict, path: Path) -> None:
@@ -353,9 +140,8 @@ def draw(result: dict, path: Path) -> None:
         ax.grid(alpha=0.25)
 
 
-def tried(train: Callable[[float, dict], dict], recipe: dict, rates: Iterable[float], seconds: float) -> dict:
-    """Runs `train` with each learning rate and returns the results, the best one on the tuning rows first."""
-    runs = {rate: train(seconds, recipe | {"lr": rate}) for rate in rates}
+def best_first(runs: dict[float, dict]) -> dict[float, dict]:
+    """Sorts the results of learning rates by their bits per byte on the tuning rows. A rate that diverged is last."""
 
     def order(rate: float) -> tuple[bool, float]:
         bits = runs[rate]["tuning_bits_per_byte"]
@@ -370,27 +156,36 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
     Returns, by contender: the best run, its recipe, and the tuning bits per byte of the rates in the trials and at the
     end.
     """
-    theirs = NANOCHAT_RECIPE | ({"rows": arguments.nanochat_batch} if arguments.nanochat_batch else {})
-    folder = arguments.nanochat
-    contenders = {
-        "ours": (RECIPE, OUR_RATES, lambda seconds, recipe: train_ours(data, seconds, recipe=recipe)),
-        "dense": (DENSE_RECIPE, DENSE_RATES, lambda seconds, recipe: train_dense(data, seconds, recipe)),
-        "nanochat": (theirs, NANOCHAT_RATES, lambda seconds, recipe: train_nanochat(data, seconds, folder, recipe)),
+    theirs = contenders.NANOCHAT_RECIPE | ({"rows": arguments.nanochat_batch} if arguments.nanochat_batch else {})
+    known: dict[str, tuple[dict, tuple, Callable[[dict], Contender]]] = {
+        "ours": (contenders.RECIPE, contenders.OUR_RATES, contenders.ours),
+        "dense": (contenders.DENSE_RECIPE, contenders.DENSE_RATES, contenders.dense),
+        "nanochat": (theirs, contenders.NANOCHAT_RATES, lambda recipe: contenders.nanochat(arguments.nanochat, recipe)),
     }
-    runs, recipes, rates, finals = {}, {}, {}, {}
-    for name in names:
-        recipe, candidates, train = contenders[name]
-        best = [recipe["lr"]]
-        if arguments.tune:
-            found = tried(train, recipe, candidates, arguments.tune_seconds)
-            rates[name], best = {rate: run["tuning_bits_per_byte"] for rate, run in found.items()}, [*found][:2]
-            print(f"{name}: bits per byte by learning rate {rates[name]}", file=sys.stderr)
-        found = tried(train, recipe, best, arguments.seconds)
-        finals[name] = {rate: run["tuning_bits_per_byte"] for rate, run in found.items()}
-        rate, runs[name] = next(iter(found.items()))
-        recipes[name] = recipe | {"lr": rate}
-        print(f"{name}: {json.dumps({key: runs[name][key] for key in REPORTED})}", file=sys.stderr)
-    return runs, recipes, rates, finals
+
+    def tried(rates: dict[str, list[float]], seconds: float, title: str) -> dict[str, dict[float, dict]]:
+        """Races each contender with each of its rates. Returns the results by contender and rate, the best first."""
+        pairs = [(name, rate) for name in names for rate in rates[name]]
+        runs = [Run(known[name][2](known[name][0] | {"lr": rate}), data, seconds) for name, rate in pairs]
+        found = {name: {} for name in names}
+        for (name, rate), result in zip(pairs, race(runs, title), strict=True):
+            found[name][rate] = result
+        return {name: best_first(results) for name, results in found.items()}
+
+    def tuning_bits(found: dict) -> dict:
+        return {name: {r: run["tuning_bits_per_byte"] for r, run in runs.items()} for name, runs in found.items()}
+
+    rates, candidates = {}, {name: [known[name][0]["lr"]] for name in names}
+    if arguments.tune:
+        trials = tried({name: known[name][1] for name in names}, arguments.tune_seconds, "learning rates")
+        rates, candidates = tuning_bits(trials), {name: [*found][:2] for name, found in trials.items()}
+        print(f"bits per byte by learning rate: {rates}", file=sys.stderr)
+    finals = tried(candidates, arguments.seconds, "race")
+    winners = {name: next(iter(found.items())) for name, found in finals.items()}
+    for name, (_, run) in winners.items():
+        print(f"{name}: {json.dumps({key: run[key] for key in REPORTED})}", file=sys.stderr)
+    recipes = {name: known[name][0] | {"lr": rate} for name, (rate, _) in winners.items()}
+    return {name: run for name, (_, run) in winners.items()}, recipes, rates, tuning_bits(finals)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -401,27 +196,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=240, help="seconds of training of each contender (240)")
     parser.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
     parser.add_argument("--tune-seconds", type=float, default=60, help="seconds of training of each trial (60)")
-    parser.add_argument("--only", choices=COLOURS, help="train one contender, print its result, write nothing")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.svg", help="file of the picture")
+    parser.add_argument("--only", nargs="+", choices=COLOURS, help="train these contenders, print, write nothing")
+    parser.add_argument("--name", default="quality", help="name of the result and of the picture in docs/ (quality)")
+    parser.add_argument("--picture", type=Path, help="file of the picture (docs/NAME.svg)")
     arguments = parser.parse_args(argv)
     folder, why = arguments.nanochat, compile_unsupported_reason(choose().device)
     if folder is None:
         why = "no checkout of nanochat was given (--nanochat FOLDER)"
     elif not (folder / "nanochat" / "gpt.py").is_file():
         parser.error(f"--nanochat: no nanochat/gpt.py in {folder} (give a checkout of nanochat)")
-    if arguments.only == "nanochat" and why:
+    if "nanochat" in (arguments.only or ()) and why:
         parser.error(f"--only nanochat: {why}")
 
     allocator_tuned = tune_allocator()
     use_kernels(choose().device)
     try:
-        data = load(arguments.text)
+        data = contenders.load(arguments.text)
     except UserError as error:
         parser.error(str(error))
-    names = [arguments.only] if arguments.only else [n for n in COLOURS if n != "nanochat" or not why]
+    names = arguments.only or [n for n in COLOURS if n != "nanochat" or not why]
     runs, recipes, rates, finals = compete(names, data, arguments)
     if arguments.only:
-        print(json.dumps({key: value for key, value in runs[arguments.only].items() if key != "curve"}))
+        print(json.dumps({name: {key: run[key] for key in REPORTED} for name, run in runs.items()}))
         return
 
     result = {"vs_dense": _ratio(runs, "dense"), "vs_nanochat": None if why else _ratio(runs, "nanochat")}
@@ -429,13 +225,13 @@ def main(argv: list[str] | None = None) -> None:
         result["why_no_nanochat"] = why
     result |= {key: {name: run[key] for name, run in runs.items()} for key in REPORTED}
     result |= {"rates": rates, "finals": finals, "recipes": recipes}
-    result["models"] = {"ours": MODEL, "dense": DENSE, "nanochat": NANOCHAT}
-    result |= {"text": Path(arguments.text).name, "context": CONTEXT, "vocabulary": VOCABULARY}
+    result["models"] = {"ours": contenders.MODEL, "dense": contenders.DENSE, "nanochat": contenders.NANOCHAT}
+    result |= {"text": Path(arguments.text).name, "context": contenders.CONTEXT, "vocabulary": contenders.VOCABULARY}
     result |= {"train_tokens": len(data.train), "held_out_tokens": data.held_out.numel()}
     result["environment"] = environment("bf16 autocast" if choose().autocast else "fp32", allocator_tuned)
     curves = {name: run["curve"] for name, run in runs.items()}
-    write(arguments.results, "quality", result, curves=curves)
-    draw(result | {"curves": curves}, arguments.picture)
+    write(arguments.results, arguments.name, result, curves=curves)
+    draw(result | {"curves": curves}, arguments.picture or ROOT / "docs" / f"{arguments.name}.svg")
 
 
 def _ratio(runs: dict[str, dict], other: str) -> float:

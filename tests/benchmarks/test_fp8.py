@@ -17,11 +17,11 @@ from moonwhale.fp8 import emulated_product
 def benchmark(monkeypatch):
     """Returns the benchmark module at toy size."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    quality, module = (importlib.import_module(name) for name in ("quality", "fp8"))
-    for patched in (quality, module):
+    contenders, module = (importlib.import_module(name) for name in ("contenders", "fp8"))
+    for patched in (contenders, module):
         monkeypatch.setattr(patched, "VOCABULARY", 320)
         monkeypatch.setattr(patched, "CONTEXT", 16)
-        monkeypatch.setattr(patched, "tune_allocator", lambda: False)  # this setting would outlast the test
+    monkeypatch.setattr(module, "tune_allocator", lambda: False)  # this setting would outlast the test
     small = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
     small |= {"moba_block_size": 4, "moe_intermediate_size": 16, "n_routed_experts": 2}
     for name, value in small.items():

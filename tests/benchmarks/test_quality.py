@@ -62,12 +62,13 @@ class GPT(nn.Module):
 
 @pytest.fixture
 def quality(monkeypatch):
-    """Returns the benchmark module at toy size."""
+    """Returns the benchmark module, with contenders of toy size."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    module = importlib.import_module("quality")
+    quality = importlib.import_module("quality")
+    monkeypatch.setattr(quality, "tune_allocator", lambda: False)  # this setting would outlast the test
+    module = quality.contenders
     monkeypatch.setattr(module, "VOCABULARY", 320)
     monkeypatch.setattr(module, "CONTEXT", 16)
-    monkeypatch.setattr(module, "tune_allocator", lambda: False)  # this setting would outlast the test
     small = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
     small |= {"moba_block_size": 4, "moba_full_attention_layers": [1], "n_routed_experts": 4}
     for name, value in (small | {"moe_intermediate_size": 16, "num_nextn_predict_layers": 1}).items():
@@ -80,7 +81,7 @@ def quality(monkeypatch):
         monkeypatch.setitem(recipe, "rows", 2)
     for rates in ("OUR_RATES", "DENSE_RATES", "NANOCHAT_RATES"):
         monkeypatch.setattr(module, rates, getattr(module, rates)[:3])
-    return module
+    return quality
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(quality, text_folder):
-    return quality.load(str(text_folder))
+    return quality.contenders.load(str(text_folder))
 
 
 def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
@@ -143,7 +144,7 @@ def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path):
 def test_a_single_contender_writes_no_files(quality, text_folder, tmp_path, capsys):
     options = ["--only", "dense", "--seconds", "0.05", "--results", str(tmp_path), "--picture", str(tmp_path / "q.svg")]
     quality.main([str(text_folder), *options])
-    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+    assert json.loads(capsys.readouterr().out)["dense"]["bits_per_byte"] > 0
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +167,7 @@ def test_impossible_races_are_refused(quality, tmp_path, capsys, options, said):
 def test_a_text_is_split_by_paragraphs(quality, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{i} " * 30 for i in range(100)))
-    data = quality.load(str(text))
+    data = quality.contenders.load(str(text))
     assert data.held_out.shape[1] == data.tuning.shape[1] == 16
     train, rest = data.train.numel(), data.tuning.numel() + data.held_out.numel()
     assert 0.05 < rest / (train + rest) < 0.12
@@ -184,69 +185,91 @@ def test_bits_per_byte_of_a_uniform_model(quality):
     assert quality.bits_per_byte(mean_loss, rows, lengths) == pytest.approx(2 * 5 / (1 + 2 + 5 + 2 + 2), abs=1e-5)
 
 
-def test_the_race_ends_when_the_time_is_up(quality, monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(quality.time, "perf_counter", lambda: float(next(ticks)))  # each step takes a second
+class Stub:
+    """A contender whose loss is the number of the step, and whose step takes a second of the patched clock."""
+
+    rows, optimizer, active_parameters = 2, torch.optim.SGD([torch.zeros(1)]), 0
+
+    def __init__(self, diverges_at=None):
+        self.model, self.seen, self.diverges_at = torch.nn.Linear(1, 1), [], diverges_at
+
+    def step(self, number, progress, tokens):
+        assert tokens.shape == (2, 16)
+        self.seen.append((number, progress))
+        return torch.tensor(math.nan if number == self.diverges_at else float(number))
+
+    def mean_loss(self, tokens, labels):
+        return torch.tensor(float(len(self.seen)))
+
+
+@pytest.fixture
+def clock(quality, monkeypatch):
+    """Each look at the clock is a second later. Other processes use half a core."""
+    ticks, cpu = itertools.count(), itertools.count()
+    monkeypatch.setattr(quality.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(quality, "_cpu_seconds", lambda: (2.0 * next(cpu), 0.0, 1.0 * next(cpu)))
-    cpu, seen = itertools.count(), []
-
-    def step(number, progress):
-        seen.append((number, progress))
-        return torch.tensor(float(number))
-
-    run = quality.race(step, 4.0, lambda: 1.5 * len(seen))
-    assert seen == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
-    assert (run["seconds"], run["steps"]) == (4.0, 4)
-    assert run["curve"] == [(1.0, 1, 1.5), (2.0, 2, 3.0), (3.0, 3, 4.5), (4.0, 4, 6.0)]
-    assert run["others"] == run["busiest"] == 0.5
+    monkeypatch.setattr(quality, "WARM_UP", ())
 
 
-def test_a_race_that_diverges_stops(quality):
-    run = quality.race(lambda number, progress: torch.tensor(math.nan if number == 2 else 1.0), 1e6, float)
-    assert run["steps"] == 3
+def test_contenders_take_turns_until_the_time_is_up(quality, data, clock, monkeypatch):
+    monkeypatch.setattr(quality, "TURNS", 2)
+    stubs, order = [Stub(), Stub()], []
+    runs = [quality.Run(stub, data, 4.0) for stub in stubs]
+    for run in runs:
+        monkeypatch.setattr(run, "advance", lambda share, run=run: order.append(run) or quality.Run.advance(run, share))
+    results = quality.race(runs, "race")
+    assert order == [*runs[::-1], *runs], "whoever was first is last in the next turn"
+    for stub, result in zip(stubs, results, strict=True):
+        assert stub.seen == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+        assert (result["seconds"], result["tokens"], result["tokens_per_second"]) == (4.0, 4 * 32, 32)
+        assert [point[:2] for point in result["curve"]] == [(2.0, 64), (4.0, 128)]
+        assert result["others"] == result["busiest"] == 0.5
+
+
+def test_a_run_that_diverges_stops(quality, data, clock):
+    run = quality.Run(Stub(diverges_at=2), data, 1e6)
+    for _ in range(2):
+        run.advance(1.0)
+    assert run.steps == 3
 
 
 def test_a_rate_that_diverges_is_never_the_best(quality):
-    def train(seconds, recipe):
-        return {"tuning_bits_per_byte": {1.0: math.nan, 2.0: 3.0, 4.0: 2.0}[recipe["lr"]]}
-
-    assert list(quality.tried(train, {"lr": 0}, (1.0, 2.0, 4.0), 1)) == [4.0, 2.0, 1.0]
+    runs = {rate: {"tuning_bits_per_byte": bits} for rate, bits in {1.0: math.nan, 2.0: 3.0, 4.0: 2.0}.items()}
+    assert list(quality.best_first(runs)) == [4.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["ours", "dense"])
 def test_warm_up_changes_nothing_and_runs_see_the_same_rows(quality, data, monkeypatch, name):
     """A longer warm-up changes neither the losses nor the result of a run of two steps."""
-    runs = []
-    monkeypatch.setattr(quality, "race", lambda step, seconds, score: runs.append(_two_steps(step)) or _STOPPED.copy())
-    train = {"ours": quality.train_ours, "dense": quality.train_dense}[name]
-    first = train(data, 1.0)
+
+    def two_steps(seed=0):
+        run = quality.Run(getattr(quality.contenders, name)(seed=seed), data, 1.0, seed)
+        losses = [run.contender.step(number, 0.3, run._tokens()).item() for number in range(2)]
+        return losses, run._score(data.held_out)
+
+    first = two_steps()
     monkeypatch.setattr(quality, "WARM_UP", (0.0,) * 6)
-    assert train(data, 1.0)["bits_per_byte"] == first["bits_per_byte"]
-    assert runs[0] == runs[1]
-    assert train(data, 1.0, seed=1)["bits_per_byte"] != first["bits_per_byte"]
-
-
-_STOPPED = {"seconds": 1.0, "steps": 2, "curve": [], "others": 0.0, "busiest": 0.0}
-
-
-def _two_steps(step) -> list[float]:
-    return [step(number, 0.3).item() for number in range(2)]
+    assert two_steps() == first
+    assert two_steps(seed=1) != first
 
 
 def test_schedules(quality):
-    assert [quality.linear_decay(at, 0.1, 0.5, 0.2) for at in (0.05, 0.3, 0.5)] == [0.5, 1.0, 1.0]
-    assert [quality.linear_decay(at, 0.1, 0.5, 0.2) for at in (0.75, 1.0)] == pytest.approx([0.6, 0.2])
-    assert [quality.cosine_decay(at, 0.1, 0.1) for at in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
-    assert quality.nanochat_schedule(0, 0.0) == pytest.approx((1 / 40, 0.85, 1.0))
-    assert quality.nanochat_schedule(200, 0.2)[:2] == pytest.approx((1.0, 0.91))
-    assert quality.nanochat_schedule(1000, 0.675) == pytest.approx((0.525, 0.935, 0.2388), abs=1e-4)
-    assert quality.nanochat_schedule(2000, 1.0) == pytest.approx((0.05, 0.90, 0.0))
+    contenders = quality.contenders
+    assert [contenders.linear_decay(at, 0.1, 0.5, 0.2) for at in (0.05, 0.3, 0.5)] == [0.5, 1.0, 1.0]
+    assert [contenders.linear_decay(at, 0.1, 0.5, 0.2) for at in (0.75, 1.0)] == pytest.approx([0.6, 0.2])
+    assert [contenders.cosine_decay(at, 0.1, 0.1) for at in (0.05, 0.1, 0.55, 1.0)] == pytest.approx(
+        [0.5, 1.0, 0.55, 0.1]
+    )
+    assert contenders.nanochat_schedule(0, 0.0) == pytest.approx((1 / 40, 0.85, 1.0))
+    assert contenders.nanochat_schedule(200, 0.2)[:2] == pytest.approx((1.0, 0.91))
+    assert contenders.nanochat_schedule(1000, 0.675) == pytest.approx((0.525, 0.935, 0.2388), abs=1e-4)
+    assert contenders.nanochat_schedule(2000, 1.0) == pytest.approx((0.05, 0.90, 0.0))
 
 
 def test_the_dense_model_is_causal(quality):
     dense = importlib.import_module("dense")
     torch.manual_seed(0)
-    model = dense.DenseLM(**quality.DENSE)
+    model = dense.DenseLM(**quality.contenders.DENSE)
     tokens = torch.randint(320, (2, 16))
     assert model(tokens, tokens).item() == pytest.approx(math.log(320), abs=0.1)
     labels = torch.full_like(tokens, -100)
