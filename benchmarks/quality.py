@@ -19,7 +19,7 @@ Keys of the answer (results/quality.json), most with one value per contender ("o
     others, busiest: cores that other processes used, on average and in the busiest twelfth of the run.
     rates, finals: tuning_bits_per_byte of each learning rate, in the trials and after the whole time.
     recipes, models, text, context, vocabulary, train_tokens, held_out_tokens: the settings and the data.
-    curves: (seconds, tokens, bits per byte of some held-out rows) at 12 points of each run.
+    curves: (seconds, tokens, bits per byte of the held-out text) at 12 points of each run. The last is bits_per_byte.
 """
 
 import argparse
@@ -45,7 +45,8 @@ from moonwhale.precision import choose, compile_unsupported_reason, tune_allocat
 
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
 WARM_UP = (0.0, 0.5, 1.0)  # progress of the untimed steps: a schedule may change what is computed
-TURNS, TURN_ROWS = 12, 96  # turns of each run, and the held-out rows that are scored after each
+NAMES = {"ours": "moonwhale", "dense": "dense GPT, AdamW", "nanochat": "nanochat"}
+TURNS = 12  # turns of each run
 REPORTED = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
 REPORTED += ("active_parameters", "others", "busiest")
 
@@ -78,7 +79,7 @@ class Run:
         return stream[starts + torch.arange(context)]
 
     def advance(self, share: float) -> None:
-        """Trains until this share of the time is spent, then scores some held-out rows, which costs no time."""
+        """Trains until this share of the time is spent."""
         before = _cpu_seconds()
         while self.spent < self.seconds * share and math.isfinite(self.loss):
             start = time.perf_counter()
@@ -86,11 +87,13 @@ class Run:
             self.spent, self.steps = self.spent + time.perf_counter() - start, self.steps + 1
         wall, own, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
         self.disturbances.append(max(0.0, total - own) / wall)
-        some = self.data.held_out[:: max(1, len(self.data.held_out) // TURN_ROWS)]  # from all parts of the text
-        self.curve.append((round(self.spent, 2), self.steps * self._step_tokens(), self._score(some)))
 
-    def _step_tokens(self) -> int:
-        return self.contender.rows * self.data.held_out.shape[1]
+    def score(self) -> None:
+        """Adds a point to the curve: the bits per byte of the held-out text. This costs no time of the run."""
+        self.curve.append((round(self.spent, 2), self._tokens_seen(), self._score(self.data.held_out)))
+
+    def _tokens_seen(self) -> int:
+        return self.steps * self.contender.rows * self.data.held_out.shape[1]
 
     def _score(self, rows: Tensor) -> float:
         self.contender.model.eval()
@@ -99,10 +102,10 @@ class Run:
         return bits
 
     def result(self) -> dict:
-        """Scores the model and returns the keys of REPORTED and the curve."""
-        tokens = self.steps * self._step_tokens()
+        """Scores the tuning rows and returns the keys of REPORTED and the curve, whose last point is the result."""
+        tokens = self._tokens_seen()
         return {
-            "bits_per_byte": self._score(self.data.held_out),
+            "bits_per_byte": self.curve[-1][2],
             "tuning_bits_per_byte": self._score(self.data.tuning),
             "tokens": tokens,
             "tokens_per_second": round(tokens / self.spent),
@@ -115,16 +118,21 @@ class Run:
         }
 
 
-def race(runs: list[Run], name: str) -> list[dict]:
-    """Trains all runs in turns, in alternating order, and returns their results."""
+def race(runs: list[Run], name: str, curves: bool) -> list[dict]:
+    """Trains all runs in turns, in alternating order, and returns their results.
+
+    The held-out text is scored after each turn if `curves`, otherwise only after the last.
+    """
     for turn in tqdm(range(TURNS), desc=name, unit="turn"):
         for run in runs if turn % 2 else runs[::-1]:
             run.advance((turn + 1) / TURNS)
+            if curves or turn == TURNS - 1:
+                run.score()
     return [run.result() for run in runs]
 
 
 def draw(result: dict, path: Path) -> None:
-    """Draws the bits per byte of held-out text against the time, each curve labelled with the model's last figure."""
+    """Draws the bits per byte of the held-out text against the time. Labels have the name and the last figure."""
     curves, last = result["curves"], -math.inf
     top = max(bits for curve in curves.values() for _, _, bits in curve[len(curve) // 10 :])
     bottom = min(bits for curve in curves.values() for _, _, bits in curve)
@@ -132,11 +140,9 @@ def draw(result: dict, path: Path) -> None:
         for name, curve in sorted(curves.items(), key=lambda item: item[1][-1][2]):
             ax.plot([at for at, _, _ in curve], [bits for _, _, bits in curve], color=COLOURS[name], linewidth=1.6)
             last = max(curve[-1][2], last + 0.06 * (top - bottom))  # keeps labels apart
-            label = f"{name}: {result['bits_per_byte'][name]:.3f} on all rows"
-            ax.annotate(
-                label, (curve[-1][0], last), (6, 0), textcoords="offset points", va="center", color=COLOURS[name]
-            )
-        ax.set(xlabel="seconds of training", ylabel="bits per byte of some held-out rows", ylim=(bottom - 0.05, top))
+            label, style = f"{NAMES[name]}: {curve[-1][2]:.3f}", {"va": "center", "color": COLOURS[name]}
+            ax.annotate(label, (curve[-1][0], last), (6, 0), textcoords="offset points", **style)
+        ax.set(xlabel="seconds of training", ylabel="bits per byte of the held-out text", ylim=(bottom - 0.05, top))
         ax.grid(alpha=0.25)
 
 
@@ -163,12 +169,12 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
         "nanochat": (theirs, contenders.NANOCHAT_RATES, lambda recipe: contenders.nanochat(arguments.nanochat, recipe)),
     }
 
-    def tried(rates: dict[str, list[float]], seconds: float, title: str) -> dict[str, dict[float, dict]]:
+    def tried(rates: dict[str, list[float]], seconds: float, title: str, curves: bool) -> dict[str, dict[float, dict]]:
         """Races each contender with each of its rates. Returns the results by contender and rate, the best first."""
         pairs = [(name, rate) for name in names for rate in rates[name]]
         runs = [Run(known[name][2](known[name][0] | {"lr": rate}), data, seconds) for name, rate in pairs]
         found = {name: {} for name in names}
-        for (name, rate), result in zip(pairs, race(runs, title), strict=True):
+        for (name, rate), result in zip(pairs, race(runs, title, curves), strict=True):
             found[name][rate] = result
         return {name: best_first(results) for name, results in found.items()}
 
@@ -177,10 +183,10 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
 
     rates, candidates = {}, {name: [known[name][0]["lr"]] for name in names}
     if arguments.tune:
-        trials = tried({name: known[name][1] for name in names}, arguments.tune_seconds, "learning rates")
+        trials = tried({name: known[name][1] for name in names}, arguments.tune_seconds, "learning rates", False)
         rates, candidates = tuning_bits(trials), {name: [*found][:2] for name, found in trials.items()}
         print(f"bits per byte by learning rate: {rates}", file=sys.stderr)
-    finals = tried(candidates, arguments.seconds, "race")
+    finals = tried(candidates, arguments.seconds, "race", True)
     winners = {name: next(iter(found.items())) for name, found in finals.items()}
     for name, (_, run) in winners.items():
         print(f"{name}: {json.dumps({key: run[key] for key in REPORTED})}", file=sys.stderr)

@@ -124,13 +124,15 @@ def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
         assert result["recipes"][name]["lr"] == float(best)
         assert result["tuning_bits_per_byte"][name] == finals[best]
         assert result["seconds"][name] >= 0.2
-        assert result["curves"][name][-1][1] == result["tokens"][name]
+        curve = result["curves"][name]
+        assert len(curve) == quality.TURNS
+        assert curve[-1] == [result["seconds"][name], result["tokens"][name], bits[name]]
 
     again = tmp_path / "again.svg"
     quality.draw(result, again)
     assert again.read_bytes() == picture.read_bytes()
     for name in result["bits_per_byte"]:
-        assert f"{name}: {bits[name]:.3f} on all rows" in picture.read_text()
+        assert f"{quality.NAMES[name]}: {bits[name]:.3f}" in picture.read_text(), "the figure where the curve ends"
 
 
 def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path):
@@ -217,13 +219,19 @@ def test_contenders_take_turns_until_the_time_is_up(quality, data, clock, monkey
     runs = [quality.Run(stub, data, 4.0) for stub in stubs]
     for run in runs:
         monkeypatch.setattr(run, "advance", lambda share, run=run: order.append(run) or quality.Run.advance(run, share))
-    results = quality.race(runs, "race")
+    results = quality.race(runs, "race", curves=True)
     assert order == [*runs[::-1], *runs], "whoever was first is last in the next turn"
     for stub, result in zip(stubs, results, strict=True):
         assert stub.seen == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
         assert (result["seconds"], result["tokens"], result["tokens_per_second"]) == (4.0, 4 * 32, 32)
         assert [point[:2] for point in result["curve"]] == [(2.0, 64), (4.0, 128)]
         assert result["others"] == result["busiest"] == 0.5
+
+
+def test_trials_score_the_held_out_text_only_at_the_end(quality, data, clock):
+    (result,) = quality.race([quality.Run(Stub(), data, 4.0)], "trial", curves=False)
+    assert [point[0] for point in result["curve"]] == [4.0]
+    assert result["bits_per_byte"] == result["curve"][0][2]
 
 
 def test_a_run_that_diverges_stops(quality, data, clock):
