@@ -81,7 +81,8 @@ PRESETS = {
             "warmup_steps": 10,
             "decay_fraction": 0.7,  # warming the momentum up from 0.85 made no difference
             "log_every": 25,
-            "eval_every": 225,
+            "sample_every": 150,
+            "eval_every": 75,
             "save_every": 225,
         },
     ),
@@ -98,6 +99,7 @@ PRESETS = {
             "warmup_steps": 50,
             "decay_fraction": 0.9,
             "log_every": 50,
+            "sample_every": 500,
             "eval_every": 500,
             "save_every": 500,
         },
@@ -135,6 +137,7 @@ PRESETS = {
             "warmup_steps": 200,
             "decay_fraction": 0.2,
             "log_every": 10,
+            "sample_every": 200,
             "eval_every": 100,
             "save_every": 200,
         },
@@ -172,6 +175,7 @@ PRESETS = {
             "warmup_steps": 200,
             "decay_fraction": 0.2,
             "log_every": 10,
+            "sample_every": 0,
             "eval_every": 250,
             "save_every": 500,
             "mtp_loss_weight_final": 0.1,
@@ -210,6 +214,7 @@ PRESETS = {
             "warmup_steps": 500,
             "decay_fraction": 0.2,
             "log_every": 10,
+            "sample_every": 0,
             "eval_every": 500,
             "save_every": 1000,
             "mtp_loss_weight_final": 0.1,
@@ -228,9 +233,9 @@ def get_preset(name: str) -> Preset:
 def is_record(values: dict, preset: Preset) -> bool:
     """Whether the options of a file leave a preset nothing to decide but its recipe, as a run's run.yaml does.
 
-    If such a file lacks an option of the recipe, it is older than the option, and its run had the default.
+    If such a file lacks an option of the recipe, or `sample_every`, it is older, and its run had the default.
     """
-    options = values.keys() >= preset.train.keys() - PAPER.train.keys()
+    options = values.keys() >= preset.train.keys() - PAPER.train.keys() - {"sample_every"}
     return options and values.get("model", {}).keys() >= preset.model.keys() - PAPER.model.keys()
 
 

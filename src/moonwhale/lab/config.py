@@ -89,7 +89,7 @@ class Comparison:
                 config = TrainConfig.resolve(given | {"steps": steps}, self.config_file)
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from error
-        own = {"eval_every": 0, "save_every": 0, "keep_checkpoints": 1, "report_to": ["none"]}
+        own = {"eval_every": 0, "save_every": 0, "sample_every": 0, "keep_checkpoints": 1, "report_to": ["none"]}
         return dataclasses.replace(config, seed=config.seed + seed, resume=False, **own)
 
 

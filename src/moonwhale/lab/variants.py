@@ -31,6 +31,8 @@ DECIDED = (
     "save_every",
     "keep_checkpoints",
     "log_every",
+    "sample_every",
+    "sample_prompt",
     "report_to",
     "parallel",
 )

@@ -150,6 +150,8 @@ class TrainConfig(SourceOptions, RunOptions):
             merged = options.merge(preset.train, {"model": {} if folder else preset.model}, explicit)
         if "warmup_steps" not in explicit:
             merged["warmup_steps"] = fitted_warmup(merged)
+        if "sample_every" not in given and ParallelOptions(**merged.get("parallel", {})).splits_model:
+            merged["sample_every"] = 0  # no rank could write them
         if folder and "context" not in explicit and (longest := starting_model.longest_context(folder)):
             merged["context"] = min(merged["context"], longest)
         return cls(**merged)
