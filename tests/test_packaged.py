@@ -15,10 +15,13 @@ from moonwhale.errors import UserError
 from moonwhale.infer.commands import main_chat, main_generate
 from moonwhale.infer.engine import Engine
 from moonwhale.inspect.commands import main_xray
+from moonwhale.inspect.example import example_conversation
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.presets import get_preset
 from moonwhale.serve import commands as serve_commands
 from moonwhale.serve import server
+from moonwhale.train.pretrain import main as main_train
+from moonwhale.train.run_folder import RUN_FILE
 from moonwhale.weights import read_headers, weight_files
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--greedy", "--max-new-tokens", "4"]
@@ -110,6 +113,22 @@ def test_it_is_small_and_in_bf16():
     config = MoonwhaleConfig.from_pretrained(folder)
     preset = get_preset("evening").model
     assert {name: getattr(config, name) for name in preset} == preset, "the preset trains this model"
+
+
+def test_it_has_the_options_of_its_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = ROOT / packaged.MODEL
+    options = (folder / RUN_FILE).read_text(encoding="utf-8")
+    for how in (["--config", str(folder / RUN_FILE)], ["--preset", "evening", "--out", "runs/evening"]):
+        main_train([*how, "--show"])
+        assert capsys.readouterr().out == options
+    main_xray([str(folder), "--prompt", "Hi", "--max-new-tokens", "0", "--out", "x.html"])
+    assert '"tau":100.0' in Path("x.html").read_text(encoding="utf-8")
+
+
+def test_the_xrays_example_leaves_blocks_out(evening):
+    ids = example_conversation(evening, 48)
+    assert 3 * 64 < len(ids) < 5 * 64 and evening.tokenizer.decode(ids).count("We did, and we saw a whale") == 1
 
 
 def test_its_card_has_its_figures():

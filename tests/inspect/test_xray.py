@@ -12,7 +12,7 @@ import torch
 from moonwhale.errors import UserError
 from moonwhale.infer.engine import Engine
 from moonwhale.inspect.commands import main_xray
-from moonwhale.inspect.example import example_conversation
+from moonwhale.inspect.example import TURNS, example_conversation
 from moonwhale.inspect.settings import MAX_TOKENS, Settings, check, instructive, limits, trained_settings
 from moonwhale.inspect.xray import clip_threshold, content_hashes, describe, record_with, render, to_json
 from moonwhale.model import MoonwhaleForCausalLM
@@ -311,7 +311,10 @@ def test_the_example_has_several_blocks(small_model, small_tokenizer, monkeypatc
     for size in (4, 16):
         monkeypatch.setattr(engine.config, "moba_block_size", size)
         monkeypatch.setattr(engine, "context", 4096)
-        assert len(example_conversation(engine, 6)) > max(3 * size, alone - 1)
+        ids = example_conversation(engine, 6)
+        assert len(ids) > max(3 * size, alone - 1)
+        text = small_tokenizer.decode(ids)
+        assert all(text.count(question) <= 1 for question, _ in TURNS)
 
 
 # Colours

@@ -123,6 +123,42 @@ def test_what_it_draws_is_what_the_model_computed(opened, small_model, ids):
     assert columns == [f"Main head, for token {n - 1}", f"MTP module 1, for token {n}"]
 
 
+def router_rows(page):
+    """The drawn score, bias and sum of each expert, and the widths of its two bars in percent."""
+    rows = page.evaluate("""[...document.querySelector('#experts .scores').querySelectorAll('.expert')].map((row) => [
+      row.querySelector('.n').textContent,
+      ...[...row.querySelectorAll('.track i')].map((e) => parseFloat(e.style.width)),
+    ])""")
+    return torch.tensor([[*map(float, re.findall(r"[\d.]+", text)), *widths] for text, *widths in rows])
+
+
+def test_a_drift_of_all_biases_is_not_drawn(opened):
+    """Only differences matter to top-k. The smallest bias is drawn as zero, so scores keep their share of the bars."""
+    page = opened()
+    before, biases = router_rows(page), torch.tensor(page.evaluate("S.layers[0].bias"))
+    score, bias, total, score_width, bias_width = before.T
+    assert torch.allclose(bias.sort().values, (biases - biases.min()).sort().values, atol=1e-3)
+    assert torch.allclose(total, score + bias, atol=2e-3)
+    assert torch.allclose(score_width, 100 * score / total.max(), atol=0.2)
+    assert torch.allclose(bias_width, 100 * bias / total.max(), atol=0.2)
+    (cut,) = re.findall(r"top-2 cut at ([\d.]+)", page.inner_text("#experts"))
+    assert float(cut) == pytest.approx(total[1].item()) and total[0] >= total[1] >= total[2:].max()
+    page.evaluate("(S.layers[0].bias = S.layers[0].bias.map((x) => x + 2.2), drawExperts())")
+    assert torch.allclose(router_rows(page), before, atol=2e-3)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_numbers_keep_to_their_columns(opened, width):
+    page = opened(width)
+    page.evaluate("S.layers[0].step = S.layers[0].step.map((x, h) => x * [1, 9][h])")  # numbers of unequal length
+    page.evaluate("chooseKey(2)")
+    zeros = page.evaluate("[...document.querySelectorAll('#logit .zero')].map((e) => e.getBoundingClientRect().left)")
+    assert len(zeros) == 4 and max(zeros) - min(zeros) < 0.1
+    for panel in PANELS:
+        wide = "(e) => e.scrollWidth > e.clientWidth + 1 ? e.textContent : []"
+        assert page.evaluate(f"[...document.querySelectorAll('#{panel} .n')].flatMap({wide})") == [], panel
+
+
 def test_other_settings_are_shown(opened):
     page = opened()
     before = page.inner_text("#next")

@@ -534,6 +534,19 @@ def test_another_run_is_left_alone(finished, tiny_run):
     assert files_of(finished) == before
 
 
+@pytest.mark.parametrize("resuming", [False, True])
+def test_a_model_without_its_checkpoints_is_left_alone(tiny_run, resuming):
+    config = tiny_run(resume=resuming)
+    out = Path(config.out)
+    out.mkdir()
+    write_run_file(config, out / "run.yaml")
+    (out / "config.json").write_text("{}")
+    before = files_of(out)
+    with pytest.raises(UserError, match=r"^`out`: .* holds a trained model without the checkpoints of its run"):
+        pretrain.train(config)
+    assert files_of(out) == before
+
+
 def test_out_is_a_file(tiny_run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^`out`: .*/file is a file"):

@@ -66,6 +66,11 @@ def check_folder(config) -> None:
             fix = f"the run's own folder, {out.parent}" if is_inside_run else "a new or an empty folder"
             raise UserError(f"`out`: {out} holds files that are not a run's: name {fix}")
         return
+    if (out / "config.json").exists() and not any(out.glob("checkpoint-*")):
+        raise UserError(
+            f"`out`: {out} holds a trained model without the checkpoints of its run, which therefore cannot go on, and "
+            "a new run would overwrite it: name another folder"
+        )
     if not config.resume:
         raise UserError(f"`out`: {out} already holds a run: go on with it by `resume`, or name another folder")
     now = options_that_affect_training(config)

@@ -27,7 +27,7 @@ R.recordings.forEach(unpack);
 let S = R.recordings[0]; // the recording
 let layer = 0;
 let token = Math.max(0, Math.min(T - 1, R.prompt_tokens)); // also the query of attention
-let key = 0; // the key of the logit that is taken apart
+let key = Math.max(0, token - 1); // the key of the logit that is taken apart
 
 // Logits are kept of queries from S.first on, row by row, each row with its keys up to the query.
 const pairsBefore = (query) => (query * (query + 1) - S.first * (S.first + 1)) / 2;
@@ -57,12 +57,15 @@ function weights(L, head, query) {
 }
 
 // All experts of a token, the chosen ones first, each part by score + bias. Closed: the router left out its group.
+// The bias is counted from the block's smallest, so that a drift of all biases does not dwarf the scores.
 function rankedExperts(L, token) {
   const per = L.experts[token].length,
     at = (token - S.first) * L.n_experts,
-    chosen = L.experts[token];
-  const all = L.bias.map((bias, e) => {
+    chosen = L.experts[token],
+    least = Math.min(...L.bias);
+  const all = L.bias.map((own, e) => {
     const score = L.scores[at + e],
+      bias = own - least,
       place = chosen.indexOf(e);
     return { e, score, bias, sum: score + bias, gate: place < 0 ? null : L.gates[token * per + place], closed: false };
   });

@@ -15,6 +15,8 @@ function make(tag, cls, ...children) {
 }
 const paragraph = (...parts) => make("p", "", ...parts);
 const quote = (text) => make("span", "quote", shown(text));
+// A word of a legend with the colour that stands for it.
+const legend = (word, cls = "") => make("span", "legend", make("i", cls), word);
 function button(text, act, cls = "") {
   const element = make("button", cls, text);
   element.type = "button";

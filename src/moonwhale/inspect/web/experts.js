@@ -24,7 +24,8 @@ function routed(L) {
     if (place === k) list.append(make("div", "cut", `top-${k} cut at ${plain(ranked[k - 1].sum, 3)}`));
     const track = make("div", "track", span(0, x.score / most), span(x.score / most, x.sum / most, "alt"));
     const numbers = `${plain(x.score, 3)} ${signed(x.bias, 3)} = ${plain(x.sum, 3)}`;
-    const row = make("div", x.gate === null ? "expert" : "expert taken", `E${x.e}`, track, make("span", "n", numbers));
+    const name = make(x.gate === null ? "span" : "b", "", `E${x.e}`),
+      row = make("div", x.gate === null ? "expert" : "expert taken", name, track, make("span", "n", numbers));
     row.title = x.gate !== null ? `gate ${x.gate.toFixed(3)}` : x.closed ? "its group was not chosen" : "not chosen";
     list.append(row);
   });
@@ -47,11 +48,11 @@ function routed(L) {
       "The router scores all experts for ",
       quote(R.tokens[token]),
       ` and takes the ${k} with the largest sum of `,
-      make("span", "swatch"),
-      R.facts.scoring,
-      " score and ",
-      make("span", "swatch alt"),
-      "bias. The bias only balances the load; gates are made of the scores alone.",
+      legend(`${R.facts.scoring} score`),
+      " and ",
+      legend("bias", "alt"),
+      ". The bias only balances the load; gates are made of the scores alone. Only differences of the bias matter to " +
+        `top-${k}, so it is drawn from the block's smallest.`,
     ),
     list,
     paragraph(

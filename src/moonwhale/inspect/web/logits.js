@@ -63,10 +63,10 @@ function partsOf(L) {
     ),
     paragraph(
       "A logit is the sum of a ",
-      make("span", "swatch"),
-      "content part, from the latent, and a ",
-      make("span", "swatch alt"),
-      "rotary part, the only one that knows the distance. At the right is the softmax's weight.",
+      legend("content part"),
+      ", from the latent, and a ",
+      legend("rotary part", "alt"),
+      ", the only one that knows the distance. At the right is the softmax's weight.",
     ),
     list,
   ];
@@ -91,8 +91,8 @@ function drawLargest() {
         ? `In training, QK-clip scaled a head down once one of its logits exceeded τ = ${tau} (dashed line). In this text:`
         : tau === 0
           ? "This model was trained without QK-clip. In this text:"
-          : "QK-clip scales a head down once one of its logits exceeds a threshold τ. No run.yaml beside this " +
-            "model says which. In this text:",
+          : "QK-clip scales a head down once one of its logits exceeds a threshold τ. The model's folder has no " +
+            "run.yaml that says which. In this text:",
     ),
     bars(
       L.largest.map((x, h) => ({ name: `head ${h}`, value: x, label: plain(x, 1) })),

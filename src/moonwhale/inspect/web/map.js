@@ -3,10 +3,10 @@ function drawMap() {
   const parts = [
     paragraph(
       "Each column is a token. A mark in a row of ",
-      make("span", "swatch"),
-      "experts is an expert that the token used, darker for a larger gate; a mark in a row of ",
-      make("span", "swatch alt"),
-      "MoBA blocks is a block that it read, darker for more of the heads. Choose a mark to go there. The red " +
+      legend("experts"),
+      " is an expert that the token used, stronger for a larger gate; a mark in a row of ",
+      legend("MoBA blocks", "alt"),
+      " is a block that it read, stronger for more of the heads. Choose a mark to go there. The red " +
         "line is the chosen token.",
     ),
   ];

@@ -9,7 +9,7 @@ function drawPredictions() {
     if (token >= rows.length) column.append(paragraph(`It would read token ${token + k}, which the text does not have.`));
     else {
       const names = R.tokens.slice(token + 1, token + 1 + k).map(quote);
-      if (k) column.append(paragraph("It has also read ", ...names, "."));
+      column.append(k ? paragraph("It has also read ", ...names, ".") : paragraph("It has read the text up to ", quote(R.tokens[token]), "."));
       column.append(
         bars(
           rows[token].map(([text, share]) => {
