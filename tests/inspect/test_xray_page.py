@@ -147,6 +147,24 @@ def test_a_drift_of_all_biases_is_not_drawn(opened):
     assert torch.allclose(router_rows(page), before, atol=2e-3)
 
 
+def test_experts_of_groups_left_out_stand_below_a_line_of_their_own(browser, tiny_model, small_tokenizer, tmp_path):
+    """Some have larger sums than a chosen expert, which would contradict the cut of top-k."""
+    model = tiny_model(n_routed_experts=8, n_group=4, topk_group=2, vocab_size=310)
+    (tmp_path / "x.html").write_text(render(describe(model, small_tokenizer, list(range(5, 25)), 1)), encoding="utf-8")
+    page, seen = browser.new_page(), 0
+    page.goto((tmp_path / "x.html").as_uri())
+    for token in range(20):
+        page.evaluate(f"choose({token})")
+        drawn = page.locator("#experts .scores").nth(0).inner_text()
+        chosen, others, closed = re.split(r"top-2 cut at .*|not considered: .*", drawn)
+        sums = [[float(x.replace("−", "-")) for x in re.findall(r"= (\S+)", part)] for part in (chosen, others, closed)]
+        assert [len(part) for part in sums] == [2, 2, 4] and all(part == sorted(part, reverse=True) for part in sums)
+        assert min(sums[0]) >= max(sums[1])
+        seen += max(sums[2]) > min(sums[0])
+    page.close()
+    assert seen, "no token shows the difference"
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_numbers_keep_to_their_columns(opened, width):
     page = opened(width)
@@ -156,7 +174,9 @@ def test_numbers_keep_to_their_columns(opened, width):
     assert len(zeros) == 4 and max(zeros) - min(zeros) < 0.1
     for panel in PANELS:
         wide = "(e) => e.scrollWidth > e.clientWidth + 1 ? e.textContent : []"
-        assert page.evaluate(f"[...document.querySelectorAll('#{panel} .n')].flatMap({wide})") == [], panel
+        assert (
+            page.evaluate(f"[...document.querySelectorAll('#{panel} .n, #{panel} .blocks span')].flatMap({wide})") == []
+        ), panel
 
 
 def test_other_settings_are_shown(opened):

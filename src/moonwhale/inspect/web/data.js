@@ -26,7 +26,7 @@ R.recordings.forEach(unpack);
 // What the page shows
 let S = R.recordings[0]; // the recording
 let layer = 0;
-let token = Math.max(0, Math.min(T - 1, R.prompt_tokens)); // also the query of attention
+let token = Math.min(T - 1, Math.max(R.prompt_tokens, S.first)); // also the query of attention
 let key = Math.max(0, token - 1); // the key of the logit that is taken apart
 
 // Logits are kept of queries from S.first on, row by row, each row with its keys up to the query.
@@ -56,7 +56,7 @@ function weights(L, head, query) {
   return exps.map((x) => x / total);
 }
 
-// All experts of a token, the chosen ones first, each part by score + bias. Closed: the router left out its group.
+// All experts of a token by score + bias: the chosen ones, the others, and last the closed, whose group was left out.
 // The bias is counted from the block's smallest, so that a drift of all biases does not dwarf the scores.
 function rankedExperts(L, token) {
   const per = L.experts[token].length,
@@ -82,7 +82,7 @@ function rankedExperts(L, token) {
     );
     for (const group of groups.slice(L.topk_groups)) for (const x of group) x.closed = x.gate === null;
   }
-  return all.sort((a, b) => (b.gate !== null) - (a.gate !== null) || b.sum - a.sum);
+  return all.sort((a, b) => (b.gate !== null) - (a.gate !== null) || a.closed - b.closed || b.sum - a.sum);
 }
 // The experts that the scores alone would choose, without the bias.
 function chosenByScore(L, token) {

@@ -22,6 +22,7 @@ function routed(L) {
     list = make("div", "scores");
   ranked.forEach((x, place) => {
     if (place === k) list.append(make("div", "cut", `top-${k} cut at ${plain(ranked[k - 1].sum, 3)}`));
+    if (x.closed && !ranked[place - 1].closed) list.append(make("div", "cut", "not considered: groups left out"));
     const track = make("div", "track", span(0, x.score / most), span(x.score / most, x.sum / most, "alt"));
     const numbers = `${plain(x.score, 3)} ${signed(x.bias, 3)} = ${plain(x.sum, 3)}`;
     const name = make(x.gate === null ? "span" : "b", "", `E${x.e}`),

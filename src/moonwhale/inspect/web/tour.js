@@ -47,7 +47,7 @@ const STOPS = [
           : "";
       return (
         `MoBA (arXiv 2502.13189): without a parameter, the gate q·k̄ picks ${plural(L.topk, "block")} of ` +
-        `${L.block_size} tokens for each query and head, its own included. Below each strip are all gates. ` +
+        `${L.block_size} tokens for each query and head, its own included. Below each strip are the blocks and their gates. ` +
         `Look for heads that pick different blocks, and compare a block's gate with the attention inside ` +
         `it.${few}`
       );
