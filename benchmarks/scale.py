@@ -47,9 +47,10 @@ PAGE = """# How a training step scales
 
 This page shows how the speed and memory of a training step grow with the context, the batch and the number of experts.
 A step is the forward and backward pass of a model with the `{preset}` preset's shapes ({parameters} parameters, MTP
-modules included), in {dtype} with fp32 weights. The machine is {cpu} with {threads} threads on {cores} cores, and torch
-{torch}. Each line is measured in a process of its own: the median time of {steps} steps, and the peak memory minus what
-the libraries take. [scale.py](../benchmarks/scale.py) measures this and writes the page.
+modules included), in {dtype} with fp32 weights.{since}
+The machine is {cpu} with {threads} threads on {cores} cores, and torch {torch}. Each line is measured in a process of
+its own: the median time of {steps} steps, and the peak memory minus what the libraries take.
+[scale.py](../benchmarks/scale.py) measures this and writes the page.
 
 ![Speed and memory against context, batch and number of experts; dashed, the fits of the seconds](scale.svg)
 
@@ -268,11 +269,13 @@ def page(result: dict) -> str:
         [p["at"], f"{p['parameters'] / 1e6:.1f} M", f"{p['active_parameters'] / 1e6:.1f} M", *cells(p)]
         for p in result["experts"]
     ]
+    then, now = (model_size(c).parameters for c in (config, MoonwhaleConfig(**PRESETS[result["preset"]].model)))
     terms = ["", "a, fixed", "b, per 1,024 tokens", "c, per 1,024² tokens", f"c T² at {longest:,} tokens"]
     return PAGE.format(
         **result["environment"],
         preset=result["preset"],
-        parameters=f"{model_size(config).parameters / 1e6:.1f} M",
+        parameters=f"{then / 1e6:.1f} M",
+        since="" if now == then else f" The preset has changed since: it has {now / 1e6:.1f} M parameters now.",
         steps=result["steps"],
         config=config,
         full_blocks=sum(not config.is_moba_layer(i) for i in range(config.num_blocks)),

@@ -83,15 +83,16 @@ def moba(moba: dict) -> str:
 
 def decoding(decode: dict) -> str:
     """Tokens per second of decoding, relative to others."""
-    pairs = {
-        "transformers' `generate` in bf16": "{}_{}",
-        "llama.cpp, bf16 with bf16 and int8 with Q8_0": "{}_vs_llamacpp_{}",
-    }
+    pairs = [
+        ("bf16", "transformers' `generate` in bf16", "bf16_{}"),
+        ("int8", "transformers' `generate` in bf16", "int8_{}"),
+        ("bf16", "llama.cpp in bf16", "bf16_vs_llamacpp_{}"),
+        ("int8", "llama.cpp in Q8_0", "int8_vs_llamacpp_{}"),
+    ]
     rows = [
-        [f"{bits} relative to {name}", *(times(decode[key.format(bits, context)]) for context in (128, 1024))]
-        for name, key in pairs.items()
-        for bits in ("bf16", "int8")
-        if key.format(bits, 128) in decode
+        [f"{bits} relative to {other}", *(times(decode[key.format(context)]) for context in (128, 1024))]
+        for bits, other, key in pairs
+        if key.format(128) in decode
     ]
     for what, key in {
         "reading a prompt of 512 tokens relative to llama.cpp, bf16": ("prompt_vs_llamacpp", times),

@@ -1,6 +1,8 @@
 """Run `moonwhale train` in forked processes. They inherit the imports of their parent, so they start fast."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # At the end of the path, so that the tests' own modules take precedence.
@@ -21,9 +23,15 @@ def train(argv: list[str]) -> int:
     return cli.main(["train", *argv])
 
 
-def start(folder: Path, *argvs: list[str]) -> list[ForkedProcess]:
+def train_in(folder: Path, argv: list[str]) -> int:
+    os.chdir(folder)
+    return train(argv)
+
+
+def start(folder: Path, *argvs: list[str], target: Callable[[list[str]], int] = train) -> list[ForkedProcess]:
     """Start the ranks of one run, each with its own list of arguments, as torchrun would."""
     variables = rank_variables(len(argvs))
     return [
-        ForkedProcess(folder / f"rank{rank}.out", variables[rank], train, list(argv)) for rank, argv in enumerate(argvs)
+        ForkedProcess(folder / f"rank{rank}.out", variables[rank], target, list(argv))
+        for rank, argv in enumerate(argvs)
     ]

@@ -19,6 +19,7 @@ import yaml
 from moonwhale import cli, options
 from moonwhale.data.hub_sets import HUB_SETS
 from moonwhale.evaluate.config import EvalConfig
+from moonwhale.lab import config as compare_config
 from moonwhale.options import parser_of, read_argv
 from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.posttrain.recipe import STAGES
@@ -33,18 +34,19 @@ CLASSES = {verb: cls for verb, (cls, _) in STAGES.items()} | {"eval": EvalConfig
 
 @dataclasses.dataclass
 class Command:
-    """A printed command: the processes that it starts, and the words after `moonwhale`."""
+    """A printed command: the processes that it starts, the words after `moonwhale`, and if it is in a code block."""
 
     processes: int
     words: list[str]
+    in_block: bool
 
     @property
     def is_whole(self) -> bool:
-        """Whether it can run as it stands. `moonwhale VERB --help` and `moonwhale eval --data` only name things."""
+        """Whether it can run as it stands. `moonwhale VERB --help`, and `moonwhale chat` in a text, name things."""
         if "--help" in self.words:
             return False
         names = [word for word in self.words[1:] if not re.fullmatch(r"--[a-z][\w.-]*|train|show", word)]
-        return (bool(names) or self.words == ["doctor"]) and not any(re.fullmatch("[A-Z_]+", word) for word in names)
+        return (bool(names) or self.in_block) and not any(re.fullmatch("[A-Z_]+", word) for word in names)
 
 
 def commands(text: str) -> list[Command]:
@@ -56,7 +58,7 @@ def commands(text: str) -> list[Command]:
             if match:
                 counts = dict(re.findall(r"--(nnodes|nproc-per-node) (\d+)", match[1] or ""))
                 processes = int(counts.get("nnodes", 1)) * int(counts.get("nproc-per-node", 1))
-                found.append(Command(processes, shlex.split(match[2], comments=True)))
+                found.append(Command(processes, shlex.split(match[2], comments=True), bool(block)))
     return found
 
 
@@ -66,17 +68,12 @@ COMPUTE = ["--device", "cpu", "--precision", "fp32"]
 RUN = [*COMPUTE, "--batch-size", "1", "--steps", "1", "--warmup-steps", "0", "--eval-every", "0", "--save-every", "0"]
 MODEL = [f"--model.{name}={','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in TOY.items()]
 ANSWER = ["--max-new-tokens", "2"]
-# Appended to each command of a verb: the last value of an option counts. Other verbs are only parsed.
+ROWS = ["--context=128", "--tokens-per-step=128", "--eval-rows=2", "--data-documents=60", "--no-compile", *MODEL]
+SHORT = ["--context=32", "--tokens-per-step=32"]
+# Appended to each command of a verb: the last value of an option counts.
 TOYS = {
-    "train": [
-        *RUN,
-        "--context=128",
-        "--tokens-per-step=128",
-        "--eval-rows=2",
-        "--data-documents=60",
-        "--no-compile",
-        *MODEL,
-    ],
+    "train": [*RUN, *ROWS],
+    "compare": [*COMPUTE, "--batch-size=1", "--steps=1", "--warmup-steps=0", "--turns=1", "--seeds=1", *ROWS, *SHORT],
     "sft": [*RUN, "--eval-rows=2", "--data-documents=60"],
     "grpo": [*RUN, *ANSWER, "--questions=4", "--group-size=2", "--questions-per-step=1", "--eval-questions=1"],
     "sample": [*COMPUTE, "--questions", "2"],
@@ -102,6 +99,9 @@ def at_toy_size(words: list[str]) -> list[str]:
     """Returns a command with stand-ins for what only a network brings, and its verb's toy options."""
     names = "|".join(map(re.escape, STANDS_IN))
     words = [re.sub(rf"(?<![\w/.-])({names})(?![\w/.-])", lambda name: STANDS_IN[name[0]], word) for word in words]
+    if words[0] == "compare":  # a second budget would be refused, and tuning takes many runs
+        left_out = {"--seconds", "--tokens", "--tune"}
+        words = [word for i, word in enumerate(words) if not {word, words[i - 1]} & left_out]
     toy = [] if words[1:2] == ["show"] else TOYS[words[0]]
     return words + (["--data-documents=60"] if words[:2] == ["tokenizer", "train"] else toy)
 
@@ -126,6 +126,14 @@ def _toy_stage(stage: dict) -> dict:
     return {verb: given | toy}
 
 
+def at_toy_processes(words: list[str]) -> tuple[list[str], int]:
+    """Returns a command of torchrun at toy size, and the number of its processes: each way to share has two parts."""
+    ways = {word for word in words if word.startswith("--parallel.")}
+    words = ["2" if words[i - 1] in ways - {"--parallel.fsdp"} else word for i, word in enumerate(words)]
+    toy = ["--model.num_hidden_layers=4", *SHORT, "--tokens-per-step=256"]  # eight micro-batches, for the pipelines
+    return [*at_toy_size(words), *toy], 2 ** max(1, len(ways))
+
+
 def resolve(words: list[str], processes: int) -> None:
     """Checks a command as it is printed: every option exists, has a possible value, and fits the others.
 
@@ -133,9 +141,9 @@ def resolve(words: list[str], processes: int) -> None:
         UserError: one is wrong, or the processes cannot share the model or a step's micro-batches.
     """
     verb = words[0]
+    if verb == "compare":
+        compare_config.parse(words[1:])
     if verb not in CLASSES:
-        if verb not in TOYS:
-            parser_of(cli._function(verb)).parse_args(words[1:])
         return
     cls = CLASSES[verb]
     given, rest = read_argv(parser_of(cli._function(verb)), cls, words[1:])
@@ -184,6 +192,8 @@ def inputs(tmp_path_factory):
     table("whales_data.jsonl", lambda: {"q": text(), "a": ["sings", "swims"], "right": 0})
     (example,) = fenced(read("docs/evaluation.md"), "yaml")
     (folder / "whales.yaml").write_text(example.replace("/path/to/whales", str(folder / "whales_data")))
+    for name in ("variants", "ablations"):  # of docs/compare.md, and of the example in `moonwhale compare --help`
+        (folder / f"{name}.yaml").write_text(*fenced(read("docs/compare.md"), "yaml"))
     (folder / "logs" / "a").mkdir(parents=True)
     with gzip.open(folder / "logs" / "a" / "b.jsonl.gz", "wt") as file:
         file.write((folder / "openorca.jsonl").read_text())
@@ -204,6 +214,7 @@ def folder(inputs, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi!\n/quit\n" * 100))
     monkeypatch.setattr("moonwhale.serve.server.run_server", lambda *given: None)  # else it serves until it is stopped
+    monkeypatch.setattr("gc.collect", lambda *generation: 0)  # half of a toy comparison's time
     answers = {"<think>a</think><answer>b</answer>", "<think>c</think><answer>d</answer>"}  # a toy has no right ones
     monkeypatch.setattr(
         "moonwhale.posttrain.sample.draw_right_answers", lambda config, task, problems: [answers] * len(problems)

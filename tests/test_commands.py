@@ -7,15 +7,17 @@ import argparse
 import re
 import shlex
 import tomllib
+from functools import partial
 
 import pytest
 
+from forked import finish, start, train_in
 from moonwhale import cli
 from moonwhale.data.builtin_sets import chitchat_file
 from moonwhale.errors import UserError
 from moonwhale.options import parser_of, read_argv
 from moonwhale.train.config import TrainConfig
-from printed_commands import TOYS, at_toy_size, commands, provide, resolve, status_of
+from printed_commands import at_toy_processes, at_toy_size, commands, provide, resolve, status_of
 from printed_commands import folder as folder
 from printed_commands import inputs as inputs
 from test_docs import DOCUMENTS, ROOT, prose, read
@@ -31,11 +33,32 @@ def test_every_command_runs(document, folder, inputs, capsys):
         provide(words, folder, inputs / "toy")
         try:
             resolve(words, command.processes)
-            if command.processes == 1 and words[0] in TOYS and status_of(at_toy_size(words)):
+            if command.processes == 1 and status_of(at_toy_size(words)):
                 wrong.append(f"{shlex.join(at_toy_size(words))}: {capsys.readouterr().err}")
         except UserError as error:
             wrong.append(f"{shlex.join(words)}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+def torchruns() -> dict[str, list[str]]:
+    """Returns the first command of torchrun for each way to share the work, by the options that choose it."""
+    found: dict[str, list[str]] = {}
+    for command in (each for document in DOCUMENTS for each in commands(read(document))):
+        if command.processes > 1:
+            found.setdefault(" ".join(w[2:] for w in command.words if w.startswith("--parallel.")), command.words)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", torchruns())
+def test_each_kind_of_torchrun_command_runs(kind, folder, inputs):
+    words, processes = at_toy_processes(torchruns()[kind])
+    provide(words, folder, inputs / "toy")
+    ranks = start(folder, *[words[1:]] * processes, target=partial(train_in, folder))
+    finish(ranks)
+    assert "done       1 step" in ranks[0].said
+    assert list(folder.glob("runs/*/model.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The documents are correct: links resolve, snippets run, tests exist, and figures are current."""
 
 import importlib.util
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+PAGES = "*.md", "docs/*.md", "models/*/*.md", "notebooks/*.md"
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PAGES for path in ROOT.glob(pattern))
 
 
 def read(document: str) -> str:
@@ -65,6 +67,13 @@ def test_a_broken_link_is_detected():
     assert broken("docs/mechanisms.md", text) == ["nowhere.md", "#another", "training.md#nothing"]
 
 
+def test_links_of_notebooks_resolve():
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        assert not broken(path.relative_to(ROOT).as_posix(), text)
+
+
 # --- snippets --------------------------------------------------------------------------------------------------------
 
 
@@ -78,8 +87,10 @@ def folder(tmp_path_factory, tiny_config, draw):
     tokenizer = train_tokenizer(["a whale under the moon"], 320)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = draw(MoonwhaleForCausalLM(tiny_config(vocab_size=len(tokenizer), **ids)))
-    model.save_pretrained(folder / "runs" / "demo")
-    tokenizer.save_pretrained(folder / "runs" / "demo")
+    for name in ("demo", "evening"):
+        model.save_pretrained(folder / "runs" / name)
+        tokenizer.save_pretrained(folder / "runs" / name)
+        (folder / "runs" / name / "run.yaml").touch()
     return folder
 
 

@@ -17,7 +17,7 @@ from moonwhale.posttrain.grpo import GRPOOptions
 from moonwhale.posttrain.sft import SFTOptions
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import TrainConfig, parse
-from printed_commands import TOYS, at_toy_size, provide, resolve, status_of
+from printed_commands import at_toy_size, provide, resolve, status_of
 from printed_commands import folder as folder
 from printed_commands import inputs as inputs
 
@@ -86,8 +86,6 @@ def test_examples_run_in_any_encoding_and_as_json(verb, folder, inputs, monkeypa
         assert words[0] == verb
         provide(words, folder, inputs / "toy")
         resolve(words, 1)
-        if verb not in TOYS:
-            pytest.skip("its examples are only parsed")
         toy, terminal = at_toy_size(words), Terminal(monkeypatch, encoding)
         toy += ["--json"] if verb not in WITHOUT_JSON else []
         assert status_of(toy) == 0, terminal.read("stderr")
@@ -107,6 +105,14 @@ def test_help_shows_every_default(verb):
         for action in options_of(parser):
             if not action.required and not isinstance(action, argparse._AppendAction):
                 assert re.search(r"\([^()]+\)", action.help), f"{action.option_strings[0]}: {action.help}"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_shows_which_options_take_a_value(verb):
+    for parser in parsers(verb):
+        for action in options_of(parser):
+            if not isinstance(action, argparse.BooleanOptionalAction):
+                assert action.choices or action.metavar != "", f"{action.option_strings[0]} reads as a flag"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

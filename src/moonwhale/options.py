@@ -189,7 +189,7 @@ def add_options(
         if entry.kind is bool and "." not in entry.name:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            last_word = re.split(r"[._]", entry.name)[-1].upper()
+            last_word = re.split(r"[._-]", entry.flag)[-1].upper()
             keywords["metavar"] = "{" + ",".join(entry.choices) + "}" if entry.choices else last_word
         if entry.group not in groups:
             groups[entry.group] = parser.add_argument_group(entry.group)
