@@ -165,13 +165,16 @@ def test_experts_of_groups_left_out_stand_below_a_line_of_their_own(browser, tin
     assert seen, "no token shows the difference"
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 600, 390])
 def test_numbers_keep_to_their_columns(opened, width):
     page = opened(width)
     page.evaluate("S.layers[0].step = S.layers[0].step.map((x, h) => x * [1, 9][h])")  # numbers of unequal length
     page.evaluate("chooseKey(2)")
     zeros = page.evaluate("[...document.querySelectorAll('#logit .zero')].map((e) => e.getBoundingClientRect().left)")
     assert len(zeros) == 4 and max(zeros) - min(zeros) < 0.1
+    assert page.evaluate(
+        "(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(document.querySelector('.scroll'))"
+    )
     for panel in PANELS:
         wide = "(e) => e.scrollWidth > e.clientWidth + 1 ? e.textContent : []"
         assert (
