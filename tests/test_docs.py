@@ -222,6 +222,30 @@ def test_any_configuration_can_be_drawn(preset, changed, drawing):
         assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text.get_text()
 
 
+def test_the_curves_end_at_the_figures_of_the_transcripts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module, drawn = script("docs/draw_learning.py"), tmp_path / "learning.svg"
+    runs = json.loads(read("docs/learning.json"))
+    module.draw(runs, drawn)
+    comments = [re.findall("<!-- (.*?) -->", path.read_text()) for path in (drawn, ROOT / "docs" / "learning.svg")]
+    assert comments[0] == comments[1]
+    for name, run in runs.items():
+        (bits,) = set(re.findall(r"([\d.]+) bits per byte", read(f"docs/{name}.txt")))
+        assert f"{name}: {bits}" in comments[0] and f"{run['held_out'][-1][1]:.3f}" == bits
+
+
+def test_curves_of_a_log():
+    history = [
+        {"step": 1, "loss_main": 6.0},
+        {"step": 2, "loss_main": 3.0},
+        {"step": 2, "eval_loss_main": 4.0, "eval_bits_per_byte": 2.0},
+    ]
+    assert script("docs/draw_learning.py").curves(history, 100) == {
+        "train": [[100, 3.0], [200, 1.5]],
+        "held_out": [[200, 2.0]],
+    }
+
+
 # --- the README's figures --------------------------------------------------------------------------------------------
 
 
