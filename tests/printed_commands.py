@@ -217,7 +217,7 @@ def folder(inputs, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("gc.collect", lambda *generation: 0)  # half of a toy comparison's time
     answers = {"<think>a</think><answer>b</answer>", "<think>c</think><answer>d</answer>"}  # a toy has no right ones
     monkeypatch.setattr(
-        "moonwhale.posttrain.sample.draw_right_answers", lambda config, task, problems: [answers] * len(problems)
+        "moonwhale.posttrain.sample.draw_right_answers", lambda config, task, problems: ([answers] * len(problems), 0)
     )
     return tmp_path
 

@@ -1,13 +1,16 @@
 """Tests tasks: the split of questions, right and wrong answers, demonstrations, and impossible specs."""
 
+import itertools
 import json
 
 import datasets
 import pytest
 
+from moonwhale.data import gym_answers
 from moonwhale.data.answers import same_answer
+from moonwhale.data.expressions import parse_expression
 from moonwhale.data.loading import load_source
-from moonwhale.data.tasks import Problem, extract_answer, is_held_out, is_well_formed, load_task
+from moonwhale.data.tasks import UNUSABLE, Problem, extract_answer, is_held_out, is_well_formed, load_task
 from moonwhale.errors import UserError
 
 SUMS = "chain_sum:max_terms=3:max_digits=2"
@@ -80,6 +83,11 @@ def test_sums_are_demonstrated_step_by_step():
 )
 def test_form(text, well_formed):
     assert is_well_formed(text) == well_formed
+
+
+def test_an_answer_without_an_end_takes_linear_time():
+    assert extract_answer("<answer>" * 100_000) is None
+    assert not is_well_formed("<think>" + "</think><answer>" * 20_000 + "</answer>" * 20_000)
 
 
 def test_the_answer_is_the_text_in_the_last_answer_tags():
@@ -186,6 +194,34 @@ def test_an_endless_answer_is_wrong(given):
     assert same_answer("4", "8/2")  # by a new worker
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2*(3 + 4) - 1/2", "27/2"),
+        (" -x**2 + 3*x*y ", "3*x*y - x**2"),
+        ("exp(2*x)/2 + C", "C + exp(2*x)/2"),
+        ("sin(pi/2)", "1"),
+        ("0.5", "0.5"),
+    ],
+)
+def test_expressions_have_the_value_that_sympy_gives_them(text, value):
+    import sympy
+
+    assert parse_expression(text) == sympy.parse_expr(value) == sympy.parse_expr(text)
+
+
+PROGRAMS = (
+    "__import__('os') x.real [1] 'x' 1j True (lambda:1)() sin sin(x,y) eval(x) sin(x=1) f'{x}' x:=1 {x} x[0] 9**9**9 "
+    "1<2 *x sympify(x) x@y x%y 1//2 () x;y"
+)
+
+
+@pytest.mark.parametrize("text", PROGRAMS.split())
+def test_expressions_hold_nothing_that_runs(text):
+    with pytest.raises((ValueError, SyntaxError)):
+        parse_expression(text)
+
+
 @pytest.mark.parametrize("answer", ["\\ud800", "1</answer> <answer>2"])
 def test_an_answer_that_cannot_be_given_is_refused(tmp_path, answer):
     (tmp_path / "own.jsonl").write_text(f'{{"question": "x", "answer": "{answer}"}}\n')
@@ -193,9 +229,10 @@ def test_an_answer_that_cannot_be_given_is_refused(tmp_path, answer):
         load_task(str(tmp_path / "own.jsonl"))
 
 
-def test_a_task_of_the_gym_that_takes_gigabytes_is_refused():
-    with pytest.raises(UserError, match="acre builds all its questions at once"):
-        load_task("acre")
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_tasks_of_the_gym_are_refused(name):
+    with pytest.raises(UserError, match=f"`task`: {name} .*: choose another task"):
+        load_task(name)
 
 
 def test_errors_of_a_task_that_is_data_name_that_option():
@@ -204,10 +241,56 @@ def test_errors_of_a_task_that_is_data_name_that_option():
             load_source(spec)
 
 
+def programs(canary) -> list[str]:
+    """Returns answers that write the file `canary` if they are evaluated, in each way that an evaluator might."""
+    call = f"__import__('pathlib').Path({str(canary)!r}).touch()"
+    lists = [f"[{call}]", f"[[{call}]]", f"[{call} for _ in [0]]", f"[x for x in [{call}]]"]
+    return [call, *lists, f"(lambda: {call})()", f"1 + {call}", f"sin({call})", f"{call}=1", f'{{"a": {call}}}']
+
+
+# The gym takes seconds to make a question of these, or refuses its own settings. The slow test below has them.
+NOT_QUICK = "arc_agi codeio composite figlet_font gsm_symbolic group_anagrams knight_swap quantum_lock word_ladder"
+
+
+def test_no_answer_to_the_gym_runs(tmp_path):
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    answers = programs(tmp_path / "canary")
+    eval(answers[0])
+    (tmp_path / "canary").unlink()  # the canary would have been written
+    for name in DATASETS.keys() - UNUSABLE.keys() - set(NOT_QUICK.split()):
+        entry = reasoning_gym.create_dataset(name, seed=0, size=gym_answers.QUESTIONS)[0]
+        scores = [gym_answers.score_answer(name, {}, entry, answer) for answer in answers]
+        assert all(score is not None and score < 1 for score in scores), name
+        assert not (tmp_path / "canary").exists(), name
+
+
+@pytest.mark.parametrize("name", ["spiral_matrix", "n_queens", "countdown", "puzzle24", "simple_integration"])
+def test_tasks_whose_scorers_evaluate_answers_still_score(name):
+    task = load_task(name)
+    (problem,) = task.problems(1)
+    assert task.accuracy(problem, task.demonstrate(problem)) == 1
+    assert task.accuracy(problem, "<answer>9**9**9**9</answer>") == 0
+    assert not task.overran
+
+
+def test_an_endless_answer_to_the_gym_is_counted_and_not_tried_again(monkeypatch):
+    monkeypatch.setattr(gym_answers._worker, "ask", lambda request: asked.append(request))
+    task, asked = load_task("coin_flip"), []
+    (problem,) = task.problems(1)
+    endless = "<answer>1e999999999</answer>"
+    for _ in range(2):
+        assert task.accuracy(problem, endless) == 0
+    assert len(asked) == 1
+    assert task.ran_out(problem, endless) and not task.ran_out(problem, "<answer>1</answer>")
+
+
 REFUSED = {
     "acre": "builds all its questions at once",
     "boxnet": "has no right answers to show",
     "composite": "Must specify at least one dataset",
+    "game_of_life_halting": "scores every answer as right",
     "graph_color": "has no right answers to show",
     "propositional_logic": "has no right answers to show",
     "rubiks_cube": "has no right answers to show",
@@ -217,7 +300,7 @@ REFUSED = {
 
 
 @pytest.mark.slow
-def test_every_task_of_the_gym_scores_its_own_answers_or_is_refused_by_name():
+def test_every_task_of_the_gym_scores_its_own_answers_or_is_refused_by_name(tmp_path):
     from reasoning_gym.factory import DATASETS
 
     refused = {}
@@ -226,6 +309,9 @@ def test_every_task_of_the_gym_scores_its_own_answers_or_is_refused_by_name():
             task = load_task(name)
             scores = [task.accuracy(problem, task.demonstrate(problem)) for problem in task.problems(2)]
             assert scores == [1, 1], name
+            for problem, answer in itertools.product(task.problems(1), programs(tmp_path / "canary")):
+                assert task.score(problem, answer) is not None, name
+                assert not (tmp_path / "canary").exists(), name
         except UserError as error:
             refused[name] = str(error)
     assert refused.keys() == REFUSED.keys()

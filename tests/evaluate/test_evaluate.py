@@ -155,7 +155,7 @@ def completion(text: str, tokens: int = 1, reason: str = "eos", **counts) -> Com
 
 def test_answers_are_scored_as_by_hand():
     def equal(problem, answer):
-        return float(answer == problem.answer)
+        return None if answer == "9^9^9" else float(answer == problem.answer)
 
     task = Task("given", lambda seed, held_out: iter(()), equal, lambda problem: "")
     problems = [Problem("one?", "1", {}), Problem("two?", "2", {})]
@@ -168,6 +168,10 @@ def test_answers_are_scored_as_by_hand():
     assert score["greedy"] == (0.5, 0.5)  # of 1 and 0: the standard deviation √½ divided by √2
     assert {k: mean for k, (mean, _) in score["pass_at"].items()} == pytest.approx({1: (2 / 3) / 2, 2: 1 / 2, 3: 1 / 2})
     assert (score["well_formed"], score["cut_off"], score["mean_tokens"]) == pytest.approx((2 / 6, 1 / 6, 18 / 6))
+    assert score["over_limit"] == 0
+    endless = completion(good.format("9^9^9"))
+    score = tasks.score_answers(task, problems, [greedy[0], endless], [[*one[:2], endless], two], [1])
+    assert (score["over_limit"], score["greedy"], score["pass_at"][1][0]) == (2, (0.5, 0.5), pytest.approx((2 / 3) / 2))
 
 
 def test_answers_equal_those_of_the_engine_one_at_a_time(engine):

@@ -11,17 +11,21 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from moonwhale.data import gym_answers
 from moonwhale.data.answers import normalize, same_answer
 from moonwhale.data.source import Document, Source, digest
 from moonwhale.errors import UserError, did_you_mean, one_line, require_package
 
 HELD_OUT_QUESTIONS = 0.1  # the share of a task's questions that are held out, by the hash of their text
 DEMONSTRATIONS = 10_000  # the default size of `--data task:SPEC`
-GYM_QUESTIONS = 1_000_000  # the size asked of reasoning-gym, which makes each question only when it is read
-TOO_LARGE = ("acre",)  # the tasks of reasoning-gym that do not make a question only when it is read
+# The tasks of reasoning-gym that cannot be used, with what they do.
+UNUSABLE = {
+    "acre": "builds all its questions at once, which takes gigabytes",
+    "game_of_life_halting": "scores every answer as right",
+}
 MAX_VAIN_DRAWS = 1000  # a task is exhausted after so many questions in a row from the wrong side of the split
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -48,15 +52,17 @@ class Task:
     """A source of problems with a rule to score answers.
 
     `draw(seed, held_out)` yields the problems of one side of the split. `score(problem, answer)` is 1 for a right
-    answer and 0 for a wrong one. `steps(problem)` is the reasoning of a solution, or "" if the task knows none.
-    `package` is the name and version of the package that makes the questions, or "" if they are read.
+    answer, 0 for a wrong one, and None for one that exceeds the limits of time or memory. `steps(problem)` is the
+    reasoning of a solution, or "" if the task knows none. `package` is the name and version of the package that makes
+    the questions, or "" if they are read. `overran` keeps the questions and answers that exceeded the limits.
     """
 
     name: str
     draw: Callable[[int, bool], Iterator[Problem]]
-    score: Callable[[Problem, str], float]
+    score: Callable[[Problem, str], float | None]
     steps: Callable[[Problem], str]
     package: str = ""
+    overran: set[tuple[str, str]] = field(default_factory=set, compare=False)
 
     def problems(self, n: int, seed: int = 0, held_out: bool = False) -> list[Problem]:
         """Returns the first `n` problems of a seed. No question is ever both in training and held out.
@@ -81,9 +87,18 @@ class Task:
         return f"<think>{self.steps(problem)}</think>\n<answer>{problem.answer}</answer>"
 
     def accuracy(self, problem: Problem, completion: str) -> float:
-        """Scores the answer in a completion; a completion without an answer scores 0."""
+        """Scores the answer in a completion. Without an answer, or with one that exceeds the limits, it scores 0."""
         answer = extract_answer(completion)
-        return 0.0 if answer is None else self.score(problem, answer)
+        if answer is None or self.ran_out(problem, completion):
+            return 0.0
+        score = self.score(problem, answer)
+        if score is None:
+            self.overran.add((problem.question, answer))
+        return score or 0.0
+
+    def ran_out(self, problem: Problem, completion: str) -> bool:
+        """Whether `accuracy` scored a completion 0 because its answer exceeded the limits of time or memory."""
+        return (problem.question, extract_answer(completion)) in self.overran
 
 
 def is_held_out(question: str) -> bool:
@@ -93,13 +108,14 @@ def is_held_out(question: str) -> bool:
 
 def extract_answer(completion: str) -> str | None:
     """Returns the text between the last `<answer>` and `</answer>`, or None without such a pair."""
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    end = completion.rfind("</answer>") + len("</answer>")  # without it, each unclosed tag would be searched to the end
+    found = re.findall(r"<answer>(.*?)</answer>", completion[:end], re.DOTALL)
     return found[-1].strip() if found else None
 
 
 def is_well_formed(completion: str) -> bool:
     """Whether a completion is one thought followed by one answer, and nothing else."""
-    return bool(WELL_FORMED.fullmatch(completion)) and all(completion.count(tag) == 1 for tag in TAGS)
+    return all(completion.count(tag) == 1 for tag in TAGS) and bool(WELL_FORMED.fullmatch(completion))
 
 
 def load_task(spec: str) -> Task:
@@ -156,12 +172,12 @@ def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
     import reasoning_gym as gym
 
     options = _gym_options(spec, name, settings)
-    if name in TOO_LARGE:
-        raise UserError(f"`task`: {name} builds all its questions at once, which takes gigabytes: choose another task")
+    if name in UNUSABLE:
+        raise UserError(f"`task`: {name} {UNUSABLE[name]}: choose another task")
 
     def build(seed: int):
         # Question i has the seed `seed + i`, so two adjacent seeds would share all questions but one.
-        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=GYM_QUESTIONS, **options)
+        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=gym_answers.QUESTIONS, **options)
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
         questions, in_vain = build(seed), 0
@@ -175,16 +191,15 @@ def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
                 return
 
     try:
-        scorer = build(0)
+        build(0)
     except Exception as error:  # each task checks its settings in its own way
         reason = one_line(error) or "impossible settings"
         raise UserError(f"`task`: {spec}: {reason}: change its settings, or choose another task") from error
 
-    def score(problem: Problem, answer: str) -> float:
-        try:  # only 1 is right: the gym also gives a little for answers that merely contain the right one
-            return float(scorer.score_answer(answer, problem.entry) == 1)
-        except Exception:  # some scorers fail on answers of an unexpected form
-            return 0.0
+    def score(problem: Problem, answer: str) -> float | None:
+        value = gym_answers.score_answer(name, options, problem.entry, answer)
+        # Only 1 is right: the gym also gives a little for answers that merely contain the right one.
+        return None if value is None else float(value == 1)
 
     return Task(spec, draw, score, _running_sums, f"reasoning-gym {importlib.metadata.version('reasoning-gym')}")
 
@@ -268,6 +283,7 @@ def _file_task(path: Path) -> Task:
     return Task(str(path), draw, _same_answer, lambda problem: str(problem.entry.get("steps", "")))
 
 
-def _same_answer(problem: Problem, answer: str) -> float:
-    """Scores 1 if both answers are the same text or the same mathematical expression."""
-    return float(same_answer(problem.answer, answer))
+def _same_answer(problem: Problem, answer: str) -> float | None:
+    """Scores 1 if both answers are the same text or the same mathematical expression, None if that exceeds a limit."""
+    same = same_answer(problem.answer, answer)
+    return None if same is None else float(same)

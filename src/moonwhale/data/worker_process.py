@@ -15,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
+DOCTOR = "moonwhale doctor names what is missing"
 MEMORY_LIMIT = 1 << 30  # bytes that the process may add to what its imports took, where the system can limit it
 
 
@@ -65,7 +66,11 @@ class WorkerProcess:
             start_new_session=True,
         )
         self.owner = os.getpid()
-        self.process.stdout.readline()
+        if not self.process.stdout.readline():
+            from moonwhale.errors import UserError
+
+            self._end()
+            raise UserError(f"the worker process of {self.command[2]} ended at its start: {DOCTOR}")
 
     def _end(self) -> None:
         self.process.kill()

@@ -39,7 +39,9 @@ class EvalConfig:
     seed: int = option(0, "seed of the choice of problems and of the samples", group="task")
 
     lm_eval: list[str] | None = option(None, "tasks or groups of lm-eval, as A,B", group="lm-eval")
-    include_path: str | None = option(None, "folder with your own tasks, as YAML files", group="lm-eval")
+    include_path: str | None = option(
+        None, "folder with your own tasks, as YAML files, which can run code", group="lm-eval"
+    )
     limit: int | None = option(None, "examples of each task (all)", group="lm-eval")
 
     whole: bool = option(

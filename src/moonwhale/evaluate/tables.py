@@ -32,6 +32,8 @@ def show_task(name: str, temperature: float, results: dict) -> None:
     for label, (mean, error) in rates.items():
         _show("", f"{label:<9}{mean:6.1%} ± {error:.1%}")
     _show("", f"samples: {results['well_formed']:.1%} well-formed, {results['cut_off']:.1%} cut off")
+    if results["over_limit"]:
+        _show("", f"{results['over_limit']:,} answers count as wrong: scoring them takes too long or too much memory")
     _show("", f"mean length of a sample: {results['mean_tokens']:.1f} tokens")
     for example in results["examples"]:
         _show("", f"{'right' if example['score'] == 1 else 'wrong':<9}{_excerpt(example['question'])}")

@@ -59,6 +59,7 @@ def score_answers(
         pass_at: for each k, the probability that at least one of k samples solves a problem.
         well_formed: share of samples that are one thought followed by one answer.
         cut_off: share of samples that reached their longest length.
+        over_limit: number of all answers that count as wrong because scoring them takes too long or too much memory.
         mean_tokens: mean length of a sample.
 
         `greedy` and each value of `pass_at` are a mean over problems and its standard error.
@@ -69,14 +70,18 @@ def score_answers(
 
     n = len(sampled[0])
     num_right = [sum(is_right(p, c) for c in own) for p, own in zip(problems, sampled, strict=True)]
+    greedy_right = [is_right(p, c) for p, c in zip(problems, greedy, strict=True)]
     all_samples = [completion for own in sampled for completion in own]
     return {
         "problems": len(problems),
         "samples": n,
-        "greedy": _mean_and_error([is_right(p, c) for p, c in zip(problems, greedy, strict=True)]),
+        "greedy": _mean_and_error(greedy_right),
         "pass_at": {k: _mean_and_error([pass_at_k(n, c, k) for c in num_right]) for k in ks},
         "well_formed": sum(is_well_formed(c.text) for c in all_samples) / len(all_samples),
         "cut_off": sum(c.finish_reason == "length" for c in all_samples) / len(all_samples),
+        "over_limit": sum(
+            task.ran_out(p, c.text) for p, g, own in zip(problems, greedy, sampled, strict=True) for c in [g, *own]
+        ),
         "mean_tokens": sum(len(c.token_ids) for c in all_samples) / len(all_samples),
     }
 

@@ -32,6 +32,7 @@ def step_line(logs: dict) -> str:
         parts += [f"{name} {value:.3f}" for name, value in rewards_of(logs).items()]
         parts += [f"no signal {logs['frac_reward_zero_std']:.0%}", f"length {logs['completions/mean_length']:.0f}"]
         parts += [f"cut off {logs['completions/clipped_ratio']:.0%}"] if logs["completions/clipped_ratio"] else []
+    parts += [f"over limit {logs['over_limit']:.1%}"] if logs.get("over_limit") else []
     parts += [f"KL {logs['kl']:.4f}"] if "kl" in logs else []
     parts += [f"clipped {logs['clip_ratio/region_mean']:.1%}"] if logs.get("clip_ratio/region_mean") else []
     parts += [f"entropy {logs['entropy']:.3f}", f"grad {logs['grad_norm']:.2f}", f"{logs['step_time']:.1f} s"]
@@ -41,6 +42,7 @@ def step_line(logs: dict) -> str:
 def evaluation_line(logs: dict) -> str:
     """Returns the line of the rewards on held-out questions."""
     rewards = [f"{name} {value:.3f}" for name, value in rewards_of(logs, "eval_").items()]
+    rewards += [f"over limit {logs['eval_over_limit']:.1%}"] if logs.get("eval_over_limit") else []
     return "held out: " + ("  ".join(rewards) or "no reward applies")
 
 

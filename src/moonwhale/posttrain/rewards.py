@@ -38,9 +38,16 @@ Reward = Callable[..., list[float]]
 # ---- the built-in rewards
 
 
-def accuracy(completions, problem, *, task: Task, problems: Sequence[Problem], **_) -> list[float]:
-    """DeepSeek-R1's accuracy reward: 1 for a right answer, otherwise 0."""
-    return [task.accuracy(problems[i], text_of(c)) for i, c in zip(problem, completions, strict=True)]
+def accuracy(completions, problem, *, task: Task, problems: Sequence[Problem], log_metric=None, **_) -> list[float]:
+    """DeepSeek-R1's accuracy reward: 1 for a right answer, otherwise 0.
+
+    Logs as `over_limit` the share of answers that got 0 because scoring them takes too long or too much memory.
+    """
+    answered = [(problems[i], text_of(c)) for i, c in zip(problem, completions, strict=True)]
+    scores = [task.accuracy(*pair) for pair in answered]
+    if log_metric:
+        log_metric("over_limit", sum(task.ran_out(*pair) for pair in answered) / len(answered))
+    return scores
 
 
 def well_formed(completions, **_) -> list[float]:

@@ -67,7 +67,8 @@ def sample(config: SampleOptions) -> dict:
     """Draws answers and writes the right ones to `config.out`, one line {"messages": […]} for each distinct answer.
 
     Returns:
-        the file, and the numbers of answers drawn and kept, and of questions asked and solved.
+        the file, and the numbers of answers drawn and kept, of those that count as wrong because scoring them takes too
+        long or too much memory, and of questions asked and solved.
 
     Raises:
         UserError: no answer was right, or as `load_task` and `Engine.load` do.
@@ -79,7 +80,7 @@ def sample(config: SampleOptions) -> dict:
 def _sample(config: SampleOptions) -> dict:
     task = load_task(config.task)
     problems = task.problems(config.questions, config.seed)
-    kept = draw_right_answers(config, task, problems)
+    kept, n_over = draw_right_answers(config, task, problems)
     n_kept, n_drawn = sum(map(len, kept)), config.samples * len(problems)
     if not n_kept:
         raise UserError(
@@ -94,12 +95,18 @@ def _sample(config: SampleOptions) -> dict:
     options.write_whole(config.out, "".join(lines))
     solved = sum(map(bool, kept))
     print(f"kept {n_kept:,} of {n_drawn:,} answers, to {solved:,} of {len(problems):,} questions: {config.out}")
-    counts = {"drawn": n_drawn, "kept": n_kept, "questions": len(problems), "solved": solved}
+    if n_over:
+        print(f"{n_over:,} answers count as wrong: scoring them takes too long or too much memory")
+    counts = {"drawn": n_drawn, "kept": n_kept, "over_limit": n_over, "questions": len(problems), "solved": solved}
     return {"out": config.out, **counts}
 
 
-def draw_right_answers(config: SampleOptions, task: Task, problems: list[Problem]) -> list[set[str]]:
-    """Draws `config.samples` answers to each problem, and returns each problem's set of right, well-formed ones."""
+def draw_right_answers(config: SampleOptions, task: Task, problems: list[Problem]) -> tuple[list[set[str]], int]:
+    """Draws `config.samples` answers to each problem.
+
+    Returns:
+        each problem's set of right, well-formed answers, and the number of answers that exceeded a limit of scoring.
+    """
     from tqdm import tqdm
 
     from moonwhale.infer.engine import Engine
@@ -108,10 +115,12 @@ def draw_right_answers(config: SampleOptions, task: Task, problems: list[Problem
     prompts = [engine.encode(problem.messages) for problem in problems for _ in range(config.samples)]
     sampling = {"temperature": config.temperature, "min_p": 0.0, "max_new_tokens": config.max_new_tokens}
     kept: list[set[str]] = [set() for _ in problems]
+    n_over = 0
     with tqdm(total=len(prompts), desc="answers", leave=False, disable=None) as bar:
         for i, completion in engine.as_completed(prompts, **sampling, seed=config.seed):
             bar.update()
             at = i // config.samples
             if is_well_formed(completion.text) and task.accuracy(problems[at], completion.text) == 1:
                 kept[at].add(completion.text)
-    return kept
+            n_over += task.ran_out(problems[at], completion.text)
+    return kept, n_over
