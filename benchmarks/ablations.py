@@ -39,7 +39,7 @@ VARIANTS = (
     ("MLA", "MHA", {"model": {"attention": "gqa"}}),
     ("MLA", "GQA", {"model": {"attention": "gqa", "num_key_value_heads": 2}}),
     ("MoBA", "full attention", {"model": {"moba_topk": 0}}),
-    ("DeepSeekMoE", "dense, equal FLOPs", {"model": DENSE}),
+    ("DeepSeekMoE", "dense of equal FLOPs", {"model": DENSE}),
     ("MTP", "no MTP module", {"model": {"num_nextn_predict_layers": 0}}),
     ("MTP", "2 MTP modules", {"model": {"num_nextn_predict_layers": 2}}),
     ("MuonClip", "AdamW", {"optimizer": "adamw", "qk_clip_tau": 0.0}),

@@ -81,7 +81,7 @@ PRESETS = {
             "warmup_steps": 10,
             "decay_fraction": 0.7,  # warming the momentum up from 0.85 made no difference
             "log_every": 25,
-            "sample_every": 150,
+            "sample_every": 100,
             "eval_every": 75,
             "save_every": 225,
         },

@@ -38,7 +38,7 @@ def test_each_variant_is_a_model_of_its_own(ablations):
         models["MHA"].num_key_value_heads == models["MHA"].num_attention_heads == 2 * models["GQA"].num_key_value_heads
     )
     assert not any(models["full attention"].is_moba_layer(layer) for layer in range(4))
-    assert models["dense, equal FLOPs"].first_k_dense_replace == models["dense, equal FLOPs"].num_blocks
+    assert models["dense of equal FLOPs"].first_k_dense_replace == models["dense of equal FLOPs"].num_blocks
     assert asked.config(variants[7]).optimizer == "adamw"
 
 

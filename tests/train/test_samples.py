@@ -54,7 +54,7 @@ def test_a_sample_fits_the_context(small_model, small_tokenizer, prompt, context
 
 def test_presets_that_people_watch_write_samples():
     assert {name: parse(["--preset", name]).sample_every for name in ("demo", "evening", "small")} == {
-        "demo": 150,
+        "demo": 100,
         "evening": 500,
         "small": 200,
     }
