@@ -1,12 +1,15 @@
 """The command line itself: what it prints, how it exits, and how little it imports."""
 
 import errno
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +106,65 @@ def test_user_errors_are_one_line(verb, capsys, error, status, line):
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "I/O error")])
+ANYWHERE = {  # paths of every kind, and what one line says of them wherever they arrive
+    "too long": ("x" * 300, "File name too long"),
+    "too long in all": ("y" * 200 + "/y" * 4000, "File name too long"),
+    "a loop": ("loop/a", "symbolic links"),
+    "below a file": ("file/a", "Not a directory|is a file|File exists"),
+    "where nothing can be made": ("/proc/a", "No such file or directory|not yours"),
+    "null": ("a\0b", "a path holds a null character"),
+    "half a pair": ("a\ud800b", "holds half of a surrogate pair"),
+}
+
+
+@pytest.fixture(params=ANYWHERE)
+def impossible(request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("the whale sings to the moon " * 9)
+    return ANYWHERE[request.param]
+
+
+def refused_in_one_line(argv, capsys, message=""):
+    assert cli.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moonwhale: error: ") and len(line) < 700 and re.search(message, line), line
+
+
+@pytest.mark.parametrize("use", [open, os.listdir, os.mkdir, os.stat, os.readlink], ids=lambda use: use.__name__)
+def test_no_path_gives_a_traceback(use, impossible, verb, capsys):
+    path, message = impossible
+    verb(lambda argv: use(path))
+    refused_in_one_line(["do"], capsys, message)
+
+
+def test_a_path_as_bytes_is_named_too(verb, capsys):
+    verb(lambda argv: os.stat(b"x" * 300))
+    refused_in_one_line(["do"], capsys, r"'xxx+\.\.\.x+' cannot be used: File name too long: give another path")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["info PATH", "generate PATH hi", "xray PATH --prompt hi", "eval PATH --data file", "recipe PATH", "serve PATH",
+     "data --data PATH", "data --data file --tokenizer PATH", "tokenizer show PATH hi", "train --config PATH",
+     "train --data file --out PATH", "train --config y.yaml", "recipe y.yaml", "sample PATH --task file",
+     "tokenizer train --data file --out PATH", "export PATH --to gguf --out a", "compare --config PATH --vary lr=1"],
+)  # fmt: skip
+def test_a_path_is_refused_in_one_line_wherever_it_arrives(argv, impossible, capsys):
+    path, _ = impossible
+    stage = {"data": path, "out": "out"}
+    Path("y.yaml").write_text(json.dumps([{"train": stage}] if argv.startswith("recipe") else stage))
+    refused_in_one_line([path if word == "PATH" else word for word in argv.split()], capsys)
+
+
+def test_a_cache_that_cannot_be_is_refused_in_one_line(impossible, capsys, monkeypatch):
+    path, _ = impossible
+    if not {"\0", "\ud800"} & set(path):  # an environment variable holds neither
+        monkeypatch.setenv("MOONWHALE_CACHE", path)
+        refused_in_one_line(["data", "--data", "file", "--context", "32"], capsys)
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "I/O error"), OSError(errno.EIO, "no", "x")])
 def test_bugs_keep_their_traceback(verb, error):
     verb(failing(error))
     with pytest.raises(type(error)):

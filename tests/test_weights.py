@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moonwhale.checkpoint import open_checkpoint
 from moonwhale.errors import UserError
+from moonwhale.model import MoonwhaleForCausalLM
 
 NORM = "model.norm.weight"
 
@@ -51,11 +52,13 @@ def shard(folder, name):
         ({"transformers_weights": 1.5}, "leave out transformers_weights"),
         ({"num_labels": 10**9}, "num_labels=1000000000"),
         ({"vocab_size": 10**9}, "×32, not 1000000000×32"),
-        ({"num_hidden_layers": 9_999}, "10,000 blocks have at least"),
+        ({"num_hidden_layers": 500}, "it describes 501 blocks, and the files hold 3"),
+        ({"num_hidden_layers": 9_999}, "give a whole number, at most 512"),
         ({"n_routed_experts": 2**20}, "experts"),
         ({"n_routed_experts": 2**20, "hidden_size": 2**20, "intermediate_size": 2**20}, "not"),
-        ({"num_nextn_predict_layers": 9_999}, "blocks have at least"),
-        ({"mtp_num_blocks": 9_999}, "blocks have at least"),
+        ({"num_nextn_predict_layers": 500}, "it describes 502 blocks, and the files hold 3"),
+        ({"mtp_num_blocks": 500}, "it describes 502 blocks, and the files hold 3"),
+        ({"num_nextn_predict_layers": 500, "mtp_num_blocks": 500}, "the model would have 250,002 blocks, and at most"),
         ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings=2,147,483,647 needs a table of"),
     ],
 )
@@ -67,6 +70,45 @@ def test_sizes_are_compared_before_a_model_is_built(folder, changes, message):
         assert tracemalloc.get_traced_memory()[1] < 1 << 27
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("number", [1, 10**4])
+def test_blocks_are_counted_by_their_names(folder, number):
+    """Empty tensors take no space in a file, so their number says little."""
+    (folder / "model.safetensors").unlink()
+    save_file({f"a{i}": torch.zeros(0) for i in range(number)}, folder / "model.safetensors", {"format": "pt"})
+    configure(folder, num_hidden_layers=500)
+    refused(folder, "it describes 501 blocks, and the files hold 0")
+
+
+@pytest.mark.parametrize(
+    "value", ["flash_attention_2", "paged|sdpa", "sdpa", "flex_attention", "who/kernels", "", 5, {}]
+)
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_other_implementations_are_refused(folder, name, value):
+    configure(folder, **{name: value})
+    refused(folder, f"config.json: {name}={value!r} is impossible: the model has its own attention and experts")
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {}, ["x"], 5])
+@pytest.mark.parametrize(
+    "name",
+    ["text_config", "decoder", "is_encoder_decoder", "layer_types", "sliding_window", "output_hidden_states"],
+)
+def test_fields_of_other_models_are_refused(folder, name, value):
+    configure(folder, **{name: value})
+    refused(folder, f"config.json: {name}={value!r} is impossible")
+
+
+def test_whatever_transformers_raises_is_one_line(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AttributeError("no\n`vocab_size` in a field of tomorrow")
+
+    monkeypatch.setattr(MoonwhaleForCausalLM, "from_pretrained", fail)
+    message = (
+        "config.json describes a model that cannot be built (AttributeError: no 'vocab_size' in a field of tomorrow)"
+    )
+    refused(folder, message)
 
 
 @pytest.mark.parametrize(

@@ -106,14 +106,16 @@ def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> Moo
     base model of an adapter, and fill missing tensors with noise.
 
     Raises:
-        UserError: the weights are damaged, a tensor is missing, unknown or of another shape, or generation_config.json
-            is damaged.
+        UserError: the weights are damaged, a tensor is missing, unknown or of another shape, generation_config.json is
+            damaged, or config.json holds a field that transformers cannot obey.
     """
-    generation = read_generation_config(folder)
-    with quiet_loading():
-        model = MoonwhaleForCausalLM.from_pretrained(
-            None, config=config, dtype=dtype, state_dict=read_weights(folder, config)
-        )
+    generation, weights = read_generation_config(folder), read_weights(folder, config)
+    try:
+        with quiet_loading():
+            model = MoonwhaleForCausalLM.from_pretrained(None, config=config, dtype=dtype, state_dict=weights)
+    except Exception as error:  # transformers obeys fields that moonwhale does not declare, and some it will get later
+        reason = f"{type(error).__name__}: {one_line(error)}".replace("`", "'")  # no option's name
+        raise UserError(f"{folder / 'config.json'} describes a model that cannot be built ({reason})") from error
     model.name_or_path = model.config.name_or_path = str(folder)  # adapters record which model they belong to
     if generation is not None:
         model.generation_config = generation

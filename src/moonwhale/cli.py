@@ -1,14 +1,16 @@
 """The command line. A verb names a function, and only that function's module is imported."""
 
+import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 
 from moonwhale import __version__
-from moonwhale.errors import PrintableStream, UserError, did_you_mean, printable, with_option_names
+from moonwhale.errors import PrintableStream, UserError, did_you_mean, printable, shown, with_option_names
 
 VERBS = {
     "train": ("moonwhale.train.pretrain:main", "train a model on text"),
@@ -37,6 +39,9 @@ VERBS = {
 }
 
 LONGEST_LINE = 2000  # characters of an error or a warning
+LONG_WORD = re.compile(r"(\S{100})\S{150,}(\S{50})")
+_OF_PATHS = "ENAMETOOLONG ELOOP ENOENT EEXIST ENOTDIR EISDIR EROFS EINVAL EILSEQ ENXIO ENODEV"
+IMPOSSIBLE_PATHS = {getattr(errno, name) for name in _OF_PATHS.split()}  # others, such as EIO, say nothing of the path
 
 
 def usage() -> str:
@@ -73,14 +78,32 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # Each library raises its own exception for a full disk, so the message decides.
-        no_space = "No space left on device" in str(error)
-        denied = isinstance(error, PermissionError) and error.filename is not None
-        if debug or not (no_space or denied or isinstance(error, UserError)):
+        message = _explain(error)
+        if debug or message is None:
             raise
-        if denied:
-            return _fail(f"error: {error.filename} is not yours to use: {error.strerror}", 2)
-        return _fail(f"error: {error}" + (": free some, or give another `out`" if no_space else ""), 2)
+        return _fail(f"error: {message}", 2)
+
+
+def _explain(error: Exception) -> str | None:
+    """Return the message for an exception that the user's input or the disk has caused. None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if "No space left on device" in str(error):  # each library raises its own exception for a full disk
+        return f"{error}: free some, or give another `out`"
+    if isinstance(error, OSError) and error.filename is not None:
+        path = shown(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename))
+        if isinstance(error, PermissionError):
+            return f"{path} is not yours to use: {error.strerror}"
+        if error.errno in IMPOSSIBLE_PATHS:
+            return f"{path} cannot be used: {error.strerror}: give another path"
+    # Paths come from options, files and the environment, so what they hold is seen only when they are used.
+    if isinstance(error, ValueError) and re.search("embedded null (byte|character)", str(error)):
+        return "a path holds a null character, which no file's name can: leave it out"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"{shown(error.object)} holds half of a surrogate pair, which no file's name can: leave it out"
+    if isinstance(error, RuntimeError) and str(error).startswith(("Symlink loop", "Could not determine home")):
+        return f"{error}: give another path"  # of pathlib
+    return None
 
 
 def _run(argv: list[str]) -> int:
@@ -118,6 +141,10 @@ def _fail(message: str, status: int) -> int:
 
 
 def _line(message: str) -> str:
-    """Return a message as one line, with fields spelled as options and control characters escaped."""
+    """Return a message as one line, with fields spelled as options and control characters escaped.
+
+    A path or another word that no one would read is shortened.
+    """
     line = printable(with_option_names(message).replace("\n", " "), "")
+    line = LONG_WORD.sub(r"\1…\2", line)
     return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " …"

@@ -20,7 +20,7 @@ from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPY_AGAIN = "save or copy the checkpoint again"
 DTYPES = {"F32", "BF16", "F16"}
-LEAST_TENSORS_PER_BLOCK = 8
+BLOCK = re.compile(r"model\.layers\.\d+\.(blocks\.\d+\.)?input_layernorm\.weight")  # each block has one
 STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")  # our format; DeepSeek's has each expert by itself
 COPIES = re.compile("|".join(MoonwhaleForCausalLM._keys_to_ignore_on_load_unexpected))  # of MTP modules: not needed
 
@@ -116,9 +116,9 @@ def _opened(path: Path):
 
 def _faults(headers: dict[str, Header], config: MoonwhaleConfig) -> list[str]:
     """Says what is wrong with each tensor that does not fit."""
-    least = config.num_blocks * LEAST_TENSORS_PER_BLOCK
-    if len(headers) < least:  # building so many blocks to compare them would take long
-        return [f"{config.num_blocks:,} blocks have at least {least:,} tensors, and the files hold {len(headers):,}"]
+    found = sum(BLOCK.fullmatch(name) is not None for name in headers)
+    if found != config.num_blocks:  # building many blocks to compare them would take seconds
+        return [f"it describes {config.num_blocks:,} blocks, and the files hold {found:,}"]
     with torch.device("meta"):
         needed = MoonwhaleForCausalLM(config).state_dict()
     if config.tie_word_embeddings and "lm_head.weight" not in headers:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 import typing
 
 import pytest
@@ -138,6 +139,13 @@ def test_dtype_names_a_dtype_of_torch(dtype, tiny_config):
 )
 def test_fields_that_do_not_fit_together(values, tiny_config):
     assert re.match(rf"({'|'.join(values)})=.* is impossible: ", refusal(tiny_config, **values))
+
+
+def test_a_long_list_of_layers_takes_no_longer(tiny_config):
+    started = time.process_time()
+    config = tiny_config(num_nextn_predict_layers=500, moba_full_attention_layers=[1, 0] * 10**5)
+    assert config.moba_full_attention_layers == [0, 1]
+    assert time.process_time() - started < 1
 
 
 def test_configurations_survive_files(tiny_config, tmp_path):

@@ -1,9 +1,13 @@
 """Tests which host names and origins can be allowed, and the errors for the others."""
 
+import re
+
 import pytest
+from fastapi.testclient import TestClient
 
 from moonwhale.errors import UserError
 from moonwhale.serve import commands
+from moonwhale.serve.app import create_app
 from moonwhale.serve.names import host_name, origin
 
 
@@ -100,3 +104,46 @@ def test_no_origin(given, small_checkpoint):
     with pytest.raises(UserError, match=r"`cors_origin`: .* is no origin: give https://NAME") as caught:
         commands.main([str(small_checkpoint), "--cors-origin", given])
     assert repr(given) in str(caught.value) and "\n" not in str(caught.value)
+
+
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+
+
+@pytest.fixture(scope="module")
+def ask(small_engine, small_checkpoint):
+    """`ask(origins, method, from_, **headers)` asks a server with an API key, as a page of that origin would."""
+    engine = small_engine()
+
+    def ask(origins, method, from_, **headers):
+        app = create_app(engine, "tiny", small_checkpoint, api_key="key", hosts={"localhost"}, origins=origins)
+        with TestClient(app, base_url="http://localhost") as client:
+            return client.request(method, "/v1/models", headers={"origin": from_} | headers)
+
+    return ask
+
+
+def allowed(answer):
+    return answer.headers.get("access-control-allow-origin")
+
+
+@pytest.mark.parametrize("origins", [["https://app.example"], ["https://app.example", "http://localhost:3000"], ["*"]])
+def test_a_page_of_an_allowed_origin_may_call(ask, origins):
+    page = "https://app.example"
+    asked = ask(origins, "OPTIONS", page, **PREFLIGHT)  # the browser asks without the key
+    assert asked.status_code == 200 and allowed(asked) in (page, "*")
+    assert {"authorization", "content-type"} <= set(
+        re.findall(r"[\w-]+", asked.headers["access-control-allow-headers"])
+    )
+    answer = ask(origins, "GET", page, authorization="Bearer key")
+    assert answer.status_code == 200 and allowed(answer) in (page, "*")
+    assert "access-control-allow-credentials" not in answer.headers, "cookies mean nothing here"
+    refused = ask(origins, "GET", page)
+    assert refused.status_code == 401 and allowed(refused), "the page can read why"
+
+
+@pytest.mark.parametrize("origins", [[], ["https://app.example"], ["http://evil.example:8000"]])
+@pytest.mark.parametrize("page", ["http://evil.example", "https://app.example.evil", "http://app.example", "null"])
+def test_a_page_of_another_origin_may_not(ask, origins, page):
+    asked = ask(origins, "OPTIONS", page, **PREFLIGHT)
+    assert asked.status_code >= 400 and allowed(asked) is None
+    assert allowed(ask(origins, "GET", page, authorization="Bearer key")) is None  # the browser keeps it from the page

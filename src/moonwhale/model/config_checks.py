@@ -26,24 +26,35 @@ ATTRIBUTES = {  # of the configuration's class, but a file may name them
     "rope_scaling",
     "use_return_dict",
 }
-IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # transformers fetches those with a / from the hub
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # of transformers: the model has its own, "eager"
+UNSUPPORTED = (  # transformers would read another model's sizes from these, or another attention
+    "text_config",
+    "text_encoder",
+    "decoder",
+    "generator",
+    "layer_types",
+    "sliding_window",
+    "attention_chunk_size",
+)
 PRETRAINED_FIELDS = {"architectures": list, "id2label": dict, "label2id": dict, "problem_type": str}
+PRETRAINED_FIELDS |= dict.fromkeys(("output_hidden_states", "return_dict", "is_encoder_decoder"), bool)
 MOST_LABELS = 10_000  # a name is made up for each
 
 LARGEST = 2**31 - 1  # positions and token ids are 32-bit numbers in the kernels
-WIDEST, DEEPEST = 2**20, 10_000  # beyond every machine, but a model of this size can still be described
+WIDEST, MOST_HEADS = 2**20, 10_000  # beyond every machine, but a model of this size can still be described
+MOST_BLOCKS = 512  # MTP's included: building a model to compare it with a file's tensors takes seconds
 RANGES = {  # the least and the largest value; other combinations are checked by name below
     "vocab_size": (1, LARGEST),
     "hidden_size": (1, WIDEST),
     "intermediate_size": (1, WIDEST),
-    "num_hidden_layers": (1, DEEPEST),
+    "num_hidden_layers": (1, MOST_BLOCKS),
     "max_position_embeddings": (1, LARGEST),
     "rms_norm_eps": (1e-30, 1),  # in fp32, less would be no protection against a division by zero
     "initializer_range": (0, 10),
     "embedding_initializer_range": (0, 10),
     "embedding_conv": (0, 1024),
-    "num_attention_heads": (1, DEEPEST),
-    "num_key_value_heads": (1, DEEPEST),
+    "num_attention_heads": (1, MOST_HEADS),
+    "num_key_value_heads": (1, MOST_HEADS),
     "q_lora_rank": (1, WIDEST),
     "kv_lora_rank": (1, WIDEST),
     "qk_nope_head_dim": (1, WIDEST),
@@ -52,9 +63,9 @@ RANGES = {  # the least and the largest value; other combinations are checked by
     "moba_block_size": (1, LARGEST),
     "moba_topk": (0, LARGEST),
     "moba_key_conv": (0, 1024),
-    "latent_embedding_every": (0, DEEPEST),
+    "latent_embedding_every": (0, MOST_BLOCKS),
     "n_routed_experts": (1, WIDEST),
-    "n_shared_experts": (0, DEEPEST),
+    "n_shared_experts": (0, MOST_HEADS),
     "num_experts_per_tok": (1, WIDEST),
     "moe_intermediate_size": (1, WIDEST),
     "first_k_dense_replace": (0, LARGEST),
@@ -64,8 +75,8 @@ RANGES = {  # the least and the largest value; other combinations are checked by
     "bias_update_speed": (0, 1e6),
     "aux_loss_alpha": (0, 1e6),
     "n_device_groups": (1, WIDEST),
-    "num_nextn_predict_layers": (0, DEEPEST),
-    "mtp_num_blocks": (1, DEEPEST),  # of every module
+    "num_nextn_predict_layers": (0, MOST_BLOCKS),
+    "mtp_num_blocks": (1, MOST_BLOCKS),  # of every module
     "mtp_loss_weight": (0, 1e6),
 }
 TOO_SMALL = {  # what to give in place of a value below the range, where a number is not all there is to say
@@ -136,9 +147,11 @@ def check_extra_fields(cls: type, fields: dict) -> None:
     """Checks the fields that moonwhale does not declare, but transformers obeys."""
     for name in IMPLEMENTATIONS:
         for spelling in (name, f"_{name}"):
-            value = fields.get(spelling)
-            if value is not None and (not isinstance(value, str) or "/" in value):
-                refuse(spelling, value, "the model's own attention and experts need none from elsewhere; leave it out")
+            if fields.get(spelling) not in (None, "eager"):
+                refuse(spelling, fields[spelling], "the model has its own attention and experts; leave it out")
+    for name in UNSUPPORTED:
+        if fields.get(name) is not None:
+            refuse(name, fields[name], "a moonwhale model has none; leave it out")
     own = {f"_{name}" for name in IMPLEMENTATIONS}
     refuse_attributes(cls, fields.keys() - own)
     labels = fields.get("num_labels")
@@ -251,6 +264,7 @@ def check_rope(config) -> None:
 
 def check_fit(config) -> None:
     """Checks what several fields must agree on. Types and ranges are right already."""
+    _require(config, not config.is_encoder_decoder, "is_encoder_decoder", "the model is a decoder; leave it out")
     _check_sizes(config)
     _check_attention(config)
     _check_experts(config)
@@ -277,10 +291,13 @@ def _check_sizes(config) -> None:
         "mtp_num_blocks",
         f"give one number >= 1, or one for each of the num_nextn_predict_layers={config.num_nextn_predict_layers}",
     )
+    fix = f"the model would have {config.num_blocks:,} blocks, and at most {MOST_BLOCKS} are possible"
+    _require(config, config.num_blocks <= MOST_BLOCKS, "num_nextn_predict_layers", fix)
 
 
 def _check_attention(config) -> None:
     latent, heads, key_heads = config.attention == "mla", config.num_attention_heads, config.num_key_value_heads
+    blocks = range(config.num_blocks)
     even = "RoPE rotates pairs, so it must be even" + ("" if latent else ", together with qk_nope_head_dim")
     _require(config, config.head_dim % 2 == 0, "qk_rope_head_dim", even)
     fix = f"latent attention has as many key heads as query heads ({heads})"
@@ -291,9 +308,9 @@ def _check_attention(config) -> None:
     _require(config, config.attention_dropout == 0.0, "attention_dropout", "attention here has no dropout; set it to 0")
     _require(
         config,
-        all(0 <= i < config.num_blocks for i in config.moba_full_attention_layers),
+        all(i in blocks for i in config.moba_full_attention_layers),
         "moba_full_attention_layers",
-        f"block indices go from 0 to {config.num_blocks - 1}",
+        f"block indices go from 0 to {blocks[-1]}",
     )
 
 

@@ -36,7 +36,7 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
         check_extra_fields(type(self), kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.moba_full_attention_layers = sorted(self.moba_full_attention_layers or [])
+        self.moba_full_attention_layers = sorted(set(self.moba_full_attention_layers or []))
         for field in ("mtp_num_blocks", "eos_token_id"):
             if isinstance(getattr(self, field), tuple):
                 setattr(self, field, list(getattr(self, field)))
