@@ -1,7 +1,9 @@
 """What do faults, hostile files and hostile clients do to moonwhale? Writes results/faults.json.
 
-Part `files` opens checkpoint folders and files that were damaged on purpose, `runs` kills and damages training runs,
-and `server` attacks a server while somebody else's answer is streamed. docs/reliability.md says what is promised.
+Part `files` opens checkpoint folders and files that were damaged on purpose, and `server` attacks a server while
+somebody else's answer is streamed. `kills`, `owners`, `flips` and `disks` damage training runs; `fsync` times what
+their checkpoints wait for. docs/reliability.md says what is promised. Each part's commit and machine are kept in
+`environments`.
 """
 
 import json
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import common
 
-PARTS = ("files", "runs", "server")
+RUNS = ("kills", "owners", "flips", "disks", "fsync")
+PARTS = ("files", *RUNS, "server")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,9 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     path = args.results / "faults.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in args.parts:
-        run = import_module(f"faults_{part}").run
-        result |= run(args.checkpoint) if part == "server" else run()
-        result["environment"] = common.environment("fp32", allocator_tuned=False)
+        environment = common.environment("fp32", allocator_tuned=False)  # before: the commit may change meanwhile
+        run = import_module("faults_runs" if part in RUNS else f"faults_{part}").run
+        result |= run(part) if part in RUNS else run(args.checkpoint) if part == "server" else run()
+        result["environments"] = result.get("environments", {}) | {part: environment}
         common.write(args.results, "faults", result)
 
 

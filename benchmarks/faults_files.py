@@ -19,7 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from forked_processes import ForkedProcess
-from hostile_files import CANARY, CHATTING, FOLDERS, Folder, bomb, bomb_of_aliases, damage_run, data, yaml
+from hostile_files import (
+    CANARY,
+    CHATTING,
+    FOLDERS,
+    PATHS,
+    Folder,
+    bomb,
+    bomb_of_aliases,
+    damage_run,
+    data,
+    name_paths,
+    yaml,
+)
 
 SECONDS, BYTES = 10, 2 << 30  # of processor time, which other processes on the machine do not prolong; of memory
 PATIENCE = 90  # seconds on the clock
@@ -58,7 +70,27 @@ RESUME = ["train", "--resume", "--out", "{run}"]
 CONFIG = ["train", "--config", "{file}", "--out", "{out}"]
 RECIPE = ["recipe", "{file}"]
 DATA = ["data", "--data", "{file}", "--vocab-size", "300", "--context", "32"]
+NAMED = """info {path}
+generate {path} hi
+xray {path} --prompt hi
+xray {good} --prompt hi --out {path}
+eval {path} --data file
+eval {good} --data {path}
+eval {good} --data file --context 16 --rows 1 --out {path}
+data --data {path}
+data --data file --tokenizer {path}
+recipe {path}
+serve {path}
+train --config {path}
+train --data file --out {path}
+export {path} --to gguf --out out
+export {good} --to gguf --out {path}
+tokenizer show {path} hi
+tokenizer train --data file --vocab-size 300 --out {path}
+sample {path} --task file
+compare --config {path} --vary lr=1""".splitlines()  # whatever may name a path
 FILES = (
+    (name_paths, "a.yaml", [["train", "--config", "{file}"], *(named.split() for named in NAMED)]),
     (bomb_of_aliases, "a.yaml", [CONFIG, RECIPE]),
     (yaml, "a.yaml", [CONFIG, RECIPE]),
     (data, "a.jsonl", [DATA]),
@@ -185,7 +217,15 @@ def _start(root: Path, name: str, plan: Callable) -> tuple:
     here.mkdir()
     kind, command = plan(here, root, random.Random(name))
     file = next((path for path in here.glob("a.*") if path.is_file()), here)
-    places = {"folder": here / "folder", "file": file, "out": here / "out", "run": here / "run"}
+    drawn = random.Random(f"path of {name}").choice(PATHS)
+    places = {
+        "path": drawn,
+        "good": root / "good",
+        "folder": here / "folder",
+        "file": file,
+        "out": here / "out",
+        "run": here / "run",
+    }
     places |= {"texts": root / "texts", "chats": root / "chats.jsonl"}
     argv = [part.format(**places) for part in command]
     process = ForkedProcess(here / "said.out", _variables(root), _attempt, here, argv)

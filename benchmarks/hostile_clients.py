@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MODEL = "model"  # main replaces it
+PAGE_FILE = "/main.js"  # of the chat page
 
 
 def head(method: str = "POST", path: str = "/v1/completions", **headers) -> bytes:
@@ -128,7 +129,7 @@ def large_xrays() -> Iterator[bytes]:
 
 def long_answers_unread() -> Iterator[bytes]:
     yield chat(stream=True, n=8, logprobs=True, top_logprobs=20, temperature=1)
-    yield head("GET", "/page.js") * 16
+    yield head("GET", PAGE_FILE) * 16
 
 
 def requests_cancelled() -> Iterator[bytes]:

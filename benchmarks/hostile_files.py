@@ -33,6 +33,18 @@ ODD = [
     [],
     {},
 ]
+PATHS = [
+    "x" * 300,
+    "/".join(["y" * 200] * 30),
+    "a\0b",
+    "loop/a",
+    "file/a",
+    "/proc/a",
+    "/dev/null/a",
+    "a\ud800b",
+    "~nobody/a",
+]
+PATHS += ["x" * 300 + "*", "a\0*", "/dev/zero"]  # `name_paths` makes the loop and the file
 ODD += [[1], ["x"], {"x": 1}, [[[[1]]]], "a" * 5000, 10**4000]
 
 
@@ -97,7 +109,10 @@ def add_config(f: Folder) -> None:
         "attribute_map",
         "x" * 9999,
     ]
-    value = f.draw.choice([*ODD, "kernels-community/flash-attn", {"AutoConfig": "evil.Evil"}, "../evil.bin"])
+    names += ["text_config", "text_encoder", "decoder", "generator", "vision_config", "is_encoder_decoder"]
+    names += ["layer_types", "sliding_window", "attention_chunk_size", "output_hidden_states", "output_attentions"]
+    implementations = ["flash_attention_2", "paged|sdpa", "sdpa", "batched_mm", "kernels-community/flash-attn"]
+    value = f.draw.choice([*ODD, *implementations, {"AutoConfig": "evil.Evil"}, "../evil.bin"])
     f.edit("config.json", lambda v: v.update({f.draw.choice(names): value}))
 
 
@@ -108,6 +123,30 @@ def enlarge(f: Folder) -> None:
     f.edit(
         "config.json", lambda v: v.update({f.draw.choice(sizes): f.draw.choice([10**9, 2**20, 9999, 2**31 - 1, 1000])})
     )
+
+
+def many_blocks(f: Folder) -> None:
+    """Describe many blocks, and give the weight file as many tensors, which may be empty and have the right names."""
+    from safetensors.torch import load_file, save_file
+
+    number = f.draw.choice([400, 500, 1000, 9999])
+    fields = ["num_hidden_layers", "num_nextn_predict_layers", "mtp_num_blocks"]
+    f.edit("config.json", lambda v: v.update({f.draw.choice(fields): number}))
+    tensors = load_file(f.path / WEIGHTS)
+    empty = next(iter(tensors.values())).new_zeros(0)
+    name = f.draw.choice(["a{}", "model.layers.{}.a{}", "model.layers.{}.input_layernorm.weight"])
+    each = 1 if name.endswith("weight") else 8
+    save_file(
+        tensors | {name.format(i, j): empty.clone() for i in range(3, number) for j in range(each)},
+        f.path / WEIGHTS,
+        {"format": "pt"},
+    )
+
+
+def long_lists(f: Folder) -> None:
+    names = ["moba_full_attention_layers", "mtp_num_blocks", "eos_token_id", "architectures"]
+    value = [f.draw.choice([0, 1])] * f.draw.choice([10**4, 10**6])
+    f.edit("config.json", lambda v: v.update({f.draw.choice(names): value, "num_nextn_predict_layers": 400}))
 
 
 def text_of_config(f: Folder) -> None:
@@ -297,6 +336,8 @@ FOLDERS = (
     set_config,
     add_config,
     enlarge,
+    many_blocks,
+    long_lists,
     text_of_config,
     generation_config,
     cut,
@@ -347,6 +388,14 @@ def yaml(path: Path, draw: random.Random) -> None:
     texts += [f"{draw.choice(['steps', 'lr', 'data', 'model', 'report_to'])}: {json.dumps(draw.choice(ODD[:-1]))}"]
     texts += ["data: " + "x" * 10**6, "- 1", "steps", "!!set {a}", "model: !!omap [1]", "%YAML 9.9\n---\na"]
     path.write_text(draw.choice(texts))
+
+
+def name_paths(path: Path, draw: random.Random) -> None:
+    """Name, in settings that would do otherwise, a path that no file system takes."""
+    (path.parent / "loop").symlink_to("loop")
+    (path.parent / "file").write_text("the whale sings to the moon " * 99)
+    values = {"data": "file", "out": "out", "steps": 1} | {draw.choice(["data", "out", "tokenizer", "from"]): None}
+    path.write_text(json.dumps({name: draw.choice(PATHS) if v is None else v for name, v in values.items()}))
 
 
 def data(path: Path, draw: random.Random) -> None:

@@ -121,18 +121,21 @@ WRONG = [
 FIELDS = ["model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed"]
 FIELDS += ["stream", "stream_options", "logprobs", "top_logprobs", "repetition_penalty", "echo", "user", "tools", "🐳"]
 
+SETTINGS = ["num_experts_per_tok", "moba_topk", "moba_block_size"]
+
 HELLO = [{"role": "user", "content": "hi"}]
 PATHS = ["/v1/" + "x" * 300, "/v1/models/%00", "/../../etc/passwd", "/xray/..%2f", "/v1", "/v1/models", "/health"]
-PATHS += ["/metrics", "/", "/page.js", "/page.css", "/openapi.json", "/xray/%1b[2J", "/v1/models/model", "/%ff"]
+PATHS += ["/metrics", "/", "/main.js", "/page.css", "/openapi.json", "/xray/%1b[2J", "/v1/models/model", "/%ff"]
 
 
-def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
-    """Returns the method, path, body and headers of a broken request."""
-    path = draw.choice(["/v1/chat/completions"] * 5 + ["/v1/completions"] * 3 + ["/xray"] * 2)
+def broken(draw: random.Random, page: str) -> tuple[str, str, bytes, dict]:
+    """Returns the method, path, body and headers of a broken request. `page` is the path of an X-ray that exists."""
+    path = draw.choice(["/v1/chat/completions"] * 5 + ["/v1/completions"] * 3 + ["/xray"] * 2 + [page] * 2)
     body: dict = {"model": "model"} | ({} if path == "/xray" else {"max_tokens": 1})
-    has_messages = path != "/v1/completions"
+    has_messages = path in ("/v1/chat/completions", "/xray")
     body |= {"messages": [{"role": "user", "content": "hi"}]} if has_messages else {"prompt": "hi"}
-    for field in draw.sample(FIELDS, draw.randint(1, 3)):
+    body = {name: 1 for name in SETTINGS if draw.random() < 0.5} if path == page else body
+    for field in draw.sample(SETTINGS * 3 + FIELDS if path == page else FIELDS, draw.randint(1, 3)):
         body[field] = draw.choice(WRONG)
     if path == "/xray" and draw.random() < 0.5:
         body["messages"] = [*HELLO, {"role": "assistant", "content": draw.choice(WRONG)}]
@@ -150,12 +153,21 @@ def broken(draw: random.Random) -> tuple[str, str, bytes, dict]:
     return method, path, data, headers
 
 
+def new_page(client: httpx.Client) -> str:
+    """Makes an X-ray, and returns the path of its page."""
+    messages = [*HELLO, {"role": "assistant", "content": "hello"}]
+    answer = client.post("/xray", json={"model": "model", "messages": messages})
+    return answer.raise_for_status().json()["url"]
+
+
 def malformed(url: str, count: int, seed: int = 0) -> dict:
     """Sends `count` broken requests, and counts statuses, server errors, hangs and leaks."""
     draw, found = random.Random(seed), {"server_errors": 0, "hangs": 0, "leaks": 0, "statuses": {}}
     with httpx.Client(base_url=url, timeout=SLOW) as client:
-        for _ in range(count):
-            method, path, data, headers = broken(draw)
+        for i in range(count):
+            if i % 100 == 0:  # the server keeps the newest pages only, and some of the requests may make one
+                page = new_page(client)
+            method, path, data, headers = broken(draw, page)
             note(found, lambda: client.request(method, path, content=data, headers=headers))  # noqa: B023 (called at once)
     return found
 
