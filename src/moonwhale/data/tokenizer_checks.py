@@ -1,65 +1,108 @@
-"""Checks a tokenizer's files before the tokenizers library reads them: sizes, ids, and patterns that would never end.
+"""Checks a tokenizer's files before the tokenizers library reads them: what they are made of, and how much of it.
 
-A pattern with one repetition inside another (as in `(a+)+b`) may take time exponential in the text's length, unless
-each text is matched in one way (as by `(\\r?\\n)+`). Two repetitions that can take the same characters (as in `a*a*b`)
-take its square, from every start. The patterns of known tokenizers have neither, so both are refused.
+Only parts on short lists are read, for the library has others that grow the text with every application, panic, or take
+time without a bound. Most kinds may occur once. A tokenizer that is not made of our trainer's parts is then tried in a
+process of its own: see tokenizer_trial.py.
 """
 
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from moonwhale.data.deterministic_patterns import is_deterministic
+from moonwhale.data.tokenizer_patterns import MOST_STEPS, check_pattern
+from moonwhale.data.tokenizer_trial import try_tokenizer
 from moonwhale.errors import UserError, one_line, shown
 from moonwhale.files import read_json, read_text
 
 TOKENIZER_BYTES = 1 << 26  # the largest known tokenizer.json has 33 MB
+MOST_VALUES = 1 << 21  # of JSON; 262,144 tokens with their merges have 1.6 million
+OTHER_BYTES = 1 << 21
 TEMPLATE_BYTES = 1 << 17
 MOST_IDS = 1 << 22  # the largest known vocabulary has 262,144 tokens
 MOST_ADDED = 20_000
+MOST_ADDED_CHARACTERS = 1 << 18  # the library and every chat build automata of them; DeepSeek-V3's have 18,540
+LONGEST_TOKEN = 1000
 JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 LOADED_FROM = ("vocab_file", "tokenizer_object", "gguf_file", "fast_tokenizer_files")  # other files than tokenizer.json
-NORMALIZERS = {"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"}
-LONGEST_PATTERN = 4000
-FEW = 32  # repetitions; more count as unbounded
-TOKEN = re.compile(
-    r"(?P<group>\((?:\?(?:[imsx-]*:|[=!>]|<[=!]))?)|(?P<end>\))|(?P<or>\|)"
-    r"|(?P<quantifier>[*+?][?+]?|\{\d*,?\d*\}\??)|(?P<atom>\\[pP]\{\^?\w+\}|\\[^1-9kg]|[^\\\[\](){}*+?|])",
-    re.DOTALL,
-)
+MOST_PARTS = 16  # of a kind; DeepSeek-V3 has four
+LONGEST_ADDITION = 32  # characters that are prepended, or ids that are added to a text
+FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # together once: NFKD makes up to 18 characters of one
+REPEATABLE = {"Sequence", "Replace", "Split"}
+KNOWN = {
+    "normalizer": FORMS | {"Sequence", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"},
+    "pre_tokenizer": {"Sequence", "Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
+    | {"CharDelimiterSplit", "UnicodeScripts"},
+    "post_processor": {"Sequence", "ByteLevel", "TemplateProcessing", "RobertaProcessing", "BertProcessing"},
+    "decoder": {"Sequence", "ByteLevel", "Fuse", "Replace"},
+}
+LISTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "post_processor": "processors",
+    "decoder": "decoders",
+}
+OURS = {"Sequence", "ByteLevel", "Digits", "TemplateProcessing"}  # the kinds of parts that our trainer writes
 
 
 def check_tokenizer_folder(folder: Path) -> None:
     """Raises UserError if a tokenizer's file is no plain file, is too large, is damaged or holds what is refused."""
     for name in JSON_FILES:
         if os.path.lexists(folder / name):
-            read_json(folder / name)
+            _check_added(read_json(folder / name, OTHER_BYTES), folder / name)
     if os.path.lexists(folder / "chat_template.jinja"):
         read_text(folder / "chat_template.jinja", TEMPLATE_BYTES)
-    if os.path.lexists(folder / "tokenizer_config.json"):
-        values = read_json(folder / "tokenizer_config.json")
-        for name in LOADED_FROM:
-            if values.get(name) is not None:
-                raise UserError(f"{folder / 'tokenizer_config.json'}: leave out {name}: only tokenizer.json is read")
-    path = folder / "tokenizer.json"
-    check_tokenizer(read_json(path, TOKENIZER_BYTES), str(path))
+    check_tokenizer_file(folder / "tokenizer.json")
+
+
+def _check_added(values: dict, path: Path) -> None:
+    """Checks the tokens that another file than tokenizer.json adds, and that it names no other file."""
+    for name in LOADED_FROM:
+        if values.get(name) is not None:
+            raise UserError(f"{path}: leave out {name}: only tokenizer.json is read")
+    of_tokens = {key: value for key, value in values.items() if "token" in key or path.name == "added_tokens.json"}
+    lengths = [len(text) for text in _texts(of_tokens)]
+    if sum(lengths) > MOST_ADDED_CHARACTERS or max(lengths, default=0) > LONGEST_TOKEN:
+        raise UserError(f"{path}: its texts are too long for tokens")
+
+
+def check_tokenizer_file(path: Path) -> None:
+    """Raises UserError if a tokenizer.json is damaged, holds what is refused, or exceeds the limits of the trial."""
+    content = read_text(path, TOKENIZER_BYTES)
+    if sum(content.count(sign) for sign in "[{,") > MOST_VALUES:
+        raise UserError(f"cannot read {path}: it has more than {MOST_VALUES:,} values")
+    values = read_json(path, TOKENIZER_BYTES)
+    check_tokenizer(values, str(path))
+    if not _is_like_ours(values):
+        try_tokenizer(path)
 
 
 def check_tokenizer(values: dict, source: str) -> None:
     """Raises UserError if the content of a tokenizer.json, read from `source`, has bad ids or dangerous parts."""
     try:
-        _check_ids(values)
-        for part in _parts([values.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]):
-            _check_part(part)
-        for part in _parts(values.get("normalizer")):
-            if "type" in part and part["type"] not in NORMALIZERS:
-                raise ValueError(f"the normalizer {shown(part['type'])} is not one of {', '.join(sorted(NORMALIZERS))}")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        tokens = _check_ids(values)
+        _check_model(values["model"])
+        ids = set(tokens.values())
+        if sum(_check_component(kind, values.get(kind), ids) for kind in KNOWN) > MOST_STEPS:
+            raise ValueError("its patterns could take very long together")
+    except KeyError as error:
+        raise UserError(f"{source}: a part lacks its {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source}: {one_line(error)}") from error
 
 
-def _check_ids(values: dict) -> None:
+def _is_like_ours(values: dict) -> bool:
+    """Whether a tokenizer that passed the checks has only parts that our trainer writes, none of which can take long.
+
+    The kinds of parts decide, not who wrote them. GPT-2's are among them.
+    """
+    return not any(values.get(name) for name in ("truncation", "padding")) and all(
+        part["type"] in OURS for kind in LISTS for part in _parts(kind, values.get(kind))
+    )
+
+
+def _check_ids(values: dict) -> dict[str, int]:
+    """Returns the id of each token."""
     vocabulary = (values.get("model") or {}).get("vocab")
     if not isinstance(vocabulary, dict):
         raise ValueError("its model has no vocabulary of names and ids")
@@ -69,117 +112,84 @@ def _check_ids(values: dict) -> None:
     tokens = vocabulary | {token["content"]: token["id"] for token in added if isinstance(token, dict)}
     if len(tokens) != len(vocabulary.keys() | {token.get("content") for token in added}) or "" in tokens:
         raise ValueError("an added token has no text")
+    if sum(len(token["content"]) for token in added) > MOST_ADDED_CHARACTERS:
+        raise ValueError(f"its added tokens have more than {MOST_ADDED_CHARACTERS:,} characters")
+    if max(map(len, tokens), default=0) > LONGEST_TOKEN:
+        raise ValueError(f"a token has more than {LONGEST_TOKEN:,} characters")
     for token, id in tokens.items():
         if type(id) is not int or not 0 <= id < MOST_IDS:
             raise ValueError(f"the token {shown(token)} has the id {shown(id)}: ids go from 0 to {MOST_IDS - 1:,}")
     if len(set(tokens.values())) < len(tokens):
         raise ValueError("two tokens have the same id")
+    return tokens
 
 
-def _parts(value: object) -> Iterator[dict]:
-    """Yields every mapping inside a value, itself included."""
-    if isinstance(value, dict):
+def _check_model(model: dict) -> None:
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    if model.get("type", "BPE") != "BPE" or odd:
+        reason = f"it has the {odd[0]} {shown(model[odd[0]])}" if odd else f"its model is {shown(model['type'])}"
+        raise ValueError(f"not a byte-level BPE tokenizer, for {reason} (train one, or use deepseek or gpt2)")
+
+
+def _parts(kind: str, component: object) -> Iterator[dict]:
+    """Yields a normalizer, pre_tokenizer, post_processor or decoder and, if it is a sequence, its parts."""
+    if component is None:
+        return
+    if component["type"] not in KNOWN[kind]:  # the library also guesses the type of a part that names none
+        raise ValueError(f"the {kind} {shown(component['type'])} is not one of {', '.join(sorted(KNOWN[kind]))}")
+    yield component
+    if component["type"] == "Sequence":
+        for part in component[LISTS[kind]]:
+            yield from _parts(kind, {} if part is None else part)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yields every text inside a value, the names of mappings included."""
+    if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _parts(inner)
+    elif isinstance(value, dict | list):
+        for inner in value:
+            yield from _texts(inner)
+        if isinstance(value, dict):
+            yield from _texts(list(value.values()))
 
 
-def _check_part(part: dict) -> None:
-    if "Regex" in part:
-        check_pattern(part["Regex"])
-    if part.get("type") == "Replace":
-        pattern, content = part.get("pattern"), part.get("content")
-        room = len(pattern["String"]) if isinstance(pattern, dict) and isinstance(pattern.get("String"), str) else 1
-        if not isinstance(content, str) or len(content) > room:
+def _check_component(kind: str, component: object, ids: set[int]) -> int:
+    """Checks the parts of a normalizer, pre_tokenizer, post_processor or decoder. Returns its patterns' steps."""
+    parts = list(_parts(kind, component))
+    numbers = Counter("NFKD" if part["type"] in FORMS else part["type"] for part in parts)
+    for name, number in numbers.items():
+        if number > (MOST_PARTS if name in REPEATABLE else 1):
+            raise ValueError(f"its {kind} has {number:,} parts of the kind {name}")
+    for part in parts:
+        _check_additions(part, ids)
+    return sum(_steps_of_pattern(part) for part in parts)
+
+
+def _steps_of_pattern(part: dict) -> int:
+    pattern, steps, width = part.get("pattern"), 0, 0
+    if isinstance(pattern, dict) and isinstance(pattern.get("String"), str):
+        steps = width = len(pattern["String"])
+    elif pattern is not None:
+        piece = check_pattern(pattern["Regex"])
+        steps, width = piece.steps, min(piece.width, 1)
+    if part["type"] == "Replace":
+        content = part["content"]
+        if not isinstance(content, str) or len(content) > width or width == 0:
             raise ValueError(f"replacing {shown(pattern)} by {shown(content)} would make texts longer")
-    if part.get("type") == "Prepend" and len(part.get("prepend", "")) > FEW:
+    return steps
+
+
+def _check_additions(part: dict, ids: set[int]) -> None:
+    """Checks what a part adds to a text: a few characters or ids. A post_processor has the text itself once."""
+    if part["type"] == "Prepend" and len(part["prepend"]) > LONGEST_ADDITION:
         raise ValueError("it prepends a long text")
-
-
-def check_pattern(pattern: object) -> None:
-    """Raises ValueError if a regular expression may take more than a time linear in the text from every start."""
-    if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
-        raise ValueError(f"a pattern is no text of at most {LONGEST_PATTERN:,} characters")
-    items = list(_items(pattern))
-    backtracking, _, _, end = _alternatives(items, 0, pattern)
-    if end < len(items) or backtracking > 1:
-        raise _refusal(pattern)
-
-
-def _refusal(pattern: str) -> ValueError:
-    return ValueError(f"the pattern {shown(pattern)} could take very long: moonwhale reads simpler ones")
-
-
-def _items(pattern: str) -> Iterator[tuple[str, str]]:
-    """Splits a pattern into (kind, text). A class in brackets is one atom."""
-    at = 0
-    while at < len(pattern):
-        if pattern[at] == "[":
-            start, depth = at, 0
-            while at < len(pattern):
-                depth += {"[": 1, "]": -1}.get(pattern[at], 0)
-                at += 2 if pattern[at] == "\\" else 1
-                if depth == 0:
-                    break
-            if depth:
-                raise _refusal(pattern)
-            yield "atom", pattern[start:at]
-            continue
-        found = TOKEN.match(pattern, at)
-        if not found:  # references to groups, conditions and the like
-            raise _refusal(pattern)
-        yield found.lastgroup, found[0]
-        at = found.end()
-
-
-def _alternatives(items: list, at: int, pattern: str) -> tuple[int, int, bool, int]:
-    """Reads the alternatives from item `at` to the end of their group.
-
-    Returns:
-        how many repetitions are given back when what follows fails; how many more at the alternative's end would be;
-        whether the group may match in several ways; the index after it.
-    """
-    backtracking = pending = most = most_pending = 0
-    ambiguous = False
-    while at < len(items) and items[at][0] != "end":
-        kind, text = items[at]
-        at += 1
-        if kind == "quantifier":
-            raise _refusal(pattern)  # of a quantifier
-        if kind == "or":
-            most, most_pending = max(most, backtracking), max(most_pending, pending)
-            backtracking, pending, ambiguous = 0, 0, True
-            continue
-        start, inner, inner_pending = at - 1, 0, 0
-        inner_ambiguous = False
-        if kind == "group":
-            inner, inner_pending, inner_ambiguous, at = _alternatives(items, at, pattern)
-            if at >= len(items):
-                raise _refusal(pattern)
-            at += 1
-            if text in ("(?=", "(?!", "(?<=", "(?<!", "(?>"):
-                inner_pending = 0
-        least, most_repeats = 1, 1
-        if at < len(items) and items[at][0] == "quantifier":
-            least, most_repeats = _bounds(items[at][1])
-            at += 1
-        varies = least != most_repeats
-        long = varies and most_repeats > FEW
-        if inner_ambiguous and most_repeats > 1:
-            if not is_deterministic(items, start, _bounds):
-                raise _refusal(pattern)
-            inner, inner_pending, long = 0, 0, long or inner > 0 or inner_pending > 0  # all of it is like one
-        ambiguous |= varies or inner_ambiguous
-        if least:
-            backtracking, pending = backtracking + pending, 0
-        backtracking += inner
-        pending += inner_pending + long
-    return max(most, backtracking), max(most_pending, pending), ambiguous, at
-
-
-def _bounds(quantifier: str) -> tuple[int, float]:
-    """Returns the least and the largest number of repetitions."""
-    if quantifier[0] in "*+?":
-        return int(quantifier[0] == "+"), 1 if quantifier[0] == "?" else float("inf")
-    least, comma, most = quantifier.strip("?{}").partition(",")
-    return int(least or 0), float(most or "inf") if comma else int(least or 0)
+    added = [part[name][1] for name in ("sep", "cls") if name in part]
+    if part["type"] == "TemplateProcessing":
+        for name in ("single", "pair"):
+            texts = Counter(piece["Sequence"]["id"] for piece in list(part[name]) if "Sequence" in piece)
+            if len(part[name]) > LONGEST_ADDITION or max(texts.values(), default=0) > 1:
+                raise ValueError(f"its post_processor repeats a text or adds more than {LONGEST_ADDITION} tokens to it")
+        added = [id for token in part["special_tokens"].values() for id in token["ids"]]
+    if len(added) > LONGEST_ADDITION or not ids.issuperset(added):
+        raise ValueError(f"its post_processor adds the ids {shown(added)}, which are too many or not the vocabulary's")

@@ -1,7 +1,8 @@
 """A process that does work which may never end or fill the memory, and that the operating system ends in that case.
 
-Mathematics that a model wrote and templates that came with a checkpoint are computed there. This file is the process's
-script too: it imports one module, calls its function `prepare`, and answers each request by its function `answer`.
+Mathematics that a model wrote is computed there. Templates and tokenizers that came with a checkpoint are tried there.
+This file is the process's script too: it imports one module, calls its function `prepare`, and answers each request by
+its function `answer`.
 """
 
 import contextlib
@@ -56,7 +57,8 @@ class WorkerProcess:
         if not hasattr(signal, "SIGALRM"):
             from moonwhale.errors import UserError  # not for the process's script, which has another path
 
-            raise UserError(f"{sys.platform} cannot bound the time of templates and answers: use Linux or macOS")
+            work = "templates, tokenizers and answers"
+            raise UserError(f"{sys.platform} cannot bound the time of {work}: use Linux or macOS")
         # A session of its own keeps Ctrl-C from the process. It ends when its input does.
         self.process = subprocess.Popen(
             self.command,
