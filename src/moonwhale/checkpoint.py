@@ -39,7 +39,7 @@ LOADING = (  # fields by which transformers loads a model in another way
     "kernel_config",
 )
 MOST_ROTATIONS = 1 << 30  # bytes
-STATE_BYTES = 1 << 28  # it holds the log of the whole run
+STATE_BYTES = 1 << 26  # it holds the log of the whole run
 UNFINISHED = ".unfinished"  # folder in a run's folder in which a checkpoint is written
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from filelock import FileLock
 from moonwhale.errors import UserError, one_line, shown
 
 JSON_BYTES = 1 << 24  # parsed, JSON takes up to thirty times its size
+JSON_VALUES = 1 << 22  # each takes up to 240 bytes
 
 
 def cache_folder(override: str | Path | None = None) -> Path:
@@ -54,15 +55,31 @@ def read_text(path: Path, most: int) -> str:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
+def parse_json(text: str, **options) -> object:
+    """Parses JSON as `json.loads` does, unless it holds so many values that they might fill the memory.
+
+    Raises:
+        ValueError: it is no JSON, or has more than JSON_VALUES commas and opening brackets, which bound the values.
+    """
+    if has_many_values(text):
+        raise ValueError(f"it has more than {JSON_VALUES:,} values")
+    return json.loads(text, **options)
+
+
+def has_many_values(text: str) -> bool:
+    """Whether a text in JSON has more than JSON_VALUES commas and opening brackets."""
+    return len(text) > JSON_VALUES and sum(map(text.count, ",[{")) > JSON_VALUES
+
+
 def read_json(path: Path, most: int = JSON_BYTES) -> dict:
     """Returns the JSON object in a file of at most `most` bytes.
 
     Raises:
-        UserError: as `read_text`; or the file holds no JSON object, or an object with the same key twice.
+        UserError: as `read_text` and `parse_json`; or the file holds no JSON object, or one with the same key twice.
     """
     hint = "save or copy the checkpoint again"
     try:
-        values = json.loads(read_text(path, most), object_pairs_hook=_unique)
+        values = parse_json(read_text(path, most), object_pairs_hook=_unique)
     except UserError as error:
         raise UserError(f"{error}; {hint}") from error
     except (ValueError, RecursionError) as error:

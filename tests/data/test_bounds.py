@@ -2,11 +2,15 @@
 
 import bz2
 import gzip
+import json
 import lzma
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from moonwhale.data import json_rows, opening
+from moonwhale import files
+from moonwhale.data import columnar, json_rows, opening
 from moonwhale.data.loading import load_source
 from moonwhale.errors import UserError
 
@@ -18,6 +22,9 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(opening, "MOST_AT_ONCE", 1 << 20)
     monkeypatch.setattr(json_rows, "MOST_AT_ONCE", 1 << 20)
     monkeypatch.setattr(opening, "ROOM", 1 << 20)
+    monkeypatch.setattr(columnar, "ROOM", 1 << 22)
+    monkeypatch.setattr(columnar, "MOST_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(files, "JSON_VALUES", 1 << 12)
     monkeypatch.setattr(opening.read_whole, "__defaults__", (1 << 20,))
 
 
@@ -39,8 +46,6 @@ def refused(path, message):
     ],
 )
 def test_a_bomb_is_refused(tmp_path, suffix, name, content):
-    import pyarrow
-
     path = tmp_path / f"{name}.{suffix}"
     zstd = suffix == "zst"
     path.write_bytes(pyarrow.compress(content, "zstd", asbytes=True) if zstd else COMPRESS[suffix](content))
@@ -65,3 +70,120 @@ def test_a_row_without_an_end_is_refused(tmp_path, name, before, after):
 def test_deep_nesting_is_no_row(tmp_path, row):
     (tmp_path / "a.jsonl").write_text(row + "\n")
     refused(tmp_path / "a.jsonl", "cannot be read|is not JSON|no column")
+
+
+LONG = "a" * (1 << 18)
+REPEATED = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256, pyarrow.int32()), pyarrow.array([LONG]))
+MESSAGES = pyarrow.StructArray.from_arrays([REPEATED, REPEATED], ["role", "content"])
+TABLES = {
+    "dictionary": {"text": REPEATED},
+    "plain": {"text": [LONG] * 64},
+    "messages": {"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 128, 256], pyarrow.int32()), MESSAGES)},
+    "one message": {"messages": [[{"role": "user", "content": LONG}] * 64]},
+}
+BOMB = "a.(parquet|arrow) expands to more than 100 times its size"
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("encoding", ["dictionary", "plain", "prefixes"])
+def test_a_parquet_file_that_repeats_a_value_is_refused(tmp_path, kind, encoding):
+    if encoding == "prefixes" and kind != "plain":
+        pytest.skip("pyarrow writes prefixes of a column of texts only")
+    options = {"prefixes": {"column_encoding": {"text": "DELTA_BYTE_ARRAY"}}}.get(encoding, {})
+    path, table = tmp_path / "a.parquet", pyarrow.table(TABLES[kind])
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=encoding == "dictionary", **options)
+    refused(path, BOMB)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_an_arrow_file_that_repeats_a_value_is_refused(tmp_path, kind, compression):
+    path, table = tmp_path / "a.arrow", pyarrow.table(TABLES[kind])
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.ipc.new_file(path, table.schema, options=options) as writer:
+        writer.write_table(table)
+    if kind == "plain" and not compression:
+        assert len(list(load_source(str(path)))) == 64
+    elif kind == "one message" and not compression:
+        refused(path, "a row has more than 1,048,576 bytes")
+    else:
+        refused(path, BOMB)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        REPEATED.slice(9, 5),
+        MESSAGES.slice(9, 5),
+        pyarrow.ListArray.from_arrays(pyarrow.array([0, 128, 131], pyarrow.int32()), MESSAGES).slice(1),
+        pyarrow.array(["a" * 9, None, LONG, "é"]).slice(1, 2),
+        pyarrow.array([LONG] * 3).cast(pyarrow.string_view()),
+        pyarrow.array([[1], [], [2, 3]], pyarrow.list_(pyarrow.int64())),
+        pyarrow.array([{"x": "a", "y": [LONG]}]),
+        pyarrow.RunEndEncodedArray.from_arrays([9], [LONG]),
+    ],
+)
+def test_the_decoded_size_is_not_underestimated(array):
+    texts = json.dumps(array.to_pylist(), ensure_ascii=False).count("a")
+    assert columnar._decoded_size(array) >= texts
+
+
+def test_large_rows_are_read_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(columnar, "BYTES_PER_BATCH", 1000)
+    rows = [f"{i} " * 100 for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", row_group_size=70)
+    assert list(load_source(str(tmp_path / "a.parquet"))) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": ["x"' + ",[]" * 5000 + "]}\n", "it has more than 4,096 values|no text"),
+        ("a.json", '[{"text": ["x"' + ",[]" * 5000 + "]}]", "row 1 has too many values"),
+        ("a.json", '{"x": ["x"' + ",{}" * 5000 + '],\n"text": "x"}', ""),
+    ],
+)
+def test_a_row_of_many_values_is_refused(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(json_rows, "CHUNK_CHARACTERS", 1000)
+    (tmp_path / name).write_text(content)
+    if message:
+        refused(tmp_path / name, message)
+    else:  # no table: it is read as text
+        assert list(load_source(str(tmp_path / name))) == [content]
+
+
+def test_a_header_of_many_columns_takes_linear_time(tmp_path):
+    (tmp_path / "a.csv").write_text(",".join(f"c{i}" for i in range(100_000)) + "\n" + "," * 99_999 + "\n")
+    refused(tmp_path / "a.csv", "no column of messages or text")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["whale"]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "outside.arrow").write_bytes(next((tmp_path / "saved" / "train").glob("*.arrow")).read_bytes())
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside.arrow", "/etc/hostname", "/dev/zero", "missing.arrow", "..", "", 5, None]
+)
+def test_a_saved_set_reads_no_file_outside_its_folder(saved, name):
+    for entries in ([{"filename": name}], [name], {"filename": name}, name):
+        (saved / "train" / "state.json").write_text(json.dumps({"_data_files": entries}))
+        refused(saved, "which is no file of its folder|has no list _data_files")
+
+
+@pytest.mark.parametrize("splits", [[5], 5, None, ["../saved"], [".."], [""], ["a/b"], [["train"]], {"train": 1}])
+def test_a_saved_dictionary_names_its_own_splits(saved, splits):
+    (saved / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    refused(saved, "which is no split|has no list splits")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"splits": ' * 10_000, "[]", "{", '{"splits": 1, "splits": 2}'])
+def test_damaged_metadata_of_a_saved_set_is_one_line(saved, text):
+    for path in (saved / "train" / "state.json", saved / "dataset_dict.json"):
+        path.write_text(text)
+        refused(saved, "cannot read .*json: ")

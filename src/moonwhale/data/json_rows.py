@@ -9,6 +9,7 @@ from pathlib import Path
 from moonwhale.data.opening import MOST_AT_ONCE, opened, read_lines, read_whole
 from moonwhale.data.row_formats import BadRow, columns_of
 from moonwhale.errors import UserError
+from moonwhale.files import has_many_values, parse_json
 
 WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [...]}
 CHUNK_CHARACTERS = 1 << 20  # an array is parsed in chunks, so that it need not fit into memory
@@ -35,7 +36,7 @@ def json_table(path: Path) -> Iterator[dict | BadRow | None] | None:
         return json_lines(path)
     with opened(path) as file:
         try:
-            whole = json.loads(read_whole(file, path).decode("utf-8-sig"))
+            whole = parse_json(read_whole(file, path).decode("utf-8-sig"))
         except UserError:
             raise
         except (ValueError, RecursionError):
@@ -68,7 +69,7 @@ def _parse(line: bytes) -> dict | BadRow | None:
         return None
     try:
         # Bytes that are not UTF-8 become half surrogates, which `read_rows` finds in the columns that it reads.
-        return _as_row(json.loads(line.strip().decode("utf-8", "surrogateescape")))
+        return _as_row(parse_json(line.strip().decode("utf-8", "surrogateescape")))
     except (ValueError, RecursionError) as error:
         where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         reason = f"{getattr(error, 'msg', error)}{where}"
@@ -111,6 +112,9 @@ def _array(path: Path) -> Iterator[dict | BadRow]:
                 text, at = text[at:] + chunk, 0
                 if len(text) > MOST_AT_ONCE:
                     reason = f"row {n_rows + 1:,} has more than {MOST_AT_ONCE:,} characters"
+                    raise UserError(f"`data`: cannot read {path}: {reason}") from error
+                if has_many_values(text):
+                    reason = f"row {n_rows + 1:,} has too many values"
                     raise UserError(f"`data`: cannot read {path}: {reason}") from error
                 continue
             n_rows, expect = n_rows + 1, "comma"

@@ -6,7 +6,6 @@ split is read, and another may be held out for evaluation.
 """
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -17,7 +16,8 @@ from moonwhale.data.declared_splits import README, declared_splits
 from moonwhale.data.opening import split_suffix
 from moonwhale.data.source import warn_once
 from moonwhale.data.tables import table_suffix
-from moonwhale.errors import UserError, did_you_mean
+from moonwhale.errors import UserError, did_you_mean, shown
+from moonwhale.files import read_json
 
 WILDCARD = re.compile(r"[*?\[]")
 SPLITS = {
@@ -117,7 +117,7 @@ def _files_of_folder(folder: Path, spec: str, split: str | None) -> Found:
     if found := _declared(folder, None, spec, split):
         return found
     if (folder / "dataset_dict.json").is_file():
-        splits = _metadata(folder / "dataset_dict.json", "splits")
+        splits = _splits_of(folder)
         chosen = _choose(splits, split, spec)
         _report({f"splits ({', '.join(name for name in splits if name != chosen)})": len(splits) - 1}, spec)
         rows = {name: _saved_files(folder / name) for name in splits}
@@ -134,14 +134,38 @@ def _files_of_folder(folder: Path, spec: str, split: str | None) -> Found:
 
 def _saved_files(folder: Path) -> list[Path]:
     """Returns the Arrow files of a data set that `datasets.save_to_disk` wrote, in the order of their rows."""
-    return [folder / file["filename"] for file in _metadata(folder / "state.json", "_data_files")]
+    path = folder / "state.json"
+    entries = _metadata(path, "_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    for name in names:
+        if not isinstance(name, str) or not _is_name(name) or not (folder / name).is_file():
+            raise UserError(f"`data`: {path} names {shown(name)}, which is no file of its folder: save the set again")
+    return [folder / name for name in names]
+
+
+def _splits_of(folder: Path) -> list[str]:
+    """Returns the splits of a dictionary of data sets that `datasets.save_to_disk` wrote."""
+    path = folder / "dataset_dict.json"
+    splits = _metadata(path, "splits")
+    for name in splits:
+        if not isinstance(name, str) or not _is_name(name):
+            raise UserError(f"`data`: {path} names {shown(name)}, which is no split: save the set again")
+    return splits
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name is that of something in a folder itself, not in another one."""
+    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def _metadata(path: Path, key: str) -> list:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"`data`: cannot read {path}: {error}") from error
+        values = read_json(path).get(key)
+    except UserError as error:
+        raise UserError(f"`data`: {error}") from error
+    if not isinstance(values, list):
+        raise UserError(f"`data`: {path} has no list {key}: save the set again")
+    return values
 
 
 def _choose(splits: Iterable[str], split: str | None, spec: str) -> str:
