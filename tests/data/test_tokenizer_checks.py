@@ -1,5 +1,6 @@
 """A tokenizer's files from elsewhere are checked before the library reads them."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moonwhale.data import tokenizer_checks, tokenizer_trial
+from moonwhale.data import tokenizer, tokenizer_checks, tokenizer_trial
 from moonwhale.data.tokenizer import load_tokenizer_folder, train_tokenizer
 from moonwhale.data.tokenizer_checks import check_tokenizer_folder
 from moonwhale.data.tokenizer_patterns import check_pattern
@@ -338,9 +339,9 @@ def test_tokenizers_of_known_models_load(folder, parts):
     values = json.loads((folder / "tokenizer.json").read_text())
     values |= {name: sequence(*part) if isinstance(part, list) else part for name, part in parts.items()}
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    tokenizer = load_tokenizer_folder(folder)
+    loaded = load_tokenizer_folder(folder)
     text = "The whale's 1234 SONGS:\n\n\tdef f():   \r\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text
 
 
 def test_a_tokenizer_of_our_parts_needs_no_other_process(folder, monkeypatch):
@@ -389,6 +390,23 @@ def test_other_files_add_no_long_tokens(folder, name, texts):
     path = folder / name
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | added))
     refused(folder, "too long")
+
+
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900])
+def test_a_deep_value_is_refused_in_one_line(folder, value):
+    (folder / "tokenizer_config.json").write_text(f'{{"extra_special_tokens": {value}}}')
+    refused(folder, "recursion")
+
+
+def test_the_hubs_tokenizer_is_checked_before_it_is_loaded(folder, monkeypatch):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    CHANGES["many prepends"][0](values)
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    monkeypatch.setattr(tokenizer, "hub_access", lambda: contextlib.nullcontext(True))
+    monkeypatch.setattr(tokenizer, "cached_file", lambda *_, **__: str(folder / "tokenizer.json"))
+    monkeypatch.setattr(tokenizer, "AutoTokenizer", None)
+    with pytest.raises(UserError, match="2,000 parts"):
+        tokenizer.load_tokenizer("someone/tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,16 @@ def _parts(kind: str, component: object) -> Iterator[dict]:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yields every text inside a value, the names of mappings included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value:
-            yield from _texts(inner)
-        if isinstance(value, dict):
-            yield from _texts(list(value.values()))
+    """Yields every text inside a value of any depth, the names of mappings included."""
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, dict):
+            left += [*inner, *inner.values()]
+        elif isinstance(inner, list):
+            left += inner
 
 
 def _check_component(kind: str, component: object, ids: set[int]) -> int:
