@@ -36,7 +36,7 @@ COMMON = {
 }  # fmt: skip
 STEPS = 8
 SECONDS = 300  # after which a process counts as hanging
-OUT_OF_SPACE = re.compile(r"exit statuses \[2\]: moonwhale: error: .*no space left", re.IGNORECASE)
+OUT_OF_SPACE = re.compile(r"exit statuses \[2\]: moonwhale: error: .*no space left.*", re.IGNORECASE)
 
 
 def run(part: str) -> dict[str, float]:

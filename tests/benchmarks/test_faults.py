@@ -1,9 +1,12 @@
 """A small part of the trials of benchmarks/faults.py."""
 
 import importlib
+import types
 from pathlib import Path
 
 import pytest
+
+from moonwhale.serve import page
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +24,31 @@ def test_faults_of_a_run(faults_runs, tmp_path):
     assert faults_runs.count_lost(train, 1) == {"kills": 1, "kills_lost": 0}
     assert faults_runs.count_wrong_owners(train["train"], 1) == {"owners": 1, "owners_wrong": 0}
     assert faults_runs.count_undetected(train["train"], 100) == {"flips": 110, "flips_undetected": 0}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "right"),
+    [
+        (2, "moonwhale: error: --out: no space left on the disk of runs: free some", True),
+        (2, "a warning\nmoonwhale: error: [Errno 28] No space left on device: 'x': free some", True),
+        (1, "Traceback (most recent call last):\n  File x\nOSError: [Errno 28] No space left on device", False),
+        (2, "Traceback (most recent call last):\n  File x\nmoonwhale: error: no space left on device", False),
+        (1, "moonwhale: error: no space left", False),
+        (2, "moonwhale: error: the disk is gone", False),
+    ],
+)
+def test_a_full_disk_is_told_of_in_one_line(faults_runs, tmp_path, status, said, right):
+    err = tmp_path / "said.err"
+    err.write_text(said + "\n")
+    ended = types.SimpleNamespace(exitcode=status, join=lambda seconds: None)
+    full = faults_runs.wait_for([types.SimpleNamespace(process=ended, err=err, kill=lambda: None)])
+    assert bool(faults_runs.OUT_OF_SPACE.fullmatch(full)) == right
+
+
+def test_hostile_clients_ask_for_what_exists():
+    files = {*page.FILES, "/"}
+    assert importlib.import_module("hostile_clients").PAGE_FILE in files
+    assert {path for path in importlib.import_module("serve").PATHS if path.endswith((".js", ".css"))} <= files
 
 
 def test_hostile_clients_of_a_server(small_checkpoint, monkeypatch):
