@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from forked_processes import ForkedProcess
+from hostile_data import columnar, many_columns, many_values, saved_set
 from hostile_files import (
     CANARY,
     CHATTING,
@@ -97,8 +98,16 @@ FILES = (
     (data, "a.txt", [DATA]),
     (data, "a.json", [DATA]),
     (data, "a.csv", [DATA]),
+    (many_columns, "a.csv", [DATA]),
+    (saved_set, "saved", [DATA]),
 )
-BOMBS = ((bomb, "a.txt.gz", [DATA]), (bomb, "a.jsonl.gz", [DATA]))
+BOMBS = (
+    (bomb, "a.txt.gz", [DATA]),
+    (bomb, "a.jsonl.gz", [DATA]),
+    (columnar, "a.parquet", [DATA]),
+    (columnar, "a.arrow", [DATA]),
+    (many_values, "a.json", [DATA]),
+)
 
 
 # ---- trials

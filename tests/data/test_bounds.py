@@ -128,6 +128,29 @@ def test_the_decoded_size_is_not_underestimated(array):
     assert columnar._decoded_size(array) >= texts
 
 
+@pytest.mark.parametrize("values", [[b"whale", b"\xad\xde"], [b"\xff"] * 9])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_whose_texts_are_not_utf8_is_refused(tmp_path, suffix, values):
+    texts = pyarrow.array(values).view(pyarrow.string())
+    path, table = tmp_path / f"a.{suffix}", pyarrow.table({"text": texts})
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    refused(path, f"cannot read .* as {suffix}: .*(utf-8|UTF8)")
+
+
+def test_an_arrow_file_with_offsets_outside_of_it_is_refused(tmp_path):
+    path, table = tmp_path / "a.arrow", pyarrow.table({"text": ["w" * 77]})
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    good, bad = ((0).to_bytes(4, "little") + end.to_bytes(4, "little") for end in (77, 1 << 30))
+    before, _, after = path.read_bytes().rpartition(good)
+    path.write_bytes(before + bad + after)
+    refused(path, "cannot read .* as arrow: ")
+
+
 def test_large_rows_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(columnar, "BYTES_PER_BATCH", 1000)
     rows = [f"{i} " * 100 for i in range(200)]

@@ -65,6 +65,7 @@ def _arrow_batches(file: BinaryIO, path: Path, columns: Sequence[str]) -> Iterat
     names = _chosen(reader.schema.names, columns)
     for batch in batches:
         chosen = batch.select(names)
+        chosen.validate(full=True)  # offsets of a damaged file would point outside its memory
         yield from (chosen.slice(start, ROWS_PER_BATCH) for start in range(0, len(chosen), ROWS_PER_BATCH))
 
 

@@ -43,7 +43,7 @@ def _complete(path: Path, suffix: str, rows: Rows) -> Rows:
 
     try:
         yield from rows
-    except (pyarrow.ArrowException, csv.Error) as error:
+    except (pyarrow.ArrowException, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"`data`: cannot read {path} as {suffix[1:]}: {one_line(error)}") from error
 
 
