@@ -136,6 +136,7 @@ def test_changed_questions_are_noticed(options, tmp_path):
     config = options(steps=1)
     grpo(config)
     shutil.rmtree(Path(config.out, "checkpoint-1"))
+    Path(config.out, "config.json").unlink()  # as if the run had been killed before its first checkpoint
     (tmp_path / "task.jsonl").write_text((tmp_path / "task.jsonl").read_text().replace("+", "-"))
     resumed = options(steps=1, resume=True)
     with pytest.raises(UserError, match=r"^`task`: task.jsonl has changed since the run in .* began"):
