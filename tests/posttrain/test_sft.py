@@ -227,12 +227,17 @@ def test_changed_conversations_are_noticed(options, chats, tmp_path):
     """A run is resumed on the same conversations only. A run from before `data.txt` takes what it gets."""
     data = shutil.copy(chats, tmp_path / "chats.jsonl")
     config = options(data=str(data), steps=1, context=96)
+
+    def as_if_killed_before_the_first_checkpoint():
+        shutil.rmtree(Path(config.out, "checkpoint-1"))
+        Path(config.out, "config.json").unlink()
+
     sft(config)
-    shutil.rmtree(Path(config.out, "checkpoint-1"))
+    as_if_killed_before_the_first_checkpoint()
     resumed = options(data=str(data), steps=1, context=96, resume=True)
     data.write_text(data.read_text())  # the same again
     sft(resumed)
-    shutil.rmtree(Path(config.out, "checkpoint-1"))
+    as_if_killed_before_the_first_checkpoint()
     data.write_text(data.read_text().replace("whale", "whales"))
     with pytest.raises(UserError, match=r"^`data`: .*chats.jsonl, or its tokenizer, has changed since the run in "):
         sft(resumed)
