@@ -74,13 +74,12 @@ def timed_rounds(
         contender(given)
     while sum(others <= QUIET for others, _ in seen) < rounds and len(seen) < (limit or 3 * rounds):
         order = list(contenders) if len(seen) % 2 else list(contenders)[::-1]
-        given, seconds, before = draw(), {}, _cpu_seconds()
+        given, seconds, others = draw(), {}, watch_others()
         for name in order:
             start = time.perf_counter()
             contenders[name](given)
             seconds[name] = time.perf_counter() - start
-        wall, own, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
-        seen.append((max(0.0, total - own) / wall, seconds))
+        seen.append((others(), seconds))
     kept = sorted(seen, key=lambda round: round[0])[:rounds]
     discarded = len(seen) - len(kept)
     print(f"{len(kept)} rounds used, {discarded} discarded because of other processes", file=sys.stderr)
@@ -90,6 +89,17 @@ def timed_rounds(
         "discarded": discarded,
         "busiest": round(kept[-1][0], 3),
     }
+
+
+def watch_others() -> Callable[[], float]:
+    """Returns a function that says how many cores other processes have used since now, on average."""
+    before = _cpu_seconds()
+
+    def others() -> float:
+        wall, own, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
+        return max(0.0, total - own) / wall
+
+    return others
 
 
 def _cpu_seconds() -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 """What do faults, hostile files and hostile clients do to moonwhale? Writes results/faults.json.
 
 Part `files` opens checkpoint folders and files that were damaged on purpose, and `server` attacks a server while
-somebody else's answer is streamed. `kills`, `owners`, `flips` and `disks` damage training runs; `fsync` times what
+another client's answer is streamed. `kills`, `owners`, `flips` and `disks` damage training runs; `fsync` times what
 their checkpoints wait for. docs/reliability.md says what is promised. Each part's commit and machine are kept in
 `environments`.
 """

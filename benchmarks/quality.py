@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import contenders
-from common import ROOT, _cpu_seconds, environment, options, picture, write
+from common import ROOT, environment, options, picture, watch_others, write
 from contenders import Contender, Data, bits_per_byte
 from moonwhale.errors import UserError
 from moonwhale.native.training import use_kernels
@@ -80,13 +80,12 @@ class Run:
 
     def advance(self, share: float) -> None:
         """Trains until this share of the time is spent."""
-        before = _cpu_seconds()
+        others = watch_others()
         while self.spent < self.seconds * share and math.isfinite(self.loss):
             start = time.perf_counter()
             self.loss = self.contender.step(self.steps, self.spent / self.seconds, self._tokens()).item()
             self.spent, self.steps = self.spent + time.perf_counter() - start, self.steps + 1
-        wall, own, total = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
-        self.disturbances.append(max(0.0, total - own) / wall)
+        self.disturbances.append(others())
 
     def score(self) -> None:
         """Adds a point to the curve: the bits per byte of the held-out text. This costs no time of the run."""

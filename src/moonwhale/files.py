@@ -55,31 +55,32 @@ def read_text(path: Path, most: int) -> str:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def parse_json(text: str, **options) -> object:
+def parse_json(text: str, most_values: int | None = None, **options) -> object:
     """Parses JSON as `json.loads` does, unless it holds so many values that they might fill the memory.
 
     Raises:
-        ValueError: it is no JSON, or has more than JSON_VALUES commas and opening brackets, which bound the values.
+        ValueError: it is no JSON, or `has_many_values`.
     """
-    if has_many_values(text):
-        raise ValueError(f"it has more than {JSON_VALUES:,} values")
+    if has_many_values(text, most_values):
+        raise ValueError(f"it has more than {most_values or JSON_VALUES:,} values")
     return json.loads(text, **options)
 
 
-def has_many_values(text: str) -> bool:
-    """Whether a text in JSON has more than JSON_VALUES commas and opening brackets."""
-    return len(text) > JSON_VALUES and sum(map(text.count, ",[{")) > JSON_VALUES
+def has_many_values(text: str, most_values: int | None = None) -> bool:
+    """Whether a text in JSON has more commas and opening brackets, one for each value, than `most_values`."""
+    most = most_values or JSON_VALUES
+    return len(text) > most and sum(map(text.count, ",[{")) > most
 
 
-def read_json(path: Path, most: int = JSON_BYTES) -> dict:
-    """Returns the JSON object in a file of at most `most` bytes.
+def read_json(path: Path, most: int = JSON_BYTES, most_values: int | None = None) -> dict:
+    """Returns the JSON object in a file of at most `most` bytes and `most_values` values (JSON_VALUES).
 
     Raises:
         UserError: as `read_text` and `parse_json`; or the file holds no JSON object, or one with the same key twice.
     """
     hint = "save or copy the checkpoint again"
     try:
-        values = parse_json(read_text(path, most), object_pairs_hook=_unique)
+        values = parse_json(read_text(path, most), most_values, object_pairs_hook=_unique)
     except UserError as error:
         raise UserError(f"{error}; {hint}") from error
     except (ValueError, RecursionError) as error:

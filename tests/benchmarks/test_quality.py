@@ -209,7 +209,7 @@ def clock(quality, monkeypatch):
     """Each look at the clock is a second later. Other processes use half a core."""
     ticks, cpu = itertools.count(), itertools.count()
     monkeypatch.setattr(quality.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(quality, "_cpu_seconds", lambda: (2.0 * next(cpu), 0.0, 1.0 * next(cpu)))
+    monkeypatch.setattr("common._cpu_seconds", lambda: (2.0 * next(cpu), 0.0, 1.0 * next(cpu)))
     monkeypatch.setattr(quality, "WARM_UP", ())
 
 
@@ -220,7 +220,7 @@ def test_contenders_take_turns_until_the_time_is_up(quality, data, clock, monkey
     for run in runs:
         monkeypatch.setattr(run, "advance", lambda share, run=run: order.append(run) or quality.Run.advance(run, share))
     results = quality.race(runs, "race", curves=True)
-    assert order == [*runs[::-1], *runs], "whoever was first is last in the next turn"
+    assert order == [*runs[::-1], *runs], "the first of a turn is the last of the next"
     for stub, result in zip(stubs, results, strict=True):
         assert stub.seen == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
         assert (result["seconds"], result["tokens"], result["tokens_per_second"]) == (4.0, 4 * 32, 32)

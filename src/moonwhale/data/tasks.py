@@ -89,7 +89,7 @@ class Task:
     def accuracy(self, problem: Problem, completion: str) -> float:
         """Scores the answer in a completion. Without an answer, or with one that exceeds the limits, it scores 0."""
         answer = extract_answer(completion)
-        if answer is None or self.ran_out(problem, completion):
+        if answer is None or (problem.question, answer) in self.overran:
             return 0.0
         score = self.score(problem, answer)
         if score is None:
