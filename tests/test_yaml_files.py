@@ -59,14 +59,14 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_yaml_is_refused_in_one_line(text, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MOONWHALE_DEBUG", raising=False)
-    path, start = tmp_path / "run.yaml", time.monotonic()
+    path, start = tmp_path / "run.yaml", time.process_time()
     path.write_text(text)
     for arguments in (["train", "--config", str(path)], ["recipe", str(path)]):
         assert main(arguments) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("moonwhale: error: ") and err.count("\n") == 1 and len(err) < 2500
         assert "\x1b" not in err
-    assert time.monotonic() - start < 5 and not (tmp_path / "canary").exists()
+    assert time.process_time() - start < 5 and not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"steps: \x80", "steps: 5".encode("utf-16"), b"steps: 5\0"])
