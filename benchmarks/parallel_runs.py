@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 import parallel_rank
 from common import TOY, environment
 from forked_processes import ForkedProcess, finish, rank_variables
-from moonwhale import options
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.model import MoonwhaleConfig
 from moonwhale.native import build
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout
 from moonwhale.presets import PAPER
+from moonwhale.yaml_files import write_yaml
 
 MODEL = (
     TOY
@@ -95,7 +95,7 @@ class Run:
         self.seen.mkdir(parents=True)
         self.argv = ["--config", str(self.seen / "run.yaml"), "--out", str(out)]
         self.variables = {"OMP_NUM_THREADS": "1", "MOONWHALE_CACHE": str(out.parent / "cache")}
-        options.write_yaml(self.seen / "run.yaml", run, "a benchmark's run")
+        write_yaml(self.seen / "run.yaml", run, "a benchmark's run")
 
     def together(self, processes: int) -> list[dict]:
         """Carry it out in forked processes instead of torchrun's, and return what each measured."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moonwhale import cli, options
+from moonwhale import cli
 from moonwhale.data.hub_sets import HUB_SETS
 from moonwhale.evaluate.config import EvalConfig
 from moonwhale.lab import config as compare_config
@@ -24,6 +24,7 @@ from moonwhale.options import parser_of, read_argv
 from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.posttrain.recipe import STAGES
 from moonwhale.train.config import build_model_config
+from moonwhale.yaml_files import write_yaml
 from test_docs import ROOT, fenced, read
 from toy import TOY
 
@@ -161,7 +162,7 @@ def resolve(words: list[str], processes: int) -> None:
         parallel.check_experts(model.n_routed_experts)
     if processes > 1:  # a later command may replay this run
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        options.write_yaml(Path(config.out) / "run.yaml", dataclasses.asdict(config), "written for the test")
+        write_yaml(Path(config.out) / "run.yaml", dataclasses.asdict(config), "written for the test")
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -159,3 +159,14 @@ def _cannot_write(folder: Path, error: OSError) -> UserError:
     hints = ["free some space"] if full else []
     hints += ["MOONWHALE_CACHE moves the cache"] if folder.is_relative_to(cache_folder()) else []
     return UserError(f"cannot write in {folder}: {reason}" + (f" ({'; '.join(hints)})" if hints else ""))
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a file atomically: under another name first, then, when it is on the disk, renamed."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -13,9 +13,6 @@ import re
 import types
 import typing
 from collections.abc import Callable, Container, Iterator, Mapping
-from pathlib import Path
-
-import yaml
 
 from moonwhale.errors import UserError, did_you_mean, shown
 from moonwhale.yaml_files import parse_yaml, read_yaml_file
@@ -316,27 +313,6 @@ def merge(*layers: dict) -> dict:
         for key, value in layer.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
     return merged
-
-
-def write_yaml(path: str | os.PathLike, values: dict, comment: str) -> None:
-    """Write a mapping as YAML, atomically."""
-    write_whole(path, to_yaml(values, comment))
-
-
-def to_yaml(values: dict, comment: str) -> str:
-    """Return a mapping as YAML, below a comment of one line."""
-    return f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a file atomically: under another name first, then, when it is on the disk, renamed."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def require(config: object, name: str, ok: bool, fix: str) -> None:

@@ -1,4 +1,6 @@
-"""Reads YAML that may come from elsewhere: every fault is a UserError of one line, and nothing is expanded unseen."""
+"""Writes YAML, and reads YAML that may come from elsewhere: every fault is a UserError of one line, and nothing is
+expanded unseen.
+"""
 
 import os
 from pathlib import Path
@@ -6,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from moonwhale.errors import UserError, one_line, printable
-from moonwhale.files import read_text
+from moonwhale.files import read_text, write_whole
 
 FILE_BYTES = 1 << 18  # PyYAML reads about 100 KB in a second
 MOST_VALUES = 10_000  # in a document whose aliases are replaced by what they name
@@ -73,3 +75,13 @@ def _count(node: yaml.Node, counted: dict[int, int | None]) -> int:
             raise UserError(f"{line}: this is more than {MOST_VALUES:,} values, with aliases replaced")
     counted[id(node)] = total
     return total
+
+
+def write_yaml(path: str | os.PathLike, values: dict, comment: str) -> None:
+    """Writes a mapping as YAML, atomically."""
+    write_whole(path, to_yaml(values, comment))
+
+
+def to_yaml(values: dict, comment: str) -> str:
+    """Returns a mapping as YAML, below a comment of one line."""
+    return f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moonwhale import cli, options
+from moonwhale import cli
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.train import pretrain, samples
 from moonwhale.train.config import parse
+from moonwhale.yaml_files import write_yaml
 
 
 def test_samples_change_nothing(tiny_run, tmp_path, capsys):
@@ -64,7 +65,7 @@ def test_presets_that_people_watch_write_samples():
 def test_a_run_of_an_earlier_version_had_none(tmp_path):
     recorded = dataclasses.asdict(parse(["--out", str(tmp_path)]))
     del recorded["sample_every"], recorded["embedding_lr"]
-    options.write_yaml(tmp_path / "run.yaml", recorded, "an earlier version")
+    write_yaml(tmp_path / "run.yaml", recorded, "an earlier version")
     config = parse(["--config", str(tmp_path / "run.yaml")])
     assert (config.sample_every, config.embedding_lr) == (0, 1.0), "the defaults, not the preset's"
 
@@ -75,14 +76,14 @@ def test_a_split_model_writes_no_samples(tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"^`sample_every`: no rank holds the whole model"):
         parse(["--parallel.fsdp", "true", "--sample-every", "150"])
     assert parse(["--parallel.fsdp", "true"]).sample_every == 0, "which only the preset asks for"
-    options.write_yaml(tmp_path / "run.yaml", dataclasses.asdict(parse([])), "a run of one process")
+    write_yaml(tmp_path / "run.yaml", dataclasses.asdict(parse([])), "a run of one process")
     assert parse(["--config", str(tmp_path / "run.yaml"), "--parallel.fsdp", "true"]).sample_every == 0
 
 
 def test_samples_stay_out_of_json(tiny_run, capsys):
     """Standard output holds one object, standard error the samples."""
     path = tiny_run(steps=2, sample_every=1).out + ".yaml"
-    options.write_yaml(path, dataclasses.asdict(tiny_run(steps=2, sample_every=1)), "the test's")
+    write_yaml(path, dataclasses.asdict(tiny_run(steps=2, sample_every=1)), "the test's")
     assert cli.main(["train", "--config", path, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["steps"] == 2 and err.count("  sample: ") == 2

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from moonwhale import __version__
 from moonwhale.evaluate.config import EvalConfig
-from moonwhale.options import Parser, add_options, read_argv, write_whole
+from moonwhale.files import write_whole
+from moonwhale.options import Parser, add_options, read_argv
 from moonwhale.outputs import new_file
 from moonwhale.reports import add_json, reporting
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 
-from moonwhale import options
 from moonwhale.errors import UserError
+from moonwhale.files import write_whole
 from moonwhale.lab.config import Comparison
 from moonwhale.lab.report import report, table
 from moonwhale.lab.runs import Rows, Run
@@ -101,7 +101,7 @@ def _check_base(asked: Comparison, rows: Rows, out: Path) -> None:
     now |= {"budget": str(asked.budget), "turns": asked.options.turns, "data's checksum": checksum}
     file = out / BASE_FILE
     if not file.exists():
-        options.write_whole(file, json.dumps(now, indent=1) + "\n")
+        write_whole(file, json.dumps(now, indent=1) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     for name in now | before:

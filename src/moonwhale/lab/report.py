@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from moonwhale import __version__, options
+from moonwhale import __version__
+from moonwhale.files import write_whole
 from moonwhale.lab.config import Comparison
 from moonwhale.lab.differences import paired_difference
 from moonwhale.lab.runs import Run
@@ -37,8 +38,8 @@ def report(asked: Comparison, runs: list[list[Run]], out: Path) -> dict:
         "tuned": asked.options.tune,
         "variants": variants,
     }
-    options.write_whole(out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    options.write_whole(out / "comparison.html", page(result))
+    write_whole(out / "comparison.json", json.dumps(result, indent=1) + "\n")
+    write_whole(out / "comparison.html", page(result))
     return result
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from moonwhale import options
 from moonwhale.checkpoint import clear_unfinished, log_history, newest_checkpoint, open_checkpoint, publish_model
 from moonwhale.costs import model_size
 from moonwhale.errors import NotFiniteError
 from moonwhale.evaluate.text import score_text
-from moonwhale.files import read_json
+from moonwhale.files import read_json, write_whole
 from moonwhale.lab.config import Budget, Comparison
 from moonwhale.lab.peak_memory import PeakMemory
 from moonwhale.lab.turn_trainer import ENDLESS, TurnTrainer
@@ -26,6 +25,7 @@ from moonwhale.precision import choose
 from moonwhale.train.config import TrainConfig, build_model_config
 from moonwhale.train.memory import out_of_memory_as_advice
 from moonwhale.train.pretrain import build_model, contents, trainer_arguments
+from moonwhale.yaml_files import write_yaml
 
 RESULT = "result.json"
 
@@ -111,7 +111,7 @@ class Run:
             torch.compiler.reset()  # otherwise the compiler gives up after some models
         self.folder.mkdir(parents=True, exist_ok=True)
         how = f"A run of {self.budget}; the schedule follows the share that is spent"
-        options.write_yaml(self.folder / "run.yaml", dataclasses.asdict(config), how)
+        write_yaml(self.folder / "run.yaml", dataclasses.asdict(config), how)
         with PeakMemory(choice.device) as memory, out_of_memory_as_advice(config, choice.device):
             trainer = self._trainer(choice, checkpoint, on_step, callbacks)
             trainer.remove_callback(transformers.PrinterCallback)
@@ -190,7 +190,7 @@ class Run:
         }
         head = {"variant": self.variant.name, "seed": self.config.seed, "folder": str(self.folder)}
         result = head | figures | of_model | {"options": dataclasses.asdict(self.config)}
-        options.write_whole(self.folder / RESULT, json.dumps(result, indent=1) + "\n")
+        write_whole(self.folder / RESULT, json.dumps(result, indent=1) + "\n")
         for folder in self.folder.glob("checkpoint-*"):
             shutil.rmtree(folder)
         self.result, self.position = result, self.budget.amount

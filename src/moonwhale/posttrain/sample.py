@@ -10,6 +10,7 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_task
 from moonwhale.errors import UserError
+from moonwhale.files import write_whole
 from moonwhale.infer.commands import DEVICES, PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import option, require_at_least_one
@@ -92,7 +93,7 @@ def _sample(config: SampleOptions) -> dict:
         for answer in sorted(answers)
     ]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
-    options.write_whole(config.out, "".join(lines))
+    write_whole(config.out, "".join(lines))
     solved = sum(map(bool, kept))
     print(f"kept {n_kept:,} of {n_drawn:,} answers, to {solved:,} of {len(problems):,} questions: {config.out}")
     if n_over:

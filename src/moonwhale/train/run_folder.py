@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moonwhale import options
 from moonwhale.errors import UserError
-from moonwhale.files import require_writable
+from moonwhale.files import require_writable, write_whole
 from moonwhale.outputs import owned
 from moonwhale.processes import is_main_process
+from moonwhale.yaml_files import to_yaml
 
 RUN_FILE = "run.yaml"
 LOCK = ".lock"
@@ -129,7 +129,7 @@ def check_data_unchanged(config, what: str, contents: bytes, description: str) -
     record = Path(config.out) / DATA_FILE
     checksum = hashlib.sha256(contents).hexdigest()
     if not record.exists():
-        options.write_whole(record, f"{description}\nchecksum   {checksum}\n")
+        write_whole(record, f"{description}\nchecksum   {checksum}\n")
     elif checksum not in record.read_text(encoding="utf-8"):
         raise UserError(
             f"{what} has changed since the run in {config.out} began (see {record}): bring it back, or train into "
@@ -139,14 +139,14 @@ def check_data_unchanged(config, what: str, contents: bytes, description: str) -
 
 def write_run_file(config, path: str | os.PathLike) -> None:
     """Writes the resolved options, which `--config` replays."""
-    options.write_whole(path, run_yaml(config))
+    write_whole(path, run_yaml(config))
 
 
 def run_yaml(config) -> str:
     """The resolved options as YAML. `resume` belongs to a single call and is left out."""
     values = dataclasses.asdict(config)
     del values["resume"]
-    return options.to_yaml(values, f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER")
+    return to_yaml(values, f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER")
 
 
 def find_run_file(out: str | None) -> str | None:
