@@ -1,8 +1,8 @@
 """Opens checkpoint folders, data and settings that were damaged on purpose, each in a process with limits.
 
-Every trial changes a good folder by one seeded mutator of hostile_files.py, or writes one hostile file, and runs one
-verb on it. The verb must end within the limits of time and memory, with success or with one line of error. Python files
-and pickles in the folder would write a canary if anything executed them.
+Every trial changes a good folder by one seeded mutator of hostile_folders.py, or writes one file of hostile_files.py,
+and runs one verb on it. The verb must end within the limits of time and memory, with success or with one line of error.
+Python files and pickles in the folder would write a canary if anything executed them.
 """
 
 import contextlib
@@ -20,19 +20,8 @@ from pathlib import Path
 
 from forked_processes import ForkedProcess
 from hostile_data import columnar, many_columns, many_values, saved_set
-from hostile_files import (
-    CANARY,
-    CHATTING,
-    FOLDERS,
-    PATHS,
-    Folder,
-    bomb,
-    bomb_of_aliases,
-    damage_run,
-    data,
-    name_paths,
-    yaml,
-)
+from hostile_files import PATHS, bomb, bomb_of_aliases, damage_run, data, name_paths, yaml
+from hostile_folders import CANARY, CHATTING, FOLDERS, Folder
 
 SECONDS, BYTES = 10, 2 << 30  # of processor time, which other processes on the machine do not prolong; of memory
 PATIENCE = 90  # seconds on the clock

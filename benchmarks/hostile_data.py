@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from hostile_files import ODD
+from hostile_folders import ODD
 
 
 def columnar(path: Path, draw: random.Random) -> None:
