@@ -46,14 +46,14 @@ def autocast():
 
 def score_tiles(model: MoonwhaleForCausalLM, tokens: Tensor) -> list[Tensor]:
     """Returns one tensor per tile of scores in a forward pass of tokens (rows, T); tiles of equal shape share one."""
-    tiles, of_shape, scores_of = [], {}, attention._scores
+    tiles, of_shape, products_of = [], {}, attention._products
 
     def recorded(*args) -> Tensor:
-        scores = scores_of(*args)
+        scores = products_of(*args)
         tiles.append(of_shape.setdefault(scores.shape, scores))
         return scores
 
-    with mock.patch.object(attention, "_scores", recorded), torch.no_grad(), autocast():
+    with mock.patch.object(attention, "_products", recorded), torch.no_grad(), autocast():
         model(tokens, labels=tokens)
     return tiles
 
