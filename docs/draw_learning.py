@@ -1,6 +1,6 @@
 """Draws docs/learning.svg, what the demo and `evening` learn over their runs: `python docs/draw_learning.py [RUN...]`.
 
-With the folders of runs, the script first reads their logs into docs/learning.json; otherwise it draws what is there.
+With the folders of runs, the script first reads their logs into docs/learning.json, which keeps those of other presets.
 """
 
 import json
@@ -60,7 +60,8 @@ def draw(runs: dict[str, dict], path: Path) -> None:
 def main(argv: list[str]) -> None:
     file = DOCS / "learning.json"
     if argv:
-        lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in read(argv).items()]
+        runs = json.loads(file.read_text(encoding="utf-8")) | read(argv)
+        lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]
         file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     draw(json.loads(file.read_text(encoding="utf-8")), DOCS / "learning.svg")
 
