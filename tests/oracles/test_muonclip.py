@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moonwhale.errors import UserError
+from moonwhale.optim import muonclip
 from moonwhale.optim.muonclip import MuonClip, newton_schulz, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 
@@ -136,6 +137,74 @@ def test_newton_schulz_brings_singular_values_to_one_and_keeps_zero():
     *values, zero = torch.linalg.svdvals(newton_schulz(stack, FP32))
     assert all(v.min() > 0.6 and v.max() < 1.3 for v in values)
     assert (zero == 0).all()
+
+
+def with_singular_values(values, width, n=6):
+    """Returns n matrices (len(values), width) in fp64 with these singular values."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, size, len(values), generator=generator, dtype=torch.float64)).Q
+        for size in (len(values), width)
+    )
+    return (left * values) @ right.mT
+
+
+def singly(x):
+    """Newton-Schulz by single iterations, as torch's Muon does it."""
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        x = muonclip._iterate(x)
+    return x
+
+
+@pytest.mark.parametrize("shape", [(20, 40), (40, 20), (16, 80), (2, 3, 40, 9)])
+def test_two_iterations_at_once_equal_two(shape):
+    matrices = normal(*shape).double().view(-1, *shape[-2:])
+    oracle = singly(matrices if shape[-2] <= shape[-1] else matrices.mT)
+    oracle = oracle if shape[-2] <= shape[-1] else oracle.mT
+    assert distance(newton_schulz(matrices, torch.float64), oracle) < 1e-12
+
+
+@pytest.mark.parametrize("decades", [1, 2, 4])
+def test_two_iterations_at_once_are_as_exact_in_bf16(decades):
+    matrices = with_singular_values(torch.logspace(0, -decades, 96, dtype=torch.float64), 256)
+    exact, rounded = singly(matrices), (matrices / matrices.norm(dim=(-2, -1), keepdim=True)).to(torch.bfloat16)
+    single = distance(singly(rounded).double(), exact)
+    ours = distance(newton_schulz(matrices.float(), torch.bfloat16).double(), exact)
+    assert ours < 1.2 * single + 0.01
+    if decades > 1:
+        assert distance(five_at_once(rounded).double(), exact) > 5 * ours
+
+
+def five_at_once(x):
+    """All iterations on the Gram matrix: a mutant, since rounding errors grow from one to the next."""
+    gram, product = x @ x.mT, torch.eye(x.shape[-2], dtype=x.dtype)
+    for _ in range(5):
+        factor = muonclip._polynomial(gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(muonclip.NEWTON_SCHULZ[0])
+        gram, product = factor @ gram @ factor, factor @ product
+    return product @ x
+
+
+def test_parts_for_the_caches_change_no_bit(monkeypatch):
+    weights = [normal(5, 16, 24), normal(16, 24), normal(24, 16), normal(16, 24)]
+
+    def stepped(numbers):
+        monkeypatch.setattr(muonclip, "CACHED_NUMBERS", numbers)
+        params = [nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = MuonClip(params, LR, DECAY, newton_schulz_dtype=FP32)
+        for step in range(2):
+            for p in params:
+                p.grad = normal(*p.shape, seed=step + p.ndim)
+            optimizer.step()
+        return params + [optimizer.state[p]["momentum_buffer"] for p in params]
+
+    whole = stepped(10**9)
+    for numbers in (1, 2 * 16 * 24, 3 * 16 * 24):
+        assert all(torch.equal(x, y) for x, y in zip(stepped(numbers), whole, strict=True))
+    monkeypatch.setattr(muonclip, "CACHED_NUMBERS", 2 * 16 * 24)
+    sizes = [sum(x.numel() for x in next(iter(part))) for part in muonclip._cut(weights, weights)]
+    assert sum(sizes) == sum(weight.numel() for weight in weights) and len(sizes) > 3
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 1, 3)])

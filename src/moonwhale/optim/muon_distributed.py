@@ -33,6 +33,10 @@ class DistributedMuonClip(MuonClip):
         super().__init__(params, **settings)
         self.group, self.experts = group, experts or group
 
+    def _parts(self, *tensors: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
+        """Return one part, so that the ranks share all matrices."""
+        return [tensors]
+
     def _orthogonalise(self, updates: list[Tensor], split: int, dtype: torch.dtype) -> list[Tensor]:
         if isinstance(updates[0], DTensor):
             return self._orthogonalise_shards(updates, split, dtype)

@@ -9,6 +9,8 @@ semi-orthogonal matrix before the step. All directions of the update then count 
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # 0.2 * sqrt(max(A, B)) matches it, so both share one learning rate and weight decay (Moonlight §2.2).
 UPDATE_RMS = 0.2
 
+CACHED_NUMBERS = 2**20 * 3 // 2  # of the matrices that a CPU orthogonalises at once, so that they stay in its caches
+
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int = 5) -> Tensor:
     """Bring every matrix of a stack (n, A, B) close to its nearest semi-orthogonal matrix, U Vᵀ of its SVD.
@@ -37,17 +41,43 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int
     This is Muon's quintic iteration for all matrices at once. It computes and returns `dtype`, by default bf16 if the
     device multiplies it faster, else fp32. Singular values end between about 0.7 and 1.2. A zero matrix stays zero.
     """
-    a, b, c = NEWTON_SCHULZ
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
     x = x.to(dtype or _fast_dtype(matrices.device))
     tall = x.size(-2) > x.size(-1)
     if tall:  # so that the Gram matrix is the smaller one of the two
         x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT  # (n, min(A, B), min(A, B))
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G²
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b G + c G²) x
+    pairs = steps // 2 if x.size(-1) >= 2 * x.size(-2) else 0
+    for _ in range(steps - 2 * pairs):
+        x = _iterate(x)
+    for _ in range(pairs):
+        x = _iterate_twice(x)
     return x.mT if tall else x
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """Return a x + b G x + c G² x for the Gram matrix G = x xᵀ."""
+    return torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=NEWTON_SCHULZ[0])
+
+
+def _iterate_twice(x: Tensor) -> Tensor:
+    """Return what `_iterate` makes of x in two iterations, S₂ S₁ x with S = a I + b G + c G².
+
+    The second Gram matrix is S₁ G S₁, so x itself, the longer matrix, takes part in two products instead of four. In
+    bf16 this is as exact as single iterations. More than two at once would not be: rounding errors of G grow.
+    """
+    a = NEWTON_SCHULZ[0]
+    gram = x @ x.mT  # (n, min(A, B), min(A, B)), as all matrices here but x
+    first = _polynomial(gram)
+    half = torch.baddbmm(gram, first, gram, beta=a)  # S₁ G
+    second = _polynomial(torch.baddbmm(half, half, first, beta=a))
+    first.diagonal(dim1=-2, dim2=-1).add_(a)  # S₁
+    return torch.baddbmm(first, second, first, beta=a) @ x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """Return b G + c G²."""
+    _, b, c = NEWTON_SCHULZ
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
@@ -132,6 +162,14 @@ class MuonClip(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum_buffer"] for p in params]
+        for part in self._parts(params, grads, momenta):
+            self._step_part(group, *part)
+
+    def _parts(self, *tensors: list[Tensor]) -> Iterable[Iterable[list[Tensor]]]:
+        """Cut parameters, their gradients and momenta into parts for `_step_part`, which on a CPU fit its caches."""
+        return [tensors] if tensors[0][0].device.type != "cpu" else _cut(*tensors)
+
+    def _step_part(self, group: dict, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, grads)
         updates = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov momentum
@@ -180,6 +218,20 @@ class MuonClip(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _cut(*tensors: list[Tensor]) -> Iterator[Iterable[list[Tensor]]]:
+    """Yield parts of several lists of equal shapes. Each has about `CACHED_NUMBERS` numbers in each list: matrices, and
+    views of a few matrices of a stack, those of equal shape together.
+    """
+    pieces = []
+    for same in zip(*tensors, strict=True):  # a parameter, its gradient and its momentum
+        length = max(1, CACHED_NUMBERS // same[0][0].numel()) if same[0].ndim == 3 else len(same[0])
+        pieces += zip(*(tensor.split(length) for tensor in same), strict=True)
+    pieces.sort(key=lambda piece: piece[0].shape)
+    ends = accumulate(piece[0].numel() for piece in pieces)
+    for _, part in groupby(zip(ends, pieces, strict=True), lambda end_and_piece: end_and_piece[0] // CACHED_NUMBERS):
+        yield zip(*(piece for _, piece in part), strict=True)
 
 
 def _check_settings(group: dict) -> None:
