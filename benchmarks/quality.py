@@ -1,6 +1,8 @@
 """Which model predicts held-out text best after equal time: moonwhale, a dense model with AdamW, or nanochat?
 
     python benchmarks/quality.py TEXT [--nanochat FOLDER] [--tune]
+    python benchmarks/quality.py TEXT --nanochat FOLDER --only ours nanochat --seconds 1200 \
+        --rates benchmarks/results/quality.json --name quality_20min
 
 The contenders (contenders.py) train on the same rows of the same text, with the same tokenizer, threads, precision and
 allocator. They take turns, each for a twelfth of its time, so that a machine whose speed drifts slows all alike. Only
@@ -12,7 +14,8 @@ tried for a quarter of the time, the best two are run for the whole time, and th
 on either part. The script also draws docs/quality.svg.
 
 Keys of the answer (results/quality.json), most with one value per contender ("ours", "dense", "nanochat"):
-    vs_dense, vs_nanochat: our bits per byte divided by the other's; below 1 is better.
+    vs_dense, vs_nanochat: our bits per byte divided by the other's; below 1 is better. After another time than 240
+        seconds the keys say so: vs_nanochat_20min.
     why_no_nanochat: the reason if nanochat is missing.
     bits_per_byte, tuning_bits_per_byte: on the held-out text, and on the text that chooses learning rates.
     tokens, tokens_per_second, seconds, parameters, active_parameters: of the training run.
@@ -46,6 +49,7 @@ from moonwhale.precision import choose, compile_unsupported_reason, tune_allocat
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
 WARM_UP = (0.0, 0.5, 1.0)  # progress of the untimed steps: a schedule may change what is computed
 NAMES = {"ours": "moonwhale", "dense": "dense GPT, AdamW", "nanochat": "nanochat"}
+SECONDS = 240  # of training that quality.json is about
 TURNS = 12  # turns of each run
 REPORTED = ("bits_per_byte", "tuning_bits_per_byte", "tokens", "tokens_per_second", "seconds", "parameters")
 REPORTED += ("active_parameters", "others", "busiest")
@@ -180,7 +184,8 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
     def tuning_bits(found: dict) -> dict:
         return {name: {r: run["tuning_bits_per_byte"] for r, run in runs.items()} for name, runs in found.items()}
 
-    rates, candidates = {}, {name: [known[name][0]["lr"]] for name in names}
+    recipes = json.loads(arguments.rates.read_text(encoding="utf-8"))["recipes"] if arguments.rates else {}
+    rates, candidates = {}, {name: [recipes.get(name, known[name][0])["lr"]] for name in names}
     if arguments.tune:
         trials = tried({name: known[name][1] for name in names}, arguments.tune_seconds, "learning rates", False)
         rates, candidates = tuning_bits(trials), {name: [*found][:2] for name, found in trials.items()}
@@ -198,11 +203,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("text", metavar="TEXT", help="training text, .txt or .txt.xz; its paragraphs are documents")
     parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="checkout of nanochat, the third contender")
     parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows per step of nanochat (those of ours)")
-    parser.add_argument("--seconds", type=float, default=240, help="seconds of training of each contender (240)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"seconds each contender trains ({SECONDS})")
     parser.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
     parser.add_argument("--tune-seconds", type=float, default=60, help="seconds of training of each trial (60)")
-    parser.add_argument("--only", nargs="+", choices=COLOURS, help="train these contenders, print, write nothing")
-    parser.add_argument("--name", default="quality", help="name of the result and of the picture in docs/ (quality)")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="without --tune: learning rates of this result")
+    parser.add_argument(
+        "--only", nargs="+", choices=COLOURS, help="train these contenders; without --name, write nothing"
+    )
+    parser.add_argument("--name", help="name of the result and of the picture in docs/ (quality)")
     parser.add_argument("--picture", type=Path, help="file of the picture (docs/NAME.svg)")
     arguments = parser.parse_args(argv)
     folder, why = arguments.nanochat, compile_unsupported_reason(choose().device)
@@ -221,11 +229,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     names = arguments.only or [n for n in COLOURS if n != "nanochat" or not why]
     runs, recipes, rates, finals = compete(names, data, arguments)
-    if arguments.only:
+    if arguments.only and not arguments.name:
         print(json.dumps({name: {key: run[key] for key in REPORTED} for name, run in runs.items()}))
         return
 
-    result = {"vs_dense": _ratio(runs, "dense"), "vs_nanochat": None if why else _ratio(runs, "nanochat")}
+    after = "" if arguments.seconds == SECONDS else f"_{arguments.seconds / 60:g}min"
+    result = {f"vs_{other}{after}": _ratio(runs, other) for other in ("dense", "nanochat")}
     if why:
         result["why_no_nanochat"] = why
     result |= {key: {name: run[key] for name, run in runs.items()} for key in REPORTED}
@@ -235,11 +244,14 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"train_tokens": len(data.train), "held_out_tokens": data.held_out.numel()}
     result["environment"] = environment("bf16 autocast" if choose().autocast else "fp32", allocator_tuned)
     curves = {name: run["curve"] for name, run in runs.items()}
-    write(arguments.results, arguments.name, result, curves=curves)
-    draw(result | {"curves": curves}, arguments.picture or ROOT / "docs" / f"{arguments.name}.svg")
+    name = arguments.name or "quality"
+    write(arguments.results, name, result, curves=curves)
+    draw(result | {"curves": curves}, arguments.picture or ROOT / "docs" / f"{name}.svg")
 
 
-def _ratio(runs: dict[str, dict], other: str) -> float:
+def _ratio(runs: dict[str, dict], other: str) -> float | None:
+    if not {"ours", other} <= runs.keys():
+        return None
     return round(runs["ours"]["bits_per_byte"] / runs[other]["bits_per_byte"], 4)
 
 
