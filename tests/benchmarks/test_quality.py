@@ -106,6 +106,7 @@ def data(quality, text_folder):
 
 def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "compile_unsupported_reason", lambda device: "")
+    monkeypatch.setattr(quality, "SECONDS", 0.2)
     picture = tmp_path / "quality.svg"
     options = ["--seconds", "0.2", "--tune", "--tune-seconds", "0.05", "--nanochat", str(checkout)]
     options += ["--results", str(tmp_path), "--picture", str(picture)]
@@ -135,8 +136,9 @@ def test_quality(quality, checkout, text_folder, tmp_path, capsys, monkeypatch):
         assert f"{quality.NAMES[name]}: {bits[name]:.3f}" in picture.read_text(), "the figure where the curve ends"
 
 
-def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path):
-    options = ["--seconds", "0.05", "--results", str(tmp_path), "--picture", str(tmp_path / "quality.svg")]
+def test_without_nanochat_the_result_says_so(quality, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "SECONDS", 0.05)
+    options = ["--results", str(tmp_path), "--picture", str(tmp_path / "quality.svg")]
     quality.main([str(text_folder), *options])
     result = json.loads((tmp_path / "quality.json").read_text())
     assert result["vs_nanochat"] is None and "--nanochat" in result["why_no_nanochat"]
@@ -148,6 +150,21 @@ def test_a_single_contender_writes_no_files(quality, text_folder, tmp_path, caps
     quality.main([str(text_folder), *options])
     assert json.loads(capsys.readouterr().out)["dense"]["bits_per_byte"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_another_time_has_keys_and_a_file_of_its_own(quality, checkout, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "compile_unsupported_reason", lambda device: "")
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps({"recipes": {"ours": {"lr": 0.001}, "nanochat": {"lr": 2.0}}}))
+    options = ["--only", "ours", "nanochat", "--nanochat", str(checkout), "--seconds", "0.3", "--rates", str(before)]
+    options += ["--name", "quality_longer", "--results", str(tmp_path), "--picture", str(tmp_path / "longer.svg")]
+    quality.main([str(text_folder), *options])
+    result = json.loads((tmp_path / "quality_longer.json").read_text())
+    bits = result["bits_per_byte"]
+    assert result["vs_nanochat_0.005min"] == pytest.approx(bits["ours"] / bits["nanochat"], abs=1e-4)
+    assert result["vs_dense_0.005min"] is None and set(bits) == {"ours", "nanochat"}
+    assert (result["recipes"]["ours"]["lr"], result["recipes"]["nanochat"]["lr"]) == (0.001, 2.0)
+    assert not (tmp_path / "quality.json").exists()
 
 
 @pytest.mark.parametrize(
