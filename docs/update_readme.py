@@ -17,7 +17,19 @@ import readme_figures
 
 ROOT = Path(__file__).parent.parent
 # The benchmarks whose results `figures` shows.
-SOURCES = "quality", "optimizer", "train", "demo_step", "moba", "decode", "serve", "grpo", "fp8", "parallel"
+SOURCES = (
+    "quality",
+    "quality_20min",
+    "optimizer",
+    "train",
+    "demo_step",
+    "moba",
+    "decode",
+    "serve",
+    "grpo",
+    "fp8",
+    "parallel",
+)
 
 
 def transcript(name: str) -> str:
