@@ -125,7 +125,7 @@ def test_the_tables_have_each_figure_in_its_row():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert [cell for cell in cells[1:] if cell and not cell.startswith("[")] == figures
     assert "Measured on a CPU, 3 of 4 cores; fp8 on another, 3 of 4 cores; bf16 unless" in tables
-    assert "nanochat" not in tables and "llama.cpp" not in tables
+    assert "240 s: nanochat" not in tables and "llama.cpp" not in tables
     quality["bits_per_byte"]["nanochat"] = 1.95
     decode |= {f"{bits}_vs_llamacpp_{n}": 1.4 for bits in ("bf16", "int8") for n in (128, 1024)}
     decode |= {"prompt_vs_llamacpp": 2.0, "bandwidth_share_bf16": 0.76}
