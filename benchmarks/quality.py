@@ -184,8 +184,7 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
     def tuning_bits(found: dict) -> dict:
         return {name: {r: run["tuning_bits_per_byte"] for r, run in runs.items()} for name, runs in found.items()}
 
-    recipes = json.loads(arguments.rates.read_text(encoding="utf-8"))["recipes"] if arguments.rates else {}
-    rates, candidates = {}, {name: [recipes.get(name, known[name][0])["lr"]] for name in names}
+    rates, candidates = {}, {name: [arguments.rates.get(name, known[name][0]["lr"])] for name in names}
     if arguments.tune:
         trials = tried({name: known[name][1] for name in names}, arguments.tune_seconds, "learning rates", False)
         rates, candidates = tuning_bits(trials), {name: [*found][:2] for name, found in trials.items()}
@@ -198,15 +197,27 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
     return {name: run for name, (_, run) in winners.items()}, recipes, rates, tuning_bits(finals)
 
 
+def rates_of(file: str) -> dict[str, float]:
+    """Returns the learning rate of each contender in a result file of this script."""
+    try:
+        recipes = json.loads(Path(file).read_text(encoding="utf-8"))["recipes"]
+        return {name: float(recipe["lr"]) for name, recipe in recipes.items()}
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{file} can't be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{file} is no result of this script: it has no recipes with lr") from error
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("text", metavar="TEXT", help="training text, .txt or .txt.xz; its paragraphs are documents")
     parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="checkout of nanochat, the third contender")
     parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows per step of nanochat (those of ours)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"seconds each contender trains ({SECONDS})")
-    parser.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
+    choice.add_argument("--rates", type=rates_of, default={}, metavar="FILE", help="take learning rates of this result")
     parser.add_argument("--tune-seconds", type=float, default=60, help="seconds of training of each trial (60)")
-    parser.add_argument("--rates", type=Path, metavar="FILE", help="without --tune: learning rates of this result")
     parser.add_argument(
         "--only", nargs="+", choices=COLOURS, help="train these contenders; without --name, write nothing"
     )

@@ -172,6 +172,9 @@ def test_another_time_has_keys_and_a_file_of_its_own(quality, checkout, text_fol
     [
         (["--nanochat", "."], "no nanochat/gpt.py in ."),
         (["--only", "nanochat"], "no checkout of nanochat"),
+        (["--rates", "absent.json"], "absent.json can't be read: No such file"),
+        (["--rates", __file__], "is no result of this script"),
+        (["--tune", "--rates", __file__], "--rates"),
         ([], "less than a row of 16 tokens"),
     ],
 )

@@ -134,3 +134,9 @@ def test_shares_are_balanced_to_within_one_matrix(ranks):
     shares = equal_shares(costs, ranks)
     assert [i for share in shares for i in range(40)[share]] == list(range(40)) and len(shares) == ranks
     assert all(abs(sum(costs[share]) - sum(costs) / ranks) <= max(costs) for share in shares)
+
+
+def test_a_process_alone_takes_parts_for_its_caches(monkeypatch):
+    monkeypatch.setattr(muonclip, "CACHED_NUMBERS", 16)
+    weights = [torch.ones(4, 4), torch.ones(4, 4)]
+    assert len(list(DistributedMuonClip(weights)._parts(weights, weights))) > 1

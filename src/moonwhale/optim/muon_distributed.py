@@ -4,6 +4,7 @@ Newton-Schulz is what Muon costs. Momenta and AdamW are cheap and stay with the 
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -33,9 +34,11 @@ class DistributedMuonClip(MuonClip):
         super().__init__(params, **settings)
         self.group, self.experts = group, experts or group
 
-    def _parts(self, *tensors: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
-        """Return one part, so that the ranks share all matrices."""
-        return [tensors]
+    def _parts(self, *tensors: list[Tensor]) -> Iterable[Iterable[list[Tensor]]]:
+        """Return one part if several ranks share the matrices, so that they share all of them at once."""
+        groups = (group for group in (self.group, self.experts) if group is not None)
+        shared = isinstance(tensors[0][0], DTensor) or any(dist.get_world_size(group) > 1 for group in groups)
+        return [tensors] if shared else super()._parts(*tensors)
 
     def _orthogonalise(self, updates: list[Tensor], split: int, dtype: torch.dtype) -> list[Tensor]:
         if isinstance(updates[0], DTensor):
