@@ -32,10 +32,11 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def plain_training():
-    """After each test the model computes in PyTorch again, whatever a run in this process has set."""
+    """After each test the model and MuonClip compute in PyTorch again, whatever a run in this process has set."""
     yield
-    if kernels := sys.modules.get("moonwhale.model.kernels"):
-        kernels.compiled = None
+    for name in ("moonwhale.model.kernels", "moonwhale.optim.elementwise"):
+        if module := sys.modules.get(name):
+            module.compiled = None
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "files", "manifest", "outputs", "options", "weights", "model", "data"},
     "parallel": {"parallel", "errors", "options", "costs", "model", "processes"},
     "train": TRAINING,
-    "native": {"native", "errors", "files", "model"},
+    "native": {"native", "errors", "files", "model", "optim"},
     "infer": INFERENCE,
     "posttrain": TRAINING | INFERENCE | {"posttrain"},  # GRPO samples its answers from the engine
     "evaluate": INFERENCE | {"evaluate"},

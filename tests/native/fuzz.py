@@ -198,6 +198,9 @@ def run_random_training(draw: random.Random) -> None:
         training.softmax_(scores.clone(), draw.random() < 0.5, draw.choice([None, ids]), log_sum)
     training.score_gradient_(scores.clone(), scores, torch.randn(heads, queries, 1), 0.5)
 
+    momentum = torch.randn(draw.randint(1, 9000))
+    training.descend_(momentum, training.nesterov_(momentum, -momentum, 0.9).to(dtype), 0.9, 0.1)
+
     spare = torch.zeros(1 << 12)
     for name, kinds in build.ARGUMENTS["training"].items():
         function = getattr(build.library("training"), name)

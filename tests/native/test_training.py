@@ -17,6 +17,7 @@ from moonwhale.model.loss import linear_cross_entropy
 from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
 from moonwhale.native import build, training
+from moonwhale.optim import elementwise
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.train.pretrain import train
 
@@ -37,6 +38,10 @@ MUTANTS = {
     "documents see each other": ("training.h", "ids == of_queries[row]", "ids == ids"),
     "powers are not relative to the largest": ("training.h", "load(own + k) - peak[r]", "load(own + k) - 20.0f"),
     "the scores' gradient": ("training.h", "get(at, part) - out_dot[r]", "get(at, part)"),
+    "no Nesterov momentum": ("training.h", "g + m * decay", "m"),
+    "the momentum does not decay": ("training.h", "get(momentum + i, part) * decay", "get(momentum + i, part)"),
+    "no weight decay": ("training.h", "get(weight + i, part) * kept", "get(weight + i, part)"),
+    "the last of a piece": ("training.h", "std::min(PIECE, n - start)", "std::min(PIECE - 1, n - start)"),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (1, 16), (3, 5), (64, 32), (67, 48), (130, 33)]
@@ -213,6 +218,31 @@ def test_scores_of_thousands(library):
         assert some.isfinite().all() and (some - exact).norm() < 1e-3 * exact.norm()
 
 
+def muon(momenta, grads, directions):
+    """Return Nesterov's updates, the momenta, and weights after a step."""
+    momenta, weights = [m.clone() for m in momenta], [m + 1 for m in momenta]
+    updates = elementwise.nesterov(momenta, grads, 0.9)
+    elementwise.descend(weights, directions, 0.97, [-0.1 * i for i in range(1, 1 + len(weights))])
+    return *updates, *momenta, *weights
+
+
+def assert_muon_is_equal_to_rounding(dtype):
+    shapes = [(1, 1), (3, 5), (2, 3, 7), (41, 100), (3, 64, 64)]  # the last two: more than a piece, and exactly three
+    momenta, grads, directions = ([normal(*shape, seed=seed) for shape in shapes] for seed in range(3))
+    directions = [direction.to(dtype) for direction in directions]
+    some = muon(momenta, grads, directions)
+    compiled, elementwise.compiled = elementwise.compiled, None
+    exact = muon(momenta, grads, directions)
+    elementwise.compiled = compiled
+    for mine, theirs in zip(some, exact, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_muon(library, dtype):
+    assert_muon_is_equal_to_rounding(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_are_kept(library, dtype):
     for bad in (torch.nan, torch.inf):
@@ -259,6 +289,7 @@ def test_mutants_are_caught(library, monkeypatch, number):
         assert_equal_to_rounding(cross_entropy, x, normal(45, 45, seed=1, scale=2.0), labels)
         assert_equal_to_rounding(functools.partial(attention, ids=ids), *attention_inputs(45))
         assert_equal_to_rounding(attention, *(60 * x for x in attention_inputs(45)))
+        assert_muon_is_equal_to_rounding(torch.bfloat16)
 
     check()
     with levels.mutated(library, number), pytest.raises(AssertionError):
@@ -287,6 +318,10 @@ def test_tensors_that_do_not_fit_are_refused():
         lambda: training.softmax_(x[None], False, (torch.zeros(1, 4), torch.zeros(1, 7))),
         lambda: training.softmax_(x[None], False, None, torch.zeros(1, 5)),
         lambda: training.score_gradient_(x, x, torch.zeros(5), 1.0),
+        lambda: training.nesterov_(x, x[:, :7], 0.9),
+        lambda: training.nesterov_(x.T, x.T, 0.9),
+        lambda: training.descend_(x, x[:3], 1.0, 1.0),
+        lambda: training.descend_(x[:, :7], x[:, :7], 1.0, 1.0),
     ):
         with pytest.raises(ValueError, match="do not fit each other"):
             call()
@@ -313,6 +348,18 @@ def test_what_the_kernels_cannot_compute_is_left_to_pytorch():
     assert torch.autograd.gradcheck(module.double(), x.double().requires_grad_())
 
 
+def test_what_muon_does_in_pytorch():
+    """Numbers that are apart, another dtype, another type of tensor, and no numbers at all."""
+    use_kernels()
+    x = normal(4, 8)
+    own = x.as_subclass(type("Own", (torch.Tensor,), {}))
+    for other in (x.T, x[:, ::2], x.double(), x.to("meta"), x[:0], own):
+        update = elementwise.nesterov([other.clone(memory_format=torch.preserve_format)], [other], 0.5)[0]
+        assert type(update) is type(other) and update.shape == other.shape and update.dtype is other.dtype
+        if not other.is_meta:
+            torch.testing.assert_close(update, 1.75 * other)
+
+
 def test_kernels_are_for_a_cpu(monkeypatch):
     assert not training.use_kernels(torch.device("cuda")) and not training.use_kernels(torch.device("mps"))
     monkeypatch.setattr(build, "available", lambda name: False)
@@ -337,7 +384,9 @@ def test_a_model_trains_the_same_with_and_without(tiny_model):
 
     def run():
         model = tiny_model(num_nextn_predict_layers=1, moba_block_size=8, moba_topk=2).train()
-        optimizer, losses, norms = MuonClip(param_groups(model, lr=0.01)), [], []
+        # In bf16 Newton-Schulz would turn a gradient's last bit into a hundredth of the step
+        optimizer = MuonClip(param_groups(model, lr=0.01), newton_schulz_dtype=torch.float32)
+        losses, norms = [], []
         for _ in range(4):
             loss = model(tokens, labels=tokens).loss
             loss.backward()
@@ -358,6 +407,6 @@ def test_a_model_trains_the_same_with_and_without(tiny_model):
 def test_a_run_uses_the_kernels(tiny_run):
     if reason := build.unavailable_reason("training"):
         pytest.skip(reason)
-    assert kernels.compiled is None
+    assert kernels.compiled is None and elementwise.compiled is None
     train(tiny_run(steps=1, warmup_steps=0))
-    assert kernels.compiled is training
+    assert kernels.compiled is training and elementwise.compiled is training

@@ -42,6 +42,8 @@ ARGUMENTS = {  # of the functions in each library
         "run_gate_backward": [POINTER, POINTER, INTEGER, *[POINTER] * 5, INTEGER, POINTER, *TABLE],
         "run_softmax": [*[POINTER] * 6, *[INTEGER] * 6],
         "run_score_gradient": [POINTER, POINTER, POINTER, REAL, *TABLE],
+        "run_nesterov": [POINTER, POINTER, POINTER, REAL, INTEGER, INTEGER],
+        "run_descend": [POINTER, POINTER, REAL, REAL, INTEGER, INTEGER, INTEGER],
     },
 }
 PURPOSES = {"step": "decoding", "training": "training"}  # of each library, for people

@@ -1,7 +1,7 @@
-"""Parts of a training step on a CPU in C++ (`step/training.h`). The model calls them after `use_kernels`.
+"""Parts of a training step on a CPU in C++ (`step/training.h`). The model and MuonClip call them after `use_kernels`.
 
-All tensors are fp32 or bf16 and on a CPU; `model/kernels.py` asks for that. Each function raises ValueError if shapes
-contradict each other.
+All tensors are fp32 or bf16 and on a CPU; `model/kernels.py` and `optim/elementwise.py` ask for that. Each function
+raises ValueError if shapes contradict each other.
 """
 
 import sys
@@ -12,12 +12,13 @@ from torch import Tensor
 from moonwhale.model import kernels
 from moonwhale.native import build
 from moonwhale.native.structures import DTYPE_CODES, address
+from moonwhale.optim import elementwise
 
 
 def use_kernels(device: torch.device) -> bool:
     """Let this process train with compiled functions if `device` is a CPU and they can be compiled. Return whether."""
     if device.type == "cpu" and build.available("training"):
-        kernels.compiled = sys.modules[__name__]
+        kernels.compiled = elementwise.compiled = sys.modules[__name__]
     return kernels.compiled is not None
 
 
@@ -121,6 +122,21 @@ def score_gradient_(d_probs: Tensor, probs: Tensor, out_dot: Tensor, scale: floa
     rows = out_dot.numel(), d_probs.shape[-1]
     _run("run_score_gradient", d_probs, probs, out_dot, scale, *rows, *_how(d_probs))
     return d_probs
+
+
+def nesterov_(momentum: Tensor, gradient: Tensor, decay: float) -> Tensor:
+    """Turn a contiguous momentum M into decay * M + gradient. Return the Nesterov update gradient + decay * M."""
+    _require(momentum.is_contiguous() and gradient.shape == momentum.shape)
+    update = torch.empty_like(momentum)
+    _run("run_nesterov", momentum, update, gradient.contiguous(), decay, momentum.numel(), torch.get_num_threads())
+    return update
+
+
+def descend_(weight: Tensor, direction: Tensor, kept: float, scale: float) -> Tensor:
+    """Turn a contiguous fp32 weight into kept * weight + scale * direction. The direction is fp32 or bf16."""
+    _require(weight.is_contiguous() and direction.shape == weight.shape)
+    _run("run_descend", weight, direction.contiguous(), kept, scale, weight.numel(), *_how(direction))
+    return weight
 
 
 def _rows(x: Tensor) -> Tensor:

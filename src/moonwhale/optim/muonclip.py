@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from moonwhale.errors import UserError
+from moonwhale.optim.elementwise import descend, nesterov
 from moonwhale.optim.step_hooks import attach_hooks
 
 __all__ = ["MuonClip", "attach_hooks", "newton_schulz", "param_groups"]
@@ -170,15 +171,12 @@ class MuonClip(torch.optim.Optimizer):
         return [tensors] if tensors[0][0].device.type != "cpu" else _cut(*tensors)
 
     def _step_part(self, group: dict, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, grads)
-        updates = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov momentum
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-
+        updates = nesterov(momenta, grads, group["momentum"])
         dtype = group["newton_schulz_dtype"] or _fast_dtype(params[0].device)
-        for p, direction in zip(params, self._orthogonalise(updates, group["split"], dtype), strict=True):
-            longest = max(p.size(-2) // group["split"], p.size(-1))
-            p.add_(direction, alpha=-group["lr"] * UPDATE_RMS * math.sqrt(longest))
+        directions = self._orthogonalise(updates, group["split"], dtype)
+        longest = [max(p.size(-2) // group["split"], p.size(-1)) for p in params]
+        scales = [-group["lr"] * UPDATE_RMS * math.sqrt(size) for size in longest]
+        descend(params, directions, 1 - group["lr"] * group["weight_decay"], scales)
 
     def _orthogonalise(self, updates: list[Tensor], split: int, dtype: torch.dtype) -> list[Tensor]:
         """Apply `newton_schulz` to every matrix in `updates`, matrices of equal shape in one stack.

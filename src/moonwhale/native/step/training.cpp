@@ -106,4 +106,21 @@ int run_score_gradient(void *d_probs, const void *probs, const float *out_dot, f
 } catch (const std::length_error &) {
   return 3;
 }
+
+int run_nesterov(float *momentum, float *update, const float *gradient, float decay, int64_t n, int64_t threads) try {
+  if (!momentum || !update || !gradient || !is_valid_table(1, n, n, FP32, threads)) return 3;
+  nesterov(momentum, update, gradient, decay, n, threads);
+  return 0;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_descend(float *weight, const void *direction, float kept, float scale, int64_t n, Dtype dtype,
+                int64_t threads) try {
+  if (!weight || !direction || !is_valid_table(1, n, n, dtype, threads)) return 3;
+  with_type(dtype, [&](auto *t) { descend(weight, (decltype(t))direction, kept, scale, n, threads); });
+  return 0;
+} catch (const std::length_error &) {
+  return 3;
+}
 }

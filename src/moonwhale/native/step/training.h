@@ -1,6 +1,6 @@
 // Element-wise parts of a training step, each in one or two passes over memory: the same computations as RMSNorm
-// (model/norm.py), the cross-entropy (loss.py), the gated activation (gated.py) and the softmax (attention.py). PyTorch
-// makes a pass for every operation, with a temporary in memory between them.
+// (model/norm.py), the cross-entropy (loss.py), the gated activation (gated.py), the softmax (attention.py), and Muon's
+// momentum and step (optim/muonclip.py). PyTorch makes a pass for every operation, with a temporary in memory between them.
 //
 // Numbers are fp32 or bf16 and intermediate values fp32. Rows are `step` numbers apart, numbers of a row adjacent.
 // A result is the same to the last bit for any number of threads.
@@ -292,4 +292,30 @@ static void score_gradient_rows(T *d_probs, const T *probs, const float *out_dot
       T *at = d_probs + r * columns + k;
       put(at, (get(at, part) - out_dot[r]) * scale * get(probs + r * columns + k, part), part);
     });
+}
+
+constexpr long PIECE = 4096; // numbers that a thread takes at once
+
+// Calls run(i, All) or run(i, Some) for the vectors of n adjacent numbers
+template <class Run> INLINE void each_vector(long n, int threads, Run run) {
+#pragma omp parallel for num_threads(threads)
+  for (long start = 0; start < n; start += PIECE)
+    each_vector(std::min(PIECE, n - start), [&](long i, auto part) { run(start + i, part); });
+}
+
+// Muon's momentum M = decay * M + G, and its Nesterov update G + decay * M
+static void nesterov(float *momentum, float *update, const float *gradient, float decay, long n, int threads) {
+  each_vector(n, threads, [&](long i, auto part) {
+    Vector g = get(gradient + i, part), m = get(momentum + i, part) * decay + g;
+    put(momentum + i, m, part);
+    put(update + i, g + m * decay, part);
+  });
+}
+
+// A step with weight decay: W = kept * W + scale * direction
+template <class T>
+static void descend(float *weight, const T *direction, float kept, float scale, long n, int threads) {
+  each_vector(n, threads, [&](long i, auto part) {
+    put(weight + i, get(weight + i, part) * kept + get(direction + i, part) * scale, part);
+  });
 }

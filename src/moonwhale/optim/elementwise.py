@@ -1,0 +1,39 @@
+"""The element-wise parts of Muon's step: in C++ if a run has set `compiled`, otherwise in PyTorch.
+
+An optimizer works without the model and without a compiler, so nothing is imported here:
+`moonwhale.native.training.use_kernels` sets `compiled`. In C++ each part is one pass over memory, in PyTorch two or
+three.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+compiled: ModuleType | None = None  # moonwhale.native.training
+
+
+def nesterov(momenta: list[Tensor], grads: list[Tensor], decay: float) -> list[Tensor]:
+    """Set each momentum M to decay * M + G, and return Nesterov's updates G + decay * M."""
+    if all(_fits(m) and m.is_contiguous() for m in momenta) and all(map(_fits, grads)):
+        return [compiled.nesterov_(m, g, decay) for m, g in zip(momenta, grads, strict=True)]
+    torch._foreach_mul_(momenta, decay)
+    torch._foreach_add_(momenta, grads)
+    return torch._foreach_add(grads, momenta, alpha=decay)
+
+
+def descend(params: list[Tensor], directions: list[Tensor], kept: float, scales: list[float]) -> None:
+    """Set each parameter to kept * p + scale * direction. Directions may have another dtype."""
+    if all(_fits(p) and p.is_contiguous() for p in params) and all(_fits(x, torch.bfloat16) for x in directions):
+        for p, direction, scale in zip(params, directions, scales, strict=True):
+            compiled.descend_(p, direction, kept, scale)
+    else:
+        torch._foreach_mul_(params, kept)
+        for p, direction, scale in zip(params, directions, scales, strict=True):
+            p.add_(direction, alpha=scale)
+
+
+def _fits(x: Tensor, *other_dtypes: torch.dtype) -> bool:
+    """Return whether the compiled functions can compute with a tensor."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.numel() > 0
+    return compiled is not None and plain and x.dtype in (torch.float32, *other_dtypes)
