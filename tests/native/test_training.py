@@ -320,6 +320,9 @@ def test_tensors_that_do_not_fit_are_refused():
         lambda: training.score_gradient_(x, x, torch.zeros(5), 1.0),
         lambda: training.nesterov_(x, x[:, :7], 0.9),
         lambda: training.nesterov_(x.T, x.T, 0.9),
+        lambda: training.nesterov_(x.bfloat16(), x.bfloat16(), 0.9),
+        lambda: training.nesterov_(x, x.bfloat16(), 0.9),
+        lambda: training.descend_(x.bfloat16(), x, 1.0, 1.0),
         lambda: training.descend_(x, x[:3], 1.0, 1.0),
         lambda: training.descend_(x[:, :7], x[:, :7], 1.0, 1.0),
     ):

@@ -1,13 +1,13 @@
 """Parts of a training step on a CPU in C++ (`step/training.h`). The model and MuonClip call them after `use_kernels`.
 
-All tensors are fp32 or bf16 and on a CPU; `model/kernels.py` and `optim/elementwise.py` ask for that. Each function
-raises ValueError if shapes contradict each other.
+All tensors are fp32 or bf16 and on a CPU: `model/kernels.py` and `optim/elementwise.py` ask `can_compute`. Each
+function raises ValueError if shapes contradict each other.
 """
 
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moonwhale.model import kernels
 from moonwhale.native import build
@@ -20,6 +20,19 @@ def use_kernels(device: torch.device) -> bool:
     if device.type == "cpu" and build.available("training"):
         kernels.compiled = elementwise.compiled = sys.modules[__name__]
     return kernels.compiled is not None
+
+
+def can_compute(*tensors: Tensor) -> bool:
+    """Return whether these functions can compute with these tensors: in one dtype, fp32 or bf16, on a CPU.
+
+    A graph that is being traced, and subclasses of tensors, take PyTorch's operations.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    dtype = tensors[0].dtype
+    if dtype is not torch.bfloat16 and dtype is not torch.float32:
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype is dtype and x.numel() for x in tensors)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -125,8 +138,9 @@ def score_gradient_(d_probs: Tensor, probs: Tensor, out_dot: Tensor, scale: floa
 
 
 def nesterov_(momentum: Tensor, gradient: Tensor, decay: float) -> Tensor:
-    """Turn a contiguous momentum M into decay * M + gradient. Return the Nesterov update gradient + decay * M."""
+    """Turn a contiguous fp32 momentum M into decay * M + gradient. Return the Nesterov update gradient + decay * M."""
     _require(momentum.is_contiguous() and gradient.shape == momentum.shape)
+    _require(momentum.dtype is torch.float32 and gradient.dtype is torch.float32)
     update = torch.empty_like(momentum)
     _run("run_nesterov", momentum, update, gradient.contiguous(), decay, momentum.numel(), torch.get_num_threads())
     return update
@@ -134,7 +148,7 @@ def nesterov_(momentum: Tensor, gradient: Tensor, decay: float) -> Tensor:
 
 def descend_(weight: Tensor, direction: Tensor, kept: float, scale: float) -> Tensor:
     """Turn a contiguous fp32 weight into kept * weight + scale * direction. The direction is fp32 or bf16."""
-    _require(weight.is_contiguous() and direction.shape == weight.shape)
+    _require(weight.is_contiguous() and direction.shape == weight.shape and weight.dtype is torch.float32)
     _run("run_descend", weight, direction.contiguous(), kept, scale, weight.numel(), *_how(direction))
     return weight
 

@@ -8,14 +8,14 @@ three.
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 compiled: ModuleType | None = None  # moonwhale.native.training
 
 
 def nesterov(momenta: list[Tensor], grads: list[Tensor], decay: float) -> list[Tensor]:
     """Set each momentum M to decay * M + G, and return Nesterov's updates G + decay * M."""
-    if all(_fits(m) and m.is_contiguous() for m in momenta) and all(map(_fits, grads)):
+    if _compiled_for(momenta, [*momenta, *grads]):
         return [compiled.nesterov_(m, g, decay) for m, g in zip(momenta, grads, strict=True)]
     torch._foreach_mul_(momenta, decay)
     torch._foreach_add_(momenta, grads)
@@ -24,7 +24,7 @@ def nesterov(momenta: list[Tensor], grads: list[Tensor], decay: float) -> list[T
 
 def descend(params: list[Tensor], directions: list[Tensor], kept: float, scales: list[float]) -> None:
     """Set each parameter to kept * p + scale * direction. Directions may have another dtype."""
-    if all(_fits(p) and p.is_contiguous() for p in params) and all(_fits(x, torch.bfloat16) for x in directions):
+    if _compiled_for(params, directions):
         for p, direction, scale in zip(params, directions, scales, strict=True):
             compiled.descend_(p, direction, kept, scale)
     else:
@@ -33,7 +33,8 @@ def descend(params: list[Tensor], directions: list[Tensor], kept: float, scales:
             p.add_(direction, alpha=scale)
 
 
-def _fits(x: Tensor, *other_dtypes: torch.dtype) -> bool:
-    """Return whether the compiled functions can compute with a tensor."""
-    plain = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.numel() > 0
-    return compiled is not None and plain and x.dtype in (torch.float32, *other_dtypes)
+def _compiled_for(written: list[Tensor], read: list[Tensor]) -> bool:
+    """Return whether the compiled functions can write the former, which have to be fp32, and read the latter."""
+    if compiled is None or not compiled.can_compute(*written) or not compiled.can_compute(*read):
+        return False
+    return all(x.dtype is torch.float32 and x.is_contiguous() for x in written)
