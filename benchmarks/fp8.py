@@ -173,7 +173,9 @@ def draw(result: dict, path: Path) -> None:
                 ax = axes[0] if len(losses) > stop else axes[1]
                 steps, difference = _smoothed((losses / plain[: len(losses)] - 1) * 100)
                 ax.plot(steps, difference, color=colour, label=label, linewidth=1.6)
-        axes[0].set_title(f"the whole run: {result['relative_loss_error']:.2%} apart at the end", loc="left")
+        error = result["relative_training_error"]
+        side = "above" if error > 0 else "below"
+        axes[0].set_title(f"the whole run: {abs(error):.2%} {side} bf16's in its last fifth", loc="left")
         axes[1].set_title(f"with one feature 2^{OUTLIER.bit_length() - 1} times as large", loc="left")
         for ax in axes:
             ax.axhline(0, color="black", linewidth=0.8)

@@ -53,8 +53,8 @@ def quality(races: list[dict], optimizer: dict, grpo: dict, fp8: dict) -> str:
         "after GRPO with rewards for the format alone": grpo["after_format_alone"]["pass1"],
     }.items():
         rows.append([what, f"{share:.0%}", script("grpo")])
-    error = f"difference of the final loss from bf16's after {fp8['steps']} steps in emulated DeepSeek FP8"
-    rows.append([error, f"{fp8['relative_loss_error']:.2%}", script("fp8")])
+    error = f"held-out loss after {fp8['steps']} steps in emulated DeepSeek FP8, compared with bf16's"
+    rows.append([error, f"{fp8['relative_held_out_error']:+.2%}", script("fp8")])
     return table(["question", "figure", "script"], rows)
 
 

@@ -155,6 +155,11 @@ def test_shown_options_are_a_config_file(cls, words, tmp_path, monkeypatch):
     terminal = Terminal(monkeypatch, "utf-8")
     assert status_of([words.split()[0], "--config", "shown.yaml", "--show"]) == 0
     assert terminal.read() == shown
+    terminal = Terminal(monkeypatch, "utf-8")
+    assert status_of([*words.split(), "--show", "--json"]) == 0
+    as_json = json.loads(terminal.read())
+    assert as_json["verb"] == words.split()[0]
+    assert as_json["options"].keys() == yaml.safe_load(shown).keys() and as_json["options"]["lr"] > 0
 
 
 def test_a_file_of_an_earlier_version_names_options_as_then():

@@ -63,6 +63,12 @@ def test_each_command_takes_it_and_says_so(clone, capsys, monkeypatch):
     main_generate(FAST)
     assert capsys.readouterr().err == said
 
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for first in ("moon!", "moon"):
+        main_generate([first, *FAST])
+        out, err = capsys.readouterr()
+        assert out.startswith(first) and err == said
+
     main_xray(["--prompt", "moon", "--max-new-tokens", "2"])
     assert capsys.readouterr().err == said
 
@@ -81,9 +87,21 @@ def test_a_clone_is_found_from_within_it_as_well(clone, elsewhere, monkeypatch):
 
 def test_a_given_checkpoint_stays(clone, capsys):
     assert packaged.checkpoint_or_packaged("runs/demo") == "runs/demo"
-    with pytest.raises(UserError, match="moonish"):  # one word is a folder, not a prompt
-        main_generate(["moonish", "sang", *FAST])
+    for folder in ("moonish", "runs/moon", "runs/moon.v1"):  # a word before a prompt is a folder
+        with pytest.raises(UserError, match=folder):
+            main_generate([folder, "sang", *FAST])
     assert capsys.readouterr().err == ""
+
+
+def test_a_prompt_may_be_longer_than_any_name_of_a_file(clone):
+    with pytest.raises(UserError, match="the prompt has"):
+        main_generate(["the moon " * 99, *FAST])
+
+
+def test_a_path_is_no_prompt(clone, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="no PROMPT"):
+        main_generate(["runs/demo", *FAST])
 
 
 def test_without_it_the_error_says_what_to_do(elsewhere, tmp_path):

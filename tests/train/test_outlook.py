@@ -2,12 +2,13 @@
 
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerState
 
 from moonwhale.train import callbacks, pretrain
-from moonwhale.train.callbacks import StepClock
+from moonwhale.train.callbacks import ProgressLines, StepClock
 from moonwhale.train.config import TrainConfig
 from moonwhale.train.outlook import describe_run
 from moonwhale.units import duration
@@ -50,12 +51,31 @@ def test_a_schedule_without_room_is_warned_of(options, warned):
 def test_the_time_left_is_measured_after_the_first_step(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
-    clock, state = StepClock(), TrainerState(global_step=7, max_steps=20)  # resumed after step 6
-    assert clock.left(state) is None
-    assert clock.tick(7) == 0 and clock.left(state) is None
+    clock = StepClock()
+    assert clock.left(20) is None
+    clock.tick(7)  # resumed after step 6
+    assert clock.left(20) is None
     now[0] += 12
-    state.global_step = 10
-    assert clock.tick(10) == 3 and clock.left(state) == 40
+    clock.tick(10)
+    assert clock.timed == 1 and clock.left(20) == 40
+
+
+@pytest.mark.parametrize(("seconds_each", "told_after"), [(1.0, 11), (15.0, 3), (60.0, 2)])
+def test_the_time_is_told_within_a_long_step(monkeypatch, capsys, seconds_each, told_after):
+    """Of 64 micro-batches, after ten that were timed, or after 20 seconds. `told_after` counts the first one, too."""
+    now = [100.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    args = SimpleNamespace(gradient_accumulation_steps=64)
+    state = TrainerState(global_step=0, max_steps=10)
+    lines = ProgressLines(lambda logs: None)
+    for micro_batch in range(1, 63):
+        now[0] += seconds_each
+        lines.on_substep_end(args, state, None)
+        said = capsys.readouterr().out
+        assert bool(said) == (micro_batch == told_after)
+        if said:
+            left = seconds_each * (640 - told_after)
+            assert said == f"time       {duration(left)} for the steps to come\n"
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_kill_9(tiny_run, tmp_path, where):
     process = ForkedProcess(tmp_path / "said.out", {}, hanging, where, str(tmp_path / "run.yaml"))
     process.until("NOW")
     process.kill()
-    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-3"]
+    assert newest_checkpoint(config.out).name == "checkpoint-3"
     assert find_damage(newest_checkpoint(config.out)) is None
     resume(config.out)
     assert not (Path(config.out) / ".unfinished").exists()
@@ -437,7 +437,8 @@ def test_more_steps(tiny_run, tmp_path, capsys):
     config = tiny_run(**options)
     pretrain.train(whole)
     pretrain.train(config)
-    (Path(config.out) / "checkpoint-2").rename(tmp_path / "of step 2")
+    for step in (2, 3):
+        (Path(config.out) / f"checkpoint-{step}").rename(tmp_path / f"of step {step}")
     resume_10 = ["--steps", "10", "--save-every", "3"]
     with pytest.raises(UserError, match=r"^`steps`: 10 needs a checkpoint of step 3 or before, .* is of step 4: go on"):
         resume(config.out, *resume_10)
@@ -455,14 +456,33 @@ def test_more_steps(tiny_run, tmp_path, capsys):
     assert_same_end(config.out, whole.out, logs=False)
 
 
+def test_more_steps_whatever_the_checkpoints(tiny_run, tmp_path):
+    """The last step that a longer run shares is always saved, here before the first regular checkpoint."""
+    options = {"decay_fraction": 0.7, "mtp_start": 0.6, "save_every": 5, "keep_checkpoints": 1}
+    whole = tiny_run(**options, steps=12, out=str(tmp_path / "whole"))
+    config = tiny_run(**options, steps=10)
+    pretrain.train(whole)
+    pretrain.train(config)
+    assert [step_of(path) for path in list_checkpoints(config.out)] == [10, 3]
+    resume(config.out, "--steps", "12")
+    assert_same_end(config.out, whole.out, logs=False)
+
+
+def test_a_run_that_saves_nothing_on_its_way_saves_no_shared_step(tiny_run):
+    config = tiny_run(steps=4, decay_fraction=0.5, save_every=0)
+    pretrain.train(config)
+    assert [step_of(path) for path in list_checkpoints(config.out)] == [4]
+
+
 def test_fewer_steps(tiny_run, tmp_path):
     """A run may begin to decay earlier than it was to."""
-    options = {"decay_fraction": 0.5, "save_every": 2}
+    options = {"decay_fraction": 0.5, "save_every": 2, "keep_checkpoints": 9}
     short, config = tiny_run(**options, steps=4, out=str(tmp_path / "short")), tiny_run(**options)
     pretrain.train(short)
     pretrain.train(config)
     resume(config.out, "--steps", "4")
-    shutil.rmtree(Path(config.out) / "checkpoint-6")  # of the longer run
+    for step in (3, 6):  # of the longer run
+        shutil.rmtree(Path(config.out) / f"checkpoint-{step}")
     assert_same_end(config.out, short.out)
 
 

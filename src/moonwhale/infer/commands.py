@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import json
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,10 +30,8 @@ Ctrl-C stops an answer."""
 def main_generate(argv: list[str]) -> None:
     """Continue each prompt. With --chat, answer the prompts as the user's turns of one conversation."""
     args = _generate_parser().parse_intermixed_args(argv)
-    if args.folder and " " in args.folder and not Path(args.folder).exists():  # a PROMPT without a FOLDER
-        args.folder, args.prompts = None, [args.folder, *args.prompts]
     options = _sampling_options(args)
-    prompts = args.prompts or _standard_input(args.chat)
+    args.folder, prompts = _folder_and_prompts(args)
     with reporting(args.json) as show:
         engine = load_engine(args)
         answer = _continue_conversation if args.chat else _continue_texts
@@ -56,7 +56,7 @@ def _generate_parser() -> Parser:
         "prompts",
         metavar="PROMPT",
         nargs="*",
-        help="text (without FOLDER, of several words); without one, standard input is read",
+        help="text to continue; without one, standard input is read",
     )
     parser.add_argument(
         "--chat", action="store_true", help="treat PROMPTs (or lines) as the user's turns of one conversation"
@@ -64,6 +64,22 @@ def _generate_parser() -> Parser:
     _add_options(parser)
     add_json(parser)
     return parser
+
+
+def _folder_and_prompts(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """Tell FOLDER from a first PROMPT. What no folder has as its name is a prompt if it has characters that are rare in
+    names ("Hi!"), or if there is no other prompt ("Hello").
+    """
+    folder, prompts = args.folder, args.prompts
+    no_folder = folder is not None and not os.path.exists(folder)  # Path.exists raises OSError for long prompts
+    if no_folder and not re.fullmatch(r"[\w.:/\\~-]+", folder):
+        return None, [folder, *prompts]
+    prompts = prompts or _standard_input(args.chat)
+    if not prompts and no_folder and folder.isalpha():
+        return None, [folder]
+    if not prompts:
+        raise UserError("there is no PROMPT: give one, or pipe a text in")
+    return folder, prompts
 
 
 def _continue_texts(engine, prompts: list[str], options: dict, verbose: bool) -> Iterator:
@@ -214,9 +230,7 @@ def _standard_input(lines: bool) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError("standard input is not UTF-8 text") from error
     prompts = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
-    if not any(prompts):
-        raise UserError("there is no PROMPT: give one, or pipe a text in")
-    return prompts
+    return [prompt for prompt in prompts if prompt]
 
 
 def _read_turn() -> str | None:

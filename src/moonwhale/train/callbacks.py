@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState
 
 from moonwhale.units import duration
 
-ESTIMATE_AFTER = 10  # timed steps
+ESTIMATE_AFTER = 10, 20.0  # timed micro-batches, or seconds if these come first
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # the terminal or ssh was closed; Windows has no such signal
     STOP_SIGNALS.append(signal.SIGHUP)
@@ -29,29 +29,36 @@ def write_line(line: str) -> None:
 class StepClock:
     """Measures the time of steps, evaluations and checkpoints included, to tell how long the steps to come will take.
 
-    The first step is left out, since it warms up.
+    It ticks after every micro-batch. The first one is left out, since it warms up.
     """
 
     def __init__(self):
-        self.start: tuple[int, float] | None = None  # the first step that this process took, and when it ended
+        self.start: tuple[float, float] | None = None  # the steps done after the first micro-batch, and when that was
+        self.done = 0.0
+        self.timed = 0  # micro-batches
 
-    def tick(self, step: int) -> int:
-        """Notes that a step has ended. Returns how many steps have been timed."""
-        self.start = self.start or (step, time.monotonic())
-        return step - self.start[0]
+    def tick(self, done: float) -> None:
+        """Notes that so many steps are done; within a step it is a fraction."""
+        self.done = done
+        if self.start is None:
+            self.start = done, time.monotonic()
+        else:
+            self.timed += 1
 
-    def left(self, state: TrainerState) -> float | None:
-        """The seconds that the steps to come will take, or None if no step has been timed."""
-        if self.start is None or state.global_step == self.start[0]:
-            return None
-        per_step = (time.monotonic() - self.start[1]) / (state.global_step - self.start[0])
-        return per_step * (state.max_steps - state.global_step)
+    @property
+    def elapsed(self) -> float:
+        """The seconds since the first micro-batch."""
+        return time.monotonic() - self.start[1] if self.start else 0.0
+
+    def left(self, max_steps: int) -> float | None:
+        """The seconds that the steps to come will take, or None if nothing has been timed."""
+        return self.elapsed / (self.done - self.start[0]) * (max_steps - self.done) if self.timed else None
 
 
 class ProgressLines(TrainerCallback):
     """Prints a line for each log entry and evaluation, and shows a bar over the steps in a terminal.
 
-    The lines of training say how long the run will take, and so does a line of its own after ESTIMATE_AFTER steps.
+    The lines of training say how long the run will take, and so does a line of its own early on (ESTIMATE_AFTER).
 
     Use it as a context manager: leaving it clears the bar. (transformers' ProgressCallback prints whole dicts, leaves
     its bar in place, and starts it at 0 in a resumed run.)
@@ -62,6 +69,8 @@ class ProgressLines(TrainerCallback):
     def __init__(self, log_line: Callable[[dict], str | None]):
         self.log_line = log_line
         self.clock = StepClock()
+        self.substeps = 0  # micro-batches of the step that is under way
+        self.told_time = False
         self.bar: tqdm | None = None
 
     def __enter__(self):
@@ -85,13 +94,27 @@ class ProgressLines(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
-        if self.clock.tick(state.global_step) == ESTIMATE_AFTER and state.is_world_process_zero:
-            write_line(f"time       {duration(self.clock.left(state))} for the steps to come")
+        self.substeps = 0
+        self._tick(state, state.global_step)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.substeps += 1
+        self._tick(state, state.global_step + self.substeps / args.gradient_accumulation_steps)
+
+    def _tick(self, state: TrainerState, done: float) -> None:
+        self.clock.tick(done)
+        micro_batches, seconds = ESTIMATE_AFTER
+        early = self.clock.timed < micro_batches and (not self.clock.timed or self.clock.elapsed < seconds)
+        if self.told_time or early or state.max_steps - done < 1:
+            return
+        self.told_time = True
+        if state.is_world_process_zero:
+            write_line(f"time       {duration(self.clock.left(state.max_steps))} for the steps to come")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = self.log_line(logs)
         if line and state.is_world_process_zero:
-            seconds = self.clock.left(state) if "loss" in logs else None
+            seconds = self.clock.left(state.max_steps) if "loss" in logs else None
             left = f"  {duration(seconds)} left" if seconds else ""
             write_line(f"step {state.global_step:>6}  {line}{left}")
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import SchedulerType, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from moonwhale.checkpoint import list_checkpoints, step_of
 
@@ -31,14 +31,20 @@ def best_step(history: list[dict], steps: Iterable[int]) -> int | None:
 def milestones(state: TrainerState, args: TrainingArguments, out: str) -> set[str]:
     """Returns the names of the checkpoints in `out` to keep besides the newest ones, that of the current step included.
 
-    The last one before the learning rate decays is where the run can be extended.
+    The last one of the steps that a longer run would share (`last_shared_step`) is where the run can be extended.
     """
     steps = {state.global_step, *map(step_of, list_checkpoints(out))}
     kept = {best_step(state.log_history, steps)}
-    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        plateau_end = state.max_steps - args.decay_steps
-        kept.add(max((step for step in steps if step <= plateau_end), default=None))
+    kept.add(max((step for step in steps if step <= args.last_shared_step), default=None))
     return {f"checkpoint-{step}" for step in kept if step is not None}
+
+
+class SaveLastSharedStep(TrainerCallback):
+    """Saves a checkpoint of the last step that a longer run would share, so that every run can be extended."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == args.last_shared_step:
+            control.should_save = True
 
 
 def best_checkpoint(history: list[dict], out: str | Path) -> Path | None:

@@ -71,9 +71,10 @@ class MuonClipArgumentsMixin:
     )
     decay_steps: int = field(default=0, metadata={"help": "Number of last steps that use mtp_loss_weight_final."})
     mtp_start_step: int = field(default=0, metadata={"help": "Step before which the MTP modules are not trained."})
+    last_shared_step: int = field(default=0, metadata={"help": "Last step that a longer run would share. 0: none."})
     keep_milestones: bool = field(
         default=False,
-        metadata={"help": "Keep the best checkpoint and the last before decay_steps besides save_total_limit others."},
+        metadata={"help": "Keep the best checkpoint and that of last_shared_step besides save_total_limit others."},
     )
 
     def __post_init__(self):

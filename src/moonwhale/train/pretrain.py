@@ -211,6 +211,7 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
         mtp_loss_weight_final=config.mtp_loss_weight_final,
         embedding_lr=config.embedding_lr,
         decay_steps=config.decay_steps,
+        last_shared_step=config.shared_steps(config.steps) if config.save_every else 0,
         mtp_start_step=round(config.steps * config.mtp_start),
         remove_unused_columns=False,
         dataloader_drop_last=True,

@@ -178,10 +178,11 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
     from moonwhale.checkpoint import STATE, step_of
     from moonwhale.train.callbacks import ProgressLines, StopAtStepEnd
     from moonwhale.train.memory import out_of_memory_as_advice
+    from moonwhale.train.milestones import SaveLastSharedStep
 
     memory_advice = out_of_memory_as_advice(run.config, run.choice.device)
     with memory_advice, ProgressLines(run.log_line) as lines, StopAtStepEnd() as stop:
-        trainer = run.make_trainer(callbacks=[lines, stop])
+        trainer = run.make_trainer(callbacks=[lines, stop, SaveLastSharedStep()])
         trainer.remove_callback(transformers.PrinterCallback)
         if run.make_sampler:
             trainer.add_callback(run.make_sampler(trainer))

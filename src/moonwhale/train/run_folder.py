@@ -143,10 +143,15 @@ def write_run_file(config, path: str | os.PathLike) -> None:
 
 
 def run_yaml(config) -> str:
-    """The resolved options as YAML. `resume` belongs to a single call and is left out."""
-    values = dataclasses.asdict(config)
-    del values["resume"]
-    return to_yaml(values, f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER")
+    """The resolved options as YAML."""
+    return to_yaml(
+        resolved_options(config), f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER"
+    )
+
+
+def resolved_options(config) -> dict:
+    """All options by name. `resume` belongs to a single call and is left out."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
 
 
 def find_run_file(out: str | None) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moonwhale import options
 from moonwhale.options import option, require, require_at_least_one, require_not_negative
-from moonwhale.processes import is_main_process, restarted
+from moonwhale.processes import restarted
 from moonwhale.reports import add_json, reporting
 from moonwhale.train import run_folder
 
@@ -117,13 +117,12 @@ def parse_run(cls: type[Options], argv: list[str], **settings) -> Options:
 def run_verb(cls: type[Options], argv: list[str], run: Callable[[Options], "RunResult"], **settings) -> None:
     """Reads the arguments of a verb and calls `run` with its options, or shows them if `--show` asks for it."""
     config, arguments = _read(cls, argv, **settings)
-    if arguments.show:
-        if is_main_process():
-            print(run_folder.run_yaml(config), end="")
-        return
     with reporting(arguments.json) as show:
-        result = run(config)
-        show(_as_json(cls.verb, result))
+        if arguments.show:
+            as_yaml = run_folder.run_yaml(config).rstrip("\n")
+            show({"verb": cls.verb, "options": run_folder.resolved_options(config)}, as_yaml)
+        else:
+            show(_as_json(cls.verb, run(config)))
 
 
 def _read(
@@ -137,7 +136,7 @@ def _read(
     parser = options.Parser(prog=f"moonwhale {cls.verb}", **parser_settings)
     options.add_options(parser, cls, defaults)
     parser.add_argument("--config", metavar="YAML", help="file with options; each run writes one, run.yaml (none)")
-    parser.add_argument("--show", action="store_true", help="print the resolved options as YAML, and do not train")
+    parser.add_argument("--show", action="store_true", help="print the resolved options (YAML), and do not train")
     add_json(parser)
     given, rest = options.read_argv(parser, cls, argv)
     path = rest.config
