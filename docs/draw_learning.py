@@ -11,6 +11,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "benchmarks"))
 COLOURS = {"demo": "#d97706", "evening": "#2563eb"}
+ABOVE = {"demo": -16, "evening": 8}  # points from the last dot to its label, where no curve is
 
 
 def curves(history: list[dict], tokens_per_step: int) -> dict[str, list[list[float]]]:
@@ -49,8 +50,8 @@ def draw(runs: dict[str, dict], path: Path) -> None:
             ax.plot(*zip(*run["train"], strict=True), color=COLOURS[name], linewidth=1, alpha=0.5)
             ax.plot(*zip(*run["held_out"], strict=True), color=COLOURS[name], linewidth=1.6, marker="o", markersize=4)
             tokens, bits = run["held_out"][-1]
-            label = {"textcoords": "offset points", "va": "center", "color": COLOURS[name]}
-            ax.annotate(f"{name}: {bits:.3f}", (tokens, bits), (4, -10), **label)
+            label = {"textcoords": "offset points", "ha": "center", "color": COLOURS[name]}
+            ax.annotate(f"{name}: {bits:.3f}", (tokens, bits), (0, ABOVE[name]), **label)
         last = math.log10(max(run["train"][-1][0] for run in runs.values()))
         ax.set(xscale="log", xlim=(9e4, 10 ** (last + 0.4)), ylim=(1.1, 2.6))
         ax.set(xlabel="tokens", ylabel="bits per byte (dots: held out)")

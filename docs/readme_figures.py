@@ -124,7 +124,10 @@ def memory(decode: dict) -> str:
         ["accepted guesses", ", ".join(f"{share:.0%}" for share in decode["acceptance"])],
         ["speed with `--draft auto` relative to no drafts", times(decode["auto_vs_off"])],
         *(
-            [f"bits per byte of the demo model on held-out rows of 256 tokens, {name}", f"{bits[name]:.3f}"]
+            [
+                f"held-out bits per byte of the demo model in rows of 256 tokens (its context is 512), {name}",
+                f"{bits[name]:.3f}",
+            ]
             for name in bits
         ),
     ]

@@ -98,6 +98,11 @@ def failing(error: BaseException):
             2,
             "moonwhale: error: [Errno 28] No space left on device: 'runs/x': free some, or give another --out\n",
         ),
+        (
+            ImportError("trl:\nundefined symbol", name="trl"),
+            2,
+            "moonwhale: error: a package cannot be imported (trl: undefined symbol): install it again\n",
+        ),
     ],
 )
 def test_user_errors_are_one_line(verb, capsys, error, status, line):
@@ -164,7 +169,15 @@ def test_a_cache_that_cannot_be_is_refused_in_one_line(impossible, capsys, monke
         refused_in_one_line(["data", "--data", "file", "--context", "32"], capsys)
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "I/O error"), OSError(errno.EIO, "no", "x")])
+OURS = [
+    ValueError("ours"),
+    OSError(errno.EIO, "I/O error"),
+    OSError(errno.EIO, "no", "x"),
+    ImportError("cannot import name 'x' from 'moonwhale.cli'", name="moonwhale.cli"),
+]
+
+
+@pytest.mark.parametrize("error", OURS)
 def test_bugs_keep_their_traceback(verb, error):
     verb(failing(error))
     with pytest.raises(type(error)):

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 
 from moonwhale import __version__
-from moonwhale.errors import PrintableStream, UserError, did_you_mean, printable, shown, with_option_names
+from moonwhale.errors import PrintableStream, UserError, did_you_mean, one_line, printable, shown, with_option_names
 
 VERBS = {
     "train": ("moonwhale.train.pretrain:main", "train a model on text"),
@@ -96,6 +96,8 @@ def _explain(error: Exception) -> str | None:
             return f"{path} is not yours to use: {error.strerror}"
         if error.errno in IMPOSSIBLE_PATHS:
             return f"{path} cannot be used: {error.strerror}: give another path"
+    if isinstance(error, ImportError) and not (error.name or "").startswith("moonwhale"):
+        return f"a package cannot be imported ({one_line(error)}): install it again"
     # Paths come from options, files and the environment, so what they hold is seen only when they are used.
     if isinstance(error, ValueError) and re.search("embedded null (byte|character)", str(error)):
         return "a path holds a null character, which no file's name can: leave it out"

@@ -482,6 +482,12 @@ def test_generate_reads_standard_input(folder, capsys, monkeypatch):
         commands.main_generate([str(folder)])
 
 
+def test_generate_says_when_there_is_no_text(engine, folder, capsys):
+    (done,) = engine.generate(["moon"], temperature=0, max_new_tokens=8)
+    commands.main_generate([str(folder), "moon", *FAST, "--stop", done.text[0]])
+    assert capsys.readouterr() == ("moon\n", "(the model ended the text at once)\n")
+
+
 def test_generate_says_when_the_context_is_full(folder, capsys):
     commands.main_generate([str(folder), "the " * 60, *FAST[:5], "--max-new-tokens", str(CONTEXT)])
     assert f"context of {CONTEXT} tokens is full" in capsys.readouterr().err

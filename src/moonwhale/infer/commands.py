@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from moonwhale.errors import UserError, with_option_names
 from moonwhale.infer.sampling_options import SamplingOptions
@@ -67,15 +66,15 @@ def _generate_parser() -> Parser:
 
 
 def _folder_and_prompts(args: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """Tell FOLDER from a first PROMPT. What no folder has as its name is a prompt if it has characters that are rare in
-    names ("Hi!"), or if there is no other prompt ("Hello").
+    """Tell FOLDER from a first PROMPT. What is no folder is a prompt if it has spaces or punctuation ("Hi!"), or if it
+    is the only text and looks like no path ("Hello").
     """
     folder, prompts = args.folder, args.prompts
     no_folder = folder is not None and not os.path.exists(folder)  # Path.exists raises OSError for long prompts
-    if no_folder and not re.fullmatch(r"[\w.:/\\~-]+", folder):
+    if no_folder and re.search(r"[\s!?,;]", folder):
         return None, [folder, *prompts]
     prompts = prompts or _standard_input(args.chat)
-    if not prompts and no_folder and folder.isalpha():
+    if not prompts and no_folder and not re.search(r"[./\\\0\ud800-\udfff]", folder):
         return None, [folder]
     if not prompts:
         raise UserError("there is no PROMPT: give one, or pipe a text in")
@@ -265,7 +264,9 @@ def _print_pieces(pieces: Iterable[str], before: str) -> None:
 
 
 def _report(engine, completion, verbose: bool) -> None:
-    """Print on stderr whether the context is full and, in a terminal or if `verbose`, the speed."""
+    """Print on stderr if there is no text or the context is full and, in a terminal or if `verbose`, the speed."""
+    if not completion.text:
+        print("(the model ended the text at once)", file=sys.stderr)
     if completion.prompt_tokens + len(completion.token_ids) == engine.context and completion.finish_reason == "length":
         print(f"(ended because the model's context of {engine.context:,} tokens is full)", file=sys.stderr)
     if verbose or sys.stderr.isatty():
