@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "ablations.md"
 RESULT = ROOT / "benchmarks" / "results" / "ablations.json"
 BUDGETS = {"240": "4 minutes", "1200": "20 minutes", "3600": "60 minutes"}
-NOT_MEASURED = "not measured yet"
 
 
 def variants() -> tuple:
@@ -31,7 +30,7 @@ def variants() -> tuple:
 def difference(figures: dict | None) -> str:
     """Returns a variant's difference to the base at one budget, for a cell of the table."""
     if figures is None:
-        return NOT_MEASURED
+        return ""
     if figures["diverged"]:
         return f"{figures['diverged']} diverged"
     if "difference" not in figures:
@@ -43,12 +42,27 @@ def difference(figures: dict | None) -> str:
 
 
 def differences(result: dict, rows: tuple) -> str:
-    """Returns the table of differences: one row a variant, one column a budget."""
-    lines = ["| mechanism | variant | " + " | ".join(BUDGETS.values()) + " |", "|---" * (2 + len(BUDGETS)) + "|"]
+    """Returns the table of differences: one row a variant, one column a budget, and what was not measured yet."""
+    budgets = {budget: title for budget, title in BUDGETS.items() if budget in result["budgets"]}
+    lines = ["| mechanism | variant | " + " | ".join(budgets.values()) + " |", "|---" * (2 + len(budgets)) + "|"]
     for mechanism, name, _ in rows:
-        cells = [difference(_figures(result, budget, name)) for budget in BUDGETS]
-        lines.append(f"| {mechanism} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [difference(_figures(result, budget, name)) for budget in budgets]
+        if any(cells):
+            lines.append(f"| {mechanism} | {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *not_measured(result, [name for _, name, _ in rows])])
+
+
+def not_measured(result: dict, names: list[str]) -> list[str]:
+    """Returns a paragraph that names the variants that lack a figure at some budget, or nothing if there are none."""
+    missing = {
+        title: [name for name in names if not _figures(result, budget, name)] for budget, title in BUDGETS.items()
+    }
+    parts = [
+        f"after {title}: {'all' if absent == names else ', '.join(absent)}"
+        for title, absent in missing.items()
+        if absent
+    ]
+    return ["", f"Not measured yet {'; '.join(parts)}."] if parts else []
 
 
 def costs(result: dict, rows: tuple) -> str:
@@ -61,7 +75,8 @@ def costs(result: dict, rows: tuple) -> str:
         found = [
             figures for budget in BUDGETS if (figures := _figures(result, budget, name)) and not figures["diverged"]
         ]
-        lines.append(f"| {name} | {' | '.join(_costs(found[-1]) if found else [NOT_MEASURED] * 5)} |")
+        if found:
+            lines.append(f"| {name} | {' | '.join(_costs(found[-1]))} |")
     return "\n".join(lines)
 
 
@@ -79,7 +94,7 @@ def _costs(figures: dict) -> list[str]:
 def where(result: dict) -> str:
     """Returns how and on which machine the figures were measured."""
     if not result["budgets"]:
-        return f"The figures are {NOT_MEASURED}."
+        return "Nothing is measured yet."
     machine = result["environment"]
     runs = "; ".join(
         f"{BUDGETS.get(budget, f'{budget} s')}: {entry['seeds']} seeds, rates {'tuned' if entry['tuned'] else 'fixed'}"

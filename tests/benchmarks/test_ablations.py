@@ -93,8 +93,8 @@ def test_the_page_shows_the_result(page):
 
 def test_what_is_not_measured_is_said_to_be(page):
     text = page.updated(page.PAGE.read_text(encoding="utf-8"), {"budgets": {}}, page.variants())
-    assert "| MLA | MHA | not measured yet | not measured yet | not measured yet |" in text
-    assert "The figures are not measured yet." in text
+    assert "\nNot measured yet after 4 minutes: all; after 20 minutes: all; after 60 minutes: all.\n" in text
+    assert "| MHA |" not in text and "Nothing is measured yet." in text
 
 
 def test_figures_appear_on_the_page_as_they_come(page):
@@ -115,8 +115,11 @@ def test_figures_appear_on_the_page_as_they_come(page):
         },
     }
     text = page.updated(page.PAGE.read_text(encoding="utf-8"), result, page.variants())
-    assert "| MLA | MHA | -0.012 ± 0.020, no difference seen | not measured yet | not measured yet |" in text
-    assert "| MLA | GQA | not measured yet | not measured yet | +0.012 (1 seed) |" in text
-    assert "| MoBA | full attention | 2 diverged | not measured yet | not measured yet |" in text
+    assert "| mechanism | variant | 4 minutes | 60 minutes |\n" in text
+    assert "| MLA | MHA | -0.012 ± 0.020, no difference seen |  |" in text
+    assert "| MLA | GQA |  | +0.012 (1 seed) |" in text
+    assert "| MoBA | full attention | 2 diverged |  |" in text and "| MuonClip | AdamW |" not in text
+    assert "\nNot measured yet after 4 minutes: GQA, dense of equal FLOPs, no MTP module, " in text
+    assert "; after 20 minutes: all; after 60 minutes: MHA, full attention, dense of equal FLOPs, " in text
     assert "| MHA | 0.006 | 6,100 | 2.90 M | 640 B |  |" in text
     assert "4 minutes: 3 seeds, rates fixed; 60 minutes: 1 seeds, rates tuned. Measured on A CPU" in text
