@@ -49,8 +49,9 @@ def evening() -> str:
     return (
         f"{transcript('evening')}\n\n"
         f"It answers {count['evening']} of [{of} questions](benchmarks/topics.txt) on their topic, the demo "
-        f"{count['demo']}: [topics.py](benchmarks/topics.py) has the rule,\n"
-        "written before the models were trained, and [topics.json](benchmarks/results/topics.json) every answer."
+        f"{count['demo']}. By the rule of [topics.py](benchmarks/topics.py),\n"
+        "written before the models were trained, one of the question's words is enough, even in a sentence without\n"
+        "sense; [topics.json](benchmarks/results/topics.json) has every answer."
     )
 
 
