@@ -19,7 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from forked_processes import ForkedProcess
-from hostile_data import columnar, many_columns, many_values, saved_set
+from hostile_data import (
+    columnar,
+    globs,
+    many_columns,
+    many_fields,
+    many_values,
+    nested_messages,
+    saved_set,
+    task,
+    weightless,
+)
 from hostile_files import PATHS, bomb, bomb_of_aliases, damage_run, data, name_paths, yaml
 from hostile_folders import CANARY, CHATTING, FOLDERS, Folder
 
@@ -60,6 +70,8 @@ RESUME = ["train", "--resume", "--out", "{run}"]
 CONFIG = ["train", "--config", "{file}", "--out", "{out}"]
 RECIPE = ["recipe", "{file}"]
 DATA = ["data", "--data", "{file}", "--vocab-size", "300", "--context", "32"]
+DATA_SET = ["data", "--data", "{folder}", "--vocab-size", "300", "--context", "32"]
+TASK = ["sample", "{good}", "--task", "{folder}", "--questions", "1", "--samples", "1", "--out", "{out}.jsonl"]
 NAMED = """info {path}
 generate {path} hi
 xray {path} --prompt hi
@@ -88,7 +100,10 @@ FILES = (
     (data, "a.json", [DATA]),
     (data, "a.csv", [DATA]),
     (many_columns, "a.csv", [DATA]),
-    (saved_set, "saved", [DATA]),
+    (nested_messages, "a.jsonl", [DATA]),
+    (saved_set, "folder", [DATA_SET]),
+    (globs, "folder", [DATA_SET]),
+    (task, "folder", [TASK]),
 )
 BOMBS = (
     (bomb, "a.txt.gz", [DATA]),
@@ -96,6 +111,8 @@ BOMBS = (
     (columnar, "a.parquet", [DATA]),
     (columnar, "a.arrow", [DATA]),
     (many_values, "a.json", [DATA]),
+    (many_fields, "a.csv.gz", [DATA]),
+    (weightless, "a.arrow", [DATA]),
 )
 
 

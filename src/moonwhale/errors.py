@@ -23,6 +23,7 @@ class NotFiniteError(UserError):
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 3, 6, 12, 120, 120
+_SHORT.repr_bytes = lambda value, level: repr(value[: _SHORT.maxother])
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

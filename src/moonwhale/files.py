@@ -34,6 +34,13 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_plain(path: Path) -> None:
+    """Raises UserError for a path that is no plain file: opening a pipe would block."""
+    if not path.is_file():
+        reason = "it is no plain file" if os.path.lexists(path) else "No such file or directory"
+        raise UserError(f"cannot read {path}: {reason}")
+
+
 def read_text(path: Path, most: int) -> str:
     """Returns the text of a plain file of at most `most` bytes.
 
@@ -41,9 +48,7 @@ def read_text(path: Path, most: int) -> str:
         UserError: it is a pipe, device or folder, is too large, cannot be read, or is not UTF-8.
     """
     try:
-        if not path.is_file():  # opening a pipe would block
-            reason = "it is no plain file" if os.path.lexists(path) else "No such file or directory"
-            raise UserError(f"cannot read {path}: {reason}")
+        require_plain(path)
         with path.open("rb") as file:
             content = file.read(most + 1)
         if len(content) > most:

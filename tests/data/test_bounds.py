@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from moonwhale import files
-from moonwhale.data import columnar, json_rows, opening
+from moonwhale.data import columnar, json_rows, opening, row_formats, tables
 from moonwhale.data.loading import load_source
 from moonwhale.errors import UserError
 
@@ -210,3 +210,115 @@ def test_damaged_metadata_of_a_saved_set_is_one_line(saved, text):
     for path in (saved / "train" / "state.json", saved / "dataset_dict.json"):
         path.write_text(text)
         refused(saved, "cannot read .*json: ")
+
+
+MANY_FIELDS = {
+    "commas": "text\n" + "," * 5000 + "\n",
+    "lines": "text\n" + '"\n",' * 5000 + "\n",
+    "header": "," * 5000 + "\n",
+    "text of many lines": 'text\n"' + "a\n" * (1 << 19) + '"',
+}
+
+
+@pytest.mark.parametrize("kind", MANY_FIELDS)
+def test_a_row_of_many_fields_is_refused_before_it_is_parsed(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tables, "MOST_FIELDS", 1 << 12)
+    monkeypatch.setattr(tables, "MOST_AT_ONCE", 1 << 19)
+    (tmp_path / "a.csv").write_text(MANY_FIELDS[kind])
+    refused(tmp_path / "a.csv", "a row has more than 524,288 characters or 4,096 fields: split it")
+
+
+def test_the_fields_of_a_file_are_not_those_of_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_FIELDS", 10)
+    (tmp_path / "a.csv").write_text("text,n\n" + "a,1\n" * 99)
+    assert list(load_source(str(tmp_path / "a.csv"))) == ["a"] * 99
+
+
+NULLS = pyarrow.nulls(1 << 21)
+NOTHINGS = pyarrow.StructArray.from_buffers(pyarrow.struct([]), 1 << 21, [None])
+TRUE = pyarrow.array([True] * (1 << 21))
+
+
+def lists(array, offsets=None):
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets or [0, len(array)], pyarrow.int32()), array)
+
+
+WEIGHTLESS = {
+    "nulls": lists(NULLS),
+    "a fixed number of nulls": pyarrow.FixedSizeListArray.from_arrays(NULLS, len(NULLS)),
+    "structs of nothing": lists(NOTHINGS),
+    "bools": lists(TRUE),
+    "structs of nulls": lists(pyarrow.StructArray.from_arrays([NULLS], ["role"])),
+    "a view": pyarrow.ListViewArray.from_arrays([0] * 9, [len(NULLS)] * 9, NULLS),
+    "a dictionary": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 9, pyarrow.int32()), lists(NULLS)),
+    "a map": pyarrow.MapArray.from_arrays([0, 1 << 20], pyarrow.array([""] * (1 << 20)), NULLS[: 1 << 20]),
+    "a run": pyarrow.RunEndEncodedArray.from_arrays([9], lists(NULLS)),
+    "opaque": pyarrow.ExtensionArray.from_storage(
+        pyarrow.opaque(pyarrow.list_(pyarrow.null()), "a", "b"), lists(NULLS)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTLESS)
+def test_elements_that_take_no_bytes_are_counted(tmp_path, kind):
+    table = pyarrow.table({"messages": WEIGHTLESS[kind]})
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    refused(tmp_path / "a.arrow", BOMB)
+
+
+@pytest.mark.parametrize("kind", ["nulls", "bools", "structs of nulls"])
+def test_elements_of_parquet_that_take_no_bytes_are_counted(tmp_path, monkeypatch, kind):
+    pyarrow.parquet.write_table(pyarrow.table({"messages": WEIGHTLESS[kind]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(columnar, "_to_rows", lambda batches, path: [next(batches)])  # nothing may be decoded
+    refused(tmp_path / "a.parquet", BOMB)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_of_bools_and_of_nulls_are_read(tmp_path, suffix):
+    """As many columns of nulls as schemas of tools have, and a list of bits that takes eight to a byte."""
+    call = pyarrow.struct([pyarrow.field(f"argument{i}", pyarrow.string()) for i in range(50)])
+    fields = {
+        "role": pyarrow.string(),
+        "content": pyarrow.string(),
+        "seen": pyarrow.list_(pyarrow.bool_()),
+        "call": call,
+    }
+    answer = {"role": "assistant", "content": "The whale."}
+    rows = [[{"role": "user", "content": f"Who sang {i}?", "seen": [True] * 99}, answer] for i in range(999)]
+    kind = pyarrow.list_(pyarrow.struct(fields))
+    table = pyarrow.table({"messages": pyarrow.array(rows, kind), "system": pyarrow.nulls(999, pyarrow.string())})
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    assert len(list(load_source(str(path)))) == 999
+
+
+MANY = {"deep": '[{"a":' + "[" * 5000 + "]" * 5000 + "}]", "long": '[{"a": [1' + ",1" * 5000 + "]}]"}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_messages_in_a_text_are_bounded_too(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [MANY[kind]]}), path)
+    refused(path, "mostly those with messages that cannot be read")
+
+
+CULPRITS = {
+    "text": "a" * (1 << 22),
+    "list": [0] * (1 << 22),
+    "deep": [[[[[]]]]] * 9,
+    "bytes": b"\0" * (1 << 22),
+    "int": 10**5000,
+}
+
+
+@pytest.mark.parametrize("kind", CULPRITS)
+def test_what_cannot_be_read_is_not_printed_whole(monkeypatch, kind):
+    printed = []
+    monkeypatch.setattr(row_formats, "one_line", lambda text: printed.append(text) or text)
+    assert len(row_formats.BadRow("a reason", CULPRITS[kind]).culprit) <= 80 and len(printed[0]) <= 1000

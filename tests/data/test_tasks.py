@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 
 import datasets
 import pytest
 
-from moonwhale.data import gym_answers
+from moonwhale import files
+from moonwhale.data import gym_answers, opening
 from moonwhale.data.answers import same_answer
 from moonwhale.data.expressions import parse_expression
 from moonwhale.data.loading import load_source
@@ -158,6 +160,46 @@ def test_a_damaged_file_is_one_line(tmp_path, line):
     (tmp_path / "own.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"own\.jsonl"):
         load_task(str(tmp_path / "own.jsonl"))
+
+
+HOSTILE = {
+    "values": ('{"question": "x", "answer": "4", "y": [1' + ",1" * 5000 + "]}", "it has more than 4,096 values"),
+    "nested": ('{"question": ' + "[" * 4000, "it is a line that is not JSON"),
+    "no text": ('{"question": "\udcff", "answer": "4"}', "is not UTF-8"),
+    "length": ('{"question": "x", "answer": "' + "''" * 10_000 + '"}', "its answer has more than 16,384 characters"),
+    "line": ('{"question": "' + "a" * (1 << 20) + '"}', "a line has more than 1,048,576 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(files, "JSON_VALUES", 1 << 12)
+    monkeypatch.setattr(opening, "MOST_AT_ONCE", 1 << 20)
+    text, complaint = HOSTILE[kind]
+    (tmp_path / "own.jsonl").write_text(text + "\n", errors="surrogateescape")
+    with pytest.raises(UserError, match=f"^`task`: .*{complaint}") as error:
+        load_task(str(tmp_path / "own.jsonl"))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_pipe_device_or_folder_is_no_task(tmp_path, make):
+    make(tmp_path / "own.jsonl")
+    with pytest.raises(UserError, match=r"^`task`: cannot read .*own\.jsonl: it is no plain file"):
+        load_task(str(tmp_path / "own.jsonl"))
+
+
+def test_of_an_own_file_only_texts_are_kept(tmp_path):
+    rows = [{"question": str(n), "answer": "4", "steps": [1] * 9, "more": [1] * 99} for n in range(20)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"steps": "2 + 2 = 4"}])))
+    problems = load_task(str(tmp_path / "own.jsonl")).problems(10)
+    assert {tuple(problem.entry) for problem in problems} == {("steps",)}
+    assert {problem.entry["steps"] for problem in problems} <= {"", "2 + 2 = 4"}
+
+
+def test_a_setting_nested_without_an_end_is_text():
+    with pytest.raises(UserError, match=r"^`task`: "):
+        load_task("chain_sum:max_terms=" + "[" * 100_000)
 
 
 @pytest.mark.parametrize("answer", ["Paris", "B", "(1,2)", "true", "北京", "Straße", "x²", "9^{9^{9}}", "."])

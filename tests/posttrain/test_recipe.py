@@ -12,6 +12,8 @@ from moonwhale.infer import engine
 from moonwhale.posttrain import recipe as recipes
 from moonwhale.posttrain.recipe import read, recipe
 from moonwhale.posttrain.sample import SampleOptions, sample
+from moonwhale.posttrain.sft import SFTOptions
+from moonwhale.train import run_folder
 
 
 @pytest.fixture
@@ -125,6 +127,59 @@ def test_r1s_pipeline_runs_and_resumes(folder, mostly_right_engine, capsys, monk
     assert said.count("already finished") == 4 and Path("r1/final/config.json").exists()
 
 
+STAGE = {"checkpoint": "base", "data": "task:chain_sum", "steps": 3, "out": "done"}
+
+
+@pytest.fixture
+def finished(folder):
+    """Makes `done` the folder of a finished run of sft."""
+    run_folder.create(SFTOptions.resolve(dict(STAGE)))
+    Path("done/config.json").write_text("{}")
+
+
+def forbid_running(monkeypatch):
+    monkeypatch.setattr(recipes, "STAGES", {verb: (cls, pytest.fail) for verb, (cls, _) in recipes.STAGES.items()})
+
+
+@pytest.mark.parametrize("free", [{}, {"save_every": 7, "out": "./done"}])
+def test_a_finished_stage_is_skipped(finished, monkeypatch, capsys, free):
+    forbid_running(monkeypatch)
+    recipe(write([{"sft": STAGE | free}]))
+    assert capsys.readouterr().out.count("already finished") == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "complaint"),
+    [
+        ({"sft": STAGE | {"steps": 4}}, "`steps`: 4 differs from the 3 that the finished run in done had"),
+        ({"sft": STAGE | {"data": "chitchat"}}, "`data`: 'chitchat' differs from the 'task:chain_sum'"),
+        ({"train": {"data": "python", "out": "done"}}, "`out`: done holds a finished run of sft, not of train"),
+        ({"grpo": {"checkpoint": "base", "out": "done"}}, "`out`: done holds a finished run of sft, not of grpo"),
+    ],
+)
+def test_another_run_is_not_taken_for_a_finished_stage(finished, monkeypatch, stage, complaint):
+    forbid_running(monkeypatch)
+    with pytest.raises(UserError) as error:
+        recipe(write([{"sft": STAGE | {"out": "new"}}, stage]))
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_of_unknown_origin_is_no_finished_stage(finished, monkeypatch):
+    forbid_running(monkeypatch)
+    Path("done/run.yaml").unlink()
+    with pytest.raises(
+        UserError, match=r"`out`: done holds a model of unknown origin, without run.yaml: name another folder"
+    ):
+        recipe(write([{"sft": STAGE}]))
+
+
+@pytest.mark.parametrize("out", ["done", "./done", "x/../done"])
+def test_two_stages_with_one_folder_are_refused(finished, monkeypatch, out):
+    forbid_running(monkeypatch)
+    with pytest.raises(UserError, match=r"recipe.yaml, stage 2: stage 1 writes into .*done too: name another `out`"):
+        recipe(write([{"sft": STAGE}, {"sft": STAGE | {"out": out}}]))
+
+
 def test_the_recipe_in_docs_is_valid():
     stages = read(str(Path(__file__).parents[2] / "docs" / "r1.yaml"))
     assert [verb for verb, _ in stages] == ["sft", "grpo", "sample", "sft", "grpo"]
@@ -146,7 +201,7 @@ def test_the_recipe_in_docs_is_valid():
 )  # fmt: skip
 def test_a_broken_recipe_is_one_line_before_anything_runs(folder, monkeypatch, text, complaint):
     Path("recipe.yaml").write_text(text)
-    monkeypatch.setattr(recipes, "STAGES", {verb: (cls, pytest.fail) for verb, (cls, _) in recipes.STAGES.items()})
+    forbid_running(monkeypatch)
     with pytest.raises(UserError) as error:
         recipe("recipe.yaml")
     assert complaint in str(error.value)

@@ -1,7 +1,8 @@
 """Reads the rows of Parquet and Arrow files, in parts of bounded size.
 
-Such a file holds a value once and refers to it from many rows, or compresses its parts, so that a kilobyte may stand
-for gigabytes. All that is decoded is therefore bounded: at once, in a row, and relative to the size of the file.
+Such a file holds a value once and refers to it from many rows, compresses its parts, or only counts values that take no
+bytes, such as nulls. So a kilobyte may stand for gigabytes. All that is decoded is therefore bounded: at once, in a
+row, and relative to the size of the file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ ROWS_PER_BATCH = 64  # rows that are decoded at once
 BYTES_PER_BATCH = 1 << 24  # bytes that become Python's objects at once, if they are several rows
 MOST_OF_BATCH = 1 << 30  # bytes that several rows of a Parquet file may take when they are decoded
 MOST_OF_TABLE = 1 << 30  # bytes of a compressed Parquet or Arrow file
+REFERENCE = 8  # bytes of every element, which a list of Python's refers to
+OBJECT = 56  # bytes of its object too, unless it is None, True or False, which exist once
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
@@ -43,6 +46,10 @@ def _largest_column(group, names: Sequence[str], path: Path) -> int:
     for chunk in chosen:
         if chunk.total_uncompressed_size > ROOM + GROWTH * chunk.total_compressed_size:
             raise _grows(path)
+    # Values that lists hold beyond one a row: unlike rows, they are decoded all at once.
+    in_lists = sum(max(0, chunk.num_values - group.num_rows) for chunk in chosen)
+    if in_lists * REFERENCE > ROOM + GROWTH * sum(chunk.total_compressed_size for chunk in chosen):
+        raise _grows(path)
     return max((chunk.total_uncompressed_size for chunk in chosen), default=0)
 
 
@@ -107,15 +114,30 @@ def _grows(path: Path) -> UserError:
 
 
 def _decoded_size(array) -> int:
-    """Returns the bytes that the values of an array take, each by itself, or an upper bound of them."""
+    """Returns the bytes that the values of an array take as Python's objects, each by itself, or an upper bound."""
+    import pyarrow
     from pyarrow import compute, types
 
-    if types.is_dictionary(array.type) and types.is_string(array.type.value_type):
-        return compute.sum(compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0
-    if types.is_list(array.type) or types.is_large_list(array.type):
-        return _decoded_size(array.flatten())
-    if types.is_struct(array.type):
-        return sum(map(_decoded_size, array.flatten()))
-    if types.is_string(array.type) or types.is_large_string(array.type) or types.is_primitive(array.type):
-        return array.nbytes
-    return len(array) * array.get_total_buffer_size()  # other kinds may share values
+    kind = array.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _decoded_size(array.storage)
+    if types.is_null(kind) or types.is_boolean(kind):
+        return REFERENCE * len(array)
+    objects = REFERENCE * len(array) + OBJECT * (len(array) - array.null_count)
+    if types.is_dictionary(kind) and types.is_string(kind.value_type):
+        return objects + (compute.sum(compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return objects + _decoded_size(array.flatten())
+    if types.is_struct(kind):
+        return objects + sum(map(_decoded_size, array.flatten()))
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_primitive(kind):
+        return objects + array.nbytes
+    # Elements of other kinds may share values. Each is at most as large as all of them.
+    return objects + len(array) * (array.get_total_buffer_size() + sum(map(_decoded_size, _shared(array))))
+
+
+def _shared(array) -> list:
+    """Returns the arrays to whose values the elements of a dictionary, view, map, union or run refer."""
+    if hasattr(array, "field"):
+        return [array.field(i) for i in range(array.type.num_fields)]
+    return [getattr(array, name) for name in ("dictionary", "values") if hasattr(array, name)]

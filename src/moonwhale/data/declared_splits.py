@@ -7,10 +7,10 @@ configs:
   - {split: test, path: [data/test-*, more/test.csv]}
 """
 
-import glob
 import os
 from pathlib import Path
 
+from moonwhale.data.globs import expand
 from moonwhale.errors import UserError, did_you_mean, printable
 from moonwhale.files import read_text
 from moonwhale.yaml_files import parse_yaml
@@ -87,5 +87,4 @@ def _matches(folder: Path, pattern: str) -> list[Path]:
     """Returns the files in the folder that a pattern of README.md names, sorted."""
     if os.path.isabs(pattern) or ".." in Path(pattern).parts or "://" in pattern:
         raise UserError(f"`data`: {folder / README} names files outside of its folder: {printable(pattern, '')[:200]}")
-    found = glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True)
-    return sorted(path for path in map(Path, found) if path.is_file())
+    return expand(folder, pattern)

@@ -5,27 +5,26 @@ set has tables, perhaps of several splits, and a README.md, which may declare th
 split is read, and another may be held out for evaluation.
 """
 
-import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moonwhale.data.declared_splits import README, declared_splits
+from moonwhale.data.globs import WILDCARD, expand, once, walk
 from moonwhale.data.opening import split_suffix
 from moonwhale.data.source import warn_once
 from moonwhale.data.tables import table_suffix
 from moonwhale.errors import UserError, did_you_mean, shown
 from moonwhale.files import read_json
 
-WILDCARD = re.compile(r"[*?\[]")
 SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "test": {"test", "testing", "heldout"},
 }
-IGNORED_FOLDERS = {"__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,11 @@ def find_files(spec: str, split: str | None = None) -> Found | None:
         return _declared(Path(folder), configuration, spec, split)
     if not WILDCARD.search(spec):
         return None
-    matches = map(Path, glob.glob(_escape_existing(path), recursive=True))
-    found = _once(sorted(match for match in matches if match.is_file()))
+    base = next(folder for folder in path.parents if folder.is_dir())  # `runs[1]` may well be a folder's name
+    found = once(expand(base, str(path.relative_to(base))))
     if not found:
         raise UserError(f"`data`: no files in {spec}")
     return Found(found)
-
-
-def _escape_existing(pattern: Path) -> str:
-    """Escapes the folders at the beginning of a glob that exist by that name, such as `runs[1]`."""
-    base = next(folder for folder in pattern.parents if folder.is_dir())
-    return os.path.join(glob.escape(str(base)), pattern.relative_to(base))
-
-
-def _once(files: Iterable[Path]) -> list[Path]:
-    """Leaves out files that another link has named already."""
-    return list({file.resolve(): file for file in reversed(list(files))}.values())[::-1]
 
 
 def _declared(folder: Path, configuration: str | None, spec: str, split: str | None) -> Found | None:
@@ -124,8 +112,8 @@ def _files_of_folder(folder: Path, spec: str, split: str | None) -> Found:
         return Found(rows[chosen], True, _held_out(rows, split))
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return Found(_saved_files(folder))
-    left_out: dict[str, int] = {}
-    found = _choose_split(_walk(folder, left_out), folder, spec, split, left_out)
+    left_out: Counter[str] = Counter()
+    found = _choose_split(_files_below(folder, left_out), folder, spec, split, left_out)
     _report(left_out, spec)
     if not found.files:
         raise UserError(f"`data`: no files in {spec}")
@@ -185,43 +173,25 @@ def _report(left_out: dict[str, int], spec: str) -> None:
         warn_once(f"`data`: of {spec}, these are left out: {listed}")
 
 
-def _walk(folder: Path, left_out: dict[str, int]) -> list[Path]:
-    """Returns the files below a folder, sorted. Follows links to folders, but enters each folder once."""
-    found, entered = [], set()
-
-    def count(why: str) -> None:
-        left_out[why] = left_out.get(why, 0) + 1
-
-    def is_new(directory: Path) -> bool:
-        real = directory.resolve()
-        new = real not in entered
-        entered.add(real)
-        if not new:
-            count("folders that another link names")
-        return new
+def _files_below(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Returns the files below a folder, sorted, each once. `left_out` counts what else there is."""
 
     def unreadable(error: OSError) -> None:
         raise UserError(f"`data`: cannot read {error.filename}: {error.strerror}") from error
 
-    is_new(folder)
-    for name, directories, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        here = Path(name)
+    found = []
+    for here, names in walk([folder], left_out, unreadable):
         # A saved data set inside the folder: its metadata is no text.
         is_saved = "state.json" in names and "dataset_info.json" in names
-        kept = [d for d in sorted(directories) if not d.startswith(".") and d not in IGNORED_FOLDERS]
-        # A folder itself comes before links to it, so that its files keep their own names.
-        kept.sort(key=lambda directory: (here / directory).is_symlink())
-        directories[:] = [directory for directory in kept if is_new(here / directory)]
         for file in (here / name for name in names if not name.startswith(".")):
             if is_saved and file.suffix != ".arrow":
                 continue
             if file.is_file():
                 found.append(file)
             else:
-                count("broken links and special files")
-    files = _once(sorted(found, key=lambda file: (file.is_symlink(), file)))
-    if len(files) < len(found):
-        left_out["files that another link names"] = len(found) - len(files)
+                left_out["broken links and special files"] += 1
+    files = once(sorted(found, key=lambda file: (file.is_symlink(), file)))
+    left_out["files that another link names"] += len(found) - len(files)
     return sorted(files)
 
 

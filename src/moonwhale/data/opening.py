@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from moonwhale.errors import UserError, one_line
+from moonwhale.files import require_plain
 
 
 def _open_zstd(path: Path, mode: str) -> BinaryIO:
@@ -50,8 +51,12 @@ class _Expanding(io.RawIOBase):
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to read its bytes, decompressed. Raises UserError if that fails, also while the file is read."""
+    """Opens a plain file, decompressed, to read its bytes. Raises UserError if that fails, also while it is read."""
     compressed = split_suffix(path)[1]
+    try:
+        require_plain(path)
+    except UserError as error:
+        raise UserError(f"`data`: {error}") from error
     try:
         with OPENERS.get(compressed, open)(path, "rb") as file:
             yield io.BufferedReader(_Expanding(file, path), 1 << 18) if compressed else file

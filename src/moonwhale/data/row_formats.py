@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from moonwhale.data.source import ROLES, Document, SkippedRow, texts_of
-from moonwhale.errors import UserError, one_line
+from moonwhale.errors import UserError, one_line, shown
+from moonwhale.files import parse_json
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ALPACA = ("instruction", "input", "output")
@@ -30,13 +32,13 @@ SPARSE_ROWS = 100  # rows of JSON, each with fields of its own, after which a co
 class BadRow(Exception):
     """Says that a row cannot be read.
 
-    `reason` has the same words for every row with the same fault, so that they can be counted. `culprit` is the value
-    that cannot be read.
+    `reason` has the same words for every row with the same fault, so that they can be counted. `culprit` is the
+    beginning of the value that cannot be read.
     """
 
     def __init__(self, reason: str, culprit: object):
         super().__init__(reason)
-        self.reason, self.culprit = reason, culprit
+        self.reason, self.culprit = reason, _readable(culprit)[:80]
 
 
 def read_rows(
@@ -74,7 +76,7 @@ def read_rows(
             document = to_document(row) if to_document else document_of(row, columns)
             _check_unicode(document)
         except BadRow as bad:
-            yield SkippedRow(bad.reason, f"row {number} of {where}: {_readable(bad.culprit)[:80]}")
+            yield SkippedRow(bad.reason, f"row {number} of {where}: {bad.culprit}")
         else:
             yield SkippedRow() if document is None else document
     if n_rows:
@@ -86,7 +88,8 @@ def _check_columns(seen: dict[str, None], where: str, columns: Sequence[str]) ->
     missing = [column for column in columns if column not in seen]
     if missing or not (columns or columns_of(seen)):
         asked = f"no column {','.join(missing)}" if columns else "no column of messages or text"
-        raise UserError(f"`data_columns`: {where} has {asked}; it has {_readable(', '.join(map(str, seen)))}")
+        names = ", ".join(islice(map(str, seen), 100))
+        raise UserError(f"`data_columns`: {where} has {asked}; it has {_readable(names)}")
 
 
 def _check_unicode(document: Document | None) -> None:
@@ -100,7 +103,9 @@ def _check_unicode(document: Document | None) -> None:
 
 
 def _readable(value: object) -> str:
-    return one_line(value).encode("utf-8", "backslashreplace").decode()
+    """Returns the beginning of a text, or of another value, in one line."""
+    text = value[:1000] if isinstance(value, str) else shown(value)
+    return one_line(text).encode("utf-8", "backslashreplace").decode()
 
 
 def columns_of(row: Iterable[str]) -> tuple[str, ...]:
@@ -141,13 +146,18 @@ def text_or_chat(row: dict, columns: Sequence[str]) -> Document:
 
 
 def _parsed(value: str) -> object:
-    """Parses messages that were written as JSON into one field, as in a .csv file. Returns other text as it is."""
+    """Parses messages that were written as JSON into one field, as in a .csv file. Returns other text as it is.
+
+    Raises BadRow if they hold too many values, or too many inside one another.
+    """
     if not value.lstrip().startswith("[{"):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        return parse_json(value)
+    except json.JSONDecodeError:
         return value
+    except (ValueError, RecursionError) as error:
+        raise BadRow("messages that cannot be read", f"{one_line(error)}: {value[:40]}") from error
 
 
 def _exchange(row: dict, shape: tuple[str, ...]) -> list[dict]:

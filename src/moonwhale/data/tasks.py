@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,11 @@ from pathlib import Path
 
 from moonwhale.data import gym_answers
 from moonwhale.data.answers import normalize, same_answer
+from moonwhale.data.json_rows import json_lines
+from moonwhale.data.row_formats import BadRow
 from moonwhale.data.source import Document, Source, digest
 from moonwhale.errors import UserError, did_you_mean, one_line, require_package
+from moonwhale.files import parse_json
 
 HELD_OUT_QUESTIONS = 0.1  # the share of a task's questions that are held out, by the hash of their text
 DEMONSTRATIONS = 10_000  # the default size of `--data task:SPEC`
@@ -27,6 +29,7 @@ UNUSABLE = {
     "game_of_life_halting": "scores every answer as right",
 }
 MAX_VAIN_DRAWS = 1000  # a task is exhausted after so many questions in a row from the wrong side of the split
+MOST_OF_ANSWER = 1 << 14  # characters of a right answer in a file
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 # The help text of --task, in every verb that has it.
@@ -142,11 +145,11 @@ def load_task(spec: str) -> Task:
 def demonstration_source(spec: str, limit: int | None = None) -> Source:
     """Returns the source of `--data task:SPEC`: conversations of a training question and its demonstration."""
     name, n = spec.removeprefix("task:"), limit or DEMONSTRATIONS
-    with _named_as_data():
+    with _renamed("task", "data"):
         task = load_task(name)
 
     def read() -> Iterator[Document]:
-        with _named_as_data():
+        with _renamed("task", "data"):
             for problem in itertools.islice(task.draw(0, False), n):
                 yield [*problem.messages, {"role": "assistant", "content": task.demonstrate(problem)}]
 
@@ -156,12 +159,12 @@ def demonstration_source(spec: str, limit: int | None = None) -> Source:
 
 
 @contextlib.contextmanager
-def _named_as_data():
-    """Context in which errors of a task name the option `data`, by which the task was given."""
+def _renamed(option: str, given: str):
+    """Context in which errors that name `option` name the option `given` instead, by which the value was given."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("`task`", "`data`")) from error
+        raise UserError(str(error).replace(f"`{option}`", f"`{given}`")) from error
 
 
 # ---- tasks of reasoning-gym
@@ -217,8 +220,8 @@ def _gym_options(spec: str, name: str, settings: list[str]) -> dict:
         key, equals, value = setting.partition("=")
         if not equals or key not in known:
             raise UserError(f"`task`: {spec}: {setting!r} is no setting of {name}: it has {', '.join(known)}")
-        with contextlib.suppress(ValueError):  # a value that is not JSON is text
-            value = json.loads(value)
+        with contextlib.suppress(ValueError, RecursionError):  # a value that is not JSON is text
+            value = parse_json(value)
         options[key] = value
     return options
 
@@ -257,22 +260,11 @@ def _draw_gsm8k(seed: int, held_out: bool) -> Iterator[Problem]:
 
 def _file_task(path: Path) -> Task:
     require_package("math_verify", "rl", "`task`")
-    try:  # splitlines would also split at U+2028, which JSON allows within text
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except OSError as error:
-        raise UserError(f"`task`: cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"`task`: {path} is not JSON with one object per line: {one_line(error)}") from error
-    for number, row in enumerate(rows, start=1):
-        texts = [row.get(name) for name in ("question", "answer")] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f'`task`: {path}, object {number}: it needs "question" and "answer", both text')
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            raise UserError(f"`task`: {path}, object {number}: half of a surrogate pair is no text: write the whole")
-        shown = extract_answer(f"<answer>{row['answer']}</answer>")
-        if normalize(shown) != normalize(row["answer"]):
-            raise UserError(f"`task`: {path}, object {number}: its answer holds the tags of an answer: remove them")
-    problems = [Problem(row["question"], row["answer"], row) for row in rows]
+    problems: list[Problem] = []
+    with _renamed("data", "task"):
+        for row in json_lines(path):
+            if row is not None:
+                problems.append(_read_problem(row, f"`task`: {path}, object {len(problems) + 1}"))
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
         def order(problem: Problem) -> bytes:
@@ -280,7 +272,24 @@ def _file_task(path: Path) -> Task:
 
         return iter(sorted((p for p in problems if is_held_out(p.question) == held_out), key=order))
 
-    return Task(str(path), draw, _same_answer, lambda problem: str(problem.entry.get("steps", "")))
+    return Task(str(path), draw, _same_answer, lambda problem: problem.entry["steps"])
+
+
+def _read_problem(row: dict | BadRow, where: str) -> Problem:
+    """Makes a problem of a row. Raises UserError, which begins with `where`, if the row is none."""
+    if isinstance(row, BadRow):
+        raise UserError(f"{where}: it is {row.reason} ({row.culprit}): write one object per line")
+    question, answer, steps = map(row.get, ("question", "answer", "steps"))
+    if not all(isinstance(text, str) and text.strip() for text in (question, answer)):
+        raise UserError(f'{where}: it needs "question" and "answer", both text')
+    if len(answer) > MOST_OF_ANSWER:
+        raise UserError(f"{where}: its answer has more than {MOST_OF_ANSWER:,} characters: shorten it")
+    steps = steps if isinstance(steps, str) else ""
+    if any("\ud800" <= character <= "\udfff" for text in (question, answer, steps) for character in text):
+        raise UserError(f"{where}: it is not UTF-8, or has half of a surrogate pair, which is no text: write the whole")
+    if normalize(extract_answer(f"<answer>{answer}</answer>")) != normalize(answer):
+        raise UserError(f"{where}: its answer holds the tags of an answer: remove them")
+    return Problem(question, answer, {"steps": steps})
 
 
 def _same_answer(problem: Problem, answer: str) -> float | None:

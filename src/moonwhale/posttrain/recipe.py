@@ -1,16 +1,19 @@
 """The verb `moonwhale recipe`: runs several stages of training, one after the other, from a YAML file."""
 
+import os
+import re
 from pathlib import Path
 
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean, shown
+from moonwhale.files import read_text
 from moonwhale.posttrain import grpo, sample, sft
 from moonwhale.reports import add_json, reporting
 from moonwhale.train import pretrain, run_folder
 from moonwhale.train.config import TrainConfig
 from moonwhale.train.run import check_reporters
 from moonwhale.train.run_options import RunOptions
-from moonwhale.yaml_files import read_yaml_file
+from moonwhale.yaml_files import FILE_BYTES, read_yaml_file
 
 # For each verb: the class that checks its options, and the function that runs it.
 STAGES = {
@@ -49,10 +52,12 @@ def recipe(path: str) -> list[tuple[str, object]]:
     """Checks all stages of a recipe, then runs them in order. Skips the finished ones. Returns them as `read` does.
 
     Raises:
-        UserError: the file is not a recipe, or the options of a stage are impossible.
+        UserError: the file is not a recipe, the options of a stage are impossible, or it would write where another run
+            has finished.
     """
     stages = read(path)
-    for _, config in stages:
+    for verb, config in stages:
+        is_done(verb, config)  # finds another run's folder before the first stage takes hours
         if isinstance(config, RunOptions):
             check_reporters(config.report_to)
     for number, (verb, config) in enumerate(stages, start=1):
@@ -65,11 +70,21 @@ def recipe(path: str) -> list[tuple[str, object]]:
 
 
 def read(path: str) -> list[tuple[str, object]]:
-    """Returns each stage's verb and checked options. Files that an earlier stage writes need not exist yet."""
+    """Returns each stage's verb and checked options. Files that an earlier stage writes need not exist yet.
+
+    Raises:
+        UserError: the file is not a recipe, the options of a stage are impossible, or two stages have the same `out`.
+    """
     stages = read_yaml_file(path)
     if not isinstance(stages, list) or not stages:
         raise UserError(f"{path} is not a list of stages, such as `- sft: {{checkpoint: runs/demo, out: runs/talks}}`")
-    return [_read_stage(stage, f"{path}, stage {number}") for number, stage in enumerate(stages, start=1)]
+    checked = [_read_stage(stage, f"{path}, stage {number}") for number, stage in enumerate(stages, start=1)]
+    writers: dict[str, int] = {}
+    for number, (_, config) in enumerate(checked, start=1):
+        first = writers.setdefault(os.path.abspath(config.out), number)
+        if first != number:
+            raise UserError(f"{path}, stage {number}: stage {first} writes into {config.out} too: name another `out`")
+    return checked
 
 
 def _read_stage(stage: object, where: str) -> tuple[str, object]:
@@ -89,5 +104,36 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
 
 
 def is_done(verb: str, config) -> bool:
-    """Whether a stage has written its last file."""
-    return Path(config.out).exists() if verb == "sample" else (Path(config.out) / "config.json").exists()
+    """Whether a stage has written its last file.
+
+    Raises:
+        UserError: a run of another verb, or with other options, has finished in its folder.
+    """
+    if verb == "sample":
+        return Path(config.out).exists()
+    if not (Path(config.out) / "config.json").exists():
+        return False
+    _check_same_run(config)
+    return True
+
+
+def _check_same_run(config) -> None:
+    """Raises UserError if run.yaml, next to a finished model, is that of another run, or is missing."""
+    run_file = Path(config.out) / run_folder.RUN_FILE
+    if not run_file.exists():
+        raise UserError(
+            f"`out`: {config.out} holds a model of unknown origin, without {run_file.name}: name another folder"
+        )
+    verb = re.match(r"# Replay with: moonwhale (\w+) ", read_text(run_file, FILE_BYTES))
+    if verb and verb[1] != config.verb:
+        raise UserError(
+            f"`out`: {config.out} holds a finished run of {verb[1]}, not of {config.verb}: name another folder"
+        )
+    before = run_folder.options_that_affect_training(config.resolve({}, str(run_file)))
+    now = run_folder.options_that_affect_training(config)
+    for name in now | before:
+        if now.get(name) != before.get(name):
+            raise UserError(
+                f"`{name}`: {shown(now.get(name))} differs from the {shown(before.get(name))} that the finished run in "
+                f"{config.out} had: give the same, or name another `out`"
+            )
