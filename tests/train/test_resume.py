@@ -1,6 +1,7 @@
 """However a run is stopped, resuming it gives the same model, bit for bit, as an uninterrupted run."""
 
 import errno
+import hashlib
 import json
 import os
 import pkgutil
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from forked import ForkedProcess
-from moonwhale import cli
+from moonwhale import cli, manifest
 from moonwhale.checkpoint import (
     clear_unfinished,
     find_damage,
@@ -305,6 +306,38 @@ def test_flipped_bits_of_a_manifest_are_noticed_or_change_nothing(tmp_path):
         data[bit // 8] ^= 1 << bit % 8
         manifest.write_bytes(data)
         assert find_damage(manifest.parent) or json.loads(data) == json.loads(good)
+
+
+def rewrite_manifest(checkpoint: Path, change) -> None:
+    """Changes the files that a manifest lists, and its sum with them, as the author of a folder can."""
+    values = json.loads((checkpoint / "manifest.json").read_bytes())
+    files = change(values["files"])
+    sum = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files, "sha256": sum}))
+
+
+@pytest.mark.parametrize("name", ["./{}", "././{}", "../checkpoint-1/{}", "/{}", "{}/", "a//{}", "", "..", "a\\{}"])
+def test_a_manifest_names_files_of_the_folder_in_one_way_only(tmp_path, name):
+    write_checkpoint(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "a").mkdir()
+    rewrite_manifest(checkpoint, lambda files: files)
+    assert find_damage(checkpoint) is None
+    rewrite_manifest(checkpoint, lambda files: {name.format(real): entry for real, entry in files.items()})
+    assert find_damage(checkpoint) == "manifest.json is damaged"
+
+
+def test_a_file_of_many_names_is_read_once(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1)
+    checkpoint, read = tmp_path / "checkpoint-1", []
+    real, entry = next(iter(json.loads((checkpoint / "manifest.json").read_bytes())["files"].items()))
+    for i in range(20):
+        (checkpoint / f"symbolic{i}").symlink_to(real)
+        os.link(checkpoint / real, checkpoint / f"hard{i}")
+    names = [real] + [f"{kind}{i}" for i in range(20) for kind in ("symbolic", "hard")]
+    rewrite_manifest(checkpoint, lambda files: dict.fromkeys(names, entry))
+    monkeypatch.setattr(manifest, "checksum", lambda path: read.append(path) or entry["sha256"])
+    assert find_damage(checkpoint) is None and len(read) == 1
 
 
 def test_a_manifest_of_an_earlier_version(tmp_path):
