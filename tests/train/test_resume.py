@@ -15,6 +15,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from moonwhale.errors import UserError
 from moonwhale.train import callbacks, muonclip_trainer, pretrain
 from moonwhale.train.config import parse
 from moonwhale.train.mtp_trainer import MTPTrainer
-from moonwhale.train.run_folder import write_run_file
+from moonwhale.train.run_folder import check_data_unchanged, write_run_file
 
 # 39 rows in micro-batches of 2, two of them a step: an epoch is 10 steps, the last of one micro-batch.
 LONG = {"steps": 14, "decay_fraction": 0.3, "mtp_loss_weight_final": 0.1}
@@ -514,6 +515,13 @@ def test_changed_data_are_noticed(tiny_run, text_folder, tmp_path, monkeypatch):
     (data / "07.txt").write_text("the sea " * 30)
     with pytest.raises(UserError, match=r"^`data`: .*, or its tokenizer, has changed since the run"):
         resume(config.out)
+
+
+@pytest.mark.parametrize("make", [lambda record: record.write_bytes(b"abc\xff\n"), os.mkfifo, Path.mkdir])
+def test_a_record_of_the_data_that_cannot_be_read_is_one_line(tmp_path, make):
+    make(tmp_path / "data.txt")
+    with pytest.raises(UserError, match=r"^cannot read .*data\.txt: .*: bring it back, or train into another `out`$"):
+        check_data_unchanged(SimpleNamespace(out=str(tmp_path)), "`data`: it", b"", "")
 
 
 def test_intervals_may_change(tiny_run, monkeypatch):
