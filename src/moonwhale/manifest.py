@@ -38,6 +38,9 @@ def find_damage(checkpoint: str | os.PathLike) -> str | None:
     files = _read(folder / MANIFEST)
     if files is None:
         return f"{MANIFEST} is damaged"
+    for path in folder.rglob("*"):  # also those that the manifest doesn't list: opening a pipe would block
+        if not (path.is_file() or path.is_dir()):
+            return f"{path.relative_to(folder)} is no plain file"
     sums: dict[tuple[int, int], str] = {}  # by device and inode: many names may be links to one large file
     for name, (size, sha256) in files.items():
         path = folder / name

@@ -328,6 +328,12 @@ def test_a_manifest_names_files_of_the_folder_in_one_way_only(tmp_path, name):
     assert find_damage(checkpoint) == "manifest.json is damaged"
 
 
+def test_a_pipe_that_the_manifest_does_not_list_is_damage(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    os.mkfifo(tmp_path / "checkpoint-1" / "optimizer.pt")
+    assert find_damage(tmp_path / "checkpoint-1") == "optimizer.pt is no plain file"
+
+
 def test_a_file_of_many_names_is_read_once(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1)
     checkpoint, read = tmp_path / "checkpoint-1", []
