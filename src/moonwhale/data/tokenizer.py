@@ -200,7 +200,7 @@ def _complete(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Adds the control tokens and the chat template that `tokenizer` lacks; changes nothing that it has.
 
     Raises:
-        UserError: the tokenizer is not byte-level.
+        UserError: the tokenizer is not byte-level, or its chat template is no text.
     """
     byte_lengths(tokenizer)
     if tokenizer.eos_token is None:
@@ -209,6 +209,10 @@ def _complete(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         tokenizer.add_special_tokens({"bos_token": tokenizer.eos_token})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD})
+    if isinstance(tokenizer.chat_template, dict):  # of several templates, chats without tools use the default one
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not isinstance(tokenizer.chat_template, str | None):
+        raise UserError(f"{tokenizer.name_or_path}: its chat_template is no text: leave it out, or give one")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
         tokenizer.add_special_tokens({"extra_special_tokens": ROLE_TOKENS}, replace_extra_special_tokens=False)
