@@ -18,7 +18,7 @@ from moonwhale.data.chat import ROLE_TOKENS, TOKENIZER_OPTIONS
 from moonwhale.data.hub_access import hub_access
 from moonwhale.data.source import Source, texts_of
 from moonwhale.data.templates import CHAT_TEMPLATE
-from moonwhale.data.tokenizer_checks import check_tokenizer, check_tokenizer_file, check_tokenizer_folder
+from moonwhale.data.tokenizer_checks import MOST_IDS, check_tokenizer, check_tokenizer_file, check_tokenizer_folder
 from moonwhale.errors import UserError, one_line, require_package
 from moonwhale.files import cache_folder, cache_key, locked, new_folder
 
@@ -40,12 +40,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     learn arithmetic.
 
     Raises:
-        UserError: `vocab_size` leaves no room for the 256 bytes and the control tokens.
+        UserError: `vocab_size` leaves no room for the 256 bytes and the control tokens, or is larger than MOST_IDS.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"`vocab_size` {vocab_size} is too small: 256 bytes and the control tokens need {MIN_VOCAB_SIZE}"
         )
+    if vocab_size > MOST_IDS:  # the library reserves memory for all of them
+        raise UserError(f"`vocab_size` {vocab_size} is too large: give at most {MOST_IDS:,}")
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(MARKUP_TOKENS),
