@@ -1,7 +1,9 @@
 """Hostile files of settings and of data, and runs that their author damaged. Each draws from a seeded generator."""
 
 import gzip
+import hashlib
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -46,6 +48,8 @@ def yaml(path: Path, draw: random.Random) -> None:
     ]
     texts += [
         "steps: " + "9" * 5000,
+        "steps: 1" + ":1" * 120_000,
+        "lr: 0." + "1" * 250_000,
         '"\\e[2J": 5',
         "x" * 200_000 + ": 5",
         "steps: 5\nsteps: 6",
@@ -92,8 +96,28 @@ def bomb(path: Path, draw: random.Random) -> None:
             file.write(block)
 
 
+def damage_record(run: Path, draw: random.Random) -> None:
+    """Put a pipe or bytes in the place of a run's data.txt or lock, or let a manifest name a large file very often."""
+    checkpoint, path = max(run.glob("checkpoint-*")), run / draw.choice(["data.txt", ".lock", "manifest"])
+    path.unlink(missing_ok=True)
+    if path.name != "manifest":
+        make = draw.choice([os.mkfifo, lambda path: path.write_bytes(b"\xff")])
+        make(path)
+        return
+    (checkpoint / "large").touch()
+    os.truncate(checkpoint / "large", 1 << 28)  # takes no space on the disk
+    write_manifest(checkpoint)
+    files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+    files |= {"./" * i + "large": files["large"] for i in range(2000)}
+    total = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": files, "sha256": total}))
+
+
 def damage_run(run: Path, draw: random.Random) -> None:
     """Change a file of the only checkpoint of a run, and its manifest with it, as its author could."""
+    if draw.random() < 0.3:
+        damage_record(run, draw)
+        return
     checkpoint = max(run.glob("checkpoint-*"))
     name = draw.choice(
         ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS, "config.json", "run.yaml"]

@@ -44,6 +44,7 @@ class Folder:
             self.path / name,
             self.draw.choice(["pipe", "device", "folder", "broken", "bytes", "empty", "large"]),
         )
+        path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         if kind == "pipe":
             os.mkfifo(path)
@@ -224,6 +225,7 @@ class Touch:
 
 def not_a_file(f: Folder) -> None:
     names = [WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    names.append("additional_chat_templates/a.jinja")
     f.replace(f.draw.choice([*names, "chat_template.jinja", "special_tokens_map.json", INDEX]))
 
 

@@ -1,5 +1,6 @@
 """The command line itself: what it prints, how it exits, and how little it imports."""
 
+import argparse
 import errno
 import json
 import logging
@@ -15,6 +16,8 @@ import pytest
 
 from moonwhale import __version__, cli
 from moonwhale.errors import UserError
+from moonwhale.options import parser_of
+from moonwhale.planning import plan
 
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "numpy", "matplotlib", "accelerate"}
 
@@ -224,3 +227,52 @@ def test_control_characters_are_shown_not_obeyed(capsys, monkeypatch):
         assert r"\x1b[31m bell \x07 title \x1b]0;x\x07 c1 \x9b2J" in text
     assert out.count("\tand\nlines") == 3 and "\r" not in out
     assert err.splitlines()[-1].startswith("moonwhale: error: red ") and r"back\rover" in err.splitlines()[-1]
+
+
+def typed_options(parser) -> list:
+    """The options whose values argparse reads as numbers, also those of sub-commands."""
+    found = [(parser, action) for action in parser._actions if action.type]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [pair for inner in action.choices.values() for pair in typed_options(inner)]
+    return found
+
+
+def test_every_number_on_the_command_line_has_a_bound():
+    pairs = [pair for name in cli.VERBS for pair in typed_options(parser_of(cli._function(name)))]
+    assert {"context", "gpus", "top_k", "max_queue", "vocab_size"} <= {action.dest for _, action in pairs}
+    for parser, action in pairs:
+        assert parser._get_value(action, "7") == 7
+        for text in ("9" * 40, "9" * 5000, "many"):
+            with pytest.raises(argparse.ArgumentError, match=r"is too large: give at most 1,000|is not a .*number"):
+                parser._get_value(action, text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("info demo --context 1000000000000", None),
+        ("info demo --context 1000000000000000 --batch 1000000000000000", None),
+        ("plan --gpus 1000000000000", "--gpus: 1000000000000 is impossible: give at most 1,000,000"),
+        ("plan --gpus 999983 --tokens-per-step 999999999999989 --context 1 --batch-size 1", "GPUs can't share"),
+        ("plan --gpus 64 --tokens-per-step 512000000000000", None),
+        ("plan --gpus 8 --batch-size 1000000 --context 1 --tokens-per-step 1000000", "--batch-size: 1000000 is imp"),
+        ("data --context 1000000000000", "--context: 1000000000000 is impossible: give at most 16,777,216"),
+        ("eval x --task chain_sum --problems 1000000000000", "--problems: 1,000,000,000,000 with 5 answers each"),
+        ("eval x --task chain_sum --samples 1000000000000", "--problems: 100 with 1,000,000,000,001 answers each"),
+        ("sample x --out a.jsonl --samples 1000000000000", "--questions: 1,000 with 1,000,000,000,000 answers each"),
+        (f"generate x y --draft {'9' * 5000}", "is neither auto nor a number of tokens"),
+    ],
+)
+def test_large_numbers_cost_no_time(argv, said, capsys):
+    start = time.process_time()
+    assert cli.main(argv.split()) == (0 if said is None else 2)
+    out, err = capsys.readouterr()
+    assert (out and not err) if said is None else (said in err and err.count("\n") == 1)
+    assert time.process_time() - start < 10
+
+
+def test_a_plan_of_very_many_layouts_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "MOST_LAYOUTS", 3)
+    assert cli.main(["plan", "--gpus", "8"]) == 2
+    assert "--batch-size: there are more than 3 layouts: give fewer rows than 8" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -111,7 +112,12 @@ def test_whatever_a_lock_file_says_it_is_taken_over(tmp_path, caplog, left, said
     assert all(record.getMessage().isprintable() and len(record.getMessage()) < 500 for record in caplog.records)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, lambda lock: lock.symlink_to("/etc/passwd")])
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda lock: lock.symlink_to("/etc/passwd"), os.mkfifo, bind])
 def test_a_lock_that_is_no_file_is_one_line(tmp_path, make):
     make(tmp_path / ".lock")
     said = attempt(tmp_path / ".lock")

@@ -166,3 +166,53 @@ def test_no_plot_goes_through_pyplot(folder):
         if re.search(r"\bpyplot\b(?!,)|matplotlib\.use\(", path.read_text(encoding="utf-8"))
     ]
     assert not found
+
+
+# `files.read_text` and `files.read_json` read what may come from anyone: they bound it, and refuse pipes and devices.
+BARE_READ = re.compile(
+    r"""\.read_(text|bytes)\(|\bjson\.loads?\(|\byaml\.(\w*load|SafeLoader)\b|\bopen\(\w*\)|\.open\((encoding|"rb?"[,)])"""
+)
+READ_OTHERWISE = {  # files, and folders with all that is in them
+    "files.py": "the bounded readers themselves",
+    "yaml_files.py": "parses what files.read_text returned, after it has counted the values",
+    "data/": "reads data row by row, within bounds of its own",
+    "export/gguf.py": "parses what the tokenizers library wrote",
+    "inspect/xray.py": "the package's own page",
+    "lab/page.py": "the package's own page",
+    "lab/peak_memory.py": "the system's /proc",
+    "memory.py": "the system's /proc and /sys",
+    "native/": "the package's own sources, and a folder of the cache that nobody else can write",
+    "serve/body.py": "a request's body, which is bounded as it arrives",
+    "serve/page.py": "the package's own page",
+}
+
+
+def places_of_bare_reads(path: Path, source: str) -> set[str]:
+    return {path.as_posix(), f"{path.parts[0]}/"} if BARE_READ.search(source) else set()
+
+
+def test_files_from_elsewhere_are_read_within_bounds():
+    found = [places_of_bare_reads(path, (SOURCE / path).read_text(encoding="utf-8")) for path in FILES]
+    assert not [places for places in found if places and places.isdisjoint(READ_OTHERWISE)]
+    assert READ_OTHERWISE.keys() <= set().union(*found), "an exception is no longer needed"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "path.read_text()",
+        "(folder / name).read_bytes()",
+        "json.load(file)",
+        "json.loads(text)",
+        "yaml.safe_load(text)",
+        "open(path)",
+        'path.open("rb")',
+    ],
+)
+def test_a_read_without_bounds_is_detected(source):
+    assert places_of_bare_reads(Path("lab/runs.py"), source)
+
+
+@pytest.mark.parametrize("source", ["read_text(path, 5)", "read_json(path)", 'path.open("wb")', "os.open(path, flags)"])
+def test_a_read_within_bounds_passes(source):
+    assert not places_of_bare_reads(Path("lab/runs.py"), source)

@@ -222,16 +222,16 @@ def _mtp_norms(config) -> int:
 
 def _attended(config, layer: int, context: int) -> tuple[float, float]:
     """Mean number of keys that a token attends to, and of block means that its query is compared with."""
-    size, topk, keys, means = config.moba_block_size, config.moba_topk, 0, 0
+    size, topk = config.moba_block_size, config.moba_topk
     if not config.is_moba_layer(layer) or topk * size >= context:
         return (context + 1) / 2, 0.0
-    for block, start in enumerate(range(0, context, size)):
-        queries = min(size, context - start)
-        earlier_keys = queries * size * min(block, topk - 1)
-        own_keys = queries * (queries + 1) // 2
-        keys += earlier_keys + own_keys
-        means += queries * block if topk > 1 else 0
-    return keys / context, means / context
+    blocks, rest = divmod(context, size)  # full blocks, and the tokens of one more
+    chosen = min(blocks, topk - 1)  # at most; the first blocks have fewer before them
+    before = chosen * (chosen - 1) // 2 + (blocks - chosen) * chosen  # Σ min(block, topk - 1) over the full blocks
+    earlier_keys = size * size * before + rest * size * chosen
+    own_keys = blocks * (size * (size + 1) // 2) + rest * (rest + 1) // 2
+    means = size * (blocks * (blocks - 1) // 2) + rest * blocks if topk > 1 else 0
+    return (earlier_keys + own_keys) / context, means / context
 
 
 def _saved_activations(config, layer: int) -> int:

@@ -83,7 +83,7 @@ def read_json(path: Path, most: int = JSON_BYTES, most_values: int | None = None
     Raises:
         UserError: as `read_text` and `parse_json`; or the file holds no JSON object, or one with the same key twice.
     """
-    hint = "save or copy the checkpoint again"
+    hint = "save or copy it again"
     try:
         values = parse_json(read_text(path, most), most_values, object_pairs_hook=_unique)
     except UserError as error:

@@ -38,14 +38,22 @@ def find_damage(checkpoint: str | os.PathLike) -> str | None:
     files = _read(folder / MANIFEST)
     if files is None:
         return f"{MANIFEST} is damaged"
+    for path in folder.rglob("*"):  # also those that the manifest doesn't list: opening a pipe would block
+        if not (path.is_file() or path.is_dir()):
+            return f"{path.relative_to(folder)} is no plain file"
+    sums: dict[tuple[int, int], str] = {}  # by device and inode: many names may be links to one large file
     for name, (size, sha256) in files.items():
         path = folder / name
         try:
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} is truncated: {path.stat().st_size} of {size} bytes"
-            if checksum(path) != sha256:
+            status = path.stat()
+            if status.st_size != size:
+                return f"{name} is truncated: {status.st_size} of {size} bytes"
+            file = status.st_dev, status.st_ino
+            if file not in sums:
+                sums[file] = checksum(path)
+            if sums[file] != sha256:
                 return f"{name} is damaged: its checksum differs"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -63,8 +71,13 @@ def _read(path: Path) -> dict[str, tuple[int, str]] | None:
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    readable = all(name.isprintable() and isinstance(size, int) for name, (size, _) in listed.items())
-    return listed if whole and readable else None
+    possible = all(_is_inside(name) and isinstance(size, int) for name, (size, _) in listed.items())
+    return listed if whole and possible else None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is one that `write_manifest` may have listed: a plain path inside the folder, spelled one way."""
+    return name.isprintable() and "\\" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def _sum_of(files: dict) -> str:

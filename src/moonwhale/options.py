@@ -7,6 +7,7 @@ dictionary's keys: `--model.hidden_size 128` on the command line is `model: {hid
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -82,6 +83,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog, **kwargs
         )
+        for kind in (int, float):
+            self.register("type", kind, functools.partial(_number, kind))
 
     def error(self, message: str) -> typing.NoReturn:
         message = re.sub(r"--([a-z][\w.-]*)", lambda found: f"`{found[1].replace('-', '_')}`", message)
@@ -337,14 +340,17 @@ def require_not_negative(config: object, *names: str) -> None:
 
 def above_zero(kind: type[int] | type[float]) -> Callable[[str], int | float]:
     """Return an argparse `type` that reads a number of this kind above 0."""
+    return functools.partial(_number, kind, positive=True)
 
-    def read(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {NOUNS[kind]}") from None
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{value:g} is impossible: it must be above 0")
-        return value
 
-    return read
+def _number(kind: type[int] | type[float], text: str, positive: bool = False) -> int | float:
+    """Read a number for argparse, whose own reading has no bound: `type=int` and `type=float` mean this."""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {NOUNS[kind]}") from None
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{shown(value)} is too large: give at most {LARGEST:,}")
+    if positive and not value > 0:
+        raise argparse.ArgumentTypeError(f"{value:g} is impossible: it must be above 0")
+    return value

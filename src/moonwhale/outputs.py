@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,16 +50,7 @@ def _lock(lock: Path, what: str | os.PathLike, option: str) -> TextIO:
     """Opens `lock` and locks it. Writes this process into it."""
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except OSError as error:
-            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
-                raise
-            reason = error.strerror
-            raise UserError(
-                f"`{option}`: cannot lock {what} by {lock}: {reason}: remove it, or name another"
-            ) from error
-        file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+        file = _opened(lock, what, option)
         try:
             if fcntl is None:
                 raise OSError(errno.ENOTSUP, "no locks")
@@ -84,6 +76,23 @@ def _lock(lock: Path, what: str | os.PathLike, option: str) -> TextIO:
     file.write(f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
     file.flush()
     return file
+
+
+def _opened(lock: Path, what: str | os.PathLike, option: str) -> TextIO:
+    """Opens the file `lock`, which is made if it is missing. Anything may be in its place, such as a pipe."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(lock, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
+            raise
+        reason = error.strerror
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+        os.close(descriptor)
+        reason = "it is no plain file"
+    raise UserError(f"`{option}`: cannot lock {what} by {lock}: {reason}: remove it, or name another")
 
 
 def _owner_in(file: TextIO) -> str:

@@ -11,7 +11,9 @@ from moonwhale.errors import UserError, one_line, printable
 from moonwhale.files import read_text, write_whole
 
 FILE_BYTES = 1 << 18  # PyYAML reads about 100 KB in a second
+LONGEST_NUMBER = 1000  # characters: Python's time to read a number grows with the square of its length
 MOST_VALUES = 10_000  # in a document whose aliases are replaced by what they name
+NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 
 
 def read_yaml_file(path: str | os.PathLike) -> object:
@@ -52,11 +54,13 @@ def _count(node: yaml.Node, counted: dict[int, int | None]) -> int:
     """Returns how many values a node holds if each alias is replaced by what it names.
 
     Raises:
-        UserError: there are too many, a node holds itself, or a mapping has a key twice.
+        UserError: there are too many, a number is too long, a node holds itself, or a mapping has a key twice.
     """
-    if isinstance(node, yaml.ScalarNode):
-        return 1
     line = f"line {node.start_mark.line + 1}"
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
+            raise UserError(f"{line}: this number has more than {LONGEST_NUMBER:,} characters")
+        return 1
     if id(node) in counted:
         if counted[id(node)] is None:
             raise UserError(f"{line}: a value holds itself")

@@ -174,6 +174,11 @@ def test_vocabulary_too_small():
     assert len(train_tokenizer([TEXT], 266)) == 266
 
 
+def test_vocabulary_too_large():
+    with pytest.raises(UserError, match=r"`vocab_size` 1000000000000 is too large: give at most 4,194,304"):
+        train_tokenizer([TEXT], 10**12)
+
+
 def test_a_vocabulary_that_the_text_cannot_fill_is_reported(caplog):
     assert len(train_tokenizer(["aa"], 400)) < 400
     assert "not 400" in caplog.text

@@ -434,11 +434,19 @@ def test_only_the_folders_own_tokenizer_is_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+    ],
 )
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "no text", "large"])
 def test_what_is_no_small_text_file_is_never_read(folder, name, kind):
     path = folder / name
+    path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
@@ -450,6 +458,24 @@ def test_what_is_no_small_text_file_is_never_read(folder, name, kind):
         path.write_bytes(b"\xff")
         os.truncate(path, 1 if kind == "no text" else 1 << 33)  # the rest takes no space on the disk
     refused(folder, f"cannot read {path}")
+
+
+def test_many_templates_are_refused_and_of_a_few_the_default_is_used(folder):
+    (folder / "chat_template.jinja").write_text("default")
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    for i in range(16):
+        (more / f"{i}.jinja").write_text(f"of {i}")
+    assert load_tokenizer_folder(folder).chat_template == "default"
+    (more / "17.jinja").write_text("")
+    refused(folder, f"{more}: it holds more than 16 templates")
+
+
+def test_a_chat_template_that_is_no_text_is_refused(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 5}))
+    refused(folder, f"{folder}: its chat_template is no text")
 
 
 def test_a_very_long_word_is_cut_for_training():

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from moonwhale.lab.config import CompareOptions, comparison
 from moonwhale.lab.runs import Rows, Run
 from moonwhale.lab.turn_trainer import TurnTrainer
 from moonwhale.lab.variants import Variant
+from moonwhale.manifest import write_manifest
 from toy import TOY
 
 OPTIONS = (
@@ -209,6 +211,75 @@ def test_a_folder_of_something_else_is_left_alone(compared, arguments, tmp_path,
         assert main([*arguments, *vary, str(compared[0]), *changed]) == 2
         error = capsys.readouterr().err
         assert "holds another comparison" in error and line in error and error.count("\n") == 1
+
+
+def refused(capsys) -> str:
+    """The line of error of a comparison that was refused."""
+    error = capsys.readouterr().err.removeprefix("compiling training steps for this machine, once\n")
+    assert error.startswith("moonwhale: error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[", b"[]", b"[" * 100_000])
+def test_a_base_that_cannot_be_read_is_one_line(content, arguments, tmp_path, capsys):
+    (tmp_path / "base.json").write_bytes(content)
+    assert main([*arguments, *STEPS, "--vary", "lr=1e-2,6e-3", "--out", str(tmp_path)]) == 2
+    error = refused(capsys)
+    assert f"--out: cannot read {tmp_path}/base.json: " in error and "name another folder" in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result.clear(),
+        lambda result: result.update(bits_per_byte="x"),
+        lambda result: result.update(seconds=float("nan")),
+        lambda result: result.update(tokens=10**400),
+        lambda result: result.update(curve=[{}]),
+        lambda result: result["curve"][0].update(tokens=0),
+        lambda result: result.update(options=[]),
+        lambda result: result.update(diverged=5),
+        lambda result: result.update(variant=None),
+        lambda result: result.update(peak_memory_bytes="x"),
+    ],
+)
+def test_a_result_that_cannot_be_read_is_one_line(change, compared, arguments, tmp_path, capsys):
+    out = shutil.copytree(compared[0], tmp_path / "out")
+    path = min(out.glob("runs/*/result.json"))
+    changed = json.loads(path.read_text())
+    change(changed)
+    path.write_text(json.dumps(changed))
+    assert main([*arguments, *STEPS, "--vary", "lr=1e-2,6e-3", "--seeds", "2", "--out", str(out)]) == 2
+    error = refused(capsys)
+    assert f"cannot read {path}: " in error and f"delete {path.parent} to train this run again" in error
+
+
+def test_a_log_that_cannot_be_read_is_one_line(arguments, tmp_path, capsys, monkeypatch):
+    command = [*arguments, *STEPS, "--vary", "lr=1e-2,2e-2", "--seeds", "1", "--out", str(tmp_path / "out")]
+
+    def killed(run):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "_measured", killed)
+        main(command)
+    checkpoint = max((tmp_path / "out").glob("runs/*/checkpoint-*"))
+    good = (checkpoint / "trainer_state.json").read_text()
+    for change in (
+        lambda state: state.update(log_history=[]),
+        lambda state: [entry.pop("seconds") for entry in state["log_history"]],
+        lambda state: [entry.update(step="x") for entry in state["log_history"]],
+        lambda state: [entry.update(eval_bits_per_byte=None) for entry in state["log_history"]],
+        lambda state: state.update(x=1),
+    ):
+        state = json.loads(good)
+        change(state)
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint)
+        capsys.readouterr()
+        assert main(command) == 2
+        assert str(checkpoint) in refused(capsys)
 
 
 def test_a_full_disk_is_one_line(arguments, tmp_path, capsys, monkeypatch):

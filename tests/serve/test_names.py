@@ -1,6 +1,7 @@
 """Tests which host names and origins can be allowed, and the errors for the others."""
 
 import re
+import shutil
 
 import pytest
 from fastapi.testclient import TestClient
@@ -46,6 +47,7 @@ NO_HOSTS += [
     "[::1",
     "[::1]:80",
     "[::g]",
+    "[::1%é]",
     "a b",
     "me@ai",
     "a,b",
@@ -147,3 +149,22 @@ def test_a_page_of_another_origin_may_not(ask, origins, page):
     asked = ask(origins, "OPTIONS", page, **PREFLIGHT)
     assert asked.status_code >= 400 and allowed(asked) is None
     assert allowed(ask(origins, "GET", page, authorization="Bearer key")) is None  # the browser keeps it from the page
+
+
+@pytest.mark.parametrize("name", ["m\udcff", "a\nb", "\x1b[2J", " ", "a\0"])
+def test_a_name_that_no_answer_could_hold(name, small_checkpoint):
+    with pytest.raises(UserError, match=r"^`name`: .* cannot be sent to clients: give one of printable") as caught:
+        commands.main([str(small_checkpoint), "--name", name])
+    assert str(caught.value).isprintable()
+
+
+def test_a_folders_name_that_no_answer_could_hold(small_checkpoint, tmp_path):
+    folder = shutil.copytree(small_checkpoint, tmp_path / "m\udcff")
+    with pytest.raises(UserError, match=r"^`name`: 'm.udcff' cannot be sent"):
+        commands.main([str(folder)])
+
+
+@pytest.mark.parametrize("host", ["m\udcff", "m\udcff.example", "a\0b"])
+def test_a_host_that_no_system_takes(host, small_checkpoint):
+    with pytest.raises(UserError, match=r"^`host`: .* is no address"):
+        commands.main([str(small_checkpoint), "--host", host])

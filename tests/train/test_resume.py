@@ -1,6 +1,7 @@
 """However a run is stopped, resuming it gives the same model, bit for bit, as an uninterrupted run."""
 
 import errno
+import hashlib
 import json
 import os
 import pkgutil
@@ -14,6 +15,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from forked import ForkedProcess
-from moonwhale import cli
+from moonwhale import cli, manifest
 from moonwhale.checkpoint import (
     clear_unfinished,
     find_damage,
@@ -36,7 +38,7 @@ from moonwhale.errors import UserError
 from moonwhale.train import callbacks, muonclip_trainer, pretrain
 from moonwhale.train.config import parse
 from moonwhale.train.mtp_trainer import MTPTrainer
-from moonwhale.train.run_folder import write_run_file
+from moonwhale.train.run_folder import check_data_unchanged, write_run_file
 
 # 39 rows in micro-batches of 2, two of them a step: an epoch is 10 steps, the last of one micro-batch.
 LONG = {"steps": 14, "decay_fraction": 0.3, "mtp_loss_weight_final": 0.1}
@@ -307,6 +309,44 @@ def test_flipped_bits_of_a_manifest_are_noticed_or_change_nothing(tmp_path):
         assert find_damage(manifest.parent) or json.loads(data) == json.loads(good)
 
 
+def rewrite_manifest(checkpoint: Path, change) -> None:
+    """Changes the files that a manifest lists, and its sum with them, as the author of a folder can."""
+    values = json.loads((checkpoint / "manifest.json").read_bytes())
+    files = change(values["files"])
+    sum = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files, "sha256": sum}))
+
+
+@pytest.mark.parametrize("name", ["./{}", "././{}", "../checkpoint-1/{}", "/{}", "{}/", "a//{}", "", "..", "a\\{}"])
+def test_a_manifest_names_files_of_the_folder_in_one_way_only(tmp_path, name):
+    write_checkpoint(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "a").mkdir()
+    rewrite_manifest(checkpoint, lambda files: files)
+    assert find_damage(checkpoint) is None
+    rewrite_manifest(checkpoint, lambda files: {name.format(real): entry for real, entry in files.items()})
+    assert find_damage(checkpoint) == "manifest.json is damaged"
+
+
+def test_a_pipe_that_the_manifest_does_not_list_is_damage(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    os.mkfifo(tmp_path / "checkpoint-1" / "optimizer.pt")
+    assert find_damage(tmp_path / "checkpoint-1") == "optimizer.pt is no plain file"
+
+
+def test_a_file_of_many_names_is_read_once(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1)
+    checkpoint, read = tmp_path / "checkpoint-1", []
+    real, entry = next(iter(json.loads((checkpoint / "manifest.json").read_bytes())["files"].items()))
+    for i in range(20):
+        (checkpoint / f"symbolic{i}").symlink_to(real)
+        os.link(checkpoint / real, checkpoint / f"hard{i}")
+    names = [real] + [f"{kind}{i}" for i in range(20) for kind in ("symbolic", "hard")]
+    rewrite_manifest(checkpoint, lambda files: dict.fromkeys(names, entry))
+    monkeypatch.setattr(manifest, "checksum", lambda path: read.append(path) or entry["sha256"])
+    assert find_damage(checkpoint) is None and len(read) == 1
+
+
 def test_a_manifest_of_an_earlier_version(tmp_path):
     names = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
     write_checkpoint(tmp_path, 1, names)
@@ -501,6 +541,13 @@ def test_changed_data_are_noticed(tiny_run, text_folder, tmp_path, monkeypatch):
     (data / "07.txt").write_text("the sea " * 30)
     with pytest.raises(UserError, match=r"^`data`: .*, or its tokenizer, has changed since the run"):
         resume(config.out)
+
+
+@pytest.mark.parametrize("make", [lambda record: record.write_bytes(b"abc\xff\n"), os.mkfifo, Path.mkdir])
+def test_a_record_of_the_data_that_cannot_be_read_is_one_line(tmp_path, make):
+    make(tmp_path / "data.txt")
+    with pytest.raises(UserError, match=r"^cannot read .*data\.txt: .*: bring it back, or train into another `out`$"):
+        check_data_unchanged(SimpleNamespace(out=str(tmp_path)), "`data`: it", b"", "")
 
 
 def test_intervals_may_change(tiny_run, monkeypatch):

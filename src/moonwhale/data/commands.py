@@ -3,9 +3,10 @@
 import argparse
 
 from moonwhale.data.source_options import SourceOptions
-from moonwhale.options import Parser, add_options, read_argv
+from moonwhale.options import Parser, add_options, read_argv, require
 from moonwhale.reports import add_json, reporting
 
+LONGEST_ROW = 1 << 24  # tokens: a row is filled up with padding
 CACHE_HELP = "folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)"
 
 
@@ -32,6 +33,7 @@ def main_data(argv: list[str]) -> None:
     parser.add_argument("--verify", action="store_true", help="verify the checksum of every file, also of large ones")
     add_json(parser)
     given, args = read_argv(parser, SourceOptions, argv)
+    require(args, "context", args.context <= LONGEST_ROW, f"give at most {LONGEST_ROW:,}")
 
     from moonwhale.data.packing import build_data
 

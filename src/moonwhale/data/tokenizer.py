@@ -18,7 +18,7 @@ from moonwhale.data.chat import ROLE_TOKENS, TOKENIZER_OPTIONS
 from moonwhale.data.hub_access import hub_access
 from moonwhale.data.source import Source, texts_of
 from moonwhale.data.templates import CHAT_TEMPLATE
-from moonwhale.data.tokenizer_checks import check_tokenizer, check_tokenizer_file, check_tokenizer_folder
+from moonwhale.data.tokenizer_checks import MOST_IDS, check_tokenizer, check_tokenizer_file, check_tokenizer_folder
 from moonwhale.errors import UserError, one_line, require_package
 from moonwhale.files import cache_folder, cache_key, locked, new_folder
 
@@ -40,12 +40,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     learn arithmetic.
 
     Raises:
-        UserError: `vocab_size` leaves no room for the 256 bytes and the control tokens.
+        UserError: `vocab_size` leaves no room for the 256 bytes and the control tokens, or is larger than MOST_IDS.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"`vocab_size` {vocab_size} is too small: 256 bytes and the control tokens need {MIN_VOCAB_SIZE}"
         )
+    if vocab_size > MOST_IDS:  # the library reserves memory for all of them
+        raise UserError(f"`vocab_size` {vocab_size} is too large: give at most {MOST_IDS:,}")
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(MARKUP_TOKENS),
@@ -200,7 +202,7 @@ def _complete(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Adds the control tokens and the chat template that `tokenizer` lacks; changes nothing that it has.
 
     Raises:
-        UserError: the tokenizer is not byte-level.
+        UserError: the tokenizer is not byte-level, or its chat template is no text.
     """
     byte_lengths(tokenizer)
     if tokenizer.eos_token is None:
@@ -209,6 +211,10 @@ def _complete(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         tokenizer.add_special_tokens({"bos_token": tokenizer.eos_token})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD})
+    if isinstance(tokenizer.chat_template, dict):  # of several templates, chats without tools use the default one
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not isinstance(tokenizer.chat_template, str | None):
+        raise UserError(f"{tokenizer.name_or_path}: its chat_template is no text: leave it out, or give one")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
         tokenizer.add_special_tokens({"extra_special_tokens": ROLE_TOKENS}, replace_extra_special_tokens=False)

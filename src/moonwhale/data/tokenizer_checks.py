@@ -8,6 +8,7 @@ process of its own: see tokenizer_trial.py.
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from moonwhale.data.tokenizer_patterns import MOST_STEPS, check_pattern
@@ -19,6 +20,7 @@ TOKENIZER_BYTES = 1 << 26  # the largest known tokenizer.json has 33 MB
 MOST_VALUES = 1 << 21  # of JSON; 262,144 tokens with their merges have 1.6 million
 OTHER_BYTES = 1 << 21
 TEMPLATE_BYTES = 1 << 17
+MOST_TEMPLATES = 16  # in addition to the default one
 MOST_IDS = 1 << 22  # the largest known vocabulary has 262,144 tokens
 MOST_ADDED = 20_000
 MOST_ADDED_CHARACTERS = 1 << 18  # the library and every chat build automata of them; DeepSeek-V3's have 18,540
@@ -50,8 +52,12 @@ def check_tokenizer_folder(folder: Path) -> None:
     for name in JSON_FILES:
         if os.path.lexists(folder / name):
             _check_added(read_json(folder / name, OTHER_BYTES), folder / name)
-    if os.path.lexists(folder / "chat_template.jinja"):
-        read_text(folder / "chat_template.jinja", TEMPLATE_BYTES)
+    more = list(islice((folder / "additional_chat_templates").glob("*.jinja"), MOST_TEMPLATES + 1))
+    if len(more) > MOST_TEMPLATES:
+        raise UserError(f"{more[0].parent}: it holds more than {MOST_TEMPLATES} templates: leave some out")
+    for path in (folder / "chat_template.jinja", *more):
+        if os.path.lexists(path):
+            read_text(path, TEMPLATE_BYTES)
     check_tokenizer_file(folder / "tokenizer.json")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
-from moonwhale.infer.sampling_options import SamplingOptions
+from moonwhale.infer.sampling_options import SamplingOptions, require_answers_that_fit
 from moonwhale.options import option, require
 
 AT_LEAST_ONE = ("rows", "batch_size", "problems", "samples", "limit")
@@ -61,6 +61,7 @@ class EvalConfig:
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             require(self, name, value is None or value >= 1, "it must be at least 1")
+        require_answers_that_fit("problems", self.problems or DEFAULT_PROBLEMS, self.samples + 1)
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
         if not self.temperature:
             raise UserError("`temperature`: 0 draws the greedy answer again and again: give a number above 0")

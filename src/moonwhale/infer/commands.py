@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from moonwhale.errors import UserError, with_option_names
+from moonwhale.errors import UserError, shown, with_option_names
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
@@ -213,8 +213,8 @@ def _sampling_options(args: argparse.Namespace) -> dict:
 
 def load_engine(args: argparse.Namespace, **options):
     """Open the checkpoint with the machine options. `options` are further ones of the engine's constructor."""
-    if args.draft != "auto" and not args.draft.isdecimal():
-        raise UserError(f"`draft`: {args.draft!r} is neither auto nor a number of tokens (0 switches it off)")
+    if args.draft != "auto" and not (args.draft.isdecimal() and len(args.draft) <= 15):
+        raise UserError(f"`draft`: {shown(args.draft)} is neither auto nor a number of tokens (0 switches it off)")
 
     from moonwhale.infer.engine import Engine
 

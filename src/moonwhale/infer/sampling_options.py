@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moonwhale.errors import UserError
 from moonwhale.options import require
 
 INFINITY = float("inf")
+MOST_ANSWERS = 10_000_000  # to all questions together: they fit into memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +45,12 @@ class SamplingOptions:
         require(self, "repetition_penalty", 0 < self.repetition_penalty < INFINITY, "give a number above 0 (1 is none)")
         require(self, "stop", not isinstance(self.stop, str) and all(self.stop), "give strings that are not empty")
         require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "give a whole number from 0 to 2^63 - 1")
+
+
+def require_answers_that_fit(option: str, questions: int, each: int) -> None:
+    """Raise a UserError, naming the option for the number of questions, if `each` has so many answers."""
+    if questions * each > MOST_ANSWERS:
+        raise UserError(
+            f"`{option}`: {questions:,} with {each:,} answers each are too many: give fewer, or a smaller `samples` "
+            f"(at most {MOST_ANSWERS:,} answers fit into memory)"
+        )

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 
-from moonwhale.errors import UserError
-from moonwhale.files import write_whole
+from moonwhale.errors import UserError, shown
+from moonwhale.files import read_json, write_whole
 from moonwhale.lab.config import Comparison
 from moonwhale.lab.report import report, table
 from moonwhale.lab.runs import Rows, Run
@@ -103,10 +103,13 @@ def _check_base(asked: Comparison, rows: Rows, out: Path) -> None:
     if not file.exists():
         write_whole(file, json.dumps(now, indent=1) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        before = read_json(file)
+    except UserError as error:
+        raise UserError(f"`out`: {error}, or name another folder") from error
     for name in now | before:
         if now.get(name) != before.get(name):
             raise UserError(
-                f"`out`: {out} holds another comparison, whose base has {name} {before.get(name)!r}, not "
-                f"{now.get(name)!r}: name another folder"
+                f"`out`: {out} holds another comparison, whose base has {name} {shown(before.get(name))}, "
+                f"not {shown(now.get(name))}: name another folder"
             )

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from moonwhale.checkpoint import clear_unfinished, log_history, newest_checkpoint, open_checkpoint, publish_model
+from moonwhale.checkpoint import clear_unfinished, newest_checkpoint, open_checkpoint, publish_model
 from moonwhale.costs import model_size
 from moonwhale.errors import NotFiniteError
 from moonwhale.evaluate.text import score_text
-from moonwhale.files import read_json, write_whole
+from moonwhale.files import write_whole
 from moonwhale.lab.config import Budget, Comparison
 from moonwhale.lab.peak_memory import PeakMemory
+from moonwhale.lab.results import read_log, read_result
 from moonwhale.lab.turn_trainer import ENDLESS, TurnTrainer
 from moonwhale.lab.variants import Variant
 from moonwhale.precision import choose
@@ -68,11 +69,11 @@ class Run:
     def _look(self) -> None:
         """Finds out how far the run is."""
         if (self.folder / RESULT).exists():
-            self.result, self.position = read_json(self.folder / RESULT), self.budget.amount
+            self.result, self.position = read_result(self.folder / RESULT), self.budget.amount
             return
         clear_unfinished(self.folder)
         if checkpoint := newest_checkpoint(self.folder):
-            last = log_history(checkpoint)[-1]
+            last = read_log(checkpoint)[-1]
             self.position = last["seconds"] if self.budget.unit == "seconds" else last["step"]
 
     @property
@@ -142,7 +143,7 @@ class Run:
             callbacks=callbacks,
             budget=self.budget,
             turns=self.turns,
-            seconds=log_history(checkpoint)[-1]["seconds"] if checkpoint else 0.0,
+            seconds=read_log(checkpoint)[-1]["seconds"] if checkpoint else 0.0,
             schedule_steps=config.steps,
             on_step=on_step,
         )
@@ -150,7 +151,7 @@ class Run:
     def _measured(self) -> dict:
         """Returns the figures of a run that has used its budget, from its last checkpoint."""
         checkpoint = newest_checkpoint(self.folder)
-        history = log_history(checkpoint)
+        history = read_log(checkpoint, ended=True)
         evaluations = [entry for entry in history if "eval_bits_per_byte" in entry]
         seconds, tokens = history[-1]["seconds"], history[-1]["step"] * self.config.tokens_per_step
         return {

@@ -1,6 +1,7 @@
 """`moonwhale plan`: how to spread a run over many GPUs, and what each layout would cost, before you rent them."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -27,6 +28,7 @@ class Gpu:
 GPUS = {"a100": Gpu(80, 312, 25), "h100": Gpu(80, 989, 50), "h200": Gpu(141, 989, 50), "b200": Gpu(180, 2250, 50)}
 UTILIZATION = 0.35  # DeepSeek-V3 (§1): 180,000 H800 hours for 10^12 tokens of 37 G parameters, 6 operations each
 PLANNED_SCHEDULES = ("dualpipev", "dualpipe", "1f1b")  # the schedules whose idle time has a formula
+MOST_GPUS, MOST_ROWS, MOST_LAYOUTS = 1_000_000, 65_536, 20_000  # rows of a micro-batch; layouts that are compared
 # A larger micro-batch may be slower by this factor: kernels are faster with more tokens, which no formula counts
 TOLERATED_SLOWDOWN = 1.05
 
@@ -68,9 +70,11 @@ def main(argv: list[str]) -> int:
     figures = {name: getattr(arguments, name) or value for name, value in known.items()}
     if figures["utilization"] > 1:
         raise UserError(f"`utilization`: {figures['utilization']:g} is impossible: it lies in (0, 1]")
+    options.require(arguments, "gpus", arguments.gpus <= MOST_GPUS, f"give at most {MOST_GPUS:,}")
     names = ("context", "batch_size", "tokens_per_step")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     run = TrainConfig.resolve(given | {"preset": arguments.preset} | overrides)
+    options.require(run, "batch_size", run.batch_size <= MOST_ROWS, f"give at most {MOST_ROWS:,}")
     shown = rank(run, arguments.gpus, figures)[: arguments.layouts]
     with reporting(arguments.json) as show:
         result = {"gpus": arguments.gpus, "preset": run.preset, **figures, "layouts": shown}
@@ -92,11 +96,12 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
         works = num_stages <= config.num_hidden_layers and pp % multiple == 0 if pp > 1 else schedule == "1f1b"
         if rows % dp or not works:
             continue
-        for size in divisors(rows // dp):
-            count = rows // dp // size
-            if size > run.batch_size or (pp > 1 and (count < least or count % multiple)):
+        shared = divisors(math.gcd(dp, experts))
+        for size in range(1, min(run.batch_size, rows // dp) + 1):
+            count, rest = divmod(rows // dp, size)
+            if rest or (pp > 1 and (count < least or count % multiple)):
                 continue
-            for ep in (n for n in divisors(dp) if experts % n == 0):
+            for ep in shared:
                 yield ParallelLayout(pp, dp, schedule, count, size, ep, fsdp=False)
                 if ep == 1 and dp * (multiple if pp > 1 else 1) > 1:
                     yield ParallelLayout(pp, dp, schedule, count, size, ep, fsdp=True)
@@ -117,7 +122,11 @@ def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
 
     config = build_model_config(run)
     layout_costs, best = LayoutCosts(config, run.context), {}
-    for layout in layouts(run, gpus, config):
+    for i, layout in enumerate(layouts(run, gpus, config)):
+        if i == MOST_LAYOUTS:
+            raise UserError(
+                f"`batch_size`: there are more than {MOST_LAYOUTS:,} layouts: give fewer rows than {run.batch_size}"
+            )
         plan = _plan(run, layout, layout_costs.costs(layout), figures)
         best.setdefault((layout.pp, layout.schedule, layout.ep, layout.fsdp), []).append(plan)
     if not best:

@@ -12,7 +12,7 @@ from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_
 from moonwhale.errors import UserError
 from moonwhale.files import write_whole
 from moonwhale.infer.commands import DEVICES, PRECISIONS
-from moonwhale.infer.sampling_options import SamplingOptions
+from moonwhale.infer.sampling_options import SamplingOptions, require_answers_that_fit
 from moonwhale.options import option, require_at_least_one
 from moonwhale.outputs import new_file
 from moonwhale.reports import add_json, reporting
@@ -45,6 +45,7 @@ class SampleOptions:
         if self.out is None or not self.out.endswith(".jsonl"):
             raise UserError(f"`out`: {self.out!r} is not a .jsonl file: name one for the conversations")
         require_at_least_one(self, "questions", "samples")
+        require_answers_that_fit("questions", self.questions, self.samples)
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
 
 

@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from moonwhale.errors import UserError
+from moonwhale.errors import UserError, shown
 from moonwhale.infer.commands import add_machine_options, load_engine
 from moonwhale.options import Parser, require
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
@@ -22,10 +22,12 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     for name in ("max_sequences", "max_queue", "max_body", "timeout", "cache_mb"):
         value = getattr(args, name)
-        require(args, name, value is None or 0 < value < 10**15, "give a number above 0, below 10^15")
+        require(args, name, value is None or value > 0, "give a number above 0")
     require(args, "port", 0 <= args.port < 65536, "give a number from 0 to 65535")
     args.folder = checkpoint_or_packaged(args.folder)
     name = args.name or Path(args.folder).resolve().name
+    if not name.isprintable() or not name.strip():
+        raise UserError(f"`name`: {shown(name)} cannot be sent to clients: give one of printable characters, in UTF-8")
     api_key = os.environ.get("MOONWHALE_API_KEY") if args.api_key is None else args.api_key
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):  # one that is empty would let everyone in
         raise UserError("`api_key`: give at least one character, only printable ASCII ones without spaces")
@@ -90,6 +92,8 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
+    except (TypeError, ValueError) as error:  # of the codec for host names, or of a null character
+        raise UserError(f"`host`: {shown(host)} is no address: give one, such as 127.0.0.1") from error
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
         raise UserError(f"`port`: cannot listen at {host}:{port}, {reason}: choose another (0: a free one)") from error

@@ -44,7 +44,7 @@ def origin(given: str) -> str:
 
 def _host(given: str) -> str | None:
     name = given.lower()
-    if name.startswith("[") and name.endswith("]"):
+    if name.startswith("[") and name.endswith("]") and name.isascii():
         try:
             return f"[{ipaddress.IPv6Address(name[1:-1])}]"
         except ValueError:

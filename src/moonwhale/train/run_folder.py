@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moonwhale.errors import UserError
-from moonwhale.files import require_writable, write_whole
+from moonwhale.files import read_text, require_writable, write_whole
 from moonwhale.outputs import owned
 from moonwhale.processes import is_main_process
 from moonwhale.yaml_files import to_yaml
@@ -16,6 +16,7 @@ from moonwhale.yaml_files import to_yaml
 RUN_FILE = "run.yaml"
 LOCK = ".lock"
 DATA_FILE = "data.txt"
+RECORD_BYTES = 1 << 20  # of data.txt, which holds a few lines
 # A resumed run may change these options. They alter how it computes and what it reports, not what the model learns.
 FREE_TO_CHANGE = {
     "out",
@@ -130,11 +131,14 @@ def check_data_unchanged(config, what: str, contents: bytes, description: str) -
     checksum = hashlib.sha256(contents).hexdigest()
     if not record.exists():
         write_whole(record, f"{description}\nchecksum   {checksum}\n")
-    elif checksum not in record.read_text(encoding="utf-8"):
-        raise UserError(
-            f"{what} has changed since the run in {config.out} began (see {record}): bring it back, or train into "
-            "another `out`"
-        )
+        return
+    fix = "bring it back, or train into another `out`"
+    try:
+        known = read_text(record, RECORD_BYTES)
+    except UserError as error:
+        raise UserError(f"{error}: {fix}") from error
+    if checksum not in known:
+        raise UserError(f"{what} has changed since the run in {config.out} began (see {record}): {fix}")
 
 
 def write_run_file(config, path: str | os.PathLike) -> None:
