@@ -221,7 +221,8 @@ def read_state(checkpoint: Path) -> dict:
     state = read_json(path, STATE_BYTES)
     steps, history = [state.get("global_step"), state.get("max_steps")], state.get("log_history")
     is_list = isinstance(history, list) and all(isinstance(entry, dict) for entry in history)
-    if not is_list or not all(type(step) is int and step >= 0 for step in steps):
+    counts = [*steps, state.get("train_batch_size") or 0]
+    if not is_list or not all(type(count) is int and count >= 0 for count in counts):
         raise UserError(f"cannot read {path}: it is no state of a run; delete {checkpoint.name} to go on without it")
     return state
 

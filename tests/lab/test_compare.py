@@ -270,6 +270,7 @@ def test_a_log_that_cannot_be_read_is_one_line(arguments, tmp_path, capsys, monk
         lambda state: [entry.pop("seconds") for entry in state["log_history"]],
         lambda state: [entry.update(step="x") for entry in state["log_history"]],
         lambda state: [entry.update(eval_bits_per_byte=None) for entry in state["log_history"]],
+        lambda state: state.update(train_batch_size="x"),
         lambda state: state.update(x=1),
     ):
         state = json.loads(good)
