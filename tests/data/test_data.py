@@ -444,7 +444,7 @@ def test_data_command(corpus, tmp_path, capsys):
     assert out.count("--- training row") == 2 and "<|bos|>" in out
     with pytest.raises(UserError, match="unknown option --vocab"):
         main_data(["--vocab", "300"])
-    with pytest.raises(UserError, match="invalid int value"):
+    with pytest.raises(UserError, match="`context`: 'many' is not a whole number"):
         main_data(["--context", "many"])
 
 

@@ -497,7 +497,7 @@ def test_generate_says_when_the_context_is_full(folder, capsys):
     ("options", "message"),
     [
         (["hi", "--temperature", "-1"], "`temperature`: -1.0 is impossible"),
-        (["hi", "--top-k", "x"], "`top_k`: invalid int value: 'x'"),
+        (["hi", "--top-k", "x"], "`top_k`: 'x' is not a whole number"),
         (["hi", "--greedy", "--temperature", "1"], "`greedy` contradicts"),
         (["hi", "--tempature", "1"], "`tempature`"),
         (["hi", "--temp", "1"], "`temp`"),

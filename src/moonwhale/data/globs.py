@@ -4,27 +4,29 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from moonwhale.errors import UserError, shown
 
 WILDCARD = re.compile(r"[*?\[]")
-IGNORED_FOLDERS = {"__pycache__"}
 MOST_NESTED = 100  # folders below the one that is walked
 MOST_PARTS, MOST_CHARACTERS = 100, 4096  # of a glob; Linux allows a path 4,096 characters
 
 
 def walk(
-    folders: Iterable[Path], left_out: Counter[str], onerror: Callable[[OSError], None] | None = None
+    folders: Iterable[Path],
+    left_out: Counter[str],
+    onerror: Callable[[OSError], None] | None = None,
+    ignored: Collection[str] = (),
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yields `folders` and all folders below them, each with the names of what else it holds.
 
-    Hidden folders and IGNORED_FOLDERS are left out. A folder itself comes before links to it, so that its files keep
-    their own names.
+    Hidden folders are left out. A folder itself comes before links to it, so that its files keep their own names.
 
     Args:
         left_out: counts the folders that another link names.
+        ignored: names of folders that are left out, too.
         onerror: is called with the error if a folder cannot be read. By default, it is left out.
 
     Raises:
@@ -47,7 +49,7 @@ def walk(
             here = Path(name)
             if len(here.parts) - len(top.parts) > MOST_NESTED:
                 raise UserError(f"`data`: {top} has more than {MOST_NESTED} folders inside one another: move them up")
-            kept = [d for d in sorted(directories) if not d.startswith(".") and d not in IGNORED_FOLDERS]
+            kept = [d for d in sorted(directories) if not d.startswith(".") and d not in ignored]
             kept.sort(key=lambda directory: (here / directory).is_symlink())
             directories[:] = [directory for directory in kept if is_new(here / directory)]
             yield here, names

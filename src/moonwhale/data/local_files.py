@@ -25,6 +25,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "test": {"test", "testing", "heldout"},
 }
+IGNORED_FOLDERS = {"__pycache__"}  # of a folder; a glob that names what is in them finds it
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _files_below(folder: Path, left_out: Counter[str]) -> list[Path]:
         raise UserError(f"`data`: cannot read {error.filename}: {error.strerror}") from error
 
     found = []
-    for here, names in walk([folder], left_out, unreadable):
+    for here, names in walk([folder], left_out, unreadable, IGNORED_FOLDERS):
         # A saved data set inside the folder: its metadata is no text.
         is_saved = "state.json" in names and "dataset_info.json" in names
         for file in (here / name for name in names if not name.startswith(".")):
