@@ -119,7 +119,7 @@ BOMBS = (
 # ---- trials
 
 
-def run(trials: int = TRIALS, runs: int = 20, bombs: int = 4, seed: int = 0, scratch: Path | None = None) -> dict:
+def run(trials: int = TRIALS, runs: int = 20, bombs: int = 20, seed: int = 0, scratch: Path | None = None) -> dict:
     """Carry out `trials` trials of folders and files, `runs` of damaged runs and `bombs` of large archives.
 
     Returns:
