@@ -8,7 +8,7 @@ def tables(results: dict[str, dict]) -> str:
             [results["quality"], results["quality_20min"]], results["optimizer"], results["grpo"], results["fp8"]
         ),
         "Training speed": training(results["train"], results["demo_step"], results["optimizer"]),
-        "MoBA, compared with full attention": moba(results["moba"]),
+        "MoBA, compared with full attention": moba({"AVX-512": results["moba"], "AMX": results["moba_amx"]}),
         "Decoding, one request": decoding(results["decode"]),
         "Memory and drafts": memory(results["decode"]),
         "Serving, and several processes": serving(results["serve"], results["parallel"]),
@@ -76,12 +76,14 @@ def training(train: dict, demo_step: dict, optimizer: dict) -> str:
     return table(["", "fp32", "bf16 autocast", "pure bf16", "script"], rows)
 
 
-def moba(moba: dict) -> str:
-    """How much faster MoBA is than full attention."""
+def moba(units: dict[str, dict]) -> str:
+    """How much faster MoBA is than full attention, by the processor's units that multiply bf16."""
     cases = ("1k", "16k", "32k")
+    passes = {"fwd": "forward", "fwdbwd": "forward and backward"}
     rows = [
-        ["forward", *(times(moba[f"fwd_{case}"], 1) for case in cases)],
-        ["forward and backward", *(times(moba[f"fwdbwd_{case}"], 1) for case in cases)],
+        [f"{name}, {unit}", *(times(result[f"{key}_{case}"], 1) for case in cases)]
+        for key, name in passes.items()
+        for unit, result in units.items()
     ]
     head = [f"speed relative to flash attention, {script('moba')}", "1 k tokens", "16 k", "32 k"]
     return table(head, rows)

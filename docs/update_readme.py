@@ -24,6 +24,7 @@ SOURCES = (
     "train",
     "demo_step",
     "moba",
+    "moba_amx",
     "decode",
     "serve",
     "grpo",
