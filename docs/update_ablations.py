@@ -44,7 +44,8 @@ def difference(figures: dict | None) -> str:
 def differences(result: dict, rows: tuple) -> str:
     """Returns the table of differences: one row a variant, one column a budget, and what was not measured yet."""
     budgets = {budget: title for budget, title in BUDGETS.items() if budget in result["budgets"]}
-    lines = ["| mechanism | variant | " + " | ".join(budgets.values()) + " |", "|---" * (2 + len(budgets)) + "|"]
+    head = ["mechanism", "variant", *budgets.values()]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for mechanism, name, _ in rows:
         cells = [difference(_figures(result, budget, name)) for budget in budgets]
         if any(cells):

@@ -181,7 +181,7 @@ READ_OTHERWISE = {  # files, and folders with all that is in them
     "lab/page.py": "the package's own page",
     "lab/peak_memory.py": "the system's /proc",
     "memory.py": "the system's /proc and /sys",
-    "native/": "the package's own sources, and a folder of the cache that nobody else can write",
+    "native/": "the package's own sources, and a folder of the cache that no other user can write",
     "serve/body.py": "a request's body, which is bounded as it arrives",
     "serve/page.py": "the package's own page",
 }

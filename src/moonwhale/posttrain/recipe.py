@@ -1,19 +1,17 @@
 """The verb `moonwhale recipe`: runs several stages of training, one after the other, from a YAML file."""
 
 import os
-import re
 from pathlib import Path
 
 from moonwhale import options
 from moonwhale.errors import UserError, did_you_mean, shown
-from moonwhale.files import read_text
 from moonwhale.posttrain import grpo, sample, sft
 from moonwhale.reports import add_json, reporting
 from moonwhale.train import pretrain, run_folder
 from moonwhale.train.config import TrainConfig
 from moonwhale.train.run import check_reporters
 from moonwhale.train.run_options import RunOptions
-from moonwhale.yaml_files import FILE_BYTES, read_yaml_file
+from moonwhale.yaml_files import read_yaml_file
 
 # For each verb: the class that checks its options, and the function that runs it.
 STAGES = {
@@ -124,10 +122,10 @@ def _check_same_run(config) -> None:
         raise UserError(
             f"`out`: {config.out} holds a model of unknown origin, without {run_file.name}: name another folder"
         )
-    verb = re.match(r"# Replay with: moonwhale (\w+) ", read_text(run_file, FILE_BYTES))
-    if verb and verb[1] != config.verb:
+    verb = run_folder.verb_of(run_file)
+    if verb not in (None, config.verb):
         raise UserError(
-            f"`out`: {config.out} holds a finished run of {verb[1]}, not of {config.verb}: name another folder"
+            f"`out`: {config.out} holds a finished run of {verb}, not of {config.verb}: name another folder"
         )
     before = run_folder.options_that_affect_training(config.resolve({}, str(run_file)))
     now = run_folder.options_that_affect_training(config)

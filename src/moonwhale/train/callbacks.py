@@ -104,8 +104,8 @@ class ProgressLines(TrainerCallback):
     def _tick(self, state: TrainerState, done: float) -> None:
         self.clock.tick(done)
         micro_batches, seconds = ESTIMATE_AFTER
-        early = self.clock.timed < micro_batches and (not self.clock.timed or self.clock.elapsed < seconds)
-        if self.told_time or early or state.max_steps - done < 1:
+        enough = self.clock.timed >= micro_batches or (self.clock.timed and self.clock.elapsed >= seconds)
+        if not enough or self.told_time or state.max_steps - done < 1:
             return
         self.told_time = True
         if state.is_world_process_zero:

@@ -74,7 +74,9 @@ class MuonClipArgumentsMixin:
     last_shared_step: int = field(default=0, metadata={"help": "Last step that a longer run would share. 0: none."})
     keep_milestones: bool = field(
         default=False,
-        metadata={"help": "Keep the best checkpoint and that of last_shared_step besides save_total_limit others."},
+        metadata={
+            "help": "In addition to the save_total_limit newest, keep the best checkpoint and that of last_shared_step."
+        },
     )
 
     def __post_init__(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from moonwhale.errors import UserError
 from moonwhale.files import read_text, require_writable, write_whole
 from moonwhale.outputs import owned
 from moonwhale.processes import is_main_process
-from moonwhale.yaml_files import to_yaml
+from moonwhale.yaml_files import FILE_BYTES, to_yaml
 
 RUN_FILE = "run.yaml"
 LOCK = ".lock"
@@ -147,10 +148,16 @@ def write_run_file(config, path: str | os.PathLike) -> None:
 
 
 def run_yaml(config) -> str:
-    """The resolved options as YAML."""
+    """The resolved options as YAML. The comment above them names the verb, for `verb_of` as well."""
     return to_yaml(
         resolved_options(config), f"Replay with: moonwhale {config.verb} --config THIS_FILE --out NEW_FOLDER"
     )
+
+
+def verb_of(run_file: Path) -> str | None:
+    """The verb whose options `run_yaml` wrote into a file, or None if the comment was removed."""
+    found = re.match(r"# Replay with: moonwhale (\w+) ", read_text(run_file, FILE_BYTES))
+    return found and found[1]
 
 
 def resolved_options(config) -> dict:
