@@ -21,6 +21,7 @@ from moonwhale.processes import print_once, world_size
 from moonwhale.train.config import build_model_config
 from moonwhale.train.pretrain import contents, load_data
 from moonwhale.train.run import silent_libraries
+from moonwhale.train.run_folder import first_difference
 
 LOCK, BASE_FILE = ".lock", "base.json"
 
@@ -107,9 +108,8 @@ def _check_base(asked: Comparison, rows: Rows, out: Path) -> None:
         before = read_json(file)
     except UserError as error:
         raise UserError(f"`out`: {error}, or name another folder") from error
-    for name in now | before:
-        if now.get(name) != before.get(name):
-            raise UserError(
-                f"`out`: {out} holds another comparison, whose base has {name} {shown(before.get(name))}, "
-                f"not {shown(now.get(name))}: name another folder"
-            )
+    if name := first_difference(now, before):
+        raise UserError(
+            f"`out`: {out} holds another comparison, whose base has {name} {shown(before.get(name))}, "
+            f"not {shown(now.get(name))}: name another folder"
+        )

@@ -129,9 +129,8 @@ def _check_same_run(config) -> None:
         )
     before = run_folder.options_that_affect_training(config.resolve({}, str(run_file)))
     now = run_folder.options_that_affect_training(config)
-    for name in now | before:
-        if now.get(name) != before.get(name):
-            raise UserError(
-                f"`{name}`: {shown(now.get(name))} differs from the {shown(before.get(name))} that the finished run in "
-                f"{config.out} had: give the same, or name another `out`"
-            )
+    if name := run_folder.first_difference(now, before):
+        raise UserError(
+            f"`{name}`: {shown(now.get(name))} differs from the {shown(before.get(name))} that the finished run in "
+            f"{config.out} had: give the same, or name another `out`"
+        )

@@ -80,15 +80,17 @@ def check_folder(config) -> None:
     before = options_that_affect_training(earlier)
     if earlier.steps and config.steps and config.shared_steps(earlier.steps):
         del now["steps"], before["steps"]  # `resuming.find_checkpoint` finds out where the run can go on
-    for name in now | before:
-        if now.get(name) != before.get(name):
-            to_go_on = (
-                "leave it out, or go on from its model by `from_`" if name == "steps" else "leave it out to go on"
-            )
-            raise UserError(
-                f"`{name}`: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
-                f"with: {to_go_on}, or name another `out`"
-            )
+    if name := first_difference(now, before):
+        to_go_on = "leave it out, or go on from its model by `from_`" if name == "steps" else "leave it out to go on"
+        raise UserError(
+            f"`{name}`: {now.get(name)!r} differs from the {before.get(name)!r} that the run in {out} was started "
+            f"with: {to_go_on}, or name another `out`"
+        )
+
+
+def first_difference(now: dict, before: dict) -> str | None:
+    """The first name whose values differ, or None if all are equal. A missing value counts as None."""
+    return next((name for name in now | before if now.get(name) != before.get(name)), None)
 
 
 def options_that_affect_training(config, also: tuple[str, ...] = ()) -> dict:
