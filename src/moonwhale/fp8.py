@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moonwhale.errors import UserError, require_package
-from moonwhale.model.moe import grouped_product
+from moonwhale.model.routed import grouped_product
 
 TILE_SIZE = 128
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448

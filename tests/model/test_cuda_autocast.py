@@ -7,7 +7,7 @@ from test_host_sync import dense
 from torch.overrides import TorchFunctionMode
 
 from moonwhale import fp8
-from moonwhale.model import documents, flex, moe
+from moonwhale.model import documents, flex, routed
 from moonwhale.model.block import Block
 
 # From ATen/autocast_mode.h: these get inputs in fp32 …
@@ -33,7 +33,7 @@ class CudaAutocast(TorchFunctionMode):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("moba", [{}, {"moba_topk": 2, "moba_block_size": 8, "moba_key_conv": 3}], ids=["full", "moba"])
 def test_the_residual_stream_stays_in_bf16(moba, precision, tiny_model, monkeypatch):
-    for module in (documents, moe):
+    for module in (documents, routed):
         monkeypatch.setattr(module, "needs_static_shapes", lambda device: True)
     monkeypatch.setattr(flex, "serves", lambda q, documents: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)

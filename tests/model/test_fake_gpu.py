@@ -18,7 +18,7 @@ from moonwhale import fp8
 from moonwhale.infer import graphs, scheduler
 from moonwhale.infer.decoder import Decoder
 from moonwhale.infer.drafting import Drafting
-from moonwhale.model import MoonwhaleForCausalLM, flex, moe
+from moonwhale.model import MoonwhaleForCausalLM, flex, routed
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 
@@ -77,8 +77,8 @@ def model_on(tiny_config, fake):
 def test_losses_and_optimizer_steps_stay_on_one_gpu(autocast, context, recipe, model_on, monkeypatch):
     monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
     if not autocast or recipe:  # torch has no fake kernel for these grouped products
-        monkeypatch.setattr(moe, "grouped_product", moe._grouped_product)
-        monkeypatch.setattr(fp8, "grouped_product", moe._grouped_product)
+        monkeypatch.setattr(routed, "grouped_product", routed._grouped_product)
+        monkeypatch.setattr(fp8, "grouped_product", routed._grouped_product)
     model = model_on("cuda", num_hidden_layers=3, first_k_dense_replace=1, **SPARSE).train()
     if recipe:
         fp8.convert(model, recipe, emulate=True)

@@ -12,7 +12,7 @@ from host_sync import NoHostSync
 from moonwhale import fp8, precision
 from moonwhale.checkpoint import list_checkpoints, step_of
 from moonwhale.errors import UserError
-from moonwhale.model import core, documents, flex, loss, moba, moe
+from moonwhale.model import core, documents, flex, loss, moba, routed
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import muonclip_trainer, pretrain, run
@@ -31,7 +31,7 @@ def dense(q, k, v, scale, mask):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (documents, loss, moba, moe, muonclip_trainer):
+    for module in (documents, loss, moba, routed, muonclip_trainer):
         monkeypatch.setattr(module, "needs_static_shapes", lambda device: True)
     monkeypatch.setattr(core, "flex_serves", lambda q, layout: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)

@@ -201,6 +201,7 @@ def run_random_training(draw: random.Random) -> None:
     momentum = torch.randn(draw.randint(1, 9000))
     training.descend_(momentum, training.nesterov_(momentum, -momentum, 0.9).to(dtype), 0.9, 0.1)
 
+    run_random_experts(draw)
     spare = torch.zeros(1 << 12)
     for name, kinds in build.ARGUMENTS["training"].items():
         function = getattr(build.library("training"), name)
@@ -216,6 +217,40 @@ def run_random_training(draw: random.Random) -> None:
                 )
             for value in refused:
                 assert function(*good[:i], value, *good[i + 1 :]) in (2, 3)
+
+
+def run_random_experts(draw: random.Random) -> None:
+    """Route random tokens through random experts, then with absurd sizes."""
+    import torch
+
+    from moonwhale.model.routed import ExpertRows, line_up_by_expert
+    from moonwhale.native import build, training
+
+    n_tokens, experts, hidden, inner = draw.randint(1, 200), draw.randint(1, 9), *draw.choices([32, 64, 96], k=2)
+    topk, how = draw.randint(1, experts), (draw.random() < 0.5, draw.random() < 0.5, 2.0)
+    x, weight = torch.randn(n_tokens, hidden).bfloat16(), torch.randn(experts, hidden)
+    scores, index, gates = training.route(x, weight, torch.randn(experts), topk, *how)
+    training.route_backward(draw.choice([None, scores]), gates, x, weight, scores, index, *how)
+    valid = torch.rand(1, n_tokens) < 0.5
+    p = training.balance(scores, valid, topk)[1]
+    training.balance_backward(p, scores, valid)
+
+    for group in (index.flatten(), torch.randint(experts + 1, (draw.randint(1, 300),))):
+        training.line_up(group, experts, draw.randint(1, 70), draw.randint(1, 70))
+    if training.has_units():
+        token, row, ends = line_up_by_expert(index, experts, 64)
+        rows = ExpertRows(token, row.view(index.shape), ends, torch.randn(len(token)))
+        weights = torch.randn(experts, 2 * inner, hidden).bfloat16(), torch.randn(experts, hidden, inner).bfloat16()
+        out, kept = training.routed(x, *weights, rows)
+        training.routed_backward(out, x, *weights, rows, kept)
+        routes, inputs = training._routes(x, *weights, rows)
+        pointers = [tensor.data_ptr() for tensor in (out, kept, *inputs[:3])]
+        for name, kind in routes._fields_:
+            before = getattr(routes, name)
+            for value in [None] if kind is ctypes.c_void_p else [-(2**63), -1, 0, 2**40, 2**62, 2**63 - 1]:
+                setattr(routes, name, value)
+                assert build.library("training").run_routed(*pointers, ctypes.byref(routes), 2) == 3
+            setattr(routes, name, before)
 
 
 def main(rounds: int, folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from moonwhale.native import build
 
 LEVELS = {"this machine": "", "AVX2": "-march=haswell", "no AVX": "-march=x86-64"}  # MOONWHALE_CXXFLAGS
+WITHOUT_AMX = {"no AMX": "-mno-amx-bf16 -mno-amx-tile"}
 
 
 def library(name: str, mutants: dict[str, tuple[str, str, str]], level: str, folder: Path) -> ctypes.CDLL:
@@ -22,6 +23,8 @@ def library(name: str, mutants: dict[str, tuple[str, str, str]], level: str, fol
     """
     if reason := build.unavailable_reason(name):
         pytest.skip(reason)
+    if level in WITHOUT_AMX and "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no AMX")
     if level != "this machine" and platform.machine() != "x86_64":
         pytest.skip("these are x86-64's vectors")
     if level == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
@@ -51,6 +54,6 @@ def _compiled(name: str, mutants: tuple[tuple[str, str, str], ...], level: str, 
     main = sources / f"{name}.cpp"
     main.write_text("int mutant;\n" + main.read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOONWHALE_CXXFLAGS", f"-O1 {LEVELS[level]}")
+        patch.setenv("MOONWHALE_CXXFLAGS", f"-O1 {(LEVELS | WITHOUT_AMX)[level]}")
         build.compile_steps(build.compiler(), sources, sources, name)
     return build.load(sources, name)

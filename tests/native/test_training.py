@@ -7,6 +7,7 @@ import itertools
 import levels
 import pytest
 import torch
+from native_twins import assert_equal_to_rounding, in_pytorch, normal
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -57,10 +58,6 @@ def library(request, tmp_path_factory, monkeypatch) -> ctypes.CDLL:
     return compiled
 
 
-def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
-
-
 def norm(x, weight, d_out):
     """Return RMSNorm of x, and the gradients of x and of the weight."""
     module = RMSNorm(len(weight), eps=0.1)
@@ -96,25 +93,6 @@ def attention(q, k, v, d_out, ids=None, causal=True):
     out, largest = attend(q, k, v, 0.3, causal, ids)
     out.backward(d_out)
     return out.detach(), largest, q.grad, k.grad, v.grad
-
-
-def in_pytorch(run, *inputs):
-    """Return what `run` computes without kernels, in fp32 whatever the inputs' dtype."""
-    compiled, kernels.compiled = kernels.compiled, None
-    try:
-        return run(*(x.float() if x.is_floating_point() else x for x in inputs))
-    finally:
-        kernels.compiled = compiled
-
-
-def assert_equal_to_rounding(run, *inputs):
-    assert kernels.compiled_for(inputs[0])
-    for some, exact in zip(run(*inputs), in_pytorch(run, *inputs), strict=True):
-        near = 2e-2 if torch.bfloat16 in (some.dtype, inputs[0].dtype) else 2e-6
-        if exact.dtype is torch.bool:
-            assert torch.equal(some, exact)
-        else:
-            assert (some.float() - exact).norm() <= near * exact.norm() + 1e-7
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .kernels import compiled_for_groups
+
 
 def line_up(
     group: Tensor, n_groups: int, multiple: int, static_shapes: bool, row_multiple: int = 1
@@ -16,6 +18,8 @@ def line_up(
         the item of each row (R,), -1 for padding; the row of each item (N,), R if it has none; the end of each group's
         rows (n_groups,).
     """
+    if not static_shapes and (compiled := compiled_for_groups(group)):
+        return compiled.line_up(group, n_groups, multiple, row_multiple)
     group, item = group.sort(stable=True)
     last = torch.searchsorted(group, torch.arange(n_groups, device=group.device), right=True)
     sizes = last.diff(prepend=last.new_zeros(1))

@@ -13,3 +13,13 @@ compiled: ModuleType | None = None  # moonwhale.native.training
 def compiled_for(*tensors: Tensor) -> ModuleType | None:
     """Return the compiled functions if they can compute with these tensors (see `can_compute` there)."""
     return compiled if compiled is not None and compiled.can_compute(*tensors) else None
+
+
+def compiled_for_experts(x: Tensor, down: Tensor) -> ModuleType | None:
+    """Return the compiled functions if they can send x through these routed experts (see `can_route` there)."""
+    return compiled if compiled is not None and compiled.can_route(x, down) else None
+
+
+def compiled_for_groups(group: Tensor) -> ModuleType | None:
+    """Return the compiled functions if they can line up items of these groups (see `can_line_up` there)."""
+    return compiled if compiled is not None and compiled.can_line_up(group) else None

@@ -1,21 +1,18 @@
 """DeepSeekMoE (arXiv 2401.06066; V3 §2.1.2): many small routed experts, shared experts, and a balanced router."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .documents import needs_static_shapes
-from .gated import gated, gated_rows, gated_rows_backward
-from .groups import line_up
+from .gated import gated
+from .kernels import compiled_for
+from .routed import EXPERT_ROW_MULTIPLE, RoutedExperts, line_up_by_expert
+from .routing import Route, SequenceBalance
 from .step_statistics import Statistics, collects
-
-EXPERT_ROW_MULTIPLE = 64  # each expert's rows are padded to a multiple, so that shapes of products are few
 
 
 class MLP(nn.Module):
@@ -62,6 +59,9 @@ class Router(Statistics):
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x (N, hidden). This is computed in fp32 whatever the precision around it."""
+        if self.groups == 1 and compiled_for(x):
+            how = self.topk, self.sigmoid, self.normalise, self.factor
+            return Routing(*Route.apply(x, self.weight, self.e_score_correction_bias, *how))
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # (N, E)
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
@@ -111,7 +111,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         """Send x (N, hidden) through each token's experts `index` (N, K), weighting their outputs by `gates` (N, K)."""
         if self.product is None:
-            return _GroupedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
+            return RoutedExperts.apply(x, self.gate_up_proj, self.down_proj, index, gates)
         token, row_of_pair, ends = line_up_by_expert(index, len(self.down_proj), self.row_multiple)
         pairs = x.repeat_interleave(index.shape[1], 0)  # (N * K, hidden)
         rows = x.new_zeros(len(token), x.shape[1]).index_copy(0, row_of_pair, pairs)  # (R, hidden)
@@ -124,88 +124,6 @@ class Experts(nn.Module):
 def _draw_as_linear_(weight: Tensor) -> None:
     bound = weight.shape[-1] ** -0.5
     nn.init.uniform_(weight, -bound, bound)
-
-
-def line_up_by_expert(index: Tensor, n_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the (token, expert) pairs of `index` (N, K) into rows by expert, and pad each expert's rows to a multiple.
-
-    Padding keeps the shapes of the products few. For bf16 on a CPU a kernel library compiles a kernel for each shape
-    (1.5 ms each), and token counts hardly ever repeat.
-
-    Returns:
-        the token of each row (R,), 0 for padding rows; the row of each pair (N * K,); the end of each expert's rows
-        (E,), int32. With static shapes, spare rows go to the last expert.
-    """
-    static_shapes = needs_static_shapes(index.device)
-    pair, row_of_pair, ends = line_up(index.flatten(), n_experts, multiple, static_shapes)
-    if static_shapes:
-        ends[-1] = len(pair)
-    token = (pair // index.shape[1]).clamp(min=0)
-    return token, row_of_pair, ends.to(torch.int32)
-
-
-def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """Multiply groups of rows by a matrix each, with `F.grouped_mm`. `ends` (E,) is where the groups end.
-
-    Returns:
-        (R, out) for rows a (R, in) and a stack b (E, in, out); or, for a (M, R) and b (R, N), each group's own product
-        (E, M, N).
-    """
-    # In a graph F.grouped_mm supports bf16 only, and fp64 nowhere. A custom operator hides these from the compiler.
-    needs_custom_op = a.dtype == torch.float64 or (torch.compiler.is_compiling() and a.dtype != torch.bfloat16)
-    return _grouped_product(a, b, ends) if needs_custom_op else F.grouped_mm(a, b, offs=ends)
-
-
-@torch.library.custom_op("moonwhale::grouped_product", mutates_args=())
-def _grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    if a.dtype != torch.float64:
-        return F.grouped_mm(a, b, offs=ends)
-    groups = list(pairwise([0, *ends.tolist()]))
-    if b.ndim == 2:
-        return torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
-    out = a.new_zeros(len(a), b.shape[-1])
-    for matrix, (i, j) in zip(b, groups, strict=True):
-        out[i:j] = a[i:j] @ matrix
-    return out
-
-
-@_grouped_product.register_fake
-def _(a, b, ends):
-    return a.new_empty(*([len(ends)] if b.ndim == 2 else []), len(a), b.shape[-1])
-
-
-class _GroupedExperts(torch.autograd.Function):
-    """Lines tokens up by expert, computes two grouped products, and sums each token's rows.
-
-    The gradient is written out because autograd's would add rows up through indexing, and would save more of them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, gate_up_proj, down_proj, index, gates):
-        token, row_of_pair, ends = line_up_by_expert(index, len(down_proj), EXPERT_ROW_MULTIPLE)
-        weight = gates.new_zeros(len(token)).scatter_(0, row_of_pair, gates.flatten())  # 0 for padding rows
-        gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
-        rows = x.index_select(0, token)  # (R, hidden)
-        inner = grouped_product(rows, gate_up_proj.transpose(1, 2), ends)  # (R, 2 * inner)
-        product, kept = gated_rows(inner, weight)
-        out = grouped_product(product, down_proj.transpose(1, 2), ends)  # (R, hidden)
-        ctx.save_for_backward(rows, gate_up_proj, down_proj, weight, token, row_of_pair, ends, *kept)
-        ctx.shape = index.shape
-        return F.embedding_bag(row_of_pair.view(index.shape), out, mode="sum")  # (N, hidden), summed in one pass
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        rows, gate_up_proj, down_proj, weight, token, row_of_pair, ends, *kept = ctx.saved_tensors
-        d_rows = d_out.index_select(0, token)
-        d_product = grouped_product(d_rows, down_proj, ends)
-        d_inner, d_weight, product = gated_rows_backward(d_product, weight, kept)
-        d_gates = d_weight.index_select(0, row_of_pair).view(ctx.shape)
-        d_down = grouped_product(d_rows.T, product, ends)
-        d_gate_up = grouped_product(d_inner.T, rows, ends)
-        d_rows = grouped_product(d_inner, gate_up_proj, ends)
-        d_x = F.embedding_bag(row_of_pair.view(ctx.shape), d_rows, mode="sum")
-        return d_x, d_gate_up, d_down, None, d_gates
 
 
 class DeepseekMoE(Statistics):
@@ -274,6 +192,9 @@ class DeepseekMoE(Statistics):
         if self.balance == "none" or self.alpha == 0:
             return routing.scores.new_zeros(())
         scores, index = routing.scores, routing.index
+        if self.balance == "sequence" and compiled_for(scores):
+            f, p = SequenceBalance.apply(scores, valid, self.gate.topk)
+            return self.alpha * (f * p).sum(1).mean()
         if self.balance == "sequence":
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
             index = routing.scores.topk(self.gate.topk, sorted=False).indices

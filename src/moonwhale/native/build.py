@@ -44,6 +44,14 @@ ARGUMENTS = {  # of the functions in each library
         "run_score_gradient": [POINTER, POINTER, POINTER, REAL, *TABLE],
         "run_nesterov": [POINTER, POINTER, POINTER, REAL, INTEGER, INTEGER],
         "run_descend": [POINTER, POINTER, REAL, REAL, INTEGER, INTEGER, INTEGER],
+        "run_routed": [*[POINTER] * 6, INTEGER],
+        "run_routed_backward": [*[POINTER] * 10, INTEGER],
+        "run_route": [*[POINTER] * 4, INTEGER, *[POINTER] * 3, INTEGER, INTEGER],
+        "run_route_backward": [*[POINTER] * 7, INTEGER, POINTER, POINTER, INTEGER, INTEGER],
+        "run_balance": [*[POINTER] * 4, *[INTEGER] * 5],
+        "run_balance_backward": [*[POINTER] * 4, *[INTEGER] * 4],
+        "run_line_up": [POINTER, INTEGER, *[POINTER] * 3, *[INTEGER] * 4],
+        "has_units": [],
     },
 }
 PURPOSES = {"step": "decoding", "training": "training"}  # of each library, for people

@@ -4,14 +4,16 @@ All tensors are fp32 or bf16 and on a CPU: `model/kernels.py` and `optim/element
 function raises ValueError if shapes contradict each other.
 """
 
+import ctypes
 import sys
 
 import torch
 from torch import Tensor, nn
 
 from moonwhale.model import kernels
+from moonwhale.model.routed import ExpertRows
 from moonwhale.native import build
-from moonwhale.native.structures import DTYPE_CODES, address
+from moonwhale.native.structures import DTYPE_CODES, RouterStruct, RoutesStruct, address
 from moonwhale.optim import elementwise
 
 
@@ -137,6 +139,79 @@ def score_gradient_(d_probs: Tensor, probs: Tensor, out_dot: Tensor, scale: floa
     return d_probs
 
 
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, topk: int, sigmoid: bool, normalise: bool, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what Router in model/moe.py does without groups, for x (N, hidden): scores, index and gates, in fp32."""
+    x, experts = _rows(x), len(weight)
+    _require(weight.shape[1:] == x.shape[1:] and bias.shape == (experts,))
+    sizes = RouterStruct(*x.shape, experts, topk, sigmoid, normalise, factor)
+    scores, gates = torch.empty(len(x), experts), torch.empty(len(x), topk)
+    index = torch.empty(len(x), topk, dtype=torch.long)
+    inputs = x, x.stride(0), _floats(weight), _floats(bias), ctypes.byref(sizes)
+    _run("run_route", scores, index, gates, *inputs, *_how(x))
+    return scores, index, gates
+
+
+def route_backward(
+    d_scores: Tensor | None,
+    d_gates: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    sigmoid: bool,
+    normalise: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and, in fp32, of the weight. A `d_scores` of None is zero."""
+    x, (experts, topk) = _rows(x), (len(weight), index.shape[1])
+    _require(weight.shape[1:] == x.shape[1:] and scores.shape == (len(x), experts))
+    _require(index.shape == d_gates.shape == (len(x), topk) and index.is_contiguous() and index.dtype is torch.long)
+    _require(d_scores is None or d_scores.shape == scores.shape)
+    d_scores = None if d_scores is None else _floats(d_scores)
+    sizes = RouterStruct(*x.shape, experts, topk, sigmoid, normalise, factor)
+    d_x, d_weight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
+    inputs = d_scores, _floats(d_gates), _floats(scores), index, x, x.stride(0), _floats(weight), ctypes.byref(sizes)
+    _run("run_route_backward", d_x, d_weight, *inputs, *_how(x))
+    return d_x, d_weight
+
+
+def balance(scores: Tensor, valid: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return f and P (B, E) of the balance loss of each sequence, from scores (B * T, E) and `valid` (B, T)."""
+    sizes = *valid.shape, scores.shape[1]
+    _require(len(scores) == valid.numel() and valid.dtype is torch.bool)
+    f, p = torch.empty(len(valid), sizes[-1]), torch.empty(len(valid), sizes[-1])
+    _run("run_balance", f, p, _floats(scores), valid.contiguous(), *sizes, topk, torch.get_num_threads())
+    return f, p
+
+
+def balance_backward(d_p: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+    """Return the gradient of scores for that of P."""
+    sizes = *valid.shape, scores.shape[1]
+    _require(len(scores) == valid.numel() and valid.dtype is torch.bool and d_p.shape == (len(valid), sizes[-1]))
+    d_scores = torch.empty(scores.shape)
+    inputs = _floats(d_p), _floats(scores), valid.contiguous()
+    _run("run_balance_backward", d_scores, *inputs, *sizes, torch.get_num_threads())
+    return d_scores
+
+
+def can_line_up(group: Tensor) -> bool:
+    """Return whether `line_up` can compute with `group`."""
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(group) is Tensor and group.is_cpu and group.dtype is torch.long and group.numel() > 0 and not is_traced
+
+
+def line_up(group: Tensor, n_groups: int, multiple: int, row_multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `line_up` in model/groups.py does without static shapes, for `group` (N,)."""
+    item_of_row = group.new_empty(len(group) + n_groups * (multiple - 1) + row_multiple - 1)
+    row_of_item, ends = torch.empty_like(group, memory_format=torch.contiguous_format), group.new_empty(n_groups)
+    sizes = len(group), n_groups, multiple, row_multiple
+    _run("run_line_up", item_of_row, len(item_of_row), row_of_item, ends, group.contiguous(), *sizes)
+    n_rows = -(-int(ends[-1]) // row_multiple) * row_multiple
+    return item_of_row[:n_rows], row_of_item, ends
+
+
 def nesterov_(momentum: Tensor, gradient: Tensor, decay: float) -> Tensor:
     """Turn a contiguous fp32 momentum M into decay * M + gradient. Return the Nesterov update gradient + decay * M."""
     _require(momentum.is_contiguous() and gradient.shape == momentum.shape)
@@ -151,6 +226,54 @@ def descend_(weight: Tensor, direction: Tensor, kept: float, scale: float) -> Te
     _require(weight.is_contiguous() and direction.shape == weight.shape and weight.dtype is torch.float32)
     _run("run_descend", weight, direction.contiguous(), kept, scale, weight.numel(), *_how(direction))
     return weight
+
+
+def has_units() -> bool:
+    """Return whether this processor has matrix units (AMX) or dot products (AVX-512) for bf16, which `routed` needs."""
+    return bool(build.library("training").has_units())
+
+
+def can_route(x: Tensor, down: Tensor) -> bool:
+    """Return whether `routed` can send x through experts `down` (E, hidden, inner): bf16, and multiples of 32."""
+    return can_compute(x) and x.dtype is torch.bfloat16 and not any(n % 32 for n in down.shape[1:]) and has_units()
+
+
+def routed(x: Tensor, gate_up: Tensor, down: Tensor, rows: ExpertRows) -> tuple[Tensor, Tensor]:
+    """Send x (N, hidden) through its experts `gate_up` (E, 2 * inner, hidden) and `down` (E, hidden, inner).
+
+    Returns:
+        the sum of each token's weighted outputs (N, hidden), and what to keep for the gradient (R, 2 * inner).
+    """
+    routes, kept = _routes(x, gate_up, down, rows)
+    out, inner = torch.empty_like(kept[0]), x.new_empty(len(rows.token), gate_up.shape[1])
+    _run("run_routed", out, inner, *kept[:3], ctypes.byref(routes), torch.get_num_threads())
+    return out, inner
+
+
+def routed_backward(
+    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, rows: ExpertRows, inner: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, and in fp32 of `gate_up`, `down` and `rows.weight`. `inner` is from `routed`."""
+    routes, kept = _routes(x, gate_up, down, rows)
+    _require(d_out.shape == x.shape and d_out.dtype is x.dtype)
+    _require(inner.shape == (len(rows.token), gate_up.shape[1]) and inner.is_contiguous() and inner.dtype is x.dtype)
+    gradients = torch.empty_like(kept[0]), *(torch.empty(like.shape) for like in (gate_up, down, rows.weight))
+    inputs = d_out.contiguous(), kept[0], inner, *kept[1:3]
+    _run("run_routed_backward", *gradients, *inputs, ctypes.byref(routes), torch.get_num_threads())
+    return gradients
+
+
+def _routes(x: Tensor, gate_up: Tensor, down: Tensor, rows: ExpertRows) -> tuple[ctypes.Structure, list[Tensor]]:
+    """Return the structure that C++ reads, and contiguous tensors x, gate_up and down, and those it points to."""
+    experts, hidden, inner = down.shape
+    _require(x.shape[1:] == (hidden,) and gate_up.shape == (experts, 2 * inner, hidden))
+    _require(rows.row.ndim == 2 and len(rows.row) == len(x) and len(rows.ends) == experts)
+    _require(rows.weight.shape == rows.token.shape == (len(rows.token),))
+    _require(all(tensor.dtype is torch.bfloat16 for tensor in (x, gate_up, down)))
+    kept = [x.contiguous(), gate_up.contiguous(), down.contiguous(), rows.token.long().contiguous()]
+    kept += [rows.row.long().contiguous(), rows.ends.to(torch.int32).contiguous(), _floats(rows.weight)]
+    sizes = *rows.row.shape, experts, len(rows.token), hidden, inner
+    return RoutesStruct(*sizes, *map(address, kept[3:])), kept
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ const int64_t *sizes() {
                                   sizeof(FeedForwardFields),
                                   sizeof(Block),
                                   sizeof(Cache),
-                                  sizeof(Placement)};
+                                  sizeof(Placement),
+                                  sizeof(Routes),
+                                  sizeof(RouterSizes)};
   return bytes;
 }
 }

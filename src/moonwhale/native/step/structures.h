@@ -78,3 +78,16 @@ struct Placement { // where new tokens go in the cache, see infer/placement.py
   const int64_t *start;   // (rows)
   const float *cos, *sin; // (positions, rope / 2)
 };
+
+struct Routes { // the rows of a training step's (token, expert) pairs, lined up by expert
+  int64_t tokens, chosen, experts, rows, hidden, inner;
+  const int64_t *token; // (rows)
+  const int64_t *row;   // (tokens, chosen), of each pair
+  const int32_t *ends;  // (experts), where the rows of each end
+  const float *weight;  // (rows), of an expert's output; 0 for rows that only fill up
+};
+
+struct RouterSizes { // of a training step's router
+  int64_t tokens, hidden, experts, chosen, sigmoid, normalise;
+  float factor; // of the gates
+};

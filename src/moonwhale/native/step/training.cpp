@@ -5,6 +5,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "routed.h"
+#include "routing.h"
 #include "training.h"
 
 extern "C" {
@@ -120,6 +122,113 @@ int run_descend(float *weight, const void *direction, float kept, float scale, i
   if (!weight || !direction || !is_valid_table(1, n, n, dtype, threads)) return 3;
   with_type(dtype, [&](auto *t) { descend(weight, (decltype(t))direction, kept, scale, n, threads); });
   return 0;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_route(float *scores, int64_t *index, float *gates, const void *x, int64_t step, const float *weight,
+              const float *bias, const RouterSizes *sizes, Dtype dtype, int64_t threads) try {
+  if (!scores || !index || !gates || !x || !weight || !bias || !sizes || !is_valid(*sizes)) return 3;
+  if (!is_valid_table(sizes->tokens, sizes->hidden, step, dtype, threads)) return 3;
+  std::vector<float> scratch(count({threads, sizes->hidden}));
+  with_type(dtype, [&](auto *t) {
+    route(scores, index, gates, (decltype(t))x, step, weight, bias, *sizes, scratch.data(), threads);
+  });
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+// `d_scores` may be null.
+int run_route_backward(void *d_x, float *d_weight, const float *d_scores, const float *d_gates, const float *scores,
+                       const int64_t *index, const void *x, int64_t step, const float *weight,
+                       const RouterSizes *sizes, Dtype dtype, int64_t threads) try {
+  if (!d_x || !d_weight || !d_gates || !scores || !index || !x || !weight || !sizes || !is_valid(*sizes)) return 3;
+  if (!is_valid_table(sizes->tokens, sizes->hidden, step, dtype, threads)) return 3;
+  const auto inside = [&](int64_t e) { return is_within(e, 0, sizes->experts - 1); };
+  if (!std::all_of(index, index + sizes->tokens * sizes->chosen, inside)) return 3;
+  const Array<float> sums{CHUNKS, sizes->experts, sizes->hidden}, d_logits{sizes->tokens, sizes->experts};
+  with_type(dtype, [&](auto *t) {
+    using T = decltype(t);
+    route_backward((T)d_x, d_weight, d_scores, d_gates, scores, index, (T)x, step, weight, *sizes, sums + 0,
+                   d_logits + 0, threads);
+  });
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_balance(float *chosen_share, float *mean, const float *scores, const bool *valid, int64_t sequences,
+                int64_t length, int64_t experts, int64_t chosen, int64_t threads) try {
+  if (!chosen_share || !mean || !scores || !valid || !is_within(chosen, 1, experts)) return 3;
+  if (!is_valid_table(count({sequences, length}), experts, experts, FP32, threads)) return 3;
+  std::vector<int64_t> scratch(count({threads, chosen}));
+  balance(chosen_share, mean, scores, valid, sequences, length, experts, chosen, scratch.data(), threads);
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_balance_backward(float *d_scores, const float *d_mean, const float *scores, const bool *valid,
+                         int64_t sequences, int64_t length, int64_t experts, int64_t threads) try {
+  if (!d_scores || !d_mean || !scores || !valid) return 3;
+  if (!is_valid_table(count({sequences, length}), experts, experts, FP32, threads)) return 3;
+  balance_backward(d_scores, d_mean, scores, valid, sequences, length, experts, threads);
+  return 0;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+// `rows` is how many `item_of_row` has room for.
+int run_line_up(int64_t *item_of_row, int64_t rows, int64_t *row_of_item, int64_t *ends, const int64_t *group,
+                int64_t n, int64_t groups, int64_t multiple, int64_t row_multiple) try {
+  if (!item_of_row || !row_of_item || !ends || !group) return 3;
+  for (int64_t size : {rows, n, groups, multiple, row_multiple})
+    if (!is_within(size, 1, MAX_NUMBERS)) return 3;
+  if (rows < n + count({groups, multiple - 1}) + row_multiple - 1) return 3;
+  if (!std::all_of(group, group + n, [&](int64_t g) { return is_within(g, 0, groups); })) return 3;
+  line_up(item_of_row, row_of_item, ends, group, n, groups, multiple, row_multiple);
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+// Whether the next two functions compute anything here
+int has_units() { return may_use_units(); }
+
+static bool is_valid_routed(const Routes &routes, std::initializer_list<const void *> arrays, int64_t threads) {
+  if (!may_use_units() || !is_within(threads, 1, MAX_THREADS)) return false;
+  return std::all_of(arrays.begin(), arrays.end(), [](const void *array) { return array; }) && is_valid(routes);
+}
+
+int run_routed(bf16 *out, bf16 *inner, const bf16 *x, const bf16 *gate_up, const bf16 *down, const Routes *routes,
+               int64_t threads) try {
+  if (!routes || !is_valid_routed(*routes, {out, inner, x, gate_up, down}, threads)) return 3;
+  routed_forward(out, inner, x, gate_up, down, *routes, threads);
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_routed_backward(bf16 *d_x, float *d_gate_up, float *d_down, float *d_weight, const bf16 *d_out, const bf16 *x,
+                        const bf16 *inner, const bf16 *gate_up, const bf16 *down, const Routes *routes,
+                        int64_t threads) try {
+  if (!routes) return 3;
+  if (!is_valid_routed(*routes, {d_x, d_gate_up, d_down, d_weight, d_out, x, inner, gate_up, down}, threads)) return 3;
+  routed_backward({d_x, d_gate_up, d_down, d_weight}, d_out, x, inner, gate_up, down, *routes, threads);
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
 } catch (const std::length_error &) {
   return 3;
 }

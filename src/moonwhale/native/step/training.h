@@ -184,18 +184,41 @@ static void score_rows(T *logits, const int64_t *labels, float *total, float *nl
   }
 }
 
+// A row of gate_forward
+template <class T> INLINE void gate_row(T *product, const T *gate, const T *up, float scale, long columns) {
+  each_vector(columns, [&](long i, auto part) {
+    Vector x = get(gate + i, part);
+    put(product + i, x * sigmoid(x) * get(up + i, part) * scale, part);
+  });
+}
+
 // product = silu(gate) * up * row_weight. Without row weights they are 1.
 template <class T>
 static void gate_forward(T *product, const T *gate, const T *up, long step, const float *row_weight, long rows,
                          long columns, int threads) {
 #pragma omp parallel for num_threads(threads)
-  for (long r = 0; r < rows; r++) {
-    const float scale = row_weight ? row_weight[r] : 1;
-    each_vector(columns, [&](long i, auto part) {
-      Vector x = get(gate + r * step + i, part);
-      put(product + r * columns + i, x * sigmoid(x) * get(up + r * step + i, part) * scale, part);
-    });
-  }
+  for (long r = 0; r < rows; r++)
+    gate_row(product + r * columns, gate + r * step, up + r * step, row_weight ? row_weight[r] : 1, columns);
+}
+
+// A row of gate_backward. `product` may be null. Returns the weight's gradient.
+template <class T>
+INLINE float gate_row_backward(T *d_gate, T *d_up, T *product, const T *d_product, const T *gate, const T *up,
+                               float scale, long columns) {
+  Vector along = {};
+  each_vector(columns, [&](long i, auto part) {
+    Vector x = get(gate + i, part), value = get(up + i, part);
+    Vector d = get(d_product + i, part), share = sigmoid(x), activated = x * share;
+    if (product) {
+      Vector plain = activated * value;
+      along += d * plain;
+      put(product + i, plain * scale, part);
+    }
+    d *= scale;
+    put(d_up + i, d * activated, part);
+    put(d_gate + i, d * value * share * (1.0f + x * (1.0f - share)), part);
+  });
+  return sum(along);
 }
 
 // The gradients of gate_forward for d_product. With row weights also theirs, `d_weight` (rows), and `product` again.
@@ -205,21 +228,10 @@ static void gate_backward(T *d_gate, T *d_up, long d_step, float *d_weight, T *p
                           int threads) {
 #pragma omp parallel for num_threads(threads)
   for (long r = 0; r < rows; r++) {
-    const float scale = row_weight ? row_weight[r] : 1;
-    Vector along = {};
-    each_vector(columns, [&](long i, auto part) {
-      Vector x = get(gate + r * step + i, part), value = get(up + r * step + i, part);
-      Vector d = get(d_product + r * columns + i, part), share = sigmoid(x), activated = x * share;
-      if (row_weight) {
-        Vector plain = activated * value;
-        along += d * plain;
-        put(product + r * columns + i, plain * scale, part);
-      }
-      d *= scale;
-      put(d_up + r * d_step + i, d * activated, part);
-      put(d_gate + r * d_step + i, d * value * share * (1.0f + x * (1.0f - share)), part);
-    });
-    if (row_weight) d_weight[r] = sum(along);
+    T *own = row_weight ? product + r * columns : nullptr;
+    const float along = gate_row_backward(d_gate + r * d_step, d_up + r * d_step, own, d_product + r * columns,
+                                          gate + r * step, up + r * step, row_weight ? row_weight[r] : 1, columns);
+    if (row_weight) d_weight[r] = along;
   }
 }
 
