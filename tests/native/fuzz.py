@@ -198,6 +198,15 @@ def run_random_training(draw: random.Random) -> None:
         training.softmax_(scores.clone(), draw.random() < 0.5, draw.choice([None, ids]), log_sum)
     training.score_gradient_(scores.clone(), scores, torch.randn(heads, queries, 1), 0.5)
 
+    heads_first = (
+        torch.randn(draw.randint(1, 4), rows, draw.randint(1, 4), 2 * draw.randint(1, 9)).to(dtype).transpose(1, 2)
+    )
+    angles = torch.randn(1, 1, rows, heads_first.shape[3] // 2).to(dtype)
+    for backward in (False, True):
+        training.rotate(heads_first, angles, angles, draw.random() < 0.5, backward)
+    address, absurd = heads_first.data_ptr(), (ctypes.c_int64 * 3)(1, draw.choice([-1, 2**40, 2**63 - 1]), 1)
+    assert build.library("training").run_rotate(*[address] * 4, absurd, 1, 1, 1, 2, 0, 0, 0, 1) == 3
+
     momentum = torch.randn(draw.randint(1, 9000))
     training.descend_(momentum, training.nesterov_(momentum, -momentum, 0.9).to(dtype), 0.9, 0.1)
 

@@ -17,6 +17,7 @@ from moonwhale.model.gated import gated, gated_rows, gated_rows_backward
 from moonwhale.model.loss import linear_cross_entropy
 from moonwhale.model.moe import MLP
 from moonwhale.model.norm import RMSNorm
+from moonwhale.model.rope import rotate
 from moonwhale.native import build, training
 from moonwhale.optim import elementwise
 from moonwhale.optim.muonclip import MuonClip, param_groups
@@ -39,6 +40,8 @@ MUTANTS = {
     "documents see each other": ("training.h", "ids == of_queries[row]", "ids == ids"),
     "powers are not relative to the largest": ("training.h", "load(own + k) - peak[r]", "load(own + k) - 20.0f"),
     "the scores' gradient": ("training.h", "get(at, part) - out_dot[r]", "get(at, part)"),
+    "it turns backwards": ("rotation.h", "a * number(c[pair]) - b * number(s[pair])", "a * number(c[pair])"),
+    "the gradient does not turn": ("rotation.h", "b * number(c[pair]) - a * number(s[pair])", "b"),
     "no Nesterov momentum": ("training.h", "g + m * decay", "m"),
     "the momentum does not decay": ("training.h", "get(momentum + i, part) * decay", "get(momentum + i, part)"),
     "no weight decay": ("training.h", "get(weight + i, part) * kept", "get(weight + i, part)"),
@@ -85,6 +88,13 @@ def gate(x, up, d_product):
 def gate_rows(inner, weight, d_product):
     product, kept = gated_rows(inner, weight)
     return product, *gated_rows_backward(d_product.clone(), weight, kept)
+
+
+def rotated(x, cos, sin, d_out, interleaved=False):
+    x = x.detach().requires_grad_()
+    out = rotate(x, (cos, sin), interleaved)
+    out.backward(d_out)
+    return out.detach(), x.grad
 
 
 def attention(q, k, v, d_out, ids=None, causal=True):
@@ -171,6 +181,24 @@ def test_gates(library, dtype):
         assert_equal_to_rounding(gate_rows, torch.cat([x, up], 1), weight, d_product)
     far = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30], dtype=dtype)
     assert_equal_to_rounding(gate, far, torch.ones_like(far), torch.ones_like(far))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation(library, dtype, interleaved):
+    wide = normal(2, 5, 3, 14, dtype=dtype).transpose(1, 2)  # (B, heads, T, width), as projections leave it
+    run = functools.partial(rotated, interleaved=interleaved)
+    for x in (
+        wide,
+        wide[..., 4:],
+        wide[:, :1, :, :2],
+        wide[:, :, ::2, 1:7],
+        wide.expand(2, -1, -1, -1),
+        wide[..., ::7],
+    ):
+        for rows in (1, 2):
+            cos, sin = (normal(rows, 1, x.shape[2], x.shape[3] // 2, dtype=dtype, seed=seed) for seed in (1, 2))
+            assert_equal_to_rounding(run, x, cos, sin, normal(*x.shape, 2, dtype=dtype, seed=3)[..., 0])
 
 
 def attention_inputs(length, dtype=torch.float32):
@@ -268,6 +296,8 @@ def test_mutants_are_caught(library, monkeypatch, number):
         assert_equal_to_rounding(functools.partial(attention, ids=ids), *attention_inputs(45))
         assert_equal_to_rounding(attention, *(60 * x for x in attention_inputs(45)))
         assert_muon_is_equal_to_rounding(torch.bfloat16)
+        angles = normal(1, 1, 5, 4)
+        assert_equal_to_rounding(rotated, normal(2, 3, 5, 8), angles.cos(), angles.sin(), normal(2, 3, 5, 8, seed=1))
 
     check()
     with levels.mutated(library, number), pytest.raises(AssertionError):
@@ -296,6 +326,8 @@ def test_tensors_that_do_not_fit_are_refused():
         lambda: training.softmax_(x[None], False, (torch.zeros(1, 4), torch.zeros(1, 7))),
         lambda: training.softmax_(x[None], False, None, torch.zeros(1, 5)),
         lambda: training.score_gradient_(x, x, torch.zeros(5), 1.0),
+        lambda: training.rotate(normal(1, 1, 4, 7), normal(1, 1, 4, 3), normal(1, 1, 4, 3), True),
+        lambda: training.rotate(normal(1, 1, 4, 6), normal(1, 1, 4, 3), normal(1, 1, 4, 3).bfloat16(), True),
         lambda: training.nesterov_(x, x[:, :7], 0.9),
         lambda: training.nesterov_(x.T, x.T, 0.9),
         lambda: training.nesterov_(x.bfloat16(), x.bfloat16(), 0.9),

@@ -2,7 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .kernels import compiled_for
 
 
 def rotation_table(config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -26,5 +29,21 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Ten
     The result has halves in both cases. Queries and keys share this order, so their products do not change.
     """
     cos, sin = rotation
+    if compiled_for(x, cos, sin):
+        return _Rotate.apply(x, cos, sin, interleaved)
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)  # (B, heads, T, D / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return compiled_for(x, cos, sin).rotate(x, cos, sin, interleaved)  # `rotate` has asked whether it can
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        cos, sin = ctx.saved_tensors
+        return compiled_for(d_out, cos, sin).rotate(d_out, cos, sin, ctx.interleaved, backward=True), None, None, None

@@ -46,6 +46,7 @@ ARGUMENTS = {  # of the functions in each library
         "run_descend": [POINTER, POINTER, REAL, REAL, INTEGER, INTEGER, INTEGER],
         "run_routed": [*[POINTER] * 6, INTEGER],
         "run_routed_backward": [*[POINTER] * 10, INTEGER],
+        "run_rotate": [*[POINTER] * 5, *[INTEGER] * 8],
         "run_route": [*[POINTER] * 4, INTEGER, *[POINTER] * 3, INTEGER, INTEGER],
         "run_route_backward": [*[POINTER] * 7, INTEGER, POINTER, POINTER, INTEGER, INTEGER],
         "run_balance": [*[POINTER] * 4, *[INTEGER] * 5],

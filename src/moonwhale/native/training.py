@@ -139,6 +139,18 @@ def score_gradient_(d_probs: Tensor, probs: Tensor, out_dot: Tensor, scale: floa
     return d_probs
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backward: bool = False) -> Tensor:
+    """Compute what `rotate` in model/rope.py does for x (B, heads, T, D), or its gradient from that of its result."""
+    rows, _, length, width = x.shape
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    cos, sin = (table.expand(rows, 1, length, width // 2).contiguous() for table in (cos, sin))
+    _require(cos.dtype is sin.dtype is x.dtype and width % 2 == 0)
+    steps, out = (ctypes.c_int64 * 3)(*x.stride()[:3]), torch.empty(x.shape, dtype=x.dtype)
+    _run("run_rotate", out, x, cos, sin, steps, *x.shape, interleaved, backward, *_how(x))
+    return out
+
+
 def route(
     x: Tensor, weight: Tensor, bias: Tensor, topk: int, sigmoid: bool, normalise: bool, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:

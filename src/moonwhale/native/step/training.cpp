@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "rotation.h"
 #include "routed.h"
 #include "routing.h"
 #include "training.h"
@@ -121,6 +122,25 @@ int run_descend(float *weight, const void *direction, float kept, float scale, i
                 int64_t threads) try {
   if (!weight || !direction || !is_valid_table(1, n, n, dtype, threads)) return 3;
   with_type(dtype, [&](auto *t) { descend(weight, (decltype(t))direction, kept, scale, n, threads); });
+  return 0;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+// `steps`: from a row, a head and a token of `from` to the next. With `backward`, `to` is the gradient of x, `from` that
+// of the output.
+int run_rotate(void *to, const void *from, const void *cos, const void *sin, const int64_t *steps, int64_t rows,
+               int64_t heads, int64_t length, int64_t width, int64_t interleaved, int64_t backward, Dtype dtype,
+               int64_t threads) try {
+  if (!to || !from || !cos || !sin || !steps || heads < 1 || length < 1 || width % 2) return 3;
+  if (!is_valid_table(count({rows, heads, length}), width, width, dtype, threads)) return 3;
+  for (int i = 0; i < 3; i++) count({i == 0 ? rows : i == 1 ? heads : length, steps[i]});
+  const Rotated rotated{rows, heads, length, width, steps[0], steps[1], steps[2], interleaved != 0};
+  with_type(dtype, [&](auto *t) {
+    using T = decltype(t);
+    if (backward) rotate_backward((T)to, (T)from, (T)cos, (T)sin, rotated, threads);
+    else rotate((T)to, (T)from, (T)cos, (T)sin, rotated, threads);
+  });
   return 0;
 } catch (const std::length_error &) {
   return 3;
