@@ -192,18 +192,18 @@ def route_backward(
 def balance(scores: Tensor, valid: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Return f and P (B, E) of the balance loss of each sequence, from scores (B * T, E) and `valid` (B, T)."""
     sizes = *valid.shape, scores.shape[1]
-    _require(len(scores) == valid.numel() and valid.dtype is torch.bool)
+    _require(len(scores) == valid.numel())
     f, p = torch.empty(len(valid), sizes[-1]), torch.empty(len(valid), sizes[-1])
-    _run("run_balance", f, p, _floats(scores), valid.contiguous(), *sizes, topk, torch.get_num_threads())
+    _run("run_balance", f, p, _floats(scores), valid.bool().contiguous(), *sizes, topk, torch.get_num_threads())
     return f, p
 
 
 def balance_backward(d_p: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
     """Return the gradient of scores for that of P."""
     sizes = *valid.shape, scores.shape[1]
-    _require(len(scores) == valid.numel() and valid.dtype is torch.bool and d_p.shape == (len(valid), sizes[-1]))
+    _require(len(scores) == valid.numel() and d_p.shape == (len(valid), sizes[-1]))
     d_scores = torch.empty(scores.shape)
-    inputs = _floats(d_p), _floats(scores), valid.contiguous()
+    inputs = _floats(d_p), _floats(scores), valid.bool().contiguous()
     _run("run_balance_backward", d_scores, *inputs, *sizes, torch.get_num_threads())
     return d_scores
 

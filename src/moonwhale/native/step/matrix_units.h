@@ -36,7 +36,7 @@ template <class T> struct Array {
       : numbers((T *)std::aligned_alloc(64, count(sizes) * sizeof(T) / 64 * 64 + 64), &std::free) {
     if (!numbers) throw std::bad_alloc();
   }
-  T *operator+(long i) const { return numbers.get() + i; }
+  operator T *() const { return numbers.get(); }
 };
 
 #ifdef __AVX512BF16__

@@ -76,23 +76,22 @@ static void routed_forward(bf16 *out, bf16 *inner, const bf16 *x, const bf16 *ga
     for (long row = 0; row < routes.rows; row += BLOCK_ROWS) {
       const long e = expert_of(routes, row);
       bf16 *gates = inner + row * both;
-      gather(own.in + 0, x, routes, row);
-      unit_product(own.wide + 0, both, plain_rows(own.in + 0, hidden), ups + e * both * hidden, BLOCK_ROWS, hidden,
-                   both);
-      round_to_bf16(gates, own.wide + 0, BLOCK_ROWS * both);
+      gather(own.in, x, routes, row);
+      unit_product(own.wide, both, plain_rows(own.in, hidden), ups + e * both * hidden, BLOCK_ROWS, hidden, both);
+      round_to_bf16(gates, own.wide, BLOCK_ROWS * both);
       for (long r = 0; r < BLOCK_ROWS; r++, gates += both)
         gate_row(own.product + r * width, gates, gates + width, routes.weight[row + r], width);
-      unit_product(own.wide + 0, hidden, plain_rows(own.product + 0, width), downs + e * hidden * width, BLOCK_ROWS,
-                   width, hidden);
-      round_to_bf16(outs + row * hidden, own.wide + 0, BLOCK_ROWS * hidden);
+      unit_product(own.wide, hidden, plain_rows(own.product, width), downs + e * hidden * width, BLOCK_ROWS, width,
+                   hidden);
+      round_to_bf16(outs + row * hidden, own.wide, BLOCK_ROWS * hidden);
     }
   }
-  sum_pairs(out, outs + 0, routes, threads);
+  sum_pairs(out, outs, routes, threads);
 }
 
 struct RoutedGradients {
-  bf16 *x;                                // (tokens, hidden)
-  float *gate_up, *down, *weight;         // (experts, 2 * inner, hidden), (experts, hidden, inner), (rows)
+  bf16 *x;                        // (tokens, hidden)
+  float *gate_up, *down, *weight; // (experts, 2 * inner, hidden), (experts, hidden, inner), (rows)
 };
 
 // The rows of some experts as operands of the products that sum over rows
@@ -138,22 +137,22 @@ static void block_gradients(const RoutedGradients &d, bf16 *d_rows, const Packed
                             long row, long at, long first, const BlockScratch &own) {
   const long hidden = routes.hidden, width = routes.inner, both = 2 * width;
   const long n = size_of(routes, expert_of(routes, row));
-  gather(own.in + 0, x, routes, row);
-  pack_rows(packed.x + at * hidden, own.in + 0, first, BLOCK_ROWS, n, hidden);
-  gather(own.in + 0, d_out, routes, row);
-  pack_rows(packed.d_out + at * hidden, own.in + 0, first, BLOCK_ROWS, n, hidden);
-  unit_product(own.wide + 0, width, plain_rows(own.in + 0, hidden), down, BLOCK_ROWS, hidden, width);
-  round_to_bf16(own.d_product + 0, own.wide + 0, BLOCK_ROWS * width);
+  gather(own.in, x, routes, row);
+  pack_rows(packed.x + at * hidden, own.in, first, BLOCK_ROWS, n, hidden);
+  gather(own.in, d_out, routes, row);
+  pack_rows(packed.d_out + at * hidden, own.in, first, BLOCK_ROWS, n, hidden);
+  unit_product(own.wide, width, plain_rows(own.in, hidden), down, BLOCK_ROWS, hidden, width);
+  round_to_bf16(own.d_product, own.wide, BLOCK_ROWS * width);
   for (long r = 0; r < BLOCK_ROWS; r++) {
     const bf16 *gate = inner + r * both;
     bf16 *d_gate = own.d_inner + r * both;
     d.weight[row + r] = gate_row_backward(d_gate, d_gate + width, own.product + r * width, own.d_product + r * width,
                                           gate, gate + width, routes.weight[row + r], width);
   }
-  pack_columns(packed.product + at * width, own.product + 0, first, BLOCK_ROWS, n, width);
-  pack_columns(packed.d_inner + at * both, own.d_inner + 0, first, BLOCK_ROWS, n, both);
-  unit_product(own.wide + 0, hidden, plain_rows(own.d_inner + 0, both), up, BLOCK_ROWS, both, hidden);
-  round_to_bf16(d_rows, own.wide + 0, BLOCK_ROWS * hidden);
+  pack_columns(packed.product + at * width, own.product, first, BLOCK_ROWS, n, width);
+  pack_columns(packed.d_inner + at * both, own.d_inner, first, BLOCK_ROWS, n, both);
+  unit_product(own.wide, hidden, plain_rows(own.d_inner, both), up, BLOCK_ROWS, both, hidden);
+  round_to_bf16(d_rows, own.wide, BLOCK_ROWS * hidden);
 }
 
 // The gradients of routed_forward for d_out (tokens, hidden). As many experts at once as there are threads: their rows
@@ -188,5 +187,5 @@ static void routed_backward(const RoutedGradients &d, const bf16 *d_out, const b
         weight_gradients(d, packed, routes, i / slices, first_row(routes, i / slices) - start, i % slices);
     }
   }
-  sum_pairs(d.x, d_rows + 0, routes, threads);
+  sum_pairs(d.x, d_rows, routes, threads);
 }

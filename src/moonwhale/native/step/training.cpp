@@ -172,8 +172,8 @@ int run_route_backward(void *d_x, float *d_weight, const float *d_scores, const 
   const Array<float> sums{CHUNKS, sizes->experts, sizes->hidden}, d_logits{sizes->tokens, sizes->experts};
   with_type(dtype, [&](auto *t) {
     using T = decltype(t);
-    route_backward((T)d_x, d_weight, d_scores, d_gates, scores, index, (T)x, step, weight, *sizes, sums + 0,
-                   d_logits + 0, threads);
+    route_backward((T)d_x, d_weight, d_scores, d_gates, scores, index, (T)x, step, weight, *sizes, sums,
+                   d_logits, threads);
   });
   return 0;
 } catch (const std::bad_alloc &) {
