@@ -252,6 +252,7 @@ def run_random_experts(draw: random.Random) -> None:
         weights = torch.randn(experts, 2 * inner, hidden).bfloat16(), torch.randn(experts, hidden, inner).bfloat16()
         out, kept = training.routed(x, *weights, rows)
         training.routed_backward(out, x, *weights, rows, kept)
+        training.newton_schulz(torch.randn(draw.randint(1, 3), draw.randint(1, 90), draw.randint(1, 90)), 5)
         routes, inputs = training._routes(x, *weights, rows)
         pointers = [tensor.data_ptr() for tensor in (out, kept, *inputs[:3])]
         for name, kind in routes._fields_:

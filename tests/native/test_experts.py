@@ -1,4 +1,6 @@
-"""Compares the compiled router, its balance loss, lined-up rows and routed experts with their twins in PyTorch."""
+"""Compares the compiled router, its balance loss, lined-up rows, routed experts and Muon's iteration, most of them with
+products by matrix units, with their twins in PyTorch.
+"""
 
 import ctypes
 import functools
@@ -15,6 +17,8 @@ from moonwhale.model.groups import line_up
 from moonwhale.model.moe import DeepseekMoE, Router, Routing
 from moonwhale.model.routed import ExpertRows, RoutedExperts
 from moonwhale.native import build, training
+from moonwhale.optim import elementwise
+from moonwhale.optim.muonclip import newton_schulz
 
 MUTANTS = {
     "the choice ignores the bias": ("routing.h", "scores[e] + (bias ? bias[e] : 0)", "scores[e]"),
@@ -36,6 +40,9 @@ MUTANTS = {
     "the rows are the first tokens": ("routed.h", "routes.token[block + r]", "((block + r) % routes.tokens)"),
     "one slice of the weights": ("routed.h", "i % slices", "0"),
     "down's gradient lies on its side": ("routed.h", "square[i * SQUARE + h]", "square[h * SQUARE + i]"),
+    "a polynomial of the wrong matrix": ("newton_schulz.h", "load(own.gram_sums + i) * c", "load(own.gram + i) * c"),
+    "a matrix is not kept": ("newton_schulz.h", "load(own.x + i) * a", "load(own.x + i)"),
+    "a tall matrix is its transpose": ("newton_schulz.h", "rows > columns", "true"),
     "the first columns only": ("matrix_units.h", "b + column * n", "b"),
     "the first rows only": ("matrix_units.h", "a.below(row)", "a"),
 }
@@ -179,6 +186,29 @@ def test_experts(library, sizes):
         assert some.numel() < 100 or (some.float() - right).norm() <= 1.1 * (other.float() - right).norm() + 1e-6
 
 
+def assert_orthogonalised(shape):
+    """The compiled iteration is as exact as PyTorch's in bf16, whose error is about 2 %, and keeps zero."""
+    matrices = normal(*shape) * torch.linspace(0.05, 1, shape[2])
+    matrices[0] = 0
+    assert elementwise.compiled.can_orthogonalise(matrices)
+    mine, exact = newton_schulz(matrices, torch.bfloat16), newton_schulz(matrices.double(), torch.float64)
+    assert mine.dtype is torch.bfloat16 and not mine[0].any()
+    assert (mine - exact).norm() <= 2e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 96), (96, 8), (64, 32), (45, 70), (70, 45), (33, 33), (160, 96)], ids=str)
+def test_newton_schulz(library, size):
+    require_units()
+    assert_orthogonalised((3, *size))
+
+
+def test_large_matrices_are_left_to_pytorch(library, monkeypatch):
+    require_units()
+    monkeypatch.setattr(training, "newton_schulz", None)
+    assert newton_schulz(normal(1, 257, 512), torch.bfloat16).dtype is torch.bfloat16
+    assert newton_schulz(normal(1, 20, 30), torch.float32).dtype is torch.float32
+
+
 def test_threads_change_no_bit(library, tiny_config):
     config = router_config(tiny_config, balance_loss="sequence", aux_loss_alpha=0.3)
     runs = [
@@ -188,6 +218,7 @@ def test_threads_change_no_bit(library, tiny_config):
     if build.library("training").has_units():
         inputs, index = experts_inputs()
         runs.append(lambda: experts(*inputs, index))
+        runs.append(lambda: [training.newton_schulz(normal(5, 40, 70), 5)])
     threads = torch.get_num_threads()
     try:
         for run in runs:
@@ -215,6 +246,9 @@ def test_mutants_are_caught(library, tiny_config, monkeypatch, number):
         assert all(map(torch.equal, lined_up(group), in_pytorch(lined_up, group)))
         inputs, index = experts_inputs()
         assert_equal_to_rounding(functools.partial(experts, index=index), *inputs)
+        if training.has_units():
+            assert_orthogonalised((2, 32, 64))
+            assert_orthogonalised((2, 64, 32))
 
     check()
     with levels.mutated(library, number), pytest.raises(AssertionError):
@@ -299,6 +333,9 @@ def test_tensors_that_do_not_fit_are_refused():
             lambda: training.routed(x.float(), gate_up, down, rows),
             lambda: training.routed_backward(d_out[1:], x, gate_up, down, rows, inner),
             lambda: training.routed_backward(d_out, x, gate_up, down, rows, inner[1:]),
+            lambda: training.newton_schulz(x, 5),
+            lambda: training.newton_schulz(x[None], 5),
+            lambda: training.newton_schulz(x[None].float(), -1),
         ]
     for call in calls:
         with pytest.raises(ValueError, match="do not fit each other"):

@@ -52,6 +52,7 @@ ARGUMENTS = {  # of the functions in each library
         "run_balance": [*[POINTER] * 4, *[INTEGER] * 5],
         "run_balance_backward": [*[POINTER] * 4, *[INTEGER] * 4],
         "run_line_up": [POINTER, INTEGER, *[POINTER] * 3, *[INTEGER] * 4],
+        "run_newton_schulz": [POINTER, POINTER, *[INTEGER] * 5],
         "has_units": [],
     },
 }

@@ -16,6 +16,8 @@ from moonwhale.native import build
 from moonwhale.native.structures import DTYPE_CODES, RouterStruct, RoutesStruct, address
 from moonwhale.optim import elementwise
 
+CACHED_MATRIX = 2**17  # numbers of a matrix that a core orthogonalises by itself; larger ones all cores do together
+
 
 def use_kernels(device: torch.device) -> bool:
     """Let this process train with compiled functions if `device` is a CPU and they can be compiled. Return whether."""
@@ -286,6 +288,21 @@ def _routes(x: Tensor, gate_up: Tensor, down: Tensor, rows: ExpertRows) -> tuple
     kept += [rows.row.long().contiguous(), rows.ends.to(torch.int32).contiguous(), _floats(rows.weight)]
     sizes = *rows.row.shape, experts, len(rows.token), hidden, inner
     return RoutesStruct(*sizes, *map(address, kept[3:])), kept
+
+
+def can_orthogonalise(matrices: Tensor) -> bool:
+    """Return whether `newton_schulz` can compute with `matrices` (n, A, B), and each fits a core's caches."""
+    if not can_compute(matrices) or matrices.dtype is not torch.float32:
+        return False
+    return matrices[0].numel() <= CACHED_MATRIX and has_units()
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Compute what `newton_schulz` in optim/muonclip.py does in bf16, for fp32 matrices (n, A, B)."""
+    _require(matrices.ndim == 3 and matrices.dtype is torch.float32 and matrices.numel() > 0)
+    out = torch.empty(matrices.shape, dtype=torch.bfloat16)
+    _run("run_newton_schulz", out, matrices.contiguous(), *matrices.shape, steps, torch.get_num_threads())
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:

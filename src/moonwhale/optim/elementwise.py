@@ -1,8 +1,8 @@
-"""The element-wise parts of Muon's step: in C++ if a run has set `compiled`, otherwise in PyTorch.
+"""The element-wise parts of Muon's step, and its iteration for small matrices: in C++ if a run has set `compiled`.
 
 An optimizer works without the model and without a compiler, so nothing is imported here:
-`moonwhale.native.training.use_kernels` sets `compiled`. In C++ each part is one pass over memory, in PyTorch two or
-three.
+`moonwhale.native.training.use_kernels` sets `compiled`. In C++ each element-wise part is one pass over memory, in
+PyTorch two or three.
 """
 
 from types import ModuleType
@@ -31,6 +31,13 @@ def descend(params: list[Tensor], directions: list[Tensor], kept: float, scales:
         torch._foreach_mul_(params, kept)
         for p, direction, scale in zip(params, directions, scales, strict=True):
             p.add_(direction, alpha=scale)
+
+
+def iterated(matrices: Tensor, steps: int) -> Tensor | None:
+    """Return what `newton_schulz` makes of matrices (n, A, B) in bf16, or None if it is not compiled for them."""
+    if compiled is None or not compiled.can_orthogonalise(matrices):
+        return None
+    return compiled.newton_schulz(matrices, steps)
 
 
 def _compiled_for(written: list[Tensor], read: list[Tensor]) -> bool:

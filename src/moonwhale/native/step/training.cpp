@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "newton_schulz.h"
 #include "rotation.h"
 #include "routed.h"
 #include "routing.h"
@@ -221,7 +222,7 @@ int run_line_up(int64_t *item_of_row, int64_t rows, int64_t *row_of_item, int64_
   return 3;
 }
 
-// Whether the next two functions compute anything here
+// Whether the functions that follow compute anything here
 int has_units() { return may_use_units(); }
 
 static bool is_valid_routed(const Routes &routes, std::initializer_list<const void *> arrays, int64_t threads) {
@@ -246,6 +247,19 @@ int run_routed_backward(bf16 *d_x, float *d_gate_up, float *d_down, float *d_wei
   if (!routes) return 3;
   if (!is_valid_routed(*routes, {d_x, d_gate_up, d_down, d_weight, d_out, x, inner, gate_up, down}, threads)) return 3;
   routed_backward({d_x, d_gate_up, d_down, d_weight}, d_out, x, inner, gate_up, down, *routes, threads);
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
+int run_newton_schulz(bf16 *out, const float *matrices, int64_t n, int64_t rows, int64_t columns, int64_t steps,
+                      int64_t threads) try {
+  if (!out || !matrices || n < 1 || rows < 1 || columns < 1 || !is_within(steps, 0, MAX_NUMBERS)) return 3;
+  if (!is_within(threads, 1, MAX_THREADS) || !may_use_units()) return 3;
+  count({n, rows, columns});
+  newton_schulz(out, matrices, {n, rows, columns}, steps, threads);
   return 0;
 } catch (const std::bad_alloc &) {
   return 1;
