@@ -237,9 +237,9 @@ def _attended(config, layer: int, context: int) -> tuple[float, float]:
 def _saved_activations(config, layer: int) -> int:
     """Values per token that a block saves for backward, roughly.
 
-    They are the input and output of each norm, attention's queries, keys and values and twice its output, the inputs
-    and outputs of the feed-forward networks, and a copy of the input for each chosen expert. MoBA's second pass over
-    the chosen blocks, the probabilities that it saves on a CPU, and padding rows are not counted.
+    They are the input and output of each norm, attention's queries, keys and values and twice its output, and what the
+    feed-forward networks save of their activations. MoBA's second pass over the chosen blocks, the probabilities that
+    it saves on a CPU, and padding rows are not counted.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     norms = 2 * (2 * hidden + sum(_latents(config)))
@@ -247,4 +247,4 @@ def _saved_activations(config, layer: int) -> int:
     if _is_dense(config, layer):
         return norms + attention + 5 * config.intermediate_size
     inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
-    return norms + attention + chosen * (hidden + 3 * inner) + 5 * config.n_shared_experts * inner
+    return norms + attention + 3 * chosen * inner + 5 * config.n_shared_experts * inner
