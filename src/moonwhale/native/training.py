@@ -16,7 +16,7 @@ from moonwhale.native import build
 from moonwhale.native.structures import DTYPE_CODES, RouterStruct, RoutesStruct, address
 from moonwhale.optim import elementwise
 
-CACHED_MATRIX = 2**17  # numbers of a matrix that a core orthogonalises by itself; larger ones all cores do together
+CACHED_MATRIX = 2**16  # numbers of a matrix that a core orthogonalises by itself; larger ones all cores do together
 
 
 def use_kernels(device: torch.device) -> bool:
