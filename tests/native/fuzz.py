@@ -216,14 +216,16 @@ def run_random_training(draw: random.Random) -> None:
         function = getattr(build.library("training"), name)
         pointer = [kind is ctypes.c_void_p for kind in kinds]
         good = [spare.data_ptr() if is_pointer else 1 for is_pointer in pointer]
+        if name == "run_rotate":
+            good[8] = 2  # the width, which is even
+            assert function(*good) == 0
         optional = {"run_gate": {4}, "run_gate_backward": {3, 4, 9}, "run_softmax": {1, 2, 3}}.get(name, set())
         for i, kind in enumerate(kinds):
             if pointer[i]:
                 refused = [None] if i not in optional else []
             else:
-                refused = (
-                    [] if kind is ctypes.c_float or (name, i) in (("run_score", 7), ("run_softmax", 6)) else [-1, 2**62]
-                )
+                is_flag = (name, i) in (("run_score", 7), ("run_softmax", 6), ("run_rotate", 9), ("run_rotate", 10))
+                refused = [] if kind is ctypes.c_float or is_flag else [-1, 2**62]
             for value in refused:
                 assert function(*good[:i], value, *good[i + 1 :]) in (2, 3)
 
@@ -240,6 +242,15 @@ def run_random_experts(draw: random.Random) -> None:
     x, weight = torch.randn(n_tokens, hidden).bfloat16(), torch.randn(experts, hidden)
     scores, index, gates = training.route(x, weight, torch.randn(experts), topk, *how)
     training.route_backward(draw.choice([None, scores]), gates, x, weight, scores, index, *how)
+    sizes = training.RouterStruct(n_tokens, hidden, experts, topk, *how)
+    pointers = [tensor.data_ptr() for tensor in (scores, index, gates, x)]
+    for name in ("tokens", "hidden", "experts", "chosen"):
+        before = getattr(sizes, name)
+        for value in (-(2**63), -1, 0, 2**40, 2**62, 2**63 - 1):
+            setattr(sizes, name, value)
+            arguments = hidden, weight.data_ptr(), weight.data_ptr(), ctypes.byref(sizes), 1, 2
+            assert build.library("training").run_route(*pointers, *arguments) == 3
+        setattr(sizes, name, before)
     valid = torch.rand(1, n_tokens) < 0.5
     p = training.balance(scores, valid, topk)[1]
     training.balance_backward(p, scores, valid)

@@ -1,6 +1,4 @@
-"""Compares the compiled router, its balance loss, lined-up rows, routed experts and Muon's iteration, most of them with
-products by matrix units, with their twins in PyTorch.
-"""
+"""Compares the compiled router, balance loss, lined-up rows, routed experts and Muon's iteration with PyTorch's."""
 
 import ctypes
 import functools
@@ -38,11 +36,15 @@ MUTANTS = {
         "routes.row[t * routes.chosen]",
     ),
     "the rows are the first tokens": ("routed.h", "routes.token[block + r]", "((block + r) % routes.tokens)"),
-    "one slice of the weights": ("routed.h", "i % slices", "0"),
+    "one slice of the weights": (
+        "routed.h",
+        "tiled_rows(packed.d_inner + at * both, n).below(slice * SQUARE)",
+        "tiled_rows(packed.d_inner + at * both, n)",
+    ),
     "down's gradient lies on its side": ("routed.h", "square[i * SQUARE + h]", "square[h * SQUARE + i]"),
     "a polynomial of the wrong matrix": ("newton_schulz.h", "load(own.gram_sums + i) * c", "load(own.gram + i) * c"),
     "a matrix is not kept": ("newton_schulz.h", "load(own.x + i) * a", "load(own.x + i)"),
-    "a tall matrix is its transpose": ("newton_schulz.h", "rows > columns", "true"),
+    "rows of another layout": ("newton_schulz.h", "tiled_rows(own.left, rows)", "plain_rows(own.x, columns)"),
     "the first columns only": ("matrix_units.h", "b + column * n", "b"),
     "the first rows only": ("matrix_units.h", "a.below(row)", "a"),
 }
@@ -175,7 +177,7 @@ def test_experts(library, sizes):
     require_units()
     inputs, index = experts_inputs(**sizes)
     run = functools.partial(experts, index=index)
-    assert kernels.compiled_for_experts(inputs[0], inputs[2])
+    assert kernels.compiled_for_experts(inputs[0], *(weight.bfloat16() for weight in inputs[1:3]))
     assert_equal_to_rounding(run, *inputs)
     # not less exact than PyTorch's own products of bf16
     exact, mine, compiled = in_pytorch(run, *inputs), run(*inputs), kernels.compiled
@@ -267,19 +269,22 @@ def test_what_the_units_cannot_compute_is_left_to_pytorch(library, monkeypatch):
 
 
 def test_a_model_in_bf16_uses_them(tiny_model, monkeypatch):
-    """A step's loss and gradients are those of PyTorch, up to bf16's rounding."""
+    """A step's loss and gradients are those of fp32, up to twice the error that PyTorch makes in bf16."""
     if not training.use_kernels(torch.device("cpu")):
         pytest.skip(build.unavailable_reason("training"))
-    model = tiny_model(moe_intermediate_size=32, num_hidden_layers=1).train()  # a second router might choose otherwise
+    model = tiny_model(moe_intermediate_size=32).train()
+    for name, bias in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            bias[:TOPK] = 9  # every token chooses the same experts, so that rounding changes no choice
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(0))
     calls = []
     for name in ("route", "route_backward", "balance", "balance_backward", "line_up", "routed", "routed_backward"):
         function = getattr(training, name)
         monkeypatch.setattr(training, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
 
-    def step():
+    def step(in_bf16=True):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
         return loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)
@@ -289,8 +294,8 @@ def test_a_model_in_bf16_uses_them(tiny_model, monkeypatch):
         {"routed", "routed_backward"} if training.has_units() else set()
     )
     kernels.compiled = None
-    for some, other in zip(mine, step(), strict=True):
-        assert (some - other).norm() <= 3e-2 * other.norm() + 1e-6
+    for some, other, exact in zip(mine, step(), step(in_bf16=False), strict=True):
+        assert (some - exact).norm() <= 2 * (other - exact).norm() + 1e-4 * exact.norm()
 
 
 def test_tensors_that_do_not_fit_are_refused():

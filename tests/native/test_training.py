@@ -201,6 +201,15 @@ def test_rotation(library, dtype, interleaved):
             assert_equal_to_rounding(run, x, cos, sin, normal(*x.shape, 2, dtype=dtype, seed=3)[..., 0])
 
 
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_rotation_of_another_layout_is_left_to_pytorch(library, length):
+    """Decoding has heads after tokens: x (B, T, heads, width), tables (B, T, 1, width / 2)."""
+    cos, sin = (normal(2, length, 1, 4, seed=seed) for seed in (1, 2))
+    for heads in (1, 3):
+        x, d_out = (normal(2, length, heads, 8, seed=seed) for seed in (0, 3))
+        assert_equal_to_rounding(rotated, x, cos, sin, d_out)
+
+
 def attention_inputs(length, dtype=torch.float32):
     shapes = [(2, 3, length, width) for width in (10, 10, 7, 7)]
     return [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]

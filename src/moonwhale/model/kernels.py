@@ -15,9 +15,9 @@ def compiled_for(*tensors: Tensor) -> ModuleType | None:
     return compiled if compiled is not None and compiled.can_compute(*tensors) else None
 
 
-def compiled_for_experts(x: Tensor, down: Tensor) -> ModuleType | None:
+def compiled_for_experts(x: Tensor, gate_up: Tensor, down: Tensor) -> ModuleType | None:
     """Return the compiled functions if they can send x through these routed experts (see `can_route` there)."""
-    return compiled if compiled is not None and compiled.can_route(x, down) else None
+    return compiled if compiled is not None and compiled.can_route(x, gate_up, down) else None
 
 
 def compiled_for_groups(group: Tensor) -> ModuleType | None:

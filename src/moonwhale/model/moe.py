@@ -59,7 +59,7 @@ class Router(Statistics):
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x (N, hidden). This is computed in fp32 whatever the precision around it."""
-        if self.groups == 1 and compiled_for(x):
+        if self.groups == 1 and compiled_for(x) and compiled_for(self.weight):
             how = self.topk, self.sigmoid, self.normalise, self.factor
             return Routing(*Route.apply(x, self.weight, self.e_score_correction_bias, *how))
         with torch.autocast(x.device.type, enabled=False):

@@ -29,7 +29,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Ten
     The result has halves in both cases. Queries and keys share this order, so their products do not change.
     """
     cos, sin = rotation
-    if compiled_for(x, cos, sin):
+    if cos.shape[1:3] == (1, x.shape[2]) and compiled_for(x, cos, sin):  # decoding has heads after tokens
         return _Rotate.apply(x, cos, sin, interleaved)
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)  # (B, heads, T, D / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -39,11 +39,11 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return compiled_for(x, cos, sin).rotate(x, cos, sin, interleaved)  # `rotate` has asked whether it can
+        ctx.interleaved, ctx.compiled = interleaved, compiled_for(x, cos, sin)  # `rotate` has asked whether it can
+        return ctx.compiled.rotate(x, cos, sin, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         cos, sin = ctx.saved_tensors
-        return compiled_for(d_out, cos, sin).rotate(d_out, cos, sin, ctx.interleaved, backward=True), None, None, None
+        return ctx.compiled.rotate(d_out, cos, sin, ctx.interleaved, backward=True), None, None, None

@@ -13,7 +13,9 @@ from .gated import gated_rows, gated_rows_backward
 from .groups import line_up
 from .kernels import compiled_for_experts
 
-EXPERT_ROW_MULTIPLE = 64  # each expert's rows are padded to a multiple, so that shapes of products are few
+# Each expert's rows are padded to a multiple, so that shapes of products are few. native/step/routed.h takes as many at
+# a time, so its BLOCK_ROWS must divide this.
+EXPERT_ROW_MULTIPLE = 64
 
 
 class ExpertRows(NamedTuple):
@@ -76,7 +78,7 @@ def _(a, b, ends):
 class RoutedExperts(torch.autograd.Function):
     """Sends x (N, hidden) through each token's experts `index` (N, K), weighting their outputs by `gates` (N, K).
 
-    On a CPU with bf16 products, a compiled kernel takes each block of rows through all of its expert
+    On a CPU with bf16 products, each block of rows passes both products of its expert while it is in the caches
     (native/step/routed.h); otherwise this is PyTorch. The gradient is written out because autograd's would add rows up
     through indexing, and would save more of them.
     """
@@ -87,7 +89,7 @@ class RoutedExperts(torch.autograd.Function):
         weight = gates.new_zeros(len(token)).scatter_(0, row_of_pair, gates.flatten())
         rows = ExpertRows(token, row_of_pair.view(index.shape), ends, weight)
         weights = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
-        if compiled := compiled_for_experts(x, down_proj):
+        if compiled := compiled_for_experts(x, gate_up_proj, down_proj):
             out, *kept = compiled.routed(x, *weights, rows)
         else:
             out, *kept = _forward(x, *weights, rows)
@@ -99,7 +101,7 @@ class RoutedExperts(torch.autograd.Function):
     def backward(ctx, d_out):
         x, gate_up_proj, down_proj, *saved = ctx.saved_tensors
         rows, kept = ExpertRows(*saved[:4]), saved[4:]
-        compiled = compiled_for_experts(x, down_proj)
+        compiled = compiled_for_experts(x, gate_up_proj, down_proj)
         backward = compiled.routed_backward if compiled and len(kept) == 1 else _backward
         d_x, d_gate_up, d_down, d_weight = backward(d_out, x, gate_up_proj, down_proj, rows, *kept)
         return d_x, d_gate_up, d_down, None, d_weight[rows.row]

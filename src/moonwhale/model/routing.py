@@ -12,8 +12,8 @@ class Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, topk, sigmoid, normalise, factor):
-        ctx.how = sigmoid, normalise, factor
-        scores, index, gates = compiled_for(x).route(x, weight, bias, topk, *ctx.how)  # Router has asked whether it can
+        ctx.how, ctx.compiled = (sigmoid, normalise, factor), compiled_for(x)  # Router has asked whether it can
+        scores, index, gates = ctx.compiled.route(x, weight, bias, topk, *ctx.how)
         ctx.save_for_backward(x, weight, scores, index)
         ctx.mark_non_differentiable(index)
         ctx.set_materialize_grads(False)
@@ -25,7 +25,7 @@ class Route(torch.autograd.Function):
         x, weight, scores, index = ctx.saved_tensors
         if d_gates is None:
             d_gates = scores.new_zeros(index.shape)
-        d_x, d_weight = compiled_for(x).route_backward(d_scores, d_gates, x, weight, scores, index, *ctx.how)
+        d_x, d_weight = ctx.compiled.route_backward(d_scores, d_gates, x, weight, scores, index, *ctx.how)
         return d_x, d_weight, None, None, None, None, None
 
 
@@ -36,7 +36,8 @@ class SequenceBalance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, valid, topk):
-        f, p = compiled_for(scores).balance(scores, valid, topk)
+        ctx.compiled = compiled_for(scores)
+        f, p = ctx.compiled.balance(scores, valid, topk)
         ctx.save_for_backward(scores, valid)
         ctx.mark_non_differentiable(f)
         ctx.set_materialize_grads(False)
@@ -46,4 +47,4 @@ class SequenceBalance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, d_p):
         scores, valid = ctx.saved_tensors
-        return None if d_p is None else compiled_for(scores).balance_backward(d_p, scores, valid), None, None
+        return None if d_p is None else ctx.compiled.balance_backward(d_p, scores, valid), None, None

@@ -1,7 +1,7 @@
-"""Parts of a training step on a CPU in C++ (`step/training.h`). The model and MuonClip call them after `use_kernels`.
+"""Parts of a training step on a CPU in C++ (`step/training.cpp`). The model and MuonClip call them after `use_kernels`.
 
-All tensors are fp32 or bf16 and on a CPU: `model/kernels.py` and `optim/elementwise.py` ask `can_compute`. Each
-function raises ValueError if shapes contradict each other.
+They are for tensors on a CPU, numbers being fp32 or bf16: `model/kernels.py` and `optim/elementwise.py` ask
+`can_compute` and its like. Each function raises ValueError if shapes contradict each other.
 """
 
 import ctypes
@@ -243,13 +243,17 @@ def descend_(weight: Tensor, direction: Tensor, kept: float, scale: float) -> Te
 
 
 def has_units() -> bool:
-    """Return whether this processor has matrix units (AMX) or dot products (AVX-512) for bf16, which `routed` needs."""
+    """Return whether this processor has matrix units (AMX) or dot products (AVX-512) for bf16.
+
+    `routed` and `newton_schulz` need them.
+    """
     return bool(build.library("training").has_units())
 
 
-def can_route(x: Tensor, down: Tensor) -> bool:
-    """Return whether `routed` can send x through experts `down` (E, hidden, inner): bf16, and multiples of 32."""
-    return can_compute(x) and x.dtype is torch.bfloat16 and not any(n % 32 for n in down.shape[1:]) and has_units()
+def can_route(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Return whether `routed` can send x through these experts: x in bf16, and sizes that are multiples of 32."""
+    sizes_fit = not any(size % 32 for size in down.shape[1:])
+    return sizes_fit and can_compute(x) and x.dtype is torch.bfloat16 and can_compute(gate_up, down) and has_units()
 
 
 def routed(x: Tensor, gate_up: Tensor, down: Tensor, rows: ExpertRows) -> tuple[Tensor, Tensor]:
@@ -294,7 +298,8 @@ def can_orthogonalise(matrices: Tensor) -> bool:
     """Return whether `newton_schulz` can compute with `matrices` (n, A, B), and each fits a core's caches."""
     if not can_compute(matrices) or matrices.dtype is not torch.float32:
         return False
-    return matrices[0].numel() <= CACHED_MATRIX and has_units()
+    rows, columns = (-(-size // 32) * 32 for size in matrices.shape[1:])  # as it is computed
+    return rows * columns <= CACHED_MATRIX and has_units()
 
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:

@@ -33,7 +33,7 @@ def descend(params: list[Tensor], directions: list[Tensor], kept: float, scales:
             p.add_(direction, alpha=scale)
 
 
-def iterated(matrices: Tensor, steps: int) -> Tensor | None:
+def small_newton_schulz(matrices: Tensor, steps: int) -> Tensor | None:
     """Return what `newton_schulz` makes of matrices (n, A, B) in bf16, or None if it is not compiled for them."""
     if compiled is None or not compiled.can_orthogonalise(matrices):
         return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from moonwhale.errors import UserError
-from moonwhale.optim.elementwise import descend, iterated, nesterov
+from moonwhale.optim.elementwise import descend, nesterov, small_newton_schulz
 from moonwhale.optim.step_hooks import attach_hooks
 
 __all__ = ["MuonClip", "attach_hooks", "newton_schulz", "param_groups"]
@@ -43,7 +43,7 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int
     device multiplies it faster, else fp32. Singular values end between about 0.7 and 1.2. A zero matrix stays zero.
     """
     dtype = dtype or _fast_dtype(matrices.device)
-    if dtype is torch.bfloat16 and (done := iterated(matrices, steps)) is not None:
+    if dtype is torch.bfloat16 and (done := small_newton_schulz(matrices, steps)) is not None:
         return done
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
     x = x.to(dtype)

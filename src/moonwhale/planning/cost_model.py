@@ -172,6 +172,8 @@ class LayoutCosts:
         experts = sum(self.sizes.routed_experts[i] for i in blocks)
         if spec.is_last:
             values_per_token += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
+        if ep > 1:  # the rows that other ranks' tokens send to this rank's experts
+            values_per_token += self._routed(spec) // 4
         saved = self.activation_bytes * tokens * values_per_token
         if self.activation_bytes < 4:
             copies = sum(self.sizes.matrices[i] for i in blocks) - experts * (1 - 1 / ep)

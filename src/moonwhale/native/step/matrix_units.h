@@ -11,7 +11,8 @@
 #include "checks.h"
 #include "products.h"
 
-#ifdef __AMX_BF16__
+#if defined __AMX_BF16__ && defined __AMX_TILE__ && defined __AVX512BF16__ // operands are packed with AVX-512
+#define HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -29,7 +30,7 @@ INLINE Left tiled_rows(const bf16 *data, long n) { return {data, SQUARE, TILE_RO
 
 // Number (k, c) of a right operand (n, columns) is in tile (c / 16, k / 32), at k % 32 / 2 * 32 + c % 16 * 2 + k % 2.
 
-// Numbers that begin with a cache line and have no value yet
+// Uninitialised numbers, aligned to a cache line
 template <class T> struct Array {
   std::unique_ptr<T, decltype(&std::free)> numbers;
   explicit Array(std::initializer_list<int64_t> sizes)
@@ -85,7 +86,7 @@ INLINE void transpose_pairs(bf16 *, const bf16 *, long) {}
 INLINE void pair_rows(bf16 *, const bf16 *, long) {}
 #endif
 
-#ifdef __AMX_BF16__
+#ifdef HAS_AMX
 // Linux gives a process these units when it asks.
 static bool may_use_units() {
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -110,25 +111,25 @@ struct Units {
 
 // c (32, 32) = a (32, n) * b (n, 32), where columns 16 to 31 of b begin `b_tile` numbers after the first 16
 INLINE void square_product(float *c, long c_step, Left a, const bf16 *b, long b_tile, long n) {
-  asm volatile("" ::: "memory"); // g++ 12 does not know that a tile is read from memory
+  asm volatile("" ::: "memory"); // g++ 12 does not know that a tile is read from memory, nor g++ 11 a sum as an address
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (long k = 0; k < n / SQUARE; k++) {
-    _tile_loadd(4, a.data + k * a.block, a.step * sizeof(bf16));
-    _tile_loadd(6, b + k * TILE, 64);
-    _tile_loadd(7, b + k * TILE + b_tile, 64);
-    _tile_loadd(5, a.data + k * a.block + a.tile, a.step * sizeof(bf16));
+    _tile_loadd(4, (a.data + k * a.block), a.step * sizeof(bf16));
+    _tile_loadd(6, (b + k * TILE), 64);
+    _tile_loadd(7, (b + k * TILE + b_tile), 64);
+    _tile_loadd(5, (a.data + k * a.block + a.tile), a.step * sizeof(bf16));
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, c_step * sizeof(float));
-  _tile_stored(1, c + TILE_ROWS, c_step * sizeof(float));
-  _tile_stored(2, c + TILE_ROWS * c_step, c_step * sizeof(float));
-  _tile_stored(3, c + TILE_ROWS * c_step + TILE_ROWS, c_step * sizeof(float));
+  _tile_stored(1, (c + TILE_ROWS), c_step * sizeof(float));
+  _tile_stored(2, (c + TILE_ROWS * c_step), c_step * sizeof(float));
+  _tile_stored(3, (c + TILE_ROWS * c_step + TILE_ROWS), c_step * sizeof(float));
   asm volatile("" ::: "memory");
 }
 #elif defined __AVX512BF16__

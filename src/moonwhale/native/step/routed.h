@@ -1,5 +1,5 @@
-// The routed experts of a training step, see RoutedExperts in model/routed.py: a block of rows goes through all of its
-// expert while it is in the caches. Numbers are bf16, sums and the weights' gradients fp32.
+// The routed experts of a training step, see RoutedExperts in model/routed.py: a block of rows passes both products of
+// its expert while it is in the caches. Numbers are bf16, sums and the weights' gradients fp32.
 #pragma once
 #include "matrix_units.h"
 #include "training.h"

@@ -92,9 +92,13 @@ static void route_backward(T *d_x, float *d_weight, const float *d_scores, const
         put(sums + chunk * numbers + e * s.hidden + i, total, part);
       });
   }
-  std::fill_n(d_weight, numbers, 0);
-  for (long chunk = 0; chunk < chunks; chunk++)
-    for (long i = 0; i < numbers; i++) d_weight[i] += sums[chunk * numbers + i];
+#pragma omp parallel for num_threads(threads)
+  for (long e = 0; e < s.experts; e++) {
+    float *own = d_weight + e * s.hidden;
+    std::fill_n(own, s.hidden, 0);
+    for (long chunk = 0; chunk < chunks; chunk++)
+      for (long i = 0; i < s.hidden; i++) own[i] += sums[chunk * numbers + e * s.hidden + i];
+  }
 }
 
 // For each sequence and expert, over tokens that are `valid` (sequences, length): `chosen_share`, the share of choices
