@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from moonwhale.errors import UserError
-from moonwhale.native import build
+from moonwhale.native import build, training
 
 LEVELS = {"this machine": "", "AVX2": "-march=haswell", "no AVX": "-march=x86-64"}  # MOONWHALE_CXXFLAGS
 WITHOUT_AMX = {"no AMX": "-mno-amx-bf16 -mno-amx-tile"}
@@ -36,6 +37,15 @@ def library(name: str, mutants: dict[str, tuple[str, str, str]], level: str, fol
         if level in WITHOUT_AMX:
             pytest.skip("this compiler does not know AMX")
         raise
+
+
+def training_library(mutants: dict, level: str, folder: Path, monkeypatch) -> ctypes.CDLL:
+    """Return `library("training", …)`, and let this process train with it, or at this machine's level as users do."""
+    compiled = library("training", mutants, level, folder)
+    assert training.use_kernels(torch.device("cpu"))
+    if level != "this machine":
+        monkeypatch.setattr(build, "library", lambda name: compiled)
+    return compiled
 
 
 @contextlib.contextmanager

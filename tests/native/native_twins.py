@@ -1,4 +1,4 @@
-"""Compiled functions beside their twins in PyTorch."""
+"""Compares compiled functions with their twins in PyTorch, and with themselves on other numbers of threads."""
 
 import torch
 
@@ -26,3 +26,16 @@ def assert_equal_to_rounding(run, *inputs):
             assert torch.equal(some, exact)
         else:
             assert (some.float() - exact).norm() <= near * exact.norm() + 1e-7
+
+
+def assert_threads_change_no_bit(*runs):
+    threads = torch.get_num_threads()
+    try:
+        for run in runs:
+            torch.set_num_threads(1)
+            alone = run()
+            for count in (2, 3, 5):
+                torch.set_num_threads(count)
+                assert all(map(torch.equal, run(), alone))
+    finally:
+        torch.set_num_threads(threads)

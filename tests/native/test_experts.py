@@ -7,7 +7,7 @@ import itertools
 import levels
 import pytest
 import torch
-from native_twins import assert_equal_to_rounding, in_pytorch, normal
+from native_twins import assert_equal_to_rounding, assert_threads_change_no_bit, in_pytorch, normal
 from torch import nn
 
 from moonwhale.model import kernels
@@ -55,11 +55,7 @@ EXPERTS, TOPK, HIDDEN = 6, 2, 24
 @pytest.fixture(params=levels.LEVELS | levels.WITHOUT_AMX)
 def library(request, tmp_path_factory, monkeypatch) -> ctypes.CDLL:
     """Each test with this fixture runs at each level. At this machine's, it takes the steps that users run."""
-    compiled = levels.library("training", MUTANTS, request.param, tmp_path_factory.getbasetemp() / "experts")
-    assert training.use_kernels(torch.device("cpu"))
-    if request.param != "this machine":
-        monkeypatch.setattr(build, "library", lambda name: compiled)
-    return compiled
+    return levels.training_library(MUTANTS, request.param, tmp_path_factory.getbasetemp() / "experts", monkeypatch)
 
 
 def require_units():
@@ -221,16 +217,7 @@ def test_threads_change_no_bit(library, tiny_config):
         inputs, index = experts_inputs()
         runs.append(lambda: experts(*inputs, index))
         runs.append(lambda: [training.newton_schulz(normal(5, 40, 70), 5)])
-    threads = torch.get_num_threads()
-    try:
-        for run in runs:
-            torch.set_num_threads(1)
-            alone = run()
-            for count in (2, 3, 5):
-                torch.set_num_threads(count)
-                assert all(map(torch.equal, run(), alone))
-    finally:
-        torch.set_num_threads(threads)
+    assert_threads_change_no_bit(*runs)
 
 
 @pytest.mark.parametrize("number", range(1, 1 + len(MUTANTS)), ids=MUTANTS)

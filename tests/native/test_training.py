@@ -7,7 +7,7 @@ import itertools
 import levels
 import pytest
 import torch
-from native_twins import assert_equal_to_rounding, in_pytorch, normal
+from native_twins import assert_equal_to_rounding, assert_threads_change_no_bit, in_pytorch, normal
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -40,8 +40,8 @@ MUTANTS = {
     "documents see each other": ("training.h", "ids == of_queries[row]", "ids == ids"),
     "powers are not relative to the largest": ("training.h", "load(own + k) - peak[r]", "load(own + k) - 20.0f"),
     "the scores' gradient": ("training.h", "get(at, part) - out_dot[r]", "get(at, part)"),
-    "it turns backwards": ("rotation.h", "a * number(c[pair]) - b * number(s[pair])", "a * number(c[pair])"),
-    "the gradient does not turn": ("rotation.h", "b * number(c[pair]) - a * number(s[pair])", "b"),
+    "it turns backwards": ("rotation.h", "a * c - b * s", "a * c"),
+    "the gradient does not turn": ("rotation.h", "backward ? -1 : 1", "1"),
     "no Nesterov momentum": ("training.h", "g + m * decay", "m"),
     "the momentum does not decay": ("training.h", "get(momentum + i, part) * decay", "get(momentum + i, part)"),
     "no weight decay": ("training.h", "get(weight + i, part) * kept", "get(weight + i, part)"),
@@ -54,11 +54,7 @@ SHAPES = [(1, 1), (1, 16), (3, 5), (64, 32), (67, 48), (130, 33)]
 @pytest.fixture(params=levels.LEVELS)
 def library(request, tmp_path_factory, monkeypatch) -> ctypes.CDLL:
     """Each test with this fixture runs at each level. At this machine's, it takes the steps that users run."""
-    compiled = levels.library("training", MUTANTS, request.param, tmp_path_factory.getbasetemp())
-    assert training.use_kernels(torch.device("cpu"))
-    if request.param != "this machine":
-        monkeypatch.setattr(build, "library", lambda name: compiled)
-    return compiled
+    return levels.training_library(MUTANTS, request.param, tmp_path_factory.getbasetemp(), monkeypatch)
 
 
 def norm(x, weight, d_out):
@@ -274,22 +270,12 @@ def test_nan_and_infinity_are_kept(library, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(library, dtype):
     x, labels = normal(131, 50, dtype=dtype), torch.arange(131) % 50
-    runs = [
+    assert_threads_change_no_bit(
         lambda: norm(x, normal(50), x),
         lambda: training.score(x.clone(), labels, True),
         lambda: gate_rows(x, normal(131), x[:, :25].contiguous()),
         lambda: attention(*attention_inputs(150, dtype)),
-    ]
-    threads = torch.get_num_threads()
-    try:
-        for run in runs:
-            torch.set_num_threads(1)
-            alone = run()
-            for count in (2, 3, 5):
-                torch.set_num_threads(count)
-                assert all(map(torch.equal, run(), alone))
-    finally:
-        torch.set_num_threads(threads)
+    )
 
 
 @pytest.mark.parametrize("number", range(1, 1 + len(MUTANTS)), ids=MUTANTS)

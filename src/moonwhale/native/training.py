@@ -31,10 +31,12 @@ def can_compute(*tensors: Tensor) -> bool:
 
     A graph that is being traced, and subclasses of tensors, take PyTorch's operations.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
     dtype = tensors[0].dtype
-    if dtype is not torch.bfloat16 and dtype is not torch.float32:
+    return (dtype is torch.bfloat16 or dtype is torch.float32) and _can_read(dtype, *tensors)
+
+
+def _can_read(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype is dtype and x.numel() for x in tensors)
 
@@ -212,8 +214,7 @@ def balance_backward(d_p: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
 
 def can_line_up(group: Tensor) -> bool:
     """Return whether `line_up` can compute with `group`."""
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(group) is Tensor and group.is_cpu and group.dtype is torch.long and group.numel() > 0 and not is_traced
+    return _can_read(torch.long, group)
 
 
 def line_up(group: Tensor, n_groups: int, multiple: int, row_multiple: int) -> tuple[Tensor, Tensor, Tensor]:

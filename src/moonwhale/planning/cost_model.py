@@ -122,6 +122,7 @@ class LayoutCosts:
         messages = micro_batches * sum(_messages(i, spec, holders) for i, spec in stages)
         message_bytes = tokens * self.config.hidden_size * self.activation_bytes + 4
         away = 1 - 1 / layout.ep  # the part of the experts that other ranks hold
+        routed = 4 * sum(map(self._routed, specs))  # to the experts and back, forward and backward
         return RankCost(
             weights=weights,
             gradients=gradients,
@@ -132,7 +133,7 @@ class LayoutCosts:
             ),
             pipeline=messages * message_bytes + self._embedding_sent(rank, holders),
             reduce=_reduced(layout, dense, experts),
-            experts=micro_batches * tokens * self.activation_bytes * away * sum(map(self._routed, specs)),
+            experts=micro_batches * tokens * self.activation_bytes * away * routed,
             flops=micro_batches * tokens * 3 * sum(map(self._forward_flops, specs)),
         )
 
@@ -173,7 +174,7 @@ class LayoutCosts:
         if spec.is_last:
             values_per_token += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
         if ep > 1:  # the rows that other ranks' tokens send to this rank's experts
-            values_per_token += self._routed(spec) // 4
+            values_per_token += self._routed(spec)
         saved = self.activation_bytes * tokens * values_per_token
         if self.activation_bytes < 4:
             copies = sum(self.sizes.matrices[i] for i in blocks) - experts * (1 - 1 / ep)
@@ -183,9 +184,9 @@ class LayoutCosts:
         return saved + 4 * self.sizes.embedding * spec.is_last
 
     def _routed(self, spec: StageSpec) -> int:
-        """Return the values that a token sends to its experts and gets back, forward and backward."""
+        """Return the values that a token sends to its experts in a stage."""
         layers = sum(self.sizes.routed_experts[i] > 0 for i in self._blocks(spec))
-        return 4 * layers * self.config.num_experts_per_tok * self.config.hidden_size
+        return layers * self.config.num_experts_per_tok * self.config.hidden_size
 
     def _forward_flops(self, spec: StageSpec) -> float:
         """Return a stage's floating-point operations per token in the forward pass."""

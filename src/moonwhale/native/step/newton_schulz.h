@@ -34,7 +34,7 @@ static void newton_schulz_step(const MatrixScratch &own, const Stack &s) {
   } else pack_transposed(own.right, own.x, rows, columns);
   const Left left = tall ? tiled_rows(own.left, rows) : plain_rows(own.x, columns);
   unit_product(own.gram_sums, shorter, left, own.right, shorter, longer, shorter);
-  for (long i = 0; i < shorter * shorter; i += LANES) put(own.gram + i, load(own.gram_sums + i));
+  round_to_bf16(own.gram, own.gram_sums, shorter * shorter);
   pack_transposed(own.packed_gram, own.gram, shorter, shorter); // a symmetric matrix is its own transpose
   unit_product(own.gram_sums, shorter, plain_rows(own.gram, shorter), own.packed_gram, shorter, shorter, shorter);
   for (long i = 0; i < shorter * shorter; i += LANES)

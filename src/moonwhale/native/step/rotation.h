@@ -2,44 +2,34 @@
 #pragma once
 #include "training.h"
 
-struct Rotated { // numbers (rows, heads, length, width), whose last axis is adjacent in `x`
-  long rows, heads, length, width, row_step, head_step, step;
+struct Rotated { // numbers (rows, heads, length, width), whose last axis is adjacent
+  long rows, heads, length, width, row_step, head_step, step; // the steps are those of the input
   bool interleaved;
-  long place(long pair, bool second) const { // of a number of a pair in x; `out` has the two halves
-    return interleaved ? 2 * pair + second : pair + (second ? width / 2 : 0);
-  }
 };
 
-// out (rows, heads, length, width) from x, by cosines and sines (rows, length, width / 2)
-template <class T>
-static void rotate(T *out, const T *x, const T *cos, const T *sin, const Rotated &r, int threads) {
-  const long half = r.width / 2;
-#pragma omp parallel for num_threads(threads)
-  for (long i = 0; i < r.rows * r.heads * r.length; i++) {
-    const long t = i % r.length, head = i / r.length % r.heads, row = i / r.length / r.heads;
-    const T *in = x + row * r.row_step + head * r.head_step + t * r.step;
-    const T *c = cos + (row * r.length + t) * half, *s = sin + (row * r.length + t) * half;
-    for (long pair = 0; pair < half; pair++) {
-      const float a = number(in[r.place(pair, false)]), b = number(in[r.place(pair, true)]);
-      store(out + i * r.width + pair, a * number(c[pair]) - b * number(s[pair]));
-      store(out + i * r.width + half + pair, b * number(c[pair]) + a * number(s[pair]));
-    }
-  }
-}
+struct Pairs { // how pairs lie in a row: from a pair to the next, and from the first number of a pair to the second
+  long step, apart;
+};
 
-// The gradient (rows, heads, length, width) of x, from that of `out`
+// The rotation of x (rows, heads, length, width) by cosines and sines (rows, length, width / 2), in halves. With
+// `backward`, the gradient of x from that of its rotation, which is the opposite rotation.
 template <class T>
-static void rotate_backward(T *d_x, const T *d_out, const T *cos, const T *sin, const Rotated &r, int threads) {
+static void rotate(T *to, const T *from, const T *cos, const T *sin, const Rotated &r, bool backward, int threads) {
   const long half = r.width / 2;
+  const Pairs halves{1, half}, of_x = r.interleaved ? Pairs{2, 1} : halves;
+  const Pairs read = backward ? halves : of_x, written = backward ? of_x : halves;
+  const float direction = backward ? -1 : 1;
 #pragma omp parallel for num_threads(threads)
   for (long i = 0; i < r.rows * r.heads * r.length; i++) {
     const long t = i % r.length, head = i / r.length % r.heads, row = i / r.length / r.heads;
-    const T *d = d_out + row * r.row_step + head * r.head_step + t * r.step;
-    const T *c = cos + (row * r.length + t) * half, *s = sin + (row * r.length + t) * half;
+    const T *in = from + row * r.row_step + head * r.head_step + t * r.step;
+    const long angles = (row * r.length + t) * half;
     for (long pair = 0; pair < half; pair++) {
-      const float a = number(d[pair]), b = number(d[half + pair]);
-      store(d_x + i * r.width + r.place(pair, false), a * number(c[pair]) + b * number(s[pair]));
-      store(d_x + i * r.width + r.place(pair, true), b * number(c[pair]) - a * number(s[pair]));
+      T *out = to + i * r.width + pair * written.step;
+      const float a = number(in[pair * read.step]), b = number(in[pair * read.step + read.apart]);
+      const float c = number(cos[angles + pair]), s = number(sin[angles + pair]) * direction;
+      store(out, a * c - b * s);
+      store(out + written.apart, b * c + a * s);
     }
   }
 }

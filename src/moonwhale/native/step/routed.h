@@ -32,10 +32,6 @@ static void gather(bf16 *to, const bf16 *x, const Routes &routes, long block) {
     std::memcpy(to + r * routes.hidden, x + routes.token[block + r] * routes.hidden, routes.hidden * sizeof(bf16));
 }
 
-INLINE void round_to_bf16(bf16 *to, const float *from, long n) { // n is a multiple of 32
-  for (long i = 0; i < n; i += LANES) put(to + i, load(from + i));
-}
-
 // out (tokens, hidden): the sum of each token's rows
 static void sum_pairs(bf16 *out, const bf16 *rows, const Routes &routes, int threads) {
 #pragma omp parallel for num_threads(threads)

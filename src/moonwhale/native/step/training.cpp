@@ -139,8 +139,7 @@ int run_rotate(void *to, const void *from, const void *cos, const void *sin, con
   const Rotated rotated{rows, heads, length, width, steps[0], steps[1], steps[2], interleaved != 0};
   with_type(dtype, [&](auto *t) {
     using T = decltype(t);
-    if (backward) rotate_backward((T)to, (T)from, (T)cos, (T)sin, rotated, threads);
-    else rotate((T)to, (T)from, (T)cos, (T)sin, rotated, threads);
+    rotate((T)to, (T)from, (T)cos, (T)sin, rotated, backward != 0, threads);
   });
   return 0;
 } catch (const std::length_error &) {

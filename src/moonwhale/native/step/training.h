@@ -35,6 +35,9 @@ INLINE void put(bf16 *to, Vector x) { // rounds to nearest, ties to even; NaN st
   Halves halves = __builtin_convertvector(x == x ? bits : Bits{} + 0x7fc0, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
+INLINE void round_to_bf16(bf16 *to, const float *from, long n) { // n is a multiple of LANES
+  for (long i = 0; i < n; i += LANES) put(to + i, load(from + i));
+}
 template <class T> INLINE void put(T *to, Vector x, All) { put(to, x); }
 template <class T> INLINE void put(T *to, Vector x, Some some) {
   T part[LANES];
