@@ -11,6 +11,15 @@
 #include "routing.h"
 #include "training.h"
 
+// The answer to the exception that was caught last
+static int reason() try {
+  throw;
+} catch (const std::bad_alloc &) {
+  return 1;
+} catch (const std::length_error &) {
+  return 3;
+}
+
 extern "C" {
 int run_norm(void *y, float *inverse, const void *x, int64_t step, const float *weight, int64_t rows, int64_t columns,
              float eps, Dtype dtype, int64_t threads) try {
@@ -19,8 +28,8 @@ int run_norm(void *y, float *inverse, const void *x, int64_t step, const float *
     rms_norm_forward((decltype(t))y, inverse, (decltype(t))x, step, weight, rows, columns, eps, threads);
   });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_norm_backward(void *d_x, float *d_weight, const void *d_y, int64_t d_step, const void *x, int64_t step,
@@ -33,10 +42,8 @@ int run_norm_backward(void *d_x, float *d_weight, const void *d_y, int64_t d_ste
     rms_norm_backward((T)d_x, d_weight, (T)d_y, d_step, (T)x, step, inverse, weight, rows, columns, threads);
   });
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_score(void *logits, const int64_t *labels, float *total, float *nll, bool *correct, int64_t rows,
@@ -48,8 +55,8 @@ int run_score(void *logits, const int64_t *labels, float *total, float *nll, boo
     score_rows((decltype(t))logits, labels, total, nll, correct, rows, columns, gradient, threads);
   });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_gate(void *product, const void *gate, const void *up, int64_t step, const float *row_weight, int64_t rows,
@@ -60,8 +67,8 @@ int run_gate(void *product, const void *gate, const void *up, int64_t step, cons
     gate_forward((T)product, (T)gate, (T)up, step, row_weight, rows, columns, threads);
   });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_gate_backward(void *d_gate, void *d_up, int64_t d_step, float *d_weight, void *product, const void *d_product,
@@ -75,8 +82,8 @@ int run_gate_backward(void *d_gate, void *d_up, int64_t d_step, float *d_weight,
                   rows, columns, threads);
   });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 // With `log_sum` it is an input and `peak` and `total` may be null; without, they are outputs.
@@ -93,10 +100,8 @@ int run_softmax(void *scores, float *peak, float *total, const float *log_sum, c
     else softmax_rows((decltype(t))scores, peak, total, tile, scratch.data(), threads);
   });
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_score_gradient(void *d_probs, const void *probs, const float *out_dot, float scale, int64_t rows,
@@ -107,16 +112,16 @@ int run_score_gradient(void *d_probs, const void *probs, const float *out_dot, f
     score_gradient_rows((T)d_probs, (T)probs, out_dot, scale, rows, columns, threads);
   });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_nesterov(float *momentum, float *update, const float *gradient, float decay, int64_t n, int64_t threads) try {
   if (!momentum || !update || !gradient || !is_valid_table(1, n, n, FP32, threads)) return 3;
   nesterov(momentum, update, gradient, decay, n, threads);
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_descend(float *weight, const void *direction, float kept, float scale, int64_t n, Dtype dtype,
@@ -124,8 +129,8 @@ int run_descend(float *weight, const void *direction, float kept, float scale, i
   if (!weight || !direction || !is_valid_table(1, n, n, dtype, threads)) return 3;
   with_type(dtype, [&](auto *t) { descend(weight, (decltype(t))direction, kept, scale, n, threads); });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 // `steps`: from a row, a head and a token of `from` to the next. With `backward`, `to` is the gradient of x, `from` that
@@ -142,8 +147,8 @@ int run_rotate(void *to, const void *from, const void *cos, const void *sin, con
     rotate((T)to, (T)from, (T)cos, (T)sin, rotated, backward != 0, threads);
   });
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_route(float *scores, int64_t *index, float *gates, const void *x, int64_t step, const float *weight,
@@ -155,10 +160,8 @@ int run_route(float *scores, int64_t *index, float *gates, const void *x, int64_
     route(scores, index, gates, (decltype(t))x, step, weight, bias, *sizes, scratch.data(), threads);
   });
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 // `d_scores` may be null.
@@ -176,10 +179,8 @@ int run_route_backward(void *d_x, float *d_weight, const float *d_scores, const 
                    d_logits, threads);
   });
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_balance(float *chosen_share, float *mean, const float *scores, const bool *valid, int64_t sequences,
@@ -189,10 +190,8 @@ int run_balance(float *chosen_share, float *mean, const float *scores, const boo
   std::vector<int64_t> scratch(count({threads, chosen}));
   balance(chosen_share, mean, scores, valid, sequences, length, experts, chosen, scratch.data(), threads);
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_balance_backward(float *d_scores, const float *d_mean, const float *scores, const bool *valid,
@@ -201,8 +200,8 @@ int run_balance_backward(float *d_scores, const float *d_mean, const float *scor
   if (!is_valid_table(count({sequences, length}), experts, experts, FP32, threads)) return 3;
   balance_backward(d_scores, d_mean, scores, valid, sequences, length, experts, threads);
   return 0;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 // `rows` is how many `item_of_row` has room for.
@@ -215,10 +214,8 @@ int run_line_up(int64_t *item_of_row, int64_t rows, int64_t *row_of_item, int64_
   if (!std::all_of(group, group + n, [&](int64_t g) { return is_within(g, 0, groups); })) return 3;
   line_up(item_of_row, row_of_item, ends, group, n, groups, multiple, row_multiple);
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 // Whether the functions that follow compute anything here
@@ -234,10 +231,8 @@ int run_routed(bf16 *out, bf16 *inner, const bf16 *x, const bf16 *gate_up, const
   if (!routes || !is_valid_routed(*routes, {out, inner, x, gate_up, down}, threads)) return 3;
   routed_forward(out, inner, x, gate_up, down, *routes, threads);
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_routed_backward(bf16 *d_x, float *d_gate_up, float *d_down, float *d_weight, const bf16 *d_out, const bf16 *x,
@@ -247,10 +242,8 @@ int run_routed_backward(bf16 *d_x, float *d_gate_up, float *d_down, float *d_wei
   if (!is_valid_routed(*routes, {d_x, d_gate_up, d_down, d_weight, d_out, x, inner, gate_up, down}, threads)) return 3;
   routed_backward({d_x, d_gate_up, d_down, d_weight}, d_out, x, inner, gate_up, down, *routes, threads);
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 
 int run_newton_schulz(bf16 *out, const float *matrices, int64_t n, int64_t rows, int64_t columns, int64_t steps,
@@ -260,9 +253,7 @@ int run_newton_schulz(bf16 *out, const float *matrices, int64_t n, int64_t rows,
   count({n, rows, columns});
   newton_schulz(out, matrices, {n, rows, columns}, steps, threads);
   return 0;
-} catch (const std::bad_alloc &) {
-  return 1;
-} catch (const std::length_error &) {
-  return 3;
+} catch (...) {
+  return reason();
 }
 }
