@@ -40,7 +40,8 @@ def request(i: int) -> Request:
     """Make request i, which always has the same prompt, options and seed."""
     prompt = torch.randint(320, (LENGTHS[i],), generator=torch.Generator().manual_seed(i)).tolist()
     new = 6 + i % 5
-    options = SamplingOptions(temperature=1.3, min_p=0.0, max_new_tokens=new)
+    penalty = (1.0, 1.3)[i % 2]  # which the log-probabilities do not show
+    options = SamplingOptions(temperature=1.3, min_p=0.0, max_new_tokens=new, repetition_penalty=penalty)
     noise = Noise(i, 320, torch.device("cpu"))
     return Request(prompt, options, {}, Silent(), noise, new, top_logprobs=4, scores_prompt=True)
 

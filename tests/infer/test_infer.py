@@ -16,6 +16,7 @@ from moonwhale.infer import commands
 from moonwhale.infer.chat_session import ChatSession, forget_oldest
 from moonwhale.infer.detokenizer import TextStream, TokenBytes
 from moonwhale.infer.engine import Engine
+from moonwhale.infer.sampling import Noise
 from moonwhale.infer.sampling_options import SamplingOptions
 
 TEXT = "The whale sang to the moon, and the moon sang back. <think>Ünïcode: 你好 🐳🐋</think> Ünïcode!"
@@ -124,6 +125,12 @@ def test_the_narrowest_sampling_is_greedy(engine, options):
     greedy = engine.generate(["The"], temperature=0, max_new_tokens=16)[0].token_ids
     assert engine.generate(["The"], **wide | options)[0].token_ids == greedy
     assert engine.generate(["The"], **wide)[0].token_ids != greedy
+
+
+def test_noise_draws_no_excluded_token():
+    """Noise of 0 would: it divides the probability 0. fp32's generator draws it once in 8 million numbers."""
+    noise = Noise(0, 1 << 20, torch.device("cpu"))
+    assert min(noise.of(n).min().item() for n in range(40)) > 0
 
 
 @pytest.mark.parametrize("penalty", [1e-38, 1e38])

@@ -32,7 +32,8 @@ class Noise:
     def __init__(self, seed: int, vocabulary: int, device: torch.device):
         if device.type == "cpu":  # NumPy takes a third of torch's time, which is a tenth of a step
             numpy_generator = np.random.Generator(np.random.Philox(key=seed))
-            self._draw = lambda: torch.from_numpy(numpy_generator.standard_exponential(vocabulary, dtype=np.float32))
+            # In fp64: fp32's numbers near 0 lie 1e-7 apart and include 0, at which an excluded token would be drawn.
+            self._draw = lambda: torch.from_numpy(numpy_generator.standard_exponential(vocabulary)).float()
         else:
             generator = torch.Generator(device).manual_seed(seed)
             self._draw = lambda: torch.empty(vocabulary, device=device).exponential_(generator=generator)
@@ -82,6 +83,7 @@ def _choose_with_same_options(scores: Tensor, requests: tuple, ahead: int) -> li
     options: SamplingOptions = requests[0].options
     if options.repetition_penalty != 1:
         penalty = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+        scores = scores.clone()  # the log-probabilities that are reported are those of the model's own logits
         for i, request in enumerate(requests):
             seen = [token for token in request.ids if token < scores.shape[1]]
             scores[i] = penalty(torch.tensor([seen], device=scores.device), scores[i : i + 1].clone())[0]
