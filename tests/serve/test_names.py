@@ -138,6 +138,8 @@ def test_a_page_of_an_allowed_origin_may_call(ask, origins):
     )
     answer = ask(origins, "GET", page, authorization="Bearer key")
     assert answer.status_code == 200 and allowed(answer) in (page, "*")
+    readable = re.findall(r"[\w-]+", answer.headers["access-control-expose-headers"])
+    assert {"moonwhale-dropped-messages", "retry-after"} <= set(readable)
     assert "access-control-allow-credentials" not in answer.headers, "cookies mean nothing here"
     refused = ask(origins, "GET", page)
     assert refused.status_code == 401 and allowed(refused), "the page can read why"

@@ -11,9 +11,11 @@ import openai
 import pytest
 
 from moonwhale.errors import UserError
+from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.serve import commands
 from moonwhale.serve.app import create_app
 from moonwhale.serve.limits import Limits
+from moonwhale.serve.worker import Worker
 from serving import HELLO, NAME, Running
 
 LIMITS = Limits(body=20_000, receive=1.0, queue=6, answer=20.0)
@@ -270,6 +272,16 @@ def test_a_full_queue_is_a_429(server, engine, monkeypatch):
     assert server.comes_to_rest()
 
 
+def test_each_submitted_answer_waits(engine):
+    async def waiting() -> int:
+        worker = Worker(engine.scheduler)  # its thread has not started yet
+        worker.submit([engine.request([1, 2], SamplingOptions(), i) for i in range(3)])
+        worker.cancel(worker.submit([engine.request([3], SamplingOptions())]))
+        return worker.num_waiting
+
+    assert asyncio.run(waiting()) == 4
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_disconnects_frees_its_slot(server, engine, monkeypatch, stream):
     step = engine.scheduler.step
@@ -299,7 +311,7 @@ def test_an_answer_that_takes_too_long_ends(engine, small_checkpoint, monkeypatc
 
 def test_a_model_failure_is_a_503_and_the_next_request_succeeds(server, engine, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine.scheduler, "_verify", lambda depth: 1 / 0)
+        patch.setattr(engine.scheduler, "_verify", lambda: 1 / 0)
         assert_error(server.post(max_tokens=5), 503, "the model had to stop")
     assert server.post(max_tokens=5).status_code == 200
 

@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from moonwhale import __version__
 from moonwhale.infer.engine import Engine
 from moonwhale.serve.body import Preparation, describe_bodies
-from moonwhale.serve.endpoints import OpenAIEndpoints
+from moonwhale.serve.endpoints import DROPPED_HEADER, OpenAIEndpoints
 from moonwhale.serve.errors import add_error_handlers
 from moonwhale.serve.limits import Limits
 from moonwhale.serve.metrics import Metrics, add_status_routes
@@ -68,6 +68,9 @@ def create_app(
     app.add_middleware(AccessControl, hosts=hosts, api_key=api_key)
     if origins:  # outside of AccessControl: a browser asks without a key whether it may send one
         methods = ["GET", "HEAD", "POST"]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"])
+        readable = [DROPPED_HEADER, "retry-after"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=readable
+        )
     app.add_middleware(RequestCounter, metrics=metrics, paths={route.path for route in app.routes})
     return app

@@ -40,7 +40,8 @@ class Metrics:
     def count_tokens(self, request: Request) -> None:
         """Counts the tokens and the drafts of a request that has ended."""
         self.generated_tokens.inc(len(request.token_ids))
-        for depth, (tested, accepted) in enumerate(zip(request.drafted, request.accepted, strict=True), start=1):
+        # The model's thread may be about to lengthen `accepted`, if the request was cancelled.
+        for depth, (tested, accepted) in enumerate(zip(request.drafted, request.accepted, strict=False), start=1):
             self.drafts_tested.labels(depth).inc(tested)
             self.drafts_accepted.labels(depth).inc(accepted)
 

@@ -86,6 +86,7 @@ class Worker:
         self._restarts, self._on_end = restarts, on_end
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._jobs: list[GenerationJob] = []
+        self._num_submitted, self._num_scheduled = 0, 0  # requests so far; each number is one thread's to change
         self._num_steps, self._delivered = 0, 0.0  # steps so far, and the time of the last full delivery
         self._thread = threading.Thread(target=self._run, name="moonwhale-model", daemon=True)
 
@@ -96,7 +97,7 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
-        return _num_open(list(self.scheduler.waiting)) + self._inbox.qsize()
+        return _num_open(list(self.scheduler.waiting)) + self._num_submitted - self._num_scheduled
 
     def start(self) -> None:
         self._thread.start()
@@ -108,6 +109,7 @@ class Worker:
 
     def submit(self, requests: list[Request]) -> GenerationJob:
         job = GenerationJob(requests)
+        self._num_submitted += len(requests)
         self._inbox.put(lambda: self._schedule(job))
         if self.failure:  # the thread may have emptied its inbox before
             job.queue.put_nowait(WorkerError(self.failure))
@@ -161,6 +163,7 @@ class Worker:
                 self._fail_all(WorkerError(one_line(error)))
 
     def _schedule(self, job: GenerationJob) -> None:
+        self._num_scheduled += len(job.requests)
         try:
             for request in job.requests:
                 self.scheduler.submit(request)
