@@ -182,8 +182,47 @@ def test_grpo_serves(fields, grpo, monkeypatch):
     assert asked[0]["max_new_tokens"] == fields.get("max_completion_length", 6)
 
 
-@pytest.mark.parametrize("name", ["rollout_func", "tools", "environment_factory"])
+@pytest.mark.parametrize("name", ["rollout_func", "tools", "environment_factory", "peft_config"])
 def test_grpo_refuses_what_replaces_the_engine(name, grpo):
     with pytest.raises(ValueError, match=f"^{name} is not supported: moonwhale's engine"):
         grpo({name: [len]})
     grpo({name: None})
+
+
+def test_grpo_refuses_a_model_with_adapters(small_checkpoint, grpo):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(open_checkpoint(small_checkpoint)[0], LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(
+        ValueError, match=r"^a model with adapters is not supported: .* merge them into the model first"
+    ):
+        MTPGRPOTrainer(model, [len])
+
+
+def test_grpo_reads_the_control_tokens_of_a_text(grpo):
+    """TRL tokenizes a text prompt that way, so its data sets may hold the chat template's tokens."""
+    trainer = grpo()
+    text = trainer.processing_class.apply_chat_template([{"role": "user", "content": "sea"}], tokenize=False)
+    assert trainer._roll_out([text], None)["prompt_ids"] == [trainer.processing_class(text)["input_ids"]]
+
+
+def test_no_two_rollouts_of_grpo_share_a_seed(grpo, monkeypatch):
+    seeds, generate = [], Engine.generate
+
+    def recorded(self, prompts, seed, **options):
+        seeds.extend(range(seed, seed + len(prompts)))
+        return generate(self, prompts, seed=seed, **options)
+
+    monkeypatch.setattr(Engine, "generate", recorded)
+    trainer = grpo(steps_per_generation=1, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    assert len(seeds) > 4 * 4 and len(set(seeds)) == len(seeds)
+
+
+def test_an_evaluation_leaves_the_answers_of_training(grpo):
+    trainer = grpo(log_completions=True)
+    trainer.train()
+    kept = list(trainer._logs["completion"])
+    trainer.evaluate(trainer.train_dataset)
+    assert kept and list(trainer._logs["completion"]) == kept

@@ -69,6 +69,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_where_new_answers_are_drawn(options, tmp_path, monkeypatch):
+    """With several iterations, a checkpoint between them could not be resumed: it does not hold the answers."""
+    from moonwhale.train.callbacks import StopAtStepEnd
+
+    of_both = {"iterations": 2, "steps": 6, "save_every": 3, "eval_every": 3}
+    whole, part = options(out=str(tmp_path / "whole"), **of_both), options(**of_both)
+    grpo(whole)
+    assert {path.name for path in Path(whole.out).glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+
+    def stop_in_step_3(self, args, state, control, **_):
+        self.stop_requested |= state.global_step == 2
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StopAtStepEnd, "on_step_begin", stop_in_step_3)
+        grpo(part)
+    assert newest_checkpoint(part.out).name == "checkpoint-4"
+    grpo(parse_run(GRPOOptions, ["--out", part.out, "--resume"]))
+    ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_step_of_several_micro_batches_and_iterations(options):
     config = options(batch_size=4, iterations=2, objective="trl")
     grpo(config)

@@ -1,6 +1,7 @@
 """Tests recipes and rejection sampling. Recipes are checked before they start, run in order, and can be resumed."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from moonwhale.errors import UserError
 from moonwhale.infer import engine
 from moonwhale.posttrain import recipe as recipes
 from moonwhale.posttrain.recipe import read, recipe
-from moonwhale.posttrain.sample import SampleOptions, sample
+from moonwhale.posttrain.sample import SampleOptions, record_of, sample
 from moonwhale.posttrain.sft import SFTOptions
 from moonwhale.train import run_folder
 
@@ -66,6 +67,32 @@ def test_right_answers_are_kept_once(folder, mostly_right_engine, capsys):
     assert "kept 20 of 40 answers, to 10 of 10 questions" in capsys.readouterr().out
     with pytest.raises(UserError, match="already exists: name a new file"):
         sample(config)
+
+
+SAMPLE = {"checkpoint": "base", "task": "task.jsonl", "out": "answers.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("now", "complaint"),
+    [
+        ({}, None),
+        ({"device": "cpu", "out": "./answers.jsonl"}, None),
+        ({"questions": 4000}, "`questions`: 4000 differs from the 1000 that the finished run in answers.jsonl had"),
+        ({"checkpoint": "other"}, "`checkpoint`: 'other' differs from the 'base'"),
+    ],
+)
+def test_answers_are_reused_only_for_the_same_options(folder, monkeypatch, now, complaint):
+    forbid_running(monkeypatch)
+    Path("answers.jsonl").touch()
+    with pytest.raises(UserError, match=r"answers of unknown origin, without answers.jsonl.yaml: name another file"):
+        recipe(write([{"sample": SAMPLE}]))
+    record_of("answers.jsonl").write_text(yaml.safe_dump(asdict(SampleOptions(**SAMPLE))))
+    if complaint is None:
+        recipe(write([{"sample": SAMPLE | now}]))
+        return
+    with pytest.raises(UserError) as error:
+        recipe(write([{"sample": SAMPLE | now}]))
+    assert complaint in str(error.value)
 
 
 def test_a_model_without_right_answers_is_one_line(folder):

@@ -56,6 +56,7 @@ def test_language_rewards_the_prompts_script():
     prompts = [[{"role": "user", "content": text}] for text in ("How many whales?", "Сколько китов?", "2 + 2")]
     assert language(prompts, said("two whales, два кита", "два кита", "whatever")) == [0.5, 1.0, 1.0]
     assert language(prompts[:1], said("4 = 4")) == [1.0]
+    assert language([[{"role": "user", "content": "Привет hello"}]], said("hello")) == [0.0]  # the first of two
     assert script_of("1а") == "CYRILLIC" and script_of("鲸") == "CJK" and script_of("12") is None
 
 

@@ -121,6 +121,14 @@ def test_packed_conversations_do_not_see_each_other(small_checkpoint, chats, tmp
         assert (model(**mixed).losses - packed.losses).abs().max() > 1e-2
 
 
+def test_rows_that_somebody_else_tokenized():
+    """As TRL's collator takes them: without labels, every token is one."""
+    batch = Collator(4, pad_token_id=0)([{"input_ids": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}])
+    assert batch["labels"].tolist() == [[5, 6, -100, -100], [-100, 8, 9, -100]]
+    with pytest.raises(ValueError, match="a row has 5 tokens, more than max_length 4"):
+        Collator(4, pad_token_id=0)([{"input_ids": [1, 2, 3, 4, 5]}])
+
+
 def test_a_long_conversation_continues_in_the_next_row(chats, small_tokenizer, tmp_path):
     train, _ = load_conversations(load_source(str(chats)), small_tokenizer, tmp_path)
     rows, split = pack(train, 16)

@@ -1,8 +1,9 @@
 """The verb `moonwhale grpo`: reinforcement learning from answers that a rule can check."""
 
 import json
+import math
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -65,7 +66,9 @@ class GRPOOptions(PostTrainOptions):
     epsilon: float | None = option(None, "clips the ratio to 1 ± this (by default, the objective's)", group="GRPO")
     group_size: int = option(8, "answers per question, which are compared with one another", group="GRPO")
     questions_per_step: int = option(16, "questions per optimizer step, on all devices together", group="GRPO")
-    iterations: int = option(1, "optimizer steps on the same answers (μ)", group="GRPO")
+    iterations: int = option(
+        1, "optimizer steps on the same answers (μ), after which the run evaluates, saves or stops", group="GRPO"
+    )
     temperature: float = option(1.0, "sampling temperature of the answers", group="GRPO")
     max_new_tokens: int = option(256, "maximum length of an answer", group="GRPO")
 
@@ -97,8 +100,8 @@ class GRPOOptions(PostTrainOptions):
             )
 
     def shared_steps(self, steps: int) -> int:
-        """All of the shorter run, since the learning rate is constant after its warm-up."""
-        shorter = min(self.steps, steps)
+        """All of the shorter run, since the learning rate is constant after its warm-up, to the end of `iterations`."""
+        shorter = min(self.steps, steps) // self.iterations * self.iterations
         return shorter if self.warmup_steps <= shorter else 0
 
     def describe_rate(self) -> str:
@@ -188,8 +191,13 @@ def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):
     from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig
 
     given = {name: getattr(config, name) for name in ("beta", "epsilon") if getattr(config, name) is not None}
+    # A checkpoint holds no answers: a run can go on only from a step whose next one draws new ones.
+    reports = {
+        name: math.ceil(getattr(config, name) / config.iterations) * config.iterations
+        for name in ("eval_every", "save_every")
+    }
     return MTPGRPOConfig(
-        **common_trainer_arguments(config, choice, config.steps),
+        **common_trainer_arguments(replace(config, **reports), choice, config.steps),
         **OBJECTIVES[config.objective] | given,
         gradient_accumulation_steps=config.gradient_accumulation_steps(replicas=world_size()),
         lr_scheduler_type="constant_with_warmup",

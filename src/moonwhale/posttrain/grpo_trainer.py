@@ -1,5 +1,6 @@
 """`MTPGRPOTrainer`: TRL's GRPOTrainer with moonwhale's engine and optimizer, and MTP modules that follow the policy."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ REFUSED_ARGUMENTS = {
     "rollout_func": _BY_THE_ENGINE + "leave it out, or override _roll_out",
     "tools": _BY_THE_ENGINE + "leave it out",
     "environment_factory": _BY_THE_ENGINE + "leave it out",
+    "peft_config": "moonwhale's engine reads no adapters; merge them into the model first",
 }
 
 
@@ -59,7 +61,7 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
       and do not steer it.
 
     Raises:
-        ValueError: `tools`, `rollout_func` or `environment_factory` is given.
+        ValueError: `tools`, `rollout_func`, `environment_factory` or `peft_config` is given, or the model has adapters.
     """
 
     def __init__(self, *args, **kwargs):
@@ -67,6 +69,8 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: {why}")
             kwargs.pop(name, None)
+        if hasattr(kwargs.get("model", args[0] if args else None), "peft_config"):
+            raise ValueError(f"a model with adapters is not supported: {REFUSED_ARGUMENTS['peft_config']}")
         # `rollout_func` replaces TRL's generation, which is transformers' `generate` or vLLM. TRL warns that it is
         # experimental.
         with warnings.catch_warnings():
@@ -75,6 +79,10 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         # TRL's loss keeps only log-probabilities of the policy's forward. The losses added here need its hidden states
         # and balance loss.
         self._policy_output = None
+        self._rollouts = {
+            "train": (0, 0),
+            "eval": (0, 0),
+        }  # the step of the last one, and how many that step had before
         self.model.model.register_forward_hook(self._keep_policy_output)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -90,8 +98,8 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         self._stop_unless_finite()  # NaN weights give no distribution to draw from
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         engine = Engine(model, self.processing_class, sequences=len(prompts))
-        ids = [engine.encode(prompt) for prompt in prompts]
-        batch_index = self.state.global_step * args.world_size + args.process_index
+        # A text is tokenized as TRL does it: it may hold the chat template's control tokens.
+        ids = [engine.encode(self.processing_class(p)["input_ids"] if isinstance(p, str) else p) for p in prompts]
         completions = engine.generate(
             ids,
             max_new_tokens=args.max_completion_length,
@@ -99,9 +107,26 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
             top_p=args.top_p,
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
-            seed=((args.seed << 40) + batch_index * len(prompts)) % 2**62,  # generators take no seeds above
+            seed=self._rollout_seed(len(prompts)),
         )
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
+
+    def _rollout_seed(self, n_prompts: int) -> int:
+        """Returns a seed that no other rollout of this run has, and that the resumed run has too."""
+        args, step, mode = self.args, self.state.global_step, "train" if self.model.training else "eval"
+        last_step, number = self._rollouts[mode]
+        number = number + 1 if step == last_step else 0
+        self._rollouts[mode] = step, number
+        rollout = 2 * number + (mode == "eval")
+        batch_index = step * args.world_size + args.process_index
+        return ((args.seed << 40) + (rollout << 32) + batch_index * n_prompts) % 2**62  # generators take no seeds above
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluates as TRL does. The answers that TRL keeps for completions/ remain those of training."""
+        kept = copy.deepcopy(self._logs)
+        metrics = super().evaluate(*args, **kwargs)
+        self._logs = kept
+        return metrics
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         """Calls TRL's method, which runs the model with and without gradients.

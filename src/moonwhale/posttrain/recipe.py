@@ -108,27 +108,32 @@ def is_done(verb: str, config) -> bool:
         UserError: a run of another verb, or with other options, has finished in its folder.
     """
     if verb == "sample":
-        return Path(config.out).exists()
-    if not (Path(config.out) / "config.json").exists():
+        written, record = Path(config.out), sample.record_of(config.out)
+    else:
+        written, record = Path(config.out) / "config.json", Path(config.out) / run_folder.RUN_FILE
+    if not written.exists():
         return False
-    _check_same_run(config)
+    _check_same_run(verb, config, record)
     return True
 
 
-def _check_same_run(config) -> None:
-    """Raises UserError if run.yaml, next to a finished model, is that of another run, or is missing."""
-    run_file = Path(config.out) / run_folder.RUN_FILE
-    if not run_file.exists():
+def _check_same_run(verb: str, config, record: Path) -> None:
+    """Raises UserError if `record`, the options of what a stage has finished, are those of another run, or missing."""
+    if not record.exists():
+        what, where = ("answers", "file") if verb == "sample" else ("a model", "folder")
         raise UserError(
-            f"`out`: {config.out} holds a model of unknown origin, without {run_file.name}: name another folder"
+            f"`out`: {config.out} holds {what} of unknown origin, without {record.name}: name another {where}"
         )
-    verb = run_folder.verb_of(run_file)
-    if verb not in (None, config.verb):
-        raise UserError(
-            f"`out`: {config.out} holds a finished run of {verb}, not of {config.verb}: name another folder"
-        )
-    before = run_folder.options_that_affect_training(config.resolve({}, str(run_file)))
-    now = run_folder.options_that_affect_training(config)
+    if verb == "sample":
+        earlier = sample.SampleOptions(**options.check(sample.SampleOptions, read_yaml_file(record), str(record)))
+    else:
+        recorded = run_folder.verb_of(record)
+        if recorded not in (None, verb):
+            raise UserError(
+                f"`out`: {config.out} holds a finished run of {recorded}, not of {verb}: name another folder"
+            )
+        earlier = config.resolve({}, str(record))
+    before, now = map(run_folder.options_that_affect_training, (earlier, config))
     if name := run_folder.first_difference(now, before):
         raise UserError(
             f"`{name}`: {shown(now.get(name))} differs from the {shown(before.get(name))} that the finished run in "

@@ -65,7 +65,7 @@ def language(prompts, completions, **_) -> list[float]:
     for prompt, completion in zip(prompts, completions, strict=True):
         asked = [s for s in map(script_of, re.findall(r"\w+", prompt[-1]["content"])) if s]
         words = [s for s in map(script_of, re.findall(r"\w+", text_of(completion))) if s]
-        target = max(set(asked), key=asked.count, default=None)
+        target = max(dict.fromkeys(asked), key=asked.count, default=None)  # the first of equally frequent ones
         rewards.append(sum(s == target for s in words) / len(words) if words and target else 1.0)
     return rewards
 

@@ -4,7 +4,7 @@ This is the rejection sampling of DeepSeek-R1 (arXiv 2501.12948 §2.3.3).
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moonwhale import options
@@ -16,6 +16,7 @@ from moonwhale.infer.sampling_options import SamplingOptions, require_answers_th
 from moonwhale.options import option, require_at_least_one
 from moonwhale.outputs import new_file
 from moonwhale.reports import add_json, reporting
+from moonwhale.yaml_files import to_yaml
 
 
 @dataclass
@@ -68,6 +69,8 @@ def main(argv: list[str]) -> None:
 def sample(config: SampleOptions) -> dict:
     """Draws answers and writes the right ones to `config.out`, one line {"messages": […]} for each distinct answer.
 
+    `record_of` names the file that gets the options.
+
     Returns:
         the file, and the numbers of answers drawn and kept, of those that count as wrong because scoring them takes too
         long or too much memory, and of questions asked and solved.
@@ -93,6 +96,7 @@ def _sample(config: SampleOptions) -> dict:
         for problem, answers in zip(problems, kept, strict=True)
         for answer in sorted(answers)
     ]
+    write_whole(record_of(config.out), to_yaml(asdict(config), "The options of `moonwhale sample`"))
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
     write_whole(config.out, "".join(lines))
     solved = sum(map(bool, kept))
@@ -101,6 +105,11 @@ def _sample(config: SampleOptions) -> dict:
         print(f"{n_over:,} answers count as wrong: scoring them takes too long or too much memory")
     counts = {"drawn": n_drawn, "kept": n_kept, "over_limit": n_over, "questions": len(problems), "solved": solved}
     return {"out": config.out, **counts}
+
+
+def record_of(out: str) -> Path:
+    """Returns the path of the options that a file of answers was drawn with."""
+    return Path(f"{out}.yaml")
 
 
 def draw_right_answers(config: SampleOptions, task: Task, problems: list[Problem]) -> tuple[list[set[str]], int]:

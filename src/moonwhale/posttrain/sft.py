@@ -112,7 +112,7 @@ def build(config: SFTOptions) -> Run:
         evaluate_all=True,
         peft_config=lora_config(model, config.lora_rank) if config.lora_rank else None,
     )
-    summarize = partial(progress.summary, tokens_per_step=None, out=Path(config.out))
+    summarize = partial(progress.summary, out=Path(config.out))
     run = Run(config, choice, make_trainer, progress.log_line, summarize)
     if config.lora_rank:
         run.publish = lambda trainer, out: merge_adapters(trainer.model, tokenizer, out)

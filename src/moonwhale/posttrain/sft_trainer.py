@@ -63,13 +63,22 @@ class Collator:
     """Turns packed rows into tensors "input_ids", "attention_mask", "position_ids" and "labels", each (B, context).
 
     Position ids restart at every conversation. The mask is 0 at padding, so padding is no expert's load. A row that
-    TRL packed has `seq_lengths`, the lengths of its conversations. A row without them is a single conversation.
+    TRL packed has `seq_lengths`, the lengths of its conversations. A row without them is a single conversation, and
+    every token of a row without labels is one.
+
+    Raises:
+        ValueError: a row is longer than `context`.
     """
 
     context: int
     pad_token_id: int
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        if longest > self.context:
+            raise ValueError(
+                f"a row has {longest} tokens, more than max_length {self.context}: shorten it, or raise max_length"
+            )
         columns = {"input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
         for row in rows:
             n_padding = self.context - len(row["input_ids"])
@@ -77,7 +86,7 @@ class Collator:
             columns["input_ids"].append(torch.tensor([*row["input_ids"], *[self.pad_token_id] * n_padding]))
             columns["attention_mask"].append(torch.arange(self.context).lt(len(row["input_ids"])).long())
             columns["position_ids"].append(torch.cat([torch.arange(n) for n in lengths]))
-            columns["labels"].append(torch.tensor([*row["labels"], *[IGNORE_INDEX] * n_padding]))
+            columns["labels"].append(torch.tensor([*row.get("labels", row["input_ids"]), *[IGNORE_INDEX] * n_padding]))
         return {name: torch.stack(column) for name, column in columns.items()}
 
 

@@ -122,6 +122,7 @@ class ProgressLines(TrainerCallback):
 class StopAtStepEnd(TrainerCallback):
     """Turns Ctrl-C, SIGTERM or SIGHUP into a checkpoint and a stop at the end of the step. Use it as a context manager.
 
+    GRPO stops where its next step draws new answers, since a checkpoint does not hold the old ones.
     All ranks stop after the same step. A second Ctrl-C stops at once, without a checkpoint.
     """
 
@@ -151,5 +152,5 @@ class StopAtStepEnd(TrainerCallback):
             requested = torch.tensor(float(self.stop_requested), device=args.device)
             dist.all_reduce(requested, dist.ReduceOp.MAX)
             self.stop_requested = bool(requested)
-        if self.stop_requested:
+        if self.stop_requested and state.global_step % getattr(args, "num_iterations", 1) == 0:
             control.should_training_stop = control.should_save = True
