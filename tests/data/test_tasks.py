@@ -134,6 +134,9 @@ def test_a_task_is_a_source_of_conversations(own_file):
     assert [[m["role"] for m in c] for c in conversations] == [["user", "assistant"]] * 5
     assert all(is_well_formed(c[1]["content"]) and not is_held_out(c[0]["content"]) for c in conversations)
     assert source.fingerprint != load_source(f"task:{SUMS}", limit=6).fingerprint
+    with pytest.MonkeyPatch.context() as patch:  # another version may ask other questions
+        patch.setattr("importlib.metadata.version", lambda package: "99.0")
+        assert source.fingerprint != load_source(f"task:{SUMS}", limit=5).fingerprint
     mixed = list(load_source(f"task:{SUMS}=0.5,task:{own_file}=0.5", limit=4))
     assert ["Half" in c[0]["content"] for c in mixed] == [False, True, False, True]
 

@@ -111,6 +111,7 @@ def largest_error(seen: list[list[dict]], expected: list[dict]) -> dict[str, flo
 
 DEEP = {"num_hidden_layers": 8, "mtp_num_blocks": 1, "num_nextn_predict_layers": 1}  # for 8 stages
 TIED = {"tie_word_embeddings": True, "embedding_conv": 2}
+RESTING = {"mtp_loss_weight": 0.0}
 CASES = {
     "dualpipev": {"schedule": "dualpipev"},
     "dualpipev, tied and convolved": {"schedule": "dualpipev", **TIED},
@@ -121,6 +122,7 @@ CASES = {
     "zerobubble": {"schedule": "zerobubble"},
     "1f1b": {"schedule": "1f1b"},
     "1f1b, tied and convolved": {"schedule": "1f1b", **TIED},
+    "1f1b, MTP rests": {"schedule": "1f1b", **RESTING},
     "fsdp": {"schedule": "1f1b", "pp": 1, "fsdp": True},
     "fsdp, tied and convolved": {"schedule": "1f1b", "pp": 1, "fsdp": True, **TIED},
     "fsdp of mirrored ranks": {"schedule": "dualpipe", "fsdp": True},
@@ -166,6 +168,7 @@ ON_FOUR = {
     "two pipelines": {"schedule": "dualpipev", "pp": 2},
     "two pipelines, fsdp": {"schedule": "dualpipev", "pp": 2, "fsdp": True},
     "two pipelines, fsdp, tied and convolved": {"schedule": "1f1b", "pp": 2, "fsdp": True, **TIED},
+    "two pipelines, fsdp, MTP rests": {"schedule": "1f1b", "pp": 2, "fsdp": True, **RESTING},
 }
 
 

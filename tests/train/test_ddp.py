@@ -18,6 +18,7 @@ from torch import nn
 
 from forked import ForkedProcess, finish, rank_variables, start, train
 from moonwhale.checkpoint import log_history, newest_checkpoint
+from moonwhale.model import MoonwhaleConfig
 from moonwhale.optim.step_hooks import attach_hooks
 from moonwhale.train import pretrain
 from moonwhale.train.mtp_trainer import MTPTrainer
@@ -34,6 +35,7 @@ OPTIONS = {
     "save_every": 2,
     "lr": 1e-3,
     "qk_clip_tau": 2e-3,  # low enough that QK-clip acts
+    "mtp_start": 0.5,
     "model": {"aux_loss_alpha": 0.0, "bias_update_speed": 0.01},
 }
 
@@ -95,6 +97,15 @@ def assert_close(out, reference) -> None:
         assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3, abs=1e-5)
 
 
+def assert_mtp_rests(checkpoint: Path, reference: Path) -> None:
+    """Assert that two checkpoints from before `mtp_start` have the same MTP modules, bit for bit."""
+    a, b = (load_file(folder / "model.safetensors") for folder in (checkpoint, reference))
+    config = MoonwhaleConfig.from_pretrained(reference)
+    modules = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    names = [name for name in a if name.startswith(tuple(f"model.layers.{i}." for i in modules))]
+    assert names and not [name for name in names if not torch.equal(a[name], b[name])]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_run, tmp_path, monkeypatch):
     from moonwhale.optim import muonclip
@@ -110,6 +121,7 @@ def test_two_processes_train_as_one(tiny_run, tmp_path, monkeypatch):
     said = torchrun("--config", str(tmp_path / "run.yaml"), "--out", str(out))
     assert said.count("step      2  loss") == 1 and "2 processes" in said
     assert_close(out, reference.out)
+    assert_mtp_rests(out / "checkpoint-2", Path(reference.out) / "checkpoint-2")
     names = set(os.listdir(out / "checkpoint-4"))
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "manifest.json"} <= names
     assert not (out / ".unfinished").exists()

@@ -1,21 +1,33 @@
 """Which checkpoints a run keeps, which one it names as the best, and what it returns."""
 
+import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
+from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from moonwhale.checkpoint import list_checkpoints
 from moonwhale.train import pretrain
 from moonwhale.train.config import parse
-from moonwhale.train.milestones import best_step, describe_best
+from moonwhale.train.milestones import best_checkpoint, best_step, describe_best, milestones
 from moonwhale.train.mtp_trainer import MTPTrainer
 
 
 def evaluated(losses: dict[int, float]) -> list[dict]:
     return [{"step": step, "eval_loss_main": loss} for step, loss in losses.items()]
+
+
+def save(out: Path, losses: dict[int, float]) -> None:
+    """Writes the log of a checkpoint of the last of these steps."""
+    step = max(losses)
+    checkpoint = out / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    state = {"global_step": step, "max_steps": step, "log_history": evaluated(losses)}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
 
 
 def test_the_best_step_is_one_that_was_saved():
@@ -53,13 +65,24 @@ def test_the_best_and_the_last_before_the_decay_stay(tiny_run, monkeypatch, caps
 
 
 def test_a_run_says_if_its_last_step_is_the_best(tmp_path):
-    for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+    save(tmp_path, {1: 3.0})
+    save(tmp_path, {1: 3.0, 2: 2.0})
     assert describe_best(evaluated({1: 3.0, 2: 2.0}), tmp_path) == (
         "best       the last step, of those that were evaluated and saved: 2.000"
     )
     assert describe_best(evaluated({2: 2.0}), tmp_path) is None
     assert describe_best(evaluated({3: 3.0, 4: 2.0}), tmp_path) is None
+
+
+def test_a_checkpoint_of_a_run_with_other_steps_is_not_the_best(tmp_path):
+    """The shorter run has decayed at step 4. The extended one evaluates after it, too, but saves no checkpoint."""
+    save(tmp_path, {2: 3.0})
+    save(tmp_path, {2: 3.0, 4: 2.5})
+    (tmp_path / "checkpoint-5").mkdir()  # damaged
+    history = evaluated({2: 3.0, 4: 2.7, 5: 2.8, 6: 2.9})
+    assert best_checkpoint(history, tmp_path) == tmp_path / "checkpoint-2"
+    state = TrainerState(global_step=6, log_history=history)
+    assert milestones(state, SimpleNamespace(last_shared_step=0), tmp_path) == {"checkpoint-6"}
 
 
 def test_a_run_returns_its_result_and_leaves_the_process_as_it_was(tiny_run):

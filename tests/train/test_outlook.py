@@ -2,6 +2,7 @@
 
 import re
 import threading
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import TrainerState
 from moonwhale.train import callbacks, pretrain
 from moonwhale.train.callbacks import ProgressLines, StepClock
 from moonwhale.train.config import TrainConfig
-from moonwhale.train.outlook import describe_run
+from moonwhale.train.mtp_trainer import MTPTrainer
+from moonwhale.train.outlook import describe_run, steps_within, tokens_after
 from moonwhale.units import duration
 
 
@@ -31,6 +33,47 @@ def test_many_passes_are_warned_of(steps, said):
     config = TrainConfig.resolve({"steps": steps})
     assert re.search(said, describe_run(config, 200), re.DOTALL)
     assert ("warning" in describe_run(config, 200)) == (steps > 110)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "steps", "rows"),
+    [(1, 9, 36), (1, 10, 38), (1, 14, 54), (1, 20, 76), (2, 9, 36), (2, 14, 56)],
+)
+def test_the_last_step_of_an_epoch_reads_fewer_tokens(tiny_run, replicas, steps, rows):
+    """Of 39 rows, one device reads 19 micro-batches of 2 in 10 steps, and two devices read 9 each in 9 steps."""
+    config = tiny_run()
+    assert tokens_after(steps, config, 39, replicas) == rows * config.context
+
+
+@pytest.mark.parametrize("n_rows", [3, 7, 24, 25, 40])
+@pytest.mark.parametrize("per_step", [1, 4, 30])
+def test_tokens_are_those_of_each_step(n_rows, per_step):
+    """Micro-batches have three rows of ten tokens."""
+    config = SimpleNamespace(batch_size=3, context=10, tokens_per_step=30 * per_step)
+    micro_batches = range(n_rows // 3)
+    epoch = [30 * len(micro_batches[first : first + per_step]) for first in micro_batches[::per_step]]
+    read = [sum(islice(epoch * 20, steps)) for steps in range(20)]
+    assert [tokens_after(steps, config, n_rows) for steps in range(20)] == read
+    for tokens in range(0, read[-1], 5):
+        assert steps_within(tokens, config, n_rows) == sum(after <= tokens for after in read[1:])
+
+
+def test_a_step_cannot_read_more_than_the_text():
+    config = TrainConfig.resolve({"preset": "small", "steps": 10})  # 128 rows a step, in micro-batches of 16
+    assert "10 steps of 65,536 tokens, 8 passes over the text" in describe_run(config, 20)
+
+
+def test_a_run_counts_the_tokens_that_it_has_read(tiny_run, monkeypatch, capsys):
+    read, step = [], MTPTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        read.append(inputs["input_ids"].numel())
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(MTPTrainer, "training_step", training_step)
+    pretrain.train(tiny_run(steps=4, tokens_per_step=1600))
+    assert f"done       4 steps, {sum(read):,} tokens; " in capsys.readouterr().out
+    assert sum(read) < 4 * 1600
 
 
 @pytest.mark.parametrize(

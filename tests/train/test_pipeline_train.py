@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from test_ddp import assert_close, together, torchrun
+from test_ddp import assert_close, assert_mtp_rests, together, torchrun
 
 from forked import start
 from moonwhale import processes
@@ -31,6 +31,7 @@ OPTIONS = {
     "eval_every": 3,
     "lr": 1e-3,
     "qk_clip_tau": 2e-3,
+    "mtp_start": 0.5,
     "mtp_loss_weight_final": 0.1,
     "decay_fraction": 0.4,
     "model": {"num_hidden_layers": 4, "bias_update_speed": 0.01, "aux_loss_alpha": 0.01},
@@ -91,6 +92,7 @@ def test_a_pipeline_trains_as_one_process(one, tmp_path):
     assert said.count("step      2  loss") == 1 and "dualpipev over 2 processes" in said
     assert_close(out, config.out)
     assert_same_files(out, config.out)
+    assert_mtp_rests(out / "checkpoint-3", Path(config.out) / "checkpoint-3")
     log = log_history(newest_checkpoint(out))
     assert any(entry.get("clipped_heads", 0) > 0 for entry in log)
 
@@ -256,6 +258,7 @@ def test_expert_parallelism_trains_as_one_process(one, tmp_path):
     said = together("--config", str(tmp_path / "run.yaml"), "--out", str(out), *shared)
     assert "2 processes, each layer's experts over 2" in said
     assert_close(out, config.out)
+    assert_mtp_rests(out / "checkpoint-3", Path(config.out) / "checkpoint-3")
     a, b = (states(folder / "checkpoint-6") for folder in (out, Path(config.out)))
     assert a.keys() == b.keys()
     for name, value in b.items():
@@ -292,6 +295,7 @@ def test_fsdp_trains_as_one_process(one, tmp_path):
     assert "2 processes, weights sharded" in together(*options)
     assert_close(out, config.out)
     assert_same_files(out, config.out)
+    assert_mtp_rests(out / "checkpoint-3", Path(config.out) / "checkpoint-3")
 
     def from_the_middle(name: str) -> str:
         shutil.copytree(out, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-6", "config.json", "model.*"))

@@ -155,7 +155,7 @@ def demonstration_source(spec: str, limit: int | None = None) -> Source:
 
     path = Path(name)
     modified = path.stat().st_mtime_ns if path.is_file() else None
-    return Source(spec, digest(spec, n, modified), read, n)
+    return Source(spec, digest(spec, n, modified, task.package), read, n)
 
 
 @contextlib.contextmanager

@@ -88,8 +88,10 @@ class Pipeline:
         here = dist.get_rank(self.pp_group)
         if not last_reads_embedding or ends[0] == ends[1] or here not in ends:
             return
-        grad, other = self.stages[0].model.model.embed_tokens.weight.grad, ends[here == ends[0]]
-        other_grad = torch.empty_like(grad)
+        embedding, other = self.stages[0].model.model.embed_tokens.weight, ends[here == ends[0]]
+        if embedding.grad is None:  # in the last stage while the MTP modules rest
+            embedding.grad = torch.zeros_like(embedding)
+        grad, other_grad = embedding.grad, torch.empty_like(embedding)
         messages = [
             dist.P2POp(dist.isend, grad, group=self.pp_group, group_peer=other),
             dist.P2POp(dist.irecv, other_grad, group=self.pp_group, group_peer=other),

@@ -151,8 +151,10 @@ class Stage(nn.Module):
             if not spec.is_last:
                 return x, balance + 0.0  # a tensor of its own, even if no block added to it
             x = body.norm(x)
-            embeds = body.embed(input_ids) if len(body.mtp_modules) else x
-            mtp, balance = body.run_mtp(x, embeds, balance, table, documents, collect_statistics)
+            mtp = ()
+            if len(body.mtp_modules) and not self.model.skips_mtp:
+                embeds = body.embed(input_ids)
+                mtp, balance = body.run_mtp(x, embeds, balance, table, documents, collect_statistics)
             whole = MoonwhaleModelOutput(last_hidden_state=x, mtp_hidden_states=mtp, balance_loss=balance)
             targets = prediction_targets(labels, documents, len(body.mtp_modules))
             losses = self.model.losses(whole, targets, self.targets)

@@ -1,11 +1,13 @@
 """The checkpoints of a run that outlive newer ones: the best on held-out data, and the last before the decay."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from moonwhale.checkpoint import list_checkpoints, step_of
+from moonwhale.checkpoint import list_checkpoints, log_history, step_of
+from moonwhale.errors import UserError
 
 
 def held_out_scores(history: list[dict]) -> dict[int, float]:
@@ -28,13 +30,29 @@ def best_step(history: list[dict], steps: Iterable[int]) -> int | None:
     return max(sorted(scores.keys() & set(steps)), key=scores.get, default=None)
 
 
+def evaluated_checkpoints(history: list[dict], out: str | Path) -> dict[int, Path]:
+    """Returns a run's checkpoints that were evaluated, by step.
+
+    One whose own log has another score for its step is left over: the run was extended or shortened, and came past
+    this step again with another learning rate.
+    """
+    scores, found = held_out_scores(history), {}
+    for path in list_checkpoints(out):
+        step = step_of(path)
+        with suppress(UserError):  # a damaged checkpoint
+            if step in scores and held_out_scores(log_history(path)).get(step) == scores[step]:
+                found[step] = path
+    return found
+
+
 def milestones(state: TrainerState, args: TrainingArguments, out: str) -> set[str]:
     """Returns the names of the checkpoints in `out` to keep besides the newest ones, that of the current step included.
 
     The last one of the steps that a longer run would share (`last_shared_step`) is where the run can be extended.
     """
+    history = state.log_history
+    kept = {best_step(history, [state.global_step, *evaluated_checkpoints(history, out)])}
     steps = {state.global_step, *map(step_of, list_checkpoints(out))}
-    kept = {best_step(state.log_history, steps)}
     kept.add(max((step for step in steps if step <= args.last_shared_step), default=None))
     return {f"checkpoint-{step}" for step in kept if step is not None}
 
@@ -49,8 +67,8 @@ class SaveLastSharedStep(TrainerCallback):
 
 def best_checkpoint(history: list[dict], out: str | Path) -> Path | None:
     """Returns the best checkpoint of those in a run's folder that were evaluated."""
-    saved = {step_of(path): path for path in list_checkpoints(out)}
-    return saved.get(best_step(history, saved))
+    evaluated = evaluated_checkpoints(history, out)
+    return evaluated.get(best_step(history, evaluated))
 
 
 def describe_best(history: list[dict], out: str | Path) -> str | None:

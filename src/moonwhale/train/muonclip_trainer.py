@@ -253,7 +253,7 @@ class MuonClipTrainerMixin:
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
         config, context = self.model.config, self._context
-        if getattr(self.model, "skips_mtp", False):  # a pipeline's stages never do
+        if self._language_model.skips_mtp:
             flops = 3 * flops_per_token(config, context, training=False)  # forward and backward without the modules
         else:
             flops = flops_per_token(config, context)
@@ -347,6 +347,11 @@ class _MuonClipCallback(TrainerCallback):
             if args.mtp_loss_weight_final is not None and left <= args.decay_steps:
                 weight = args.mtp_loss_weight_final
             model.mtp_loss_weight = 0.0 if done < args.mtp_start_step else weight
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        model = self.trainer._language_model
+        if model.skips_mtp:  # DDP gives the modules gradients of zero, with which weight decay would shrink them
+            model.model.mtp_modules.zero_grad()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.accelerator.optimizer_step_was_skipped:

@@ -9,14 +9,33 @@ from moonwhale.train.config import TrainConfig
 GOOD_PASSES, USEFUL_PASSES = 4, 16
 
 
-def passes(config: TrainConfig, n_rows: int) -> float:
-    """Returns how often a run reads a text of `n_rows` rows of `config.context` tokens."""
-    return config.steps * config.tokens_per_step / (n_rows * config.context)
+def tokens_after(steps: int, config: TrainConfig, n_rows: int, replicas: int = 1) -> int:
+    """Returns how many tokens a run on a text of `n_rows` rows reads in its first `steps`, on all `replicas` together.
+
+    An epoch has as many micro-batches as the rows fill on every replica. Its last step takes those that are left.
+    """
+    rows_per_step, rows_per_epoch, steps_per_epoch = _epoch(config, n_rows, replicas)
+    epochs, steps_left = divmod(steps, steps_per_epoch)
+    return (epochs * rows_per_epoch + steps_left * rows_per_step) * config.context
 
 
-def describe_run(config: TrainConfig, n_rows: int) -> str:
+def steps_within(tokens: int, config: TrainConfig, n_rows: int) -> int:
+    """Returns the largest number of steps in which a run on a text of `n_rows` rows reads at most `tokens` tokens."""
+    rows_per_step, rows_per_epoch, steps_per_epoch = _epoch(config, n_rows, 1)
+    epochs, rows_left = divmod(tokens // config.context, rows_per_epoch)
+    return epochs * steps_per_epoch + rows_left // rows_per_step
+
+
+def _epoch(config: TrainConfig, n_rows: int, replicas: int) -> tuple[int, int, int]:
+    """Returns the rows of a whole step, and the rows and steps of an epoch."""
+    rows_at_once, rows_per_step = config.batch_size * replicas, config.tokens_per_step // config.context
+    rows_per_epoch = n_rows // rows_at_once * rows_at_once
+    return rows_per_step, rows_per_epoch, -(-rows_per_epoch // rows_per_step)
+
+
+def describe_run(config: TrainConfig, n_rows: int, replicas: int = 1) -> str:
     """Returns the lines about the steps of a run, with warnings."""
-    times = passes(config, n_rows)
+    times = tokens_after(config.steps, config, n_rows, replicas) / (n_rows * config.context)
     count = f"{times:.2g}" if times < 10 else f"{times:,.0f}"
     steps = (
         f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, {count} passes over the text, into {config.out}"

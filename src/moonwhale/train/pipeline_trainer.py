@@ -188,7 +188,7 @@ class PipelineTrainer(MTPTrainer):
 
         Number i of replica c of C is number c + C · i of all.
         """
-        depths = 1 + self.model.config.num_nextn_predict_layers
+        depths = 1 if self.model.skips_mtp else 1 + self.model.config.num_nextn_predict_layers
         table = torch.zeros(count, 2 + 3 * depths, device=self.args.device)
         for i, out in taken:
             row = torch.cat([out.loss[None], out.balance_loss[None], out.losses, out.accuracies, out.targets.float()])

@@ -9,7 +9,7 @@ from moonwhale.processes import print_once, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parser_settings
 from moonwhale.train.lr_schedule import lr_schedule_arguments
-from moonwhale.train.outlook import describe_run
+from moonwhale.train.outlook import describe_run, tokens_after
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 from moonwhale.train.run_options import run_verb
 from moonwhale.train.run_result import RunResult
@@ -78,7 +78,7 @@ def build(config: TrainConfig) -> Run:
     args = trainer_arguments(config, choice, replicas)
     data = load_data(config, model_config.vocab_size, replicas)
     model = build_model(config, model_config, data.tokenizer, choice)
-    describe(config, choice, data, model_config, world)
+    describe(config, choice, data, model_config, world, replicas)
     run_folder.create(config)
     run_folder.check_data_unchanged(
         config, f"`data`: {config.data}, or its tokenizer,", contents(data).encode(), data.describe()
@@ -107,7 +107,8 @@ def build(config: TrainConfig) -> Run:
         evaluate_all=True,
         **of_pipeline,
     )
-    summarize = partial(progress.summary, tokens_per_step=config.tokens_per_step, out=Path(config.out))
+    tokens = tokens_after(config.steps, config, len(data.train), replicas)
+    summarize = partial(progress.summary, out=Path(config.out), tokens=tokens)
     sampler = partial(SampleText, every=config.sample_every, prompt=config.sample_prompt)
     return Run(
         config,
@@ -170,8 +171,10 @@ def build_model(config: TrainConfig, model_config, tokenizer, choice):
     return model
 
 
-def describe(config: TrainConfig, choice, data, model_config, world: int) -> None:
-    """Prints what will be trained: data, model, device, memory and steps. `world` is the number of processes.
+def describe(config: TrainConfig, choice, data, model_config, world: int, replicas: int) -> None:
+    """Prints what will be trained: data, model, device, memory and steps.
+
+    `world` is the number of processes, and `replicas` that of the devices among which the Trainer divides the rows.
 
     Raises:
         UserError: weights, gradients and optimizer do not fit into the device's memory.
@@ -192,7 +195,7 @@ def describe(config: TrainConfig, choice, data, model_config, world: int) -> Non
     print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
     if memory:
         print_once(memory)
-    print_once(describe_run(config, len(data.train)))
+    print_once(describe_run(config, len(data.train), replicas))
 
 
 def trainer_arguments(config: TrainConfig, choice, replicas: int):
@@ -242,6 +245,6 @@ def compile_blocks(model, device) -> None:
         if device.type == "cpu" and isinstance(module, eager):
             module.forward = torch.compiler.disable(module.forward)
     if device.type != "cpu":
-        model.add_loss = torch.compile(model.add_loss)
+        model.losses = torch.compile(model.losses)
     for layer in model.model.layers:
         layer.compile()

@@ -40,14 +40,14 @@ def evaluation_line(logs: dict) -> str:
     return "  ".join(parts)
 
 
-def summary(history: list[dict], tokens_per_step: int | None, out: Path) -> str:
-    """The last lines of a run: its steps, the final evaluation, where its files are, and what to do next."""
+def summary(history: list[dict], out: Path, tokens: int | None = None) -> str:
+    """The last lines of a run: its steps and tokens, the final evaluation, where its files are, and what to do next."""
     steps = history[-1]["step"]
     held_out = next(evaluation_line(entry) for entry in reversed(history) if "eval_loss_main" in entry)
-    tokens = f", {steps * tokens_per_step:,} tokens" if tokens_per_step else ""
+    read = f", {tokens:,} tokens" if tokens else ""
     folder = shlex.quote(str(out))
     return (
-        f"done       {steps:,} steps{tokens}; {held_out}\n"
+        f"done       {steps:,} steps{read}; {held_out}\n"
         f"curves     {out / 'loss.png'}; all of them: tensorboard --logdir {folder}\n"
         f"model      {out}; talk to it: moonwhale chat {folder}"
     )
