@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError):
-    """The loss or the gradient norm of a training step is not finite."""
+    """A loss, a gradient norm or a weight is not finite."""
 
 
 _SHORT = reprlib.Repr()

@@ -25,7 +25,7 @@ def reporting(as_json: bool) -> Iterator[Callable[..., None]]:
 
     def show(result: dict, text: str = "") -> None:
         if is_main_process() and as_json:
-            print(json.dumps(_finite(result), indent=2), file=out)
+            print(json.dumps(finite(result), indent=2), file=out)
         elif is_main_process() and text:
             print(text)
 
@@ -33,10 +33,10 @@ def reporting(as_json: bool) -> Iterator[Callable[..., None]]:
         yield show
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     """Replace NaN and infinities, which JSON lacks, by None, at any depth."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

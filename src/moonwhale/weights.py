@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moonwhale.errors import UserError, one_line, printable, shown
+from moonwhale.errors import NotFiniteError, UserError, one_line, printable, shown
 from moonwhale.files import read_json
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
 
@@ -90,7 +90,8 @@ def read_weights(folder: Path, config: MoonwhaleConfig) -> dict[str, Tensor]:
     """Returns the tensors of a folder, on the CPU as they are stored, after `check_headers`.
 
     Raises:
-        UserError: the files are damaged or do not fit the configuration, or a weight is not finite.
+        NotFiniteError: a weight is not finite.
+        UserError: the files are damaged or do not fit the configuration.
     """
     files = weight_files(folder)
     headers = read_headers(files)
@@ -103,7 +104,7 @@ def read_weights(folder: Path, config: MoonwhaleConfig) -> dict[str, Tensor]:
                     tensors[name] = file.get_tensor(name)
     for name, tensor in tensors.items():
         if not all(end.isfinite() for end in tensor.aminmax()):  # NaN passes through both
-            raise UserError(f"{headers[name].file}: {name} holds values that are NaN or infinite; {COPY_AGAIN}")
+            raise NotFiniteError(f"{headers[name].file}: {name} holds values that are NaN or infinite; {COPY_AGAIN}")
     return tensors
 
 

@@ -17,26 +17,12 @@ from moonwhale.lab.runs import Rows, Run
 from moonwhale.lab.turn_trainer import TurnTrainer
 from moonwhale.lab.variants import Variant
 from moonwhale.manifest import write_manifest
-from toy import TOY
 
-OPTIONS = (
-    "--context 32 --batch-size 2 --tokens-per-step 128 --warmup-steps 1 --eval-rows 4 --device cpu --precision fp32"
-)
-ARGUMENTS = OPTIONS.split(" ")
-ARGUMENTS += [f"--model.{name}={'[1]' if name.startswith('moba_full') else value}" for name, value in TOY.items()]
 STEPS = ("--steps", "4", "--turns", "2")
 
 
 class Killed(BaseException):
     pass
-
-
-@pytest.fixture(scope="module")
-def arguments(text_folder, tmp_path_factory):
-    """The common arguments of all comparisons here. They share a cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOONWHALE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield ["compare", "--data", str(text_folder), *ARGUMENTS]
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +285,10 @@ def test_a_full_disk_is_one_line(arguments, tmp_path, capsys, monkeypatch):
         (["--vary", "model.num_experts_per_tok=9"], "variant num_experts_per_tok=9: --model.num_experts_per_tok=9"),
         (["--vary", "lr=1", "--device", "warp"], "--device: unknown device 'warp'"),
         (["--vary", "lr=1", "--data", "nowhere.txt"], "--data: no such file"),
+        (
+            ["--vary", "batch_size=64", "--tokens-per-step", "2048"],
+            "variant batch_size=64: --batch-size: 64 rows are computed at once, but the text fills only ",
+        ),
     ],
 )
 def test_what_only_the_machine_can_tell_is_one_line_too(argv, line, arguments, tmp_path, capsys):

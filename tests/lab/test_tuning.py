@@ -28,6 +28,7 @@ class FakeRun:
         ({0.5: 2.0, 1.0: 1.9, 2.0: 1.8}, 4.0),
         ({0.5: 1.7, 1.0: 1.9, 2.0: 1.8}, 0.25),
         ({0.5: 1.7, 1.0: math.inf, 2.0: math.inf}, 0.25),  # diverged
+        ({0.5: math.inf, 1.0: math.inf, 2.0: math.inf, 0.25: math.inf}, 0.125),
     ],
 )
 def test_the_grid_grows_where_the_best_lies(found, factor):
@@ -54,8 +55,9 @@ def test_each_variant_gets_the_rate_of_its_best_run(monkeypatch, capsys):
     assert "rate       momentum: 0.048 (bits per byte by rate 0.003: 4.0000" in capsys.readouterr().out
 
 
-def test_a_grid_that_never_ends_is_said_to(monkeypatch, capsys):
-    monkeypatch.setattr(tuning, "_run", lambda asked, variant, factor, rows: FakeRun(variant.name, factor))
+@pytest.mark.parametrize("score", [lambda factor: factor, lambda factor: math.inf], ids=["better", "diverged"])
+def test_a_grid_that_never_ends_is_said_to(score, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "_run", lambda asked, variant, factor, rows: FakeRun(variant.name, score(factor)))
     asked = comparison(CompareOptions(tune="lr"), {}, [Variant("base", {}), Variant("other", {"momentum": 0.9})])
     training = SimpleNamespace(finish=lambda runs: [run.train() for run in runs])
     tuned = tuning.tune(asked, None, training)

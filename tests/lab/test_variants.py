@@ -88,10 +88,12 @@ def test_a_file_names_variants(tmp_path):
         (["--vary", "lr=1", "--seeds", "0"], "`seeds`: 0 is impossible: it must be at least 1"),
         (["--vary", "lr=1", "--seconds", "0"], "`seconds`: 0.0 is impossible"),
         (["--vary", "lr=1", "--tokens", "4095"], "`tokens`: 4,095 are less than a step of `tokens_per_step` 4,096"),
+        (["--vary", "lr=1", "--tokens", "409600", "--warmup-steps", "31"], "`steps` 100 less 70 of decay leave 30"),
         (["--vary", "lr=1", "--seconds", "9", "--tokens", "9999"], "`seconds` and `tokens` are two budgets"),
         (["--vary", "lr=1", "--seconds", "9", "--steps", "9"], "`seconds` and `steps` are two budgets"),
         (["--vary", "lr=1", "--turns", "0"], "`turns`: 0 is impossible"),
         (["--vary", "lr=1", "--tune", "momentum"], "`tune`: 'momentum' is none of lr"),
+        (["--vary", "lr=3e-3", "--tune", "lr"], "variants base and lr=0.003 have the same options but for `lr`, which"),
         (["--vary", "lr=1", "--variants", "x"], "give `vary` or `variants`, not both"),
         (["--vary", "lr=1", "--save-every", "3"], "unknown option --save-every"),
         (["--variants", "nowhere.yaml"], "`variants`: cannot read nowhere.yaml"),
@@ -140,6 +142,16 @@ def test_the_budget_is_seconds_tokens_or_steps():
     assert asked(*vary, "--seconds", "2.5").budget == Budget("seconds", 2.5)
     by_tokens = asked(*vary, "--tokens", "400000")
     assert [by_tokens.config(variant).steps for variant in by_tokens.variants] == [97, 48]
+
+
+def test_a_warm_up_has_the_room_that_a_budget_of_tokens_leaves(tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text("a:\nb: {warmup_steps: 200}\n")
+    tokens = ("--tokens", "50000000")
+    by_option = asked(*tokens, "--vary", "lr=1e-3,4e-3", "--warmup-steps", "200")
+    for comparison in (by_option, asked(*tokens, "--variants", str(file))):
+        config = comparison.config(comparison.variants[1])
+        assert (config.warmup_steps, config.steps) == (200, 12_207)
 
 
 def test_seeds_follow_the_first():

@@ -10,7 +10,7 @@ from moonwhale.evaluate.config import EvalConfig
 from moonwhale.files import write_whole
 from moonwhale.options import Parser, add_options, read_argv
 from moonwhale.outputs import new_file
-from moonwhale.reports import add_json, reporting
+from moonwhale.reports import add_json, finite, reporting
 
 
 def main(argv: list[str]) -> None:
@@ -36,5 +36,5 @@ def main(argv: list[str]) -> None:
         settings = dataclasses.asdict(config)
         report = {"checkpoint": args.folder, "moonwhale": __version__, "settings": settings, "results": results}
         if config.out:
-            write_whole(config.out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            write_whole(config.out, json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n")
         show(report)

@@ -38,7 +38,7 @@ def score_text(
 
     Returns:
         bits_per_byte: of the main head, over the targets' text.
-        perplexity: of the main head, per token.
+        perplexity: of the main head, per token; infinite from 710 nats on.
         rows: rows that were read.
         targets: tokens that the main head predicted.
         bytes: length of the targets' text.
@@ -67,13 +67,13 @@ def score_text(
             bar.update(len(labels))
     if not n_bytes:
         raise UserError("`data`: there is no text to predict in these rows: give more text, or a larger `context`")
-    losses, accuracies = ((sums / targets.clamp(min=1)).tolist() for sums in (nll, right))
+    losses, accuracies = (sums / targets.clamp(min=1) for sums in (nll, right))
     return {
-        "bits_per_byte": losses[0] * int(targets[0]) / math.log(2) / n_bytes,
-        "perplexity": math.exp(losses[0]),
+        "bits_per_byte": losses[0].item() * int(targets[0]) / math.log(2) / n_bytes,
+        "perplexity": losses[0].exp().item(),  # math.exp would raise OverflowError from 710 nats on
         "rows": len(rows),
         "targets": int(targets[0]),
         "bytes": n_bytes,
-        "losses": losses,
-        "accuracies": accuracies,
+        "losses": losses.tolist(),
+        "accuracies": accuracies.tolist(),
     }

@@ -1,5 +1,6 @@
 """`moonwhale compare`: trains the variants of a model side by side, and reports how they differ."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -45,6 +46,7 @@ def compare(asked: Comparison) -> dict:
         choice = choose(asked.config(asked.variants[0]).device, asked.config(asked.variants[0]).precision)
         use_kernels(choice.device)
         rows = load_rows(asked)
+        asked = dataclasses.replace(asked, n_rows=len(rows.data.train))
         _check_base(asked, rows, out)
         print_once(rows.data.describe())
         print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads")
@@ -63,7 +65,7 @@ def load_rows(asked: Comparison) -> Rows:
     """Loads the data of the base. All variants read them.
 
     Raises:
-        UserError: a variant's model is impossible, or the held-out text fills fewer than two rows.
+        UserError: a variant's model is impossible, or the text fills too few rows.
     """
     config = asked.config(asked.variants[0])
     for variant in asked.variants:
@@ -72,6 +74,12 @@ def load_rows(asked: Comparison) -> Rows:
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from error
     data = load_data(config, build_model_config(config).vocab_size, 1)
+    for variant in asked.variants:
+        if (size := asked.config(variant).batch_size) > len(data.train):
+            raise UserError(
+                f"variant {variant.name}: `batch_size`: {size} rows are computed at once, but the text fills only "
+                f"{len(data.train)}: lower it, or give more `data`"
+            )
     n = len(data.held_out)
     if n < 2:
         raise UserError(f"`data`: the held-out text fills only {n} row of `context` {config.context}: give more text")

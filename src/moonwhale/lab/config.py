@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from moonwhale import options
 from moonwhale.errors import UserError
-from moonwhale.lab.variants import DECIDED, Variant, check_given, read_variants, varied
-from moonwhale.options import option, require, require_at_least_one
+from moonwhale.lab.variants import BASE, DECIDED, Variant, check_given, read_variants, varied
+from moonwhale.options import LARGEST, option, require, require_at_least_one
 from moonwhale.reports import add_json
 from moonwhale.train.config import TrainConfig, preset_defaults
+from moonwhale.train.outlook import steps_within
 
 GROUP = "comparison"
 EXAMPLES = (
@@ -68,6 +69,7 @@ class Comparison:
     given: dict
     config_file: str | None
     variants: tuple[Variant, ...]  # the base first
+    n_rows: int = LARGEST  # of the text; until it has been read, more than any run needs
     json: bool = False  # whether to print the result as JSON
 
     def config(self, variant: Variant, seed: int = 0, **changes) -> TrainConfig:
@@ -78,19 +80,24 @@ class Comparison:
         """
         try:
             given = options.merge(self.given, variant.changes, changes)
-            config = TrainConfig.resolve(given, self.config_file)
             if self.budget.unit == "tokens":
-                steps = int(self.budget.amount // config.tokens_per_step)
-                if not steps:
-                    raise UserError(
-                        f"`tokens`: {self.budget.amount:,} are less than a step of `tokens_per_step` "
-                        f"{config.tokens_per_step:,}"
-                    )
-                config = TrainConfig.resolve(given | {"steps": steps}, self.config_file)
+                given["steps"] = self._steps(given)
+            config = TrainConfig.resolve(given, self.config_file)
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from error
         own = {"eval_every": 0, "save_every": 0, "sample_every": 0, "keep_checkpoints": 1, "report_to": ["none"]}
         return dataclasses.replace(config, seed=config.seed + seed, resume=False, **own)
+
+    def _steps(self, given: dict) -> int:
+        """Returns the number of steps that a budget of tokens allows a run with the options `given`."""
+        # The preset's steps might leave no room for the warm-up, and the true number is not known yet
+        config = TrainConfig.resolve(given | {"steps": LARGEST}, self.config_file)
+        steps = steps_within(self.budget.amount, config, self.n_rows)
+        if not steps:
+            raise UserError(
+                f"`tokens`: {self.budget.amount:,} are less than a step of `tokens_per_step` {config.tokens_per_step:,}"
+            )
+        return steps
 
 
 def parse(argv: list[str]) -> Comparison:
@@ -131,7 +138,8 @@ def parse(argv: list[str]) -> Comparison:
     if chosen.variants:
         variants = read_variants(chosen.variants)
     else:
-        variants = varied(rest.vary, TrainConfig.resolve(given, rest.config))
+        base = Comparison(chosen, _budget(chosen, given, rest.config), given, rest.config, ())
+        variants = varied(rest.vary, base.config(Variant(BASE, {})))
     return dataclasses.replace(comparison(chosen, given, variants, rest.config), json=rest.json)
 
 
@@ -146,26 +154,35 @@ def comparison(
     Raises:
         UserError: two budgets, one variant alone, equal variants, or impossible options.
     """
+    result = Comparison(own, _budget(own, given, config_file), given, config_file, tuple(variants))
+    _require_different(result)
+    return result
+
+
+def _budget(own: CompareOptions, given: dict, config_file: str | None) -> Budget:
+    """Returns the budget that was asked for, or else the steps of the base. Raises UserError if there are two."""
     budgets = {"seconds": own.seconds, "tokens": own.tokens, "steps": given.get("steps")}
     asked = [unit for unit, amount in budgets.items() if amount is not None]
     if len(asked) > 1:
         raise UserError(f"`{asked[0]}` and `{asked[1]}` are two budgets: leave one out")
     unit = asked[0] if asked else "steps"
-    budget = Budget(unit, budgets[unit] or TrainConfig.resolve(given, config_file).steps)
-    result = Comparison(own, budget, given, config_file, tuple(variants))
-    _require_different(result)
-    return result
+    return Budget(unit, budgets[unit] or TrainConfig.resolve(given, config_file).steps)
 
 
 def _require_different(asked: Comparison) -> None:
-    """Raises UserError if two variants have the same options, or one has impossible ones."""
+    """Raises UserError if two variants have the same options, or one has impossible ones.
+
+    An option that is tuned is not compared: the variants might end with the same value, and share one run.
+    """
     known: dict[str, str] = {}
+    but = f" but for `{asked.options.tune}`, which `tune` finds for each" if asked.options.tune else ""
     for variant in asked.variants:
-        config = asked.config(variant)
-        options_text = repr(sorted(_flat(dataclasses.asdict(config)).items()))
+        values = _flat(dataclasses.asdict(asked.config(variant)))
+        values.pop(asked.options.tune, None)
+        options_text = repr(sorted(values.items()))
         if options_text in known:
             raise UserError(
-                f"variants {known[options_text]} and {variant.name} have the same options: change or remove one"
+                f"variants {known[options_text]} and {variant.name} have the same options{but}: change or remove one"
             )
         known[options_text] = variant.name
     if len(known) < 2:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moonwhale.checkpoint import STATE, log_history
-from moonwhale.errors import UserError
+from moonwhale.errors import NotFiniteError, UserError
 from moonwhale.files import read_json
 from moonwhale.options import LARGEST
 from moonwhale.train.resuming import check_state
@@ -43,17 +43,31 @@ def read_log(checkpoint: Path, ended: bool = False) -> list[dict]:
     ended: whether the run must have been evaluated.
 
     Raises:
+        NotFiniteError: an evaluation found that the model is broken.
         UserError: the Trainer's state is damaged.
     """
     check_state(checkpoint)
     entries = log_history(checkpoint)
     evaluated = [entry for entry in entries if "eval_bits_per_byte" in entry]
     whole = entries and all(_has_numbers(entry, ("step", "seconds")) for entry in entries)
-    whole = whole and all(_has_numbers(entry, ("eval_bits_per_byte",)) for entry in evaluated)
+    whole = whole and all(isinstance(entry["eval_bits_per_byte"], float) for entry in evaluated)
     if not whole or (ended and not (evaluated and entries[-1]["seconds"])):
         path = checkpoint / STATE
         raise UserError(f"cannot read {path}: it is no state of a comparison's run; delete {checkpoint} to go on")
+    for entry in evaluated:
+        require_finite(entry["eval_bits_per_byte"], entry["step"])
     return entries
+
+
+def require_finite(bits_per_byte: float, step: int) -> float:
+    """Returns the bits per byte of a run after a step.
+
+    Raises:
+        NotFiniteError: they are not finite, or too large for a result.
+    """
+    if not _is_number(bits_per_byte):
+        raise NotFiniteError(f"step {step}: the held-out text takes {bits_per_byte} bits per byte")
+    return bits_per_byte
 
 
 def _has_numbers(values: object, names: tuple[str, ...]) -> bool:

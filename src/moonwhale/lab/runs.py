@@ -6,7 +6,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from moonwhale.evaluate.text import score_text
 from moonwhale.files import write_whole
 from moonwhale.lab.config import Budget, Comparison
 from moonwhale.lab.peak_memory import PeakMemory
-from moonwhale.lab.results import read_log, read_result
+from moonwhale.lab.results import read_log, read_result, require_finite
 from moonwhale.lab.turn_trainer import ENDLESS, TurnTrainer
 from moonwhale.lab.variants import Variant
 from moonwhale.precision import choose
 from moonwhale.train.config import TrainConfig, build_model_config
 from moonwhale.train.memory import out_of_memory_as_advice
+from moonwhale.train.outlook import tokens_after
 from moonwhale.train.pretrain import build_model, contents, trainer_arguments
 from moonwhale.yaml_files import write_yaml
 
@@ -73,8 +75,9 @@ class Run:
             return
         clear_unfinished(self.folder)
         if checkpoint := newest_checkpoint(self.folder):
-            last = read_log(checkpoint)[-1]
-            self.position = last["seconds"] if self.budget.unit == "seconds" else last["step"]
+            with self._ended_if_not_finite():
+                last = read_log(checkpoint)[-1]
+                self.position = last["seconds"] if self.budget.unit == "seconds" else last["step"]
 
     @property
     def name(self) -> str:
@@ -94,13 +97,19 @@ class Run:
         Raises:
             UserError: the device is out of memory, or the disk is full.
         """
-        if self.position < self.budget.amount:
-            try:
+        with self._ended_if_not_finite():
+            if self.position < self.budget.amount:
                 self._train(on_step, callbacks)
-            except NotFiniteError as error:
-                self._end({"diverged": str(error).partition(";")[0]})
-        if self.result is None and self.position >= self.budget.amount:
-            self._end(self._measured())
+            if self.position >= self.budget.amount:
+                self._end(self._measured())
+
+    @contextmanager
+    def _ended_if_not_finite(self) -> Iterator[None]:
+        """Context in which a loss, an evaluation or a weight that is not finite ends the run as diverged."""
+        try:
+            yield
+        except NotFiniteError as error:
+            self._end({"diverged": str(error).partition(";")[0]})
 
     def _train(self, on_step: Callable[[float], None], callbacks: list) -> None:
         import transformers
@@ -153,11 +162,12 @@ class Run:
         checkpoint = newest_checkpoint(self.folder)
         history = read_log(checkpoint, ended=True)
         evaluations = [entry for entry in history if "eval_bits_per_byte" in entry]
-        seconds, tokens = history[-1]["seconds"], history[-1]["step"] * self.config.tokens_per_step
+        steps, seconds = history[-1]["step"], history[-1]["seconds"]
+        tokens = self._tokens(steps)
         return {
             "bits_per_byte": evaluations[-1]["eval_bits_per_byte"],
-            "tuning_bits_per_byte": self._tuning_score(checkpoint),
-            "steps": history[-1]["step"],
+            "tuning_bits_per_byte": require_finite(self._tuning_score(checkpoint), steps),
+            "steps": steps,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -165,12 +175,15 @@ class Run:
             "curve": [
                 {
                     "seconds": entry["seconds"],
-                    "tokens": entry["step"] * self.config.tokens_per_step,
+                    "tokens": self._tokens(entry["step"]),
                     "bits_per_byte": entry["eval_bits_per_byte"],
                 }
                 for entry in evaluations
             ],
         }
+
+    def _tokens(self, steps: int) -> int:
+        return tokens_after(steps, self.config, len(self.rows.data.train))
 
     def _tuning_score(self, checkpoint: Path) -> float:
         choice = choose(self.config.device, self.config.precision)

@@ -63,7 +63,12 @@ class Training:
         print_once(f"runs       {len(todo)} to train{known}: {amount}; evaluations and checkpoints come on top")
 
     def _take_turn(self, run: Run, bar: tqdm) -> None:
-        """Trains a run for one turn, and prints its result if it was the last."""
+        """Trains a run for one turn, and prints its result if it was the last.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop.
+            RuntimeError: the turn trained no step.
+        """
         bar.set_description_str(run.name)
         before, start, position = bar.n, time.perf_counter(), run.position
 
@@ -77,7 +82,9 @@ class Training:
         if run.result is not None:
             bar.update(before + run.budget.amount - position - bar.n)
             tqdm.write(f"{run.name}: {_outcome(run.result)}", file=sys.stdout)
-        elif self._left and run.position > position:
+        elif run.position <= position:  # the run would come next for ever
+            raise RuntimeError(f"{run.name}: a turn trained no step")
+        elif self._left:
             seconds = (time.perf_counter() - start) / (run.position - position) * self._left
             tqdm.write(
                 f"time       about {duration(seconds)} in all, if it goes on like the first turn", file=sys.stdout

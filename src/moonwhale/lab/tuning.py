@@ -36,7 +36,7 @@ def tune(asked: Comparison, rows: Rows, training: Training) -> Comparison:
     tuned = []
     for variant in asked.variants:
         found = scores(grids[variant.name])
-        factor = min(found, key=found.get)
+        factor = best_factor(found)
         rate = asked.config(variant).lr * factor
         edge = ", at the grid's end" if factor in (min(found), max(found)) else ""
         shown = ", ".join(f"{asked.config(variant).lr * f:.3g}: {found[f]:.4f}" for f in sorted(found))
@@ -50,9 +50,14 @@ def scores(grid: dict[float, Run]) -> dict[float, float]:
     return {factor: run.tuning_score for factor, run in grid.items()}
 
 
+def best_factor(found: dict[float, float]) -> float:
+    """Returns the factor with the fewest bits per byte. If all runs diverged, that is the smallest factor."""
+    return min(sorted(found), key=found.get)
+
+
 def next_factor(found: dict[float, float]) -> float | None:
     """Returns the factor beyond the end at which the best one lies, or None if it lies inside the grid."""
-    best = min(found, key=found.get)
+    best = best_factor(found)
     if best == min(found):
         return best / 2
     return best * 2 if best == max(found) else None
