@@ -82,7 +82,7 @@ TOYS = {
     "generate": [*COMPUTE, *ANSWER],
     "chat": [*COMPUTE, *ANSWER],
     "serve": [*COMPUTE, "--port", "0"],
-    "eval": [*COMPUTE, *ANSWER, "--rows=2", "--problems=1", "--samples=2", "--k=1,2", "--include-path=."],
+    "eval": COMPUTE,
     "xray": ANSWER,
     "data": ["--data-documents", "60"],
     "tokenizer": [],
@@ -90,6 +90,12 @@ TOYS = {
     "info": [],
     "plan": [],
     "doctor": [],
+}
+# Appended to `eval` for each of these that it is asked for. It refuses the others' options.
+EVAL_TOYS = {
+    "--data": ["--rows=2"],
+    "--task": [*ANSWER, "--problems=1", "--samples=2", "--k=1,2"],
+    "--lm-eval": ["--include-path=."],
 }
 # Names of what only a network brings, and files that stand in
 STANDS_IN = {**{name: f"{name}.jsonl" for name in HUB_SETS}, "allenai/c4:en": "texts.jsonl"}
@@ -104,6 +110,8 @@ def at_toy_size(words: list[str]) -> list[str]:
         left_out = {"--seconds", "--tokens", "--tune"}
         words = [word for i, word in enumerate(words) if not {word, words[i - 1]} & left_out]
     toy = [] if words[1:2] == ["show"] else TOYS[words[0]]
+    if words[0] == "eval":
+        toy = toy + [option for asked, options in EVAL_TOYS.items() if asked in words for option in options]
     return words + (["--data-documents=60"] if words[:2] == ["tokenizer", "train"] else toy)
 
 

@@ -1,5 +1,6 @@
 """GGUF files describe the model correctly, and llama.cpp computes from them what we compute."""
 
+import json
 from itertools import islice
 
 import gguf
@@ -180,6 +181,15 @@ def test_what_is_lost_is_reported(exported):
     path, _, said = exported(**overrides)
     assert ["from token 9 on" in said, "MTP is left out" in said, "rms_norm_eps=1e-05" in said] == [True] * 3
     assert len(said.splitlines()) == 3 and not any("blk.2" in name for name in read(path)[1])
+
+
+def test_further_end_tokens_are_reported(checkpoint, tmp_path, capsys):
+    folder, model = checkpoint()
+    eos = model.config.eos_token_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 9, 7]}))
+    assert cli(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert said == f"warning: end tokens 7, 9 are left out: the file has one, {eos}\n"
 
 
 @pytest.mark.parametrize(

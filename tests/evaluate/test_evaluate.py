@@ -1,5 +1,6 @@
 """Tests `moonwhale eval`: its figures equal those counted by hand, and every user error is one line."""
 
+import copy
 import json
 import math
 import re
@@ -111,6 +112,17 @@ def test_the_text_score_equals_trainings_last_evaluation(tiny_run, text_folder, 
     assert found["losses"] == pytest.approx([last[f"eval_loss_{name}"] for name in names], rel=1e-6)
     assert found["accuracies"] == pytest.approx([last[f"eval_accuracy_{name}"] for name in names], rel=1e-6)
     assert (found["targets"], found["rows"], found["context"]) == (last["eval_targets"], 4, config.context)
+
+
+def test_a_perplexity_beyond_all_numbers_is_null(small_model, small_tokenizer, text_folder, tmp_path, capsys):
+    """exp overflows from 710 nats on. JSON has no infinity."""
+    loud, file = copy.deepcopy(small_model), tmp_path / "found.json"
+    loud.lm_head.weight.detach().mul_(1e6)
+    loud.save_pretrained(tmp_path / "loud")
+    small_tokenizer.save_pretrained(tmp_path / "loud")
+    printed = run(capsys, tmp_path / "loud", "--data", text_folder, "--device", "cpu", "--out", file)
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)["results"]["text"]
+    assert found["perplexity"] is None and found["losses"][0] > 710 and "perplexity inf" in printed
 
 
 def test_packing_everything_keeps_all_of_the_text(small_tokenizer, text_folder):
@@ -329,6 +341,27 @@ def test_truncated_prompts_give_a_warning(small_checkpoint, harness_folder, caps
     assert re.fullmatch("`lm_eval`: [34] prompts or more lost their beginnings, to fit a context of 96", warning)
 
 
+@pytest.mark.parametrize("settings", ["{until: [moon]}", "{until: [moon], max_new_tokens: 96}"])
+def test_answers_that_would_fill_the_context_are_shortened(
+    settings, small_checkpoint, harness_folder, tmp_path, capsys, caplog
+):
+    """lm-eval's own 256 tokens, and those that a task asks for."""
+    (harness_folder / "songs.yaml").write_text(
+        "task: songs\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {harness_folder}/whales.jsonl}}}}\n"
+        f'doc_to_text: "{{{{q}}}}"\ndoc_to_target: "{{{{a[0]}}}}"\ngeneration_kwargs: {settings}\n'
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    run(
+        capsys, small_checkpoint, "--lm-eval", "songs", "--include-path", harness_folder, "--limit", 2,
+        "--out", tmp_path / "found.json",
+    )  # fmt: skip
+    assert "exact_match" in json.loads((tmp_path / "found.json").read_text())["results"]["lm_eval"]["songs"]
+    length = 96 if "96" in settings else 256
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"`lm_eval`: answers of up to {length} tokens do not fit a context of 96: they end after 48"]
+
+
 def test_a_task_that_lm_eval_does_not_know(small_checkpoint, harness_folder, capsys):
     from lm_eval.tasks import TaskManager
 
@@ -386,7 +419,13 @@ def test_several_evaluations_in_one_call(small_checkpoint, text_folder, question
         (["--task", "QUESTIONS", "--temperature", "0"], "--temperature: 0 draws the greedy answer again and again"),
         (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower --problems"),
         (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by --whole"),
-        (["--lm-eval", "whales", "--speculation"], "--speculation: drafts are measured on text or on answers"),
+        (["--lm-eval", "whales", "--speculation"], "--speculation: it has no effect without text or questions"),
+        (["--lm-eval", "whales", "--whole"], "--whole: it has no effect without text or questions: give --data"),
+        (["--task", "QUESTIONS", "--rows", "2"], "--rows: it has no effect without --data: give both, or leave it out"),
+        (["--task", "QUESTIONS", "--data-split", "test"], "--data-split: it has no effect without --data"),
+        (["--data", "TEXT", "--limit", "9"], "--limit: it has no effect without --lm-eval"),
+        (["--data", "TEXT", "--temperature", "0"], "--temperature: it has no effect without --task"),
+        (["--lm-eval", "whales", "--k", "1"], "--k: it has no effect without --task"),
         (["--lm-eval", "whales", "--include-path", "nowhere"], "--include-path: nowhere is no folder"),
         (["--data", "TEXT", "--precision", "fp8"], "--precision: 'fp8' is none of auto, fp32, bf16"),
         (["--data", "TEXT", "--out", "nowhere/found.json"], "--out: nowhere/found.json is no new file"),

@@ -136,6 +136,18 @@ def test_a_foreign_folder(checkpoint, tmp_path, capsys):
     assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())
 
 
+def test_end_tokens_and_sampling_defaults_travel_along(checkpoint, tmp_path, capsys):
+    folder, model = checkpoint()
+    eos = [model.config.eos_token_id, 7]
+    values = {"eos_token_id": eos, "do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    run(capsys, folder, "--out", tmp_path / "theirs")
+    run(capsys, tmp_path / "theirs", "--to", "moonwhale", "--out", tmp_path / "back")
+    for name in ("theirs", "back"):
+        found = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert found | values == found and found["use_cache"] is True
+
+
 def test_bf16_keeps_the_router_bias(checkpoint, tmp_path, capsys):
     folder, model = checkpoint()
     run(capsys, folder, "--out", tmp_path / "theirs", "--dtype", "bf16")

@@ -1,6 +1,6 @@
 """The options of `moonwhale eval`. Imports nothing heavy, since the command line needs it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moonwhale.data.hub_sets import DATA_HELP
@@ -12,6 +12,7 @@ from moonwhale.options import option, require
 AT_LEAST_ONE = ("rows", "batch_size", "problems", "samples", "limit")
 DEFAULT_PROBLEMS = 100  # or as many as the task has
 DEFAULT_K = (1, 4, 16)
+ASKS_FOR = {"text": "data", "task": "task", "lm-eval": "lm_eval"}  # the option that each group needs
 
 
 @dataclass
@@ -58,20 +59,29 @@ class EvalConfig:
     def __post_init__(self):
         if not (self.data or self.task or self.lm_eval):
             raise UserError("there is nothing to evaluate: give `data`, `task` or `lm_eval`, or several of them")
+        for field in fields(self):
+            name, needed = field.name, ASKS_FOR.get(field.metadata["group"], field.name)
+            if name != needed and not getattr(self, needed) and getattr(self, name) != field.default:
+                raise UserError(f"`{name}`: it has no effect without `{needed}`: give both, or leave it out")
+        for name in ("whole", "speculation"):
+            if getattr(self, name) and not (self.data or self.task):
+                raise UserError(f"`{name}`: it has no effect without text or questions: give `data` or `task`")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             require(self, name, value is None or value >= 1, "it must be at least 1")
+        if self.task:
+            self.k = self.k or [k for k in DEFAULT_K if k <= self.samples]
+            self._check_answers()
+        if self.out and (Path(self.out).exists() or not Path(self.out).parent.is_dir()):
+            raise UserError(f"`out`: {self.out} is no new file in a folder that exists: name one")
+
+    def _check_answers(self) -> None:
         require_answers_that_fit("problems", self.problems or DEFAULT_PROBLEMS, self.samples + 1)
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
         if not self.temperature:
             raise UserError("`temperature`: 0 draws the greedy answer again and again: give a number above 0")
-        self.k = self.k or [k for k in DEFAULT_K if k <= self.samples]
         if not all(1 <= k <= self.samples for k in self.k):
             raise UserError(
                 f"`k`: {','.join(map(str, self.k))} does not fit `samples` {self.samples}: give numbers from 1 to "
                 f"{self.samples}, or raise `samples`"
             )
-        if self.speculation and not (self.data or self.task):
-            raise UserError("`speculation`: drafts are measured on text or on answers: give `data` or `task`")
-        if self.out and (Path(self.out).exists() or not Path(self.out).parent.is_dir()):
-            raise UserError(f"`out`: {self.out} is no new file in a folder that exists: name one")

@@ -75,6 +75,7 @@ class HarnessTasks:
                 softmax_dtype=torch.float32,
                 max_length=context,
             )
+            _shorten_answers(harness, context)
             found = simple_evaluate(
                 harness, tasks=self.tasks, task_manager=self.manager, limit=limit, log_samples=False
             )
@@ -90,6 +91,32 @@ class HarnessTasks:
             )
         examples = {name: {"examples": n["effective"]} for name, n in found["n-samples"].items()}
         return {name: _figures(values) | examples.get(name, {}) for name, values in found["results"].items()}
+
+
+def _shorten_answers(harness, context: int) -> None:
+    """Ends answers after half of the context if a task lets them fill it: lm-eval would raise an AssertionError."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    generate, shorter = harness.generate_until, context // 2
+
+    def generate_until(requests: list, **options) -> list[str]:
+        longest = 0
+        for request in requests:
+            prompt, settings, *rest = request.args
+            length = normalize_gen_kwargs(settings, harness.max_gen_toks)["max_gen_toks"]
+            if length >= context:
+                longest = max(longest, length)
+                request.arguments = (prompt, settings | {"max_gen_toks": shorter}, *rest)
+        if longest:
+            log.warning(
+                "`lm_eval`: answers of up to %d tokens do not fit a context of %d: they end after %d",
+                longest,
+                context,
+                shorter,
+            )
+        return generate(requests, **options)
+
+    harness.generate_until = generate_until
 
 
 class _TruncationCounter(logging.Filter):

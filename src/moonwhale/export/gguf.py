@@ -59,6 +59,11 @@ def to_gguf(folder: Path, out: Path, dtype: torch.dtype) -> list[str]:
         notes.append(
             f"warning: llama.cpp normalizes latents with rms_norm_eps={config.rms_norm_eps}, this model with 1e-06"
         )
+    known = model.generation_config.eos_token_id
+    others = set(known if isinstance(known, list) else [known]) - {None, tokenizer.eos_token_id}
+    if others:
+        ids = ", ".join(map(str, sorted(others)))
+        notes.append(f"warning: end tokens {ids} are left out: the file has one, {tokenizer.eos_token_id}")
 
     _require_runnable(folder, config)
     writer = gguf.GGUFWriter(out / "model.gguf", gguf.MODEL_ARCH_NAMES[ARCH])
