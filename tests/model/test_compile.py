@@ -1,5 +1,6 @@
 """torch.compile captures the whole model as one graph, with MoBA, experts and documents, and computes the same."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moonwhale import fp8
+from moonwhale import fp8, precision
+from moonwhale.train.pretrain import compile_blocks
 
 TOKENS = (torch.arange(40) * torch.tensor([[1], [3]])) % 61
 DOCUMENTS = torch.tensor([[*range(17), *range(23)], [*range(40)]])
 PADDED = torch.tensor([[0] * 9 + [1] * 31, [1] * 40])
+INSIDE = torch.tensor([[1] * 11 + [0] * 5 + [1] * 24, [1] * 40])
 LABELS = TOKENS.masked_fill(DOCUMENTS < 3, -100)
 
 
@@ -103,12 +106,32 @@ def test_an_emulated_fp8_training_step_is_one_graph_and_computes_the_same(tiny_m
 
 
 @pytest.mark.slow
-def test_a_forward_pass_without_labels_is_one_graph_and_computes_the_same(model):
+@pytest.mark.parametrize(
+    "inputs",
+    [{}, {"attention_mask": INSIDE, "position_ids": (INSIDE.cumsum(1) - 1).clamp(min=0)}],
+    ids=["rows", "padded inside"],
+)
+def test_a_forward_pass_without_labels_is_one_graph_and_computes_the_same(model, inputs):
     model.eval()
     with torch.no_grad():
-        expected = model(TOKENS, use_cache=False).logits
-        found = torch.compile(model, backend="eager", fullgraph=True)(TOKENS, use_cache=False).logits
+        expected = model(TOKENS, use_cache=False, **inputs).logits
+        found = torch.compile(model, backend="eager", fullgraph=True)(TOKENS, use_cache=False, **inputs).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_gpu_blocks_and_loss_are_compiled(model, monkeypatch):
+    compiled, expected = [], results(model, model)["loss"]
+    loss, blocks = model.losses, [layer._call_impl for layer in model.model.layers]
+    monkeypatch.setattr(precision, "compile_unsupported_reason", lambda device: "")
+
+    def run(function, *args, **kwargs):
+        compiled.append(function)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: partial(run, function))
+    compile_blocks(model, torch.device("meta"))
+    assert torch.equal(results(model, model)["loss"], expected)
+    assert compiled == [*blocks, loss]
 
 
 def test_a_graph_break_is_detected(tiny_model, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moonwhale.model import Documents, MoonwhaleConfig, MoonwhaleForCausalLM, MoonwhaleModel
+from moonwhale.model import Documents, MoonwhaleConfig, MoonwhaleForCausalLM, MoonwhaleModel, core, flex
 from moonwhale.model.outputs import MoonwhaleModelOutput, MoonwhaleOutput
 
 EVERYTHING = {
@@ -231,13 +231,19 @@ def test_invalid_arguments_of_forward_are_one_clear_line(tiny_model):
         with pytest.raises(ValueError) as error:
             model(**arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"^with_mtp needs the whole sequence: leave out past_key_values$"):
+        model.model(IDS[:, :1], past_key_values=cache, with_mtp=True)
     for arguments in ({"token_type_ids": IDS}, {"output_router_logits": True}, {"is_causal": False}):
         with pytest.raises(TypeError, match=rf"^{next(iter(arguments))}=.*leave it out$"):
             model(IDS, **arguments)
 
 
-def test_padding_inside_a_document_changes_nothing(tiny_model):
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static shapes"])
+def test_padding_inside_a_document_changes_nothing(static, tiny_model, monkeypatch):
     """A right-padded prompt that goes on: the tokens see each other across the padding, by their position ids."""
+    if static:  # as in training on CUDA and under torch.compile
+        monkeypatch.setattr(core, "flex_serves", lambda q, documents: True)
+        monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     for options in ({}, {"moba_topk": 2, "moba_block_size": 4}):
         model, mask = tiny_model(**options), torch.ones_like(IDS)
         mask[:, 6:9] = 0
@@ -257,6 +263,14 @@ def test_padding_between_packed_documents_changes_nothing(tiny_model):
     packed = model(IDS, attention_mask=mask, position_ids=position_ids).logits
     assert torch.allclose(packed[:, :6], model(IDS[:, :6]).logits, atol=1e-5)
     assert torch.allclose(packed[:, 8:], model(IDS[:, 8:]).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 61])
+def test_a_label_that_is_no_token_fails(label, tiny_model):
+    labels = IDS.clone()
+    labels[0, 7] = label
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        tiny_model(num_nextn_predict_layers=1)(IDS, labels=labels)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from moonwhale.model import (
     DeepseekMoE,
@@ -149,6 +150,29 @@ def test_a_part_alone_computes_what_it_computes_in_the_model():
     hook.remove()
     args, result = out[0]
     assert torch.equal(attention(args[0])[0], result[0]) and torch.equal(documents.positions, args[2].positions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+def test_a_part_alone_goes_on_from_its_cache(name):
+    torch.manual_seed(0)
+    attention, x, cache = ATTENTIONS[name](), torch.randn(2, 20, 32), DynamicCache()
+    pieces = [attention(piece, cache=cache)[0] for piece in x.split([13, 6, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x)[0])
+
+
+def test_layers_may_differ_in_heads_and_experts():
+    torch.manual_seed(0)
+    more = MoonwhaleConfig(**TOY | {"num_attention_heads": 4, "n_routed_experts": 8})
+    parts = nn.ModuleList(part(config) for part in (MultiheadLatentAttention, DeepseekMoE) for config in (CONFIG, more))
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.0)
+    hooks = attach_hooks(optimizer, parts)
+    for part in parts:
+        part(torch.randn(2, 20, 32))
+    optimizer.step()
+    logits, loads = hooks.last["max_logits"], hooks.last["loads"]
+    assert logits.isfinite().tolist() == [[True, True, False, False], [True] * 4]
+    assert loads.sum(1).tolist() == [2 * 20 * CONFIG.num_experts_per_tok] * 2 and not loads[0, 4:].any()
 
 
 def test_statistics_and_bias_stay_fp32_in_bf16():

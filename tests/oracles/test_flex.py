@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
 
-from moonwhale.model import flex, moba
+from moonwhale.model import Documents, flex, moba
 from moonwhale.precision import compile_unsupported_reason
 from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, heads_of, naive, normal, read
 
@@ -110,6 +110,24 @@ def test_the_lists_of_tiles_agree_with_the_mask(rows, topk, context, masks, monk
     assert len(masks) == (2 if context == "long" and topk else 1)
     for mask, heads, _ in masks:
         assert_lists_agree(mask, heads)
+
+
+@pytest.mark.parametrize("context", ["short", "long"])
+@pytest.mark.parametrize("topk", [0, 3])
+def test_blocks_go_on_across_padding(topk, context, masks, monkeypatch):
+    """Padding inside a document is no key, takes no place in a block, and is in no tile that is listed as full."""
+    monkeypatch.setattr(flex, "LONG_CONTEXT", 0 if context == "long" else 99)
+    real = torch.ones(1, 20, dtype=torch.bool)
+    real[:, 5:8] = False
+    padded = Documents.from_inputs(1, 20, "cpu", real, (real.cumsum(1) - 1).clamp(min=0))
+    q, k, v = (normal(1, HEADS, 20, width, seed=width) for width in (WIDTH, WIDTH, 5))
+    found = flex.attention(q, k, v, SCALE, padded, SIZE, topk)
+    for mask, heads, _ in masks:
+        assert_lists_agree(mask, heads)
+    whole = Documents.from_inputs(1, 17, "cpu")
+    expected = flex.attention(*(x[:, :, real[0]] for x in (q, k, v)), SCALE, whole, SIZE, topk)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert close(ours[:, :, real[0]], theirs)
 
 
 def test_a_long_context_reads_as_many_tiles_as_were_chosen(masks, monkeypatch):

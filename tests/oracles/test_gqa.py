@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moonwhale.model import gqa
@@ -205,6 +208,21 @@ def test_frozen_weights_are_not_clipped(tiny_config, draw):
     attention.k_proj.requires_grad_(False)
     attention.max_logit.fill_(1e3)
     assert attention.clip_qk_(1.0) == 0
+
+
+@pytest.mark.cpu_only
+def test_sharded_weights_and_biases_are_clipped(tiny_config, draw):
+    plain, sharded = (draw(GroupedQueryAttention(tiny_config(**GQA, attention_bias=True), 0)) for _ in range(2))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        for attention in (plain, sharded):
+            attention.max_logit.fill_(9.0)
+            assert attention.clip_qk_(1.0) == 4
+        for (name, ours), theirs in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours.full_tensor(), theirs), name
+    finally:
+        dist.destroy_process_group()
 
 
 # --- mutants ----------------------------------------------------------------------------------------------------------

@@ -139,12 +139,12 @@ def test_the_last_queries_give_the_same_as_among_all(first, length, topk, chunks
 
 
 def test_blocks_that_cover_everything_are_full_attention():
-    """This includes the sparse path itself: a top-k of 2 covers three documents of two blocks each."""
+    """This includes the sparse path itself: a top-k of 2 covers three documents of two blocks each. 0 is the same."""
     layout, _ = read([[8, 7, 5]])
     q, k, v = (x.float() for x in heads_of(layout))
     k = k[..., :WIDTH]
     full = attention.attend(q, k, v, SCALE, True, layout.document_ids)
-    for topk in (2, 99):
+    for topk in (0, 2, 99):
         ours = moba.moba_attention(q, k, v, SCALE, layout, SIZE, topk)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, full, strict=True))
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .attention import attend
 from .configuration_moonwhale import MoonwhaleConfig
@@ -31,16 +32,19 @@ class Attention(Statistics):
         self.topk = config.moba_topk if config.is_moba_layer(layer_idx) else 0
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
-
-def described(
-    config, x: Tensor, rotation: tuple[Tensor, Tensor] | None, documents: Documents | None
-) -> tuple[tuple[Tensor, Tensor], Documents]:
-    """Return both as given. One that is None describes rows of x (B, T, hidden) that hold one document each."""
-    if documents is None:
-        documents = Documents.from_inputs(*x.shape[:2], x.device)
-    if rotation is None:
-        rotation = rotation_table(config, documents.positions[:, -x.shape[1] :], x.dtype)
-    return rotation, documents
+    def described(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, documents: Documents | None, cache: Cache | None
+    ) -> tuple[tuple[Tensor, Tensor], Documents]:
+        """Return both as given. One that is None describes rows that hold one document each: the cached tokens, then
+        those of x (B, T, hidden).
+        """
+        batch, length, _ = x.shape
+        if documents is None:
+            past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
+            documents = Documents.from_inputs(batch, past + length, x.device)
+        if rotation is None:
+            rotation = rotation_table(self.config, documents.positions[:, -length:], x.dtype)
+        return rotation, documents
 
 
 def attend_to_documents(

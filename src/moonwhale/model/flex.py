@@ -46,10 +46,10 @@ def attention(
         out (B, H, T, Dv), and the largest scaled logit of each query (B, H, T) in fp32.
     """
     if torch.compiler.is_compiling():
-        return _attention(q, k, v, documents.document_ids, documents.positions, scale, block_size, topk)
+        return _attention(q, k, v, documents.document_ids, documents.ranks, scale, block_size, topk)
     length = q.shape[2]
     missing = compiled_length(length) - length
-    padded = _padded(q, k, v, documents.document_ids, documents.positions, missing)
+    padded = _padded(q, k, v, documents.document_ids, documents.ranks, missing)
     out, max_logit = _compiled()(*padded, scale, block_size, topk)
     return out[:, :, :length], max_logit[:, :, :length]
 
@@ -63,19 +63,19 @@ def compiled_length(length: int) -> int:
     return FLEX_TILE << (-(-length // FLEX_TILE) - 1).bit_length()
 
 
-def _padded(q, k, v, document_ids, positions, missing: int) -> tuple[Tensor, ...]:
+def _padded(q, k, v, document_ids, ranks, missing: int) -> tuple[Tensor, ...]:
     if not missing:
-        return q, k, v, document_ids, positions
+        return q, k, v, document_ids, ranks
     q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-    return q, k, v, F.pad(document_ids, (0, missing), value=-1), F.pad(positions, (0, missing))
+    return q, k, v, F.pad(document_ids, (0, missing), value=-1), F.pad(ranks, (0, missing))
 
 
-def _attention(q, k, v, document_ids, positions, scale, block_size, topk) -> tuple[Tensor, Tensor]:
+def _attention(q, k, v, document_ids, ranks, scale, block_size, topk) -> tuple[Tensor, Tensor]:
     length = q.shape[2]
     # (B, H, T', D) and (B, T'), with T' a multiple of FLEX_TILE
-    q, k, v, document_ids, positions = _padded(q, k, v, document_ids, positions, -length % FLEX_TILE)
+    q, k, v, document_ids, ranks = _padded(q, k, v, document_ids, ranks, -length % FLEX_TILE)
     # Full attention is one block that holds a whole document.
-    table = StaticBlockTable.build(document_ids, positions, block_size if topk else len(document_ids[0]))
+    table = StaticBlockTable.build(document_ids, ranks, block_size if topk else len(document_ids[0]))
     chosen = table.choose(q, k, topk - 1) if topk > 1 and length > block_size else None
 
     is_long = length > LONG_CONTEXT * topk * block_size
@@ -107,31 +107,40 @@ class StaticBlockTable:
     """
 
     size: int  # S
-    own: Tensor  # (B, T) first token of each token's own block
+    own: Tensor  # (B, T) first token of each token's own block, padding itself
     full_block: Tensor  # (B, T) index of the full block that a token is in, `count` if it is in none
-    first: Tensor  # (B, count) first token of each full block, T where a row has fewer
+    token: Tensor  # (B, count * S) the tokens of each full block, T where a row has fewer
     document_ids: Tensor  # (B, T)
 
     @property
     def count(self) -> int:
-        return self.first.shape[1]
+        return self.token.shape[1] // self.size
+
+    @property
+    def first(self) -> Tensor:
+        """The first token of each full block (B, count), T where a row has fewer."""
+        return self.token[:, :: self.size]
 
     @classmethod
-    def build(cls, document_ids: Tensor, positions: Tensor, size: int) -> "StaticBlockTable":
-        """Find the blocks from `Documents`' document ids and positions, both (B, T)."""
+    def build(cls, document_ids: Tensor, ranks: Tensor, size: int) -> "StaticBlockTable":
+        """Find the blocks from `Documents`' document ids and ranks, both (B, T)."""
         batch, length = document_ids.shape
         count, index = length // size, torch.arange(length, device=document_ids.device).expand(batch, -1)
-        own = index - positions % size
-        size_later = F.pad(document_ids, (0, size), value=-2)[:, size - 1 : size - 1 + length]
-        opens_full_block = (positions % size == 0) & (document_ids >= 0) & (size_later == document_ids)
+        real = document_ids >= 0
+        opens_block = real & (ranks % size == 0)
+        own = torch.where(real, torch.where(opens_block, index, 0).cummax(1).values, index)
+        n_tokens = torch.zeros_like(own).scatter_add_(1, own, real.long())  # of the block that a token opens
+        opens_full_block = opens_block & (n_tokens == size)
         number = torch.where(opens_full_block, opens_full_block.cumsum(1) - 1, count)
-        first = torch.full((batch, count + 1), length, device=document_ids.device).scatter_(1, number, index)
-        return cls(size, own, number.gather(1, own), first[:, :-1], document_ids)
+        full_block = number.gather(1, own)
+        # Tokens of no full block go to one extra block, which is cut off.
+        token = torch.full((batch, (count + 1) * size), length, device=document_ids.device)
+        token.scatter_(1, full_block * size + ranks % size, index)
+        return cls(size, own, full_block, token[:, : count * size], document_ids)
 
     def take(self, x: Tensor) -> Tensor:
         """Gather the tokens of full blocks from x (B, H, T, D): (B, H, count * S, D)."""
-        index = self.first[..., None] + torch.arange(self.size, device=x.device)
-        return take_rows(x, index.clamp(max=x.shape[2] - 1).flatten(1))
+        return take_rows(x, self.token.clamp(max=x.shape[2] - 1))
 
     def choose(self, q: Tensor, k: Tensor, n: int) -> Tensor:
         """Return the `n` earlier blocks with the largest gates, (B, H, T, n), and -1 where there are fewer."""
@@ -172,12 +181,13 @@ def _tile_mask(table: StaticBlockTable, chosen: Tensor | None, mask, length: int
     own_begins = table.own.unflatten(1, (-1, FLEX_TILE))  # (B, T / tile, tile)
     earlier = tile[:, None] >= tile
     visible = (earlier & (own_begins.amin(2)[..., None] // FLEX_TILE <= tile))[:, None]  # (B, 1, T / tile, T / tile)
-    full = ((tile[:, None] > tile) & (own_begins.amax(2)[..., None] <= tile * FLEX_TILE))[:, None]
+    unpadded = (table.document_ids >= 0).unflatten(1, (-1, FLEX_TILE)).all(2)[:, None]  # (B, 1, T / tile)
+    full = (unpadded & (tile[:, None] > tile) & (own_begins.amax(2)[..., None] <= tile * FLEX_TILE))[:, None]
     if chosen is not None:
         by_tile = chosen.masked_fill(chosen < 0, table.count).unflatten(2, (-1, FLEX_TILE)).flatten(3)
         taken = chosen.new_zeros(*chosen.shape[:2], len(tile), table.count + 1, dtype=torch.float32)
         taken = taken.scatter_(3, by_tile, 1.0)[..., :-1]  # (B, H, T / tile, count)
-        begin, last = table.first[..., None] // FLEX_TILE, (table.first[..., None] + table.size - 1) // FLEX_TILE
+        begin, last = (table.token[:, i :: table.size, None] // FLEX_TILE for i in (0, table.size - 1))
         covers = ((begin <= tile) & (tile <= last)).float()  # (B, count, T / tile)
         visible = visible | (taken @ covers[:, None] > 0)
     partial, full = visible & ~full, full.expand_as(visible)

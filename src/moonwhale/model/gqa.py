@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .core import Attention, attend_to_documents, described, join_heads, seen_keys, softmax_weights
+from .core import Attention, attend_to_documents, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .mla import scale_rows_
 from .rope import rotate
@@ -50,7 +50,7 @@ class GroupedQueryAttention(Attention):
         Arguments and results are those of `MultiheadLatentAttention.forward`, but a cache holds keys
         (B, kv_heads, Tk, D) and values (B, kv_heads, Tk, Dv), and `input_ids` has no use here.
         """
-        rotation, documents = described(self.config, x, rotation, documents)
+        rotation, documents = self.described(x, rotation, documents, cache)
         q = rotate(self._by_head(self.q_proj(x), self.heads), rotation, self.interleaved)
         k = rotate(self._by_head(self.k_proj(x), self.kv_heads), rotation, self.interleaved)
         v = self._by_head(self.v_proj(x), self.kv_heads)
@@ -96,5 +96,5 @@ class GroupedQueryAttention(Attention):
             factors = (gamma if shared else gamma.sqrt()).expand(-1, len(linear.weight) // len(gamma))
             scale_rows_(linear.weight, factors)
             if linear.bias is not None:  # its part of the logits shrinks as well
-                linear.bias.mul_(factors.flatten())
+                scale_rows_(linear.bias, factors)
         return above.sum()

@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, row_weight):
         ignored = labels == IGNORE_INDEX
         rows, rows_per_piece = _rows_to_compute(ignored, len(weight))
-        row_weight, labels = row_weight.masked_fill(ignored, 0.0), labels.clamp(min=0)
+        row_weight, labels = row_weight.masked_fill(ignored, 0.0), labels.masked_fill(ignored, 0)
         head = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_moonwhale import MoonwhaleConfig
 from .convolution import depthwise_convolution
-from .core import Attention, attend_to_documents, described, join_heads, seen_keys, softmax_weights
+from .core import Attention, attend_to_documents, join_heads, seen_keys, softmax_weights
 from .documents import Documents
 from .moba import moba_gates
 from .norm import RMSNorm
@@ -81,7 +81,7 @@ class MultiheadLatentAttention(Attention):
         Args:
             x: (B, Tq, hidden) the newest tokens.
             rotation: cosines and sines of their positions, from `rotation_table`. None: of those in `documents`.
-            documents: describes all Tk tokens. None: each row is one document, without a cache.
+            documents: describes all Tk tokens. None: each row is one document, its cached tokens and x.
             cache: a transformers cache. Of this layer it holds latents (B, 1, Tk, rank) and rotary keys
                 (B, 1, Tk, rope).
             output_attentions: whether to return the softmax's weights too. This takes memory for all of them.
@@ -92,7 +92,7 @@ class MultiheadLatentAttention(Attention):
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache; then the
             weights (B, heads, Tq, Tk), if asked for.
         """
-        rotation, documents = described(self.config, x, rotation, documents)
+        rotation, documents = self.described(x, rotation, documents, cache)
         q_nope, q_rope, latent, k_rope = self._project(x, rotation, input_ids)
         if cache is not None:
             n_tokens = documents.document_ids.shape[1]  # a static cache returns its unused end too
@@ -235,6 +235,6 @@ class MultiheadLatentAttention(Attention):
 
 
 def scale_rows_(weight: Tensor, factors: Tensor) -> None:
-    """Multiply each row by its factor, `factors` (heads, rows per head). The weight may be sharded over ranks."""
-    factors = factors.reshape(-1, 1)
+    """Multiply each row by its factor, `factors` (heads, rows per head). A weight or bias may be sharded over ranks."""
+    factors = factors.reshape(-1, *[1] * (weight.ndim - 1))
     weight.mul_(DTensor.from_local(factors, weight.device_mesh) if isinstance(weight, DTensor) else factors)

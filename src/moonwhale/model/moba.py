@@ -28,8 +28,8 @@ def moba_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute sparse attention of q, k (B, H, T, D) and v (B, H, T, Dv). It can be a part of any attention.
 
-    Work and memory are linear in T * topk * block_size. `topk` counts the query's own block. `scale` is the softmax's,
-    1 / √D as a rule. Without `documents` (None) each row is one.
+    Work and memory are linear in T * topk * block_size. `topk` counts the query's own block; 0 is full attention.
+    `scale` is the softmax's, 1 / √D as a rule. Without `documents` (None) each row is one.
 
     To read a long prompt in pieces, `q` may hold the last Tq tokens only, from the start of a block on. This needs
     `documents.one_per_row` and has no gradient.
@@ -40,7 +40,7 @@ def moba_attention(
     if documents is None:
         documents = Documents.from_inputs(len(k), k.shape[2], k.device)
     table, length = documents.block_table(block_size), q.shape[2]
-    every_block_is_chosen = topk >= table.count
+    every_block_is_chosen = topk == 0 or topk >= table.count
     if every_block_is_chosen:
         return attend(q, k, v, scale, causal=True, document_ids=documents.ids_to_mask_by)
     q, k, v = (table.to_slots(x) for x in (q, k, v))  # (B, H, S, D), S = count * block_size

@@ -88,7 +88,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
                 next optimizer step. None: if gradients are enabled.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds, or a mask of another shape.
+            ValueError: neither or both of input_ids and inputs_embeds, a mask of another shape, or MTP after a cache.
             TypeError: an argument that the model does not know, or knows but cannot obey.
         """
         cache_position = kwargs.pop("cache_position", None)
@@ -109,6 +109,8 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if with_mtp and past:
+            raise ValueError("with_mtp needs the whole sequence: leave out past_key_values")
         batch, length, _ = x.shape
         check_cache_position(cache_position, past, length)
         if documents is None:
@@ -297,6 +299,9 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
         logits, losses = None, {}
         if has_loss:
             losses = self.losses(body, targets, num_items_in_batch)
+            if self.skips_mtp and torch.distributed.is_initialized():
+                # DDP waits for a gradient of every parameter: here they are zero
+                losses["loss"] = losses["loss"] + sum(p[:0].sum() for p in self.model.mtp_modules.parameters())
         if not (has_loss and self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(body.last_hidden_state[:, keep])
@@ -311,11 +316,8 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
 
     @property
     def skips_mtp(self) -> bool:
-        """Whether a training step leaves the MTP modules out: with λ = 0 their loss counts for nothing.
-
-        Several processes run them all the same, since DDP waits for every parameter's gradient.
-        """
-        return self.training and self.mtp_loss_weight == 0 and not torch.distributed.is_initialized()
+        """Whether a training step leaves the MTP modules out: with λ = 0 their loss counts for nothing."""
+        return self.training and self.mtp_loss_weight == 0
 
     def losses(self, body: MoonwhaleModelOutput, targets: Tensor, num_items: Tensor | int | None) -> dict[str, Tensor]:
         """Return the fields of `MoonwhaleOutput` about the loss: main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all

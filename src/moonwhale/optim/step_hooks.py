@@ -9,6 +9,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from moonwhale.errors import UserError
 
@@ -18,7 +19,8 @@ class StepHooks:
 
     `last` holds the statistics of the latest step, as tensors on the model's device so that no host sync is needed:
     `max_logits` (layers, heads), −inf without a batch; `clipped_heads` (), the number of clipped heads; and `loads`
-    (layers, experts), tokens over all micro-batches and ranks. An entry is missing if the model has no such modules.
+    (layers, experts), tokens over all micro-batches and ranks. Layers with fewer heads or experts are padded with
+    −inf or 0. An entry is missing if the model has no such modules.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None, group=None):
@@ -36,14 +38,14 @@ class StepHooks:
         if self.attentions:
             logits = [attention.max_logit for attention in self.attentions]
             _all_reduce(logits, "MAX", self.group)
-            self.last["max_logits"] = torch.stack(logits)
+            self.last["max_logits"] = pad_sequence(logits, batch_first=True, padding_value=-math.inf)
             if self.qk_clip_tau is not None:
                 clipped = [attention.clip_qk_(self.qk_clip_tau) for attention in self.attentions]
                 self.last["clipped_heads"] = torch.stack(clipped).sum()
         if self.moes:
             loads = [moe.load for moe in self.moes]
             _all_reduce(loads, "SUM", self.group)
-            self.last["loads"] = torch.stack(loads)
+            self.last["loads"] = pad_sequence(loads, batch_first=True)
             for moe in self.moes:
                 moe.update_bias_()
         if self._is_first_step and self.last:
