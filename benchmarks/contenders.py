@@ -46,6 +46,9 @@ RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the tim
     "qk_clip_tau": 100.0,
     **FAST.train,
 }
+# For longer runs: as many active parameters as nanochat has, and half of the optimizer's and MTP's share of the time
+WIDE = {"kv_lora_rank": 128, "latent_embedding_every": 1, "moe_intermediate_size": 192}
+WIDE_RECIPE = RECIPE | {"rows": 32, "mtp_start": 0.9}
 OUR_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 DENSE = {"vocab_size": VOCABULARY, "layers": 4, "width": 256, "heads": 4, "inner": 1024, "context": CONTEXT}
 DENSE_RECIPE = {"rows": 16, "lr": 2e-3, "warmup": 0.02, "floor": 0.1, "weight_decay": 0.1, "grad_clip": 1.0}
@@ -140,10 +143,10 @@ def _descend(model, optimizer, loss: Tensor, grad_clip: float) -> None:
     optimizer.zero_grad()
 
 
-def ours(recipe: dict = RECIPE, seed: int = 0) -> Contender:
-    """Returns our model with all its mechanisms."""
+def ours(recipe: dict = RECIPE, seed: int = 0, **changes) -> Contender:
+    """Returns our model with all its mechanisms. `changes` are fields of MODEL."""
     torch.manual_seed(seed)
-    net = MoonwhaleForCausalLM(MoonwhaleConfig(**MODEL)).to(choose().device)
+    net = MoonwhaleForCausalLM(MoonwhaleConfig(**MODEL | changes)).to(choose().device)
     optimizer = MuonClip(param_groups(net, **{name: recipe[name] for name in ("lr", "weight_decay", "embedding_lr")}))
     attach_hooks(optimizer, net, qk_clip_tau=recipe["qk_clip_tau"])
     peaks = [group["lr"] for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
 """Which model predicts held-out text best after equal time: moonwhale, a dense model with AdamW, or nanochat?
 
     python benchmarks/quality.py TEXT [--nanochat FOLDER] [--tune]
-    python benchmarks/quality.py TEXT --nanochat FOLDER --only ours nanochat --seconds 1200 \
+    python benchmarks/quality.py TEXT --nanochat FOLDER --only ours nanochat --seconds 1200 --wide \
         --rates benchmarks/results/quality.json --name quality_20min
 
 The contenders (contenders.py) train on the same rows of the same text, with the same tokenizer, threads, precision and
@@ -165,9 +165,10 @@ def compete(names: list[str], data: Data, arguments: argparse.Namespace) -> tupl
     Returns, by contender: the best run, its recipe, and the tuning bits per byte of the rates in the trials and at the
     end.
     """
+    ours, changes = (contenders.WIDE_RECIPE, contenders.WIDE) if arguments.wide else (contenders.RECIPE, {})
     theirs = contenders.NANOCHAT_RECIPE | ({"rows": arguments.nanochat_batch} if arguments.nanochat_batch else {})
     known: dict[str, tuple[dict, tuple, Callable[[dict], Contender]]] = {
-        "ours": (contenders.RECIPE, contenders.OUR_RATES, contenders.ours),
+        "ours": (ours, contenders.OUR_RATES, lambda recipe: contenders.ours(recipe, **changes)),
         "dense": (contenders.DENSE_RECIPE, contenders.DENSE_RATES, contenders.dense),
         "nanochat": (theirs, contenders.NANOCHAT_RATES, lambda recipe: contenders.nanochat(arguments.nanochat, recipe)),
     }
@@ -212,8 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("text", metavar="TEXT", help="training text, .txt or .txt.xz; its paragraphs are documents")
     parser.add_argument("--nanochat", type=Path, metavar="FOLDER", help="checkout of nanochat, the third contender")
-    parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows per step of nanochat (those of ours)")
+    parser.add_argument("--nanochat-batch", type=int, metavar="ROWS", help="rows per step of nanochat (16)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"seconds each contender trains ({SECONDS})")
+    parser.add_argument("--wide", action="store_true", help="moonwhale's shape and recipe for longer runs")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--tune", action="store_true", help="try several learning rates, and race with the best")
     choice.add_argument("--rates", type=rates_of, default={}, metavar="FILE", help="take learning rates of this result")
@@ -250,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         result["why_no_nanochat"] = why
     result |= {key: {name: run[key] for name, run in runs.items()} for key in REPORTED}
     result |= {"rates": rates, "finals": finals, "recipes": recipes}
-    result["models"] = {"ours": contenders.MODEL, "dense": contenders.DENSE, "nanochat": contenders.NANOCHAT}
+    model = contenders.MODEL | (contenders.WIDE if arguments.wide else {})
+    result["models"] = {"ours": model, "dense": contenders.DENSE, "nanochat": contenders.NANOCHAT}
     result |= {"text": Path(arguments.text).name, "context": contenders.CONTEXT, "vocabulary": contenders.VOCABULARY}
     result |= {"train_tokens": len(data.train), "held_out_tokens": data.held_out.numel()}
     result["environment"] = environment("bf16 autocast" if choose().autocast else "fp32", allocator_tuned)
