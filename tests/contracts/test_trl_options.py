@@ -202,8 +202,10 @@ def test_grpo_refuses_a_model_with_adapters(small_checkpoint, grpo):
 def test_grpo_reads_the_control_tokens_of_a_text(grpo):
     """TRL tokenizes a text prompt that way, so its data sets may hold the chat template's tokens."""
     trainer = grpo()
-    text = trainer.processing_class.apply_chat_template([{"role": "user", "content": "sea"}], tokenize=False)
-    assert trainer._roll_out([text], None)["prompt_ids"] == [trainer.processing_class(text)["input_ids"]]
+    messages = [{"role": "user", "content": "sea"}]
+    text = trainer.processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    alone, of_text, of_messages = trainer._roll_out(["sea", text, messages], None)["prompt_ids"]
+    assert alone[0] == trainer.processing_class.bos_token_id and of_text == of_messages
 
 
 def test_no_two_rollouts_of_grpo_share_a_seed(grpo, monkeypatch):

@@ -74,10 +74,10 @@ def test_a_run_goes_on_where_new_answers_are_drawn(options, tmp_path, monkeypatc
     """With several iterations, a checkpoint between them could not be resumed: it does not hold the answers."""
     from moonwhale.train.callbacks import StopAtStepEnd
 
-    of_both = {"iterations": 2, "steps": 6, "save_every": 3, "eval_every": 3}
+    of_both = {"iterations": 2, "steps": 7, "save_every": 3, "eval_every": 3}
     whole, part = options(out=str(tmp_path / "whole"), **of_both), options(**of_both)
     grpo(whole)
-    assert {path.name for path in Path(whole.out).glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    assert {path.name for path in Path(whole.out).glob("checkpoint-*")} >= {"checkpoint-6", "checkpoint-7"}
 
     def stop_in_step_3(self, args, state, control, **_):
         self.stop_requested |= state.global_step == 2
@@ -85,7 +85,7 @@ def test_a_run_goes_on_where_new_answers_are_drawn(options, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StopAtStepEnd, "on_step_begin", stop_in_step_3)
         grpo(part)
-    assert newest_checkpoint(part.out).name == "checkpoint-4"
+    assert [path.name for path in Path(part.out).glob("checkpoint-*")] == ["checkpoint-4"]
     grpo(parse_run(GRPOOptions, ["--out", part.out, "--resume"]))
     ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -86,6 +86,9 @@ def test_answers_are_reused_only_for_the_same_options(folder, monkeypatch, now, 
     Path("answers.jsonl").touch()
     with pytest.raises(UserError, match=r"answers of unknown origin, without answers.jsonl.yaml: name another file"):
         recipe(write([{"sample": SAMPLE}]))
+    record_of("answers.jsonl").touch()
+    with pytest.raises(UserError, match=r"answers.jsonl.yaml holds no options of answers.jsonl: name another file"):
+        recipe(write([{"sample": SAMPLE}]))
     record_of("answers.jsonl").write_text(yaml.safe_dump(asdict(SampleOptions(**SAMPLE))))
     if complaint is None:
         recipe(write([{"sample": SAMPLE | now}]))

@@ -121,7 +121,7 @@ def test_packed_conversations_do_not_see_each_other(small_checkpoint, chats, tmp
         assert (model(**mixed).losses - packed.losses).abs().max() > 1e-2
 
 
-def test_rows_that_somebody_else_tokenized():
+def test_the_collator_takes_rows_without_labels():
     """As TRL's collator takes them: without labels, every token is one."""
     batch = Collator(4, pad_token_id=0)([{"input_ids": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}])
     assert batch["labels"].tolist() == [[5, 6, -100, -100], [-100, 8, 9, -100]]

@@ -166,7 +166,7 @@ class Run:
         tokens = self._tokens(steps)
         return {
             "bits_per_byte": evaluations[-1]["eval_bits_per_byte"],
-            "tuning_bits_per_byte": require_finite(self._tuning_score(checkpoint), steps),
+            "tuning_bits_per_byte": require_finite(self._tuning_score(checkpoint, steps), steps),
             "steps": steps,
             "tokens": tokens,
             "seconds": seconds,
@@ -185,9 +185,12 @@ class Run:
     def _tokens(self, steps: int) -> int:
         return tokens_after(steps, self.config, len(self.rows.data.train))
 
-    def _tuning_score(self, checkpoint: Path) -> float:
+    def _tuning_score(self, checkpoint: Path, step: int) -> float:
         choice = choose(self.config.device, self.config.precision)
-        model, tokenizer = open_checkpoint(checkpoint)
+        try:
+            model, tokenizer = open_checkpoint(checkpoint)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"step {step}: a weight is not finite") from error
         autocast = choice.dtype if choice.autocast else None
         score = score_text(model.to(choice.device), self.rows.tuning, tokenizer, self.config.batch_size, autocast)
         return score["bits_per_byte"]

@@ -107,7 +107,7 @@ class StaticBlockTable:
     """
 
     size: int  # S
-    own: Tensor  # (B, T) first token of each token's own block, padding itself
+    own: Tensor  # (B, T) first token of each token's own block; of padding, its own index
     full_block: Tensor  # (B, T) index of the full block that a token is in, `count` if it is in none
     token: Tensor  # (B, count * S) the tokens of each full block, T where a row has fewer
     document_ids: Tensor  # (B, T)

@@ -300,8 +300,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
         if has_loss:
             losses = self.losses(body, targets, num_items_in_batch)
             if self.skips_mtp and torch.distributed.is_initialized():
-                # DDP waits for a gradient of every parameter: here they are zero
-                losses["loss"] = losses["loss"] + sum(p[:0].sum() for p in self.model.mtp_modules.parameters())
+                losses["loss"] = losses["loss"] + self.zero_of_mtp()
         if not (has_loss and self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(body.last_hidden_state[:, keep])
@@ -318,6 +317,10 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
     def skips_mtp(self) -> bool:
         """Whether a training step leaves the MTP modules out: with λ = 0 their loss counts for nothing."""
         return self.training and self.mtp_loss_weight == 0
+
+    def zero_of_mtp(self) -> Tensor | int:
+        """Return 0 as a function of the resting modules' parameters, since DDP waits for a gradient of each."""
+        return sum(p[:0].sum() for p in self.model.mtp_modules.parameters())
 
     def losses(self, body: MoonwhaleModelOutput, targets: Tensor, num_items: Tensor | int | None) -> dict[str, Tensor]:
         """Return the fields of `MoonwhaleOutput` about the loss: main + λ/D Σ_k MTP_k + balance (V3 eq. 24-25), all

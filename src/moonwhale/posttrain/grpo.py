@@ -204,6 +204,7 @@ def trainer_arguments(config: GRPOOptions, choice, reward_weights: list[float]):
         num_generations=config.group_size,
         num_generations_eval=1,
         num_iterations=config.iterations,
+        last_shared_step=config.shared_steps(config.steps) if config.save_every else 0,
         temperature=config.temperature,
         max_completion_length=config.max_new_tokens,
         reward_weights=reward_weights,

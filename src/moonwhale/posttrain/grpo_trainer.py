@@ -79,10 +79,8 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         # TRL's loss keeps only log-probabilities of the policy's forward. The losses added here need its hidden states
         # and balance loss.
         self._policy_output = None
-        self._rollouts = {
-            "train": (0, 0),
-            "eval": (0, 0),
-        }  # the step of the last one, and how many that step had before
+        # The step of the last rollout, and its number in that step
+        self._rollouts = {"train": (-1, 0), "eval": (-1, 0)}
         self.model.model.register_forward_hook(self._keep_policy_output)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -98,8 +96,7 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         self._stop_unless_finite()  # NaN weights give no distribution to draw from
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         engine = Engine(model, self.processing_class, sequences=len(prompts))
-        # A text is tokenized as TRL does it: it may hold the chat template's control tokens.
-        ids = [engine.encode(self.processing_class(p)["input_ids"] if isinstance(p, str) else p) for p in prompts]
+        ids = [engine.encode(self._tokenize(p) if isinstance(p, str) else p) for p in prompts]
         completions = engine.generate(
             ids,
             max_new_tokens=args.max_completion_length,
@@ -110,6 +107,16 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
             seed=self._rollout_seed(len(prompts)),
         )
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text prompt, which may hold the chat template's control tokens, as TRL's may. The first
+        is bos.
+        """
+        bos, ids = (
+            self.processing_class.bos_token_id,
+            self.processing_class(text, add_special_tokens=False)["input_ids"],
+        )
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _rollout_seed(self, n_prompts: int) -> int:
         """Returns a seed that no other rollout of this run has, and that the resumed run has too."""
@@ -149,7 +156,9 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         labels[:, : inputs["prompt_ids"].shape[1]] = IGNORE_INDEX
         unwrapped = self.accelerator.unwrap_model(self.model)
         added = output.balance_loss
-        if unwrapped.config.num_nextn_predict_layers:
+        if unwrapped.skips_mtp:
+            added = added + unwrapped.zero_of_mtp()
+        elif unwrapped.config.num_nextn_predict_layers:
             with self.accelerator.autocast():
                 losses, balance = mtp_losses(unwrapped, output.last_hidden_state, ids, mask, labels)
             added = added + balance + unwrapped.mtp_loss_weight * losses.mean()

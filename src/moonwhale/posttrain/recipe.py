@@ -125,7 +125,10 @@ def _check_same_run(verb: str, config, record: Path) -> None:
             f"`out`: {config.out} holds {what} of unknown origin, without {record.name}: name another {where}"
         )
     if verb == "sample":
-        earlier = sample.SampleOptions(**options.check(sample.SampleOptions, read_yaml_file(record), str(record)))
+        given = read_yaml_file(record)
+        if not isinstance(given, dict):
+            raise UserError(f"`out`: {record} holds no options of {config.out}: name another file")
+        earlier = sample.SampleOptions(**options.check(sample.SampleOptions, given, str(record)))
     else:
         recorded = run_folder.verb_of(record)
         if recorded not in (None, verb):

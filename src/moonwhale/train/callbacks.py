@@ -152,5 +152,7 @@ class StopAtStepEnd(TrainerCallback):
             requested = torch.tensor(float(self.stop_requested), device=args.device)
             dist.all_reduce(requested, dist.ReduceOp.MAX)
             self.stop_requested = bool(requested)
-        if self.stop_requested and state.global_step % getattr(args, "num_iterations", 1) == 0:
+        micro_batches = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+        steps_per_rollout = max(1, micro_batches // args.gradient_accumulation_steps)
+        if self.stop_requested and state.global_step % steps_per_rollout == 0:
             control.should_training_stop = control.should_save = True

@@ -51,9 +51,9 @@ def find_checkpoint(config: RunOptions) -> Path | None:
     if checkpoint is None:
         shared = config.shared_steps(_steps_of(undamaged[0]))
         raise UserError(
-            f"`steps`: {config.steps} needs a checkpoint of step {shared} or before, as the learning rate decays from "
-            f"there on, and the oldest in {config.out} is of step {step_of(undamaged[-1])}: go on from the model by "
-            "`from_`, with another `out`"
+            f"`steps`: {config.steps} needs a checkpoint of step {shared} or before, after which a run of "
+            f"other length differs, and the oldest in {config.out} is of step {step_of(undamaged[-1])}: go on from the "
+            "model by `from_`, with another `out`"
         )
     check_state(checkpoint)
     print_once(f"resuming   from {checkpoint}")
