@@ -3,8 +3,8 @@
     python benchmarks/ablations.py --seconds 240 [--seeds 3] [--tune] [--only MHA,GQA]
 
 `moonwhale compare` trains the demo preset and one variant of it for each mechanism: its plain twin. Each call adds one
-budget to the result, or replaces it; a call that is killed goes on when it is repeated. docs/update_ablations.py writes
-the page.
+budget to the result, or replaces it; the budget's other variants stay if the runs of the base are the same. A call that
+is killed goes on when it is repeated. docs/update_ablations.py writes the page.
 
 The text is a mixture of what comes with the packages that moonwhale needs: chitchat's conversations, and the sources of
 Python, torch, transformers and matplotlib. Weights are numbers of documents, so all parts end together.
@@ -79,7 +79,7 @@ def figures(variant: dict) -> dict:
     if all(curve):
         (_, _, by_seconds), (_, _, by_tokens) = curve[0][0], curve[1][0]
         kept["curve"] = [
-            (round(seconds, 1), round(tokens), round(bits, 4))
+            [round(seconds, 1), round(tokens), round(bits, 4)]  # a list, as in the file that main reads
             for (seconds, bits), (tokens, _) in zip(by_seconds, by_tokens, strict=True)
         ]
     return {"changes": variant["changes"], "lr": variant["runs"][0]["options"]["lr"]} | kept
@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"budgets": {}}
     key = f"{arguments.seconds:g}"
     known = before["budgets"].get(key)
-    if known and (known["seeds"], known["tuned"]) == (entry["seeds"], entry["tuned"]):
+    # A difference holds for the runs of the base that it was measured against
+    if known and known["tuned"] == entry["tuned"] and known["variants"][BASE] == entry["variants"][BASE]:
         entry["variants"] = known["variants"] | entry["variants"]
     budgets = before["budgets"] | {key: entry}
     result = {"budgets": dict(sorted(budgets.items(), key=lambda item: float(item[0])))}

@@ -41,13 +41,14 @@ ROWS, EXPERTS = (1, 2, 4, 8, 16), (4, 8, 16, 32, 64)
 CONTEXT, EXPERT_ROWS = 512, 8  # tokens per row, except in `context`; rows in `experts`
 COLOURS = {"MoBA": "#2563eb", "full attention": "#d97706"}
 UNIT = 1024  # tokens per unit of T in the fits
+BEFORE_KERNELS = "d989a3b4867a4e7ae91b593d0385b73a729d7aeb"  # of the scale.json that is from before the kernels
 QUANTITIES = {"seconds": "seconds", "teraflop": "TFLOP", "megabytes": "MB"}
 
 PAGE = """# How a training step scales
 
 This page shows how the speed and memory of a training step grow with the context, the batch and the number of experts.
 A step is the forward and backward pass of a model with the `{preset}` preset's shapes ({parameters} parameters, MTP
-modules included), in {dtype} with fp32 weights.{since}
+modules included), in {dtype} with fp32 weights.{since}{age}
 The machine is {cpu} with {threads} threads on {cores} cores, and torch {torch}. Each line is measured in a process of
 its own: the median time of {steps} steps, and the peak memory minus what the libraries take.
 [scale.py](../benchmarks/scale.py) measures this and writes the page.
@@ -270,12 +271,14 @@ def page(result: dict) -> str:
         for p in result["experts"]
     ]
     then, now = (model_size(c).parameters for c in (config, MoonwhaleConfig(**PRESETS[result["preset"]].model)))
+    old = result["environment"]["commit"] == BEFORE_KERNELS
     terms = ["", "a, fixed", "b, per 1,024 tokens", "c, per 1,024² tokens", f"c T² at {longest:,} tokens"]
     return PAGE.format(
         **result["environment"],
         preset=result["preset"],
         parameters=f"{then / 1e6:.1f} M",
         since="" if now == then else f" The preset has changed since: it has {now / 1e6:.1f} M parameters now.",
+        age="\nThe steps are from before training had its [kernels](training.md#kernels-for-a-cpu)." if old else "",
         steps=result["steps"],
         config=config,
         full_blocks=sum(not config.is_moba_layer(i) for i in range(config.num_blocks)),

@@ -129,6 +129,7 @@ def step(model: nn.Module, contender: Contender) -> Callable[[torch.Tensor], Non
 
 def peak_memory(contender: Contender, shapes: dict, rows: int, context: int) -> int:
     """Returns the peak bytes that building a model and one step add to this process."""
+    use_kernels(torch.device("cpu"))
     before = psutil.Process().memory_info().rss
     model = build(contender.kind, shapes, context).to(contender.weights).train()
     step(model, contender)(torch.randint(shapes["vocab_size"], (rows, context)))

@@ -1,5 +1,8 @@
 """The README's tables of benchmark results: one figure a cell, each with the script that measures it."""
 
+BEFORE_KERNELS = "b5aee7436d3231a3b59dfb6c7ea9710c6ce28aba"  # of the demo_step.json that is from before the kernels
+PARTS = {"optimizer": ("race", "cost"), "parallel": ("equality", "kills")}  # each with an environment of its own
+
 
 def tables(results: dict[str, dict]) -> str:
     """Returns all tables, from the benchmarks' results by name."""
@@ -59,21 +62,25 @@ def quality(races: list[dict], optimizer: dict, grpo: dict, fp8: dict) -> str:
 
 
 def training(train: dict, demo_step: dict, optimizer: dict) -> str:
-    """Tokens per second and memory of training steps, relative to others."""
-    modes = ("fp32", "autocast", "bf16")
-    seed = [times(train[f"vs_transformers_{mode}"]) for mode in modes]
-    demo = [times(demo_step["vs_transformers_fp32"]), times(demo_step["vs_transformers_bf16"]), ""]
+    """Tokens per second and memory of training steps, relative to others. A column is a precision of moonwhale."""
+    seed = [times(train[f"vs_transformers_{pair}"]) for pair in ("fp32_same_dtype", "autocast")]
+    demo = [times(demo_step[f"vs_transformers_{dtype}"]) for dtype in ("fp32", "bf16")]
+    old = demo_step["environment"]["commit"] == BEFORE_KERNELS
+    since = ", before the [kernels](docs/training.md#kernels-for-a-cpu)" if old else ""
+    peer = "tokens/s relative to transformers' `DeepseekV3ForCausalLM`"
     rows = [
-        ["tokens/s relative to transformers' `DeepseekV3ForCausalLM`, `seed_190m`", *seed, script("train")],
-        ["the same, `demo`", *demo, script("demo_step")],
-        ["tokens/s relative to a dense GPT with as many active parameters", "", times(train["vs_dense"]), "", "train"],
-        ["peak memory relative to transformers", "", times(train["memory_vs_transformers"]), "", "train"],
-        ["FLOP/s with MTP, share of the fastest bf16 matrix product", "", f"{train['ceiling_share']:.0%}", "", "train"],
-        ["share of MuonClip in a step of 8,192 tokens", "", f"{optimizer['muonclip_share']:.1%}", "", "optimizer"],
-        ["share of QK-Clip in it", "", f"{optimizer['qkclip_share']:.1%}", "", "optimizer"],
+        [f"{peer} in the same precision, `seed_190m`", *seed, "train"],
+        [f"the same, `demo`{since}", *demo, "demo_step"],
+        [f"{peer} in fp32, `seed_190m`", "", times(train["vs_transformers_fp32"]), "train"],
+        [f"{peer} in pure bf16, `seed_190m`", "", times(train["vs_transformers_bf16"]), "train"],
+        ["tokens/s relative to a dense GPT with as many active parameters", "", times(train["vs_dense"]), "train"],
+        ["peak memory relative to transformers", "", times(train["memory_vs_transformers"]), "train"],
+        ["FLOP/s with MTP, share of the fastest bf16 matrix product", "", f"{train['ceiling_share']:.0%}", "train"],
+        ["share of MuonClip in a step of 8,192 tokens", "", f"{optimizer['muonclip_share']:.1%}", "optimizer"],
+        ["share of QK-Clip in it", "", f"{optimizer['qkclip_share']:.1%}", "optimizer"],
     ]
-    rows = [[*row[:-1], row[-1] if row[-1].startswith("[") else script(row[-1])] for row in rows]
-    return table(["", "fp32", "bf16 autocast", "pure bf16", "script"], rows)
+    head = ["", "moonwhale in fp32", "moonwhale in bf16 autocast", "script"]
+    return table(head, [[*row[:3], script(row[3])] for row in rows])
 
 
 def moba(units: dict[str, dict]) -> str:
@@ -162,17 +169,28 @@ def serving(serve: dict, parallel: dict) -> str:
 
 
 def machines(results: dict[str, dict]) -> str:
-    """Says where the figures were measured: the machine of most, and the scripts that ran on another."""
+    """Says where the figures were measured: the machine of most, what ran on another, and what ran in fp32."""
     where: dict[str, list[str]] = {}
-    for name, result in results.items():
-        machine = result.get("environment") or result["cost"]["environment"]
+    found = environments(results)
+    for name, machine in found.items():
         key = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
         where.setdefault(key, []).append(name)
     most = max(where, key=lambda key: len(where[key]))
     others = "".join(f"; {', '.join(names)} on {key}" for key, names in where.items() if key != most)
-    machine = results["train"]["environment"]
+    fp32 = ", ".join(name for name, machine in found.items() if machine["dtype"] in ("fp32", "float32"))
+    machine = found["train"]
     return (
-        f"Measured on {most}{others}; bf16 unless stated otherwise, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}. Both sides use the same allocator, rounds are interleaved, figures are medians. "
-        "Nothing has been measured on a GPU."
+        f"Measured on {most}{others}; in fp32: {fp32}; the rest in bf16 unless stated otherwise; torch "
+        f"{machine['torch']}, transformers {machine['transformers']}. Both sides use the same allocator, rounds are "
+        "interleaved, figures are medians. Nothing has been measured on a GPU."
     )
+
+
+def environments(results: dict[str, dict]) -> dict[str, dict]:
+    """Returns the environment of each result and of each of its PARTS, by name."""
+    found: dict[str, dict] = {}
+    for name, result in results.items():
+        if "environment" in result:
+            found[name] = result["environment"]
+        found |= {f"{name}'s {part}": result[part]["environment"] for part in PARTS.get(name, ())}
+    return found

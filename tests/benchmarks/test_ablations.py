@@ -50,12 +50,12 @@ def run(name: str, bits: float) -> dict:
     return {"variant": name, "seed": 0, "curve": curve, "options": {"lr": 6e-3}}
 
 
-def compared(asked) -> dict:
+def compared(asked, base: float = 2.0) -> dict:
     """A result of `compare` with invented figures."""
     variants = []
     for i, variant in enumerate(asked.variants):
-        figures = {"bits_per_byte": 2.0 + 0.1 * i, "tokens_per_second": 6000.0, "peak_memory_bytes": 5e7, "diverged": 0}
-        figures |= {"active_parameters": 3_000_000, "cache_bytes_per_token": 640}
+        figures = {"bits_per_byte": base + 0.1 * i, "tokens_per_second": 6000.0, "peak_memory_bytes": 5e7}
+        figures |= {"active_parameters": 3_000_000, "cache_bytes_per_token": 640, "diverged": 0}
         if i:
             figures["difference"] = {"mean": 0.1 * i, "half_width": 0.05, "verdict": "worse"}
         runs = [run(variant.name, figures["bits_per_byte"])]
@@ -79,6 +79,15 @@ def test_budgets_and_variants_are_added_to_the_result(ablations, tmp_path, monke
         (60, "runs/ablations-1200s"),
         (16, "runs/ablations-240s"),
     ]
+
+
+def test_variants_measured_against_another_base_are_dropped(ablations, tmp_path, monkeypatch):
+    bases = iter((2.0, 1.9))
+    monkeypatch.setattr(ablations, "compare", lambda comparison: compared(comparison, next(bases)))
+    for name in ("MHA", "GQA"):
+        ablations.main(["--results", str(tmp_path), "--data", "chitchat", "--device", "cpu", "--only", name])
+    result = json.loads((tmp_path / "ablations.json").read_text())
+    assert list(result["budgets"]["240"]["variants"]) == ["base", "GQA"]
 
 
 def test_an_unknown_variant_is_refused(ablations, capsys):

@@ -44,8 +44,10 @@ def test_demo_step(tmp_path, capsys, monkeypatch):
 def test_the_tables_have_each_figure_in_its_row():
     """Each cell holds one figure, in the row that says what it is."""
     machine = {"cpu": "a CPU", "threads": 3, "cores": 4, "torch": "2.99", "transformers": "9.9"}
+    machine |= {"dtype": "bf16", "commit": None}
     train = {"vs_transformers_fp32": 2.01, "vs_transformers_autocast": 1.52, "vs_transformers_bf16": 1.33}
-    train |= {"vs_dense": 0.91, "ceiling_share": 0.617, "memory_vs_transformers": 0.48}
+    train |= {"vs_transformers_fp32_same_dtype": 1.14, "vs_dense": 0.91}
+    train |= {"ceiling_share": 0.617, "memory_vs_transformers": 0.48}
     moba = {f"{what}_{case}": 1.1 * i for i, case in enumerate(("1k", "16k", "32k"), 1) for what in ("fwd", "fwdbwd")}
     optimizer = {"muonclip_share": 0.071, "qkclip_share": 0.012, "tokens_vs_adamw": 0.58}
     optimizer |= {"tokens_vs_adamw_by_seed": {"1": 0.5, "2": 0.58, "3": 0.6}}
@@ -80,6 +82,10 @@ def test_the_tables_have_each_figure_in_its_row():
     }
     for name, result in results.items():
         result["environment"] = machine | ({"cpu": "another"} if name == "fp8" else {})
+    optimizer |= {"race": {"environment": machine | {"dtype": "float32"}}, "cost": {"environment": machine}}
+    del optimizer["environment"]
+    parallel["equality"]["environment"] = machine
+    parallel["kills"]["environment"] = machine | {"cpu": "another", "dtype": "fp32"}
     assert set(results) == set(update_readme().SOURCES)
     tables = update_readme().readme_figures.tables(results)
     for what, figures in {
@@ -92,8 +98,10 @@ def test_the_tables_have_each_figure_in_its_row():
         "after GRPO, the lowest of 3": ["80%"],
         "format alone": ["41%"],
         "after 600 steps": ["-0.12%"],
-        "`seed_190m` |": ["2.01×", "1.52×", "1.33×"],
+        "same precision, `seed_190m` |": ["1.14×", "1.52×"],
         "`demo` |": ["1.20×", "1.60×"],
+        "in fp32, `seed_190m`": ["2.01×"],
+        "in pure bf16, `seed_190m`": ["1.33×"],
         "dense GPT with as many": ["0.91×"],
         "peak memory": ["0.48×"],
         "share of the fastest": ["62%"],
@@ -126,12 +134,16 @@ def test_the_tables_have_each_figure_in_its_row():
         (line,) = (line for line in tables.splitlines() if what in line)
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert [cell for cell in cells[1:] if cell and not cell.startswith("[")] == figures
-    assert "Measured on a CPU, 3 of 4 cores; fp8 on another, 3 of 4 cores; bf16 unless" in tables
+    assert "Measured on a CPU, 3 of 4 cores; fp8, parallel's kills on another, 3 of 4 cores; in fp32: " in tables
+    assert "; in fp32: optimizer's race, parallel's kills; the rest in bf16 unless" in tables
     assert "240 s: nanochat" not in tables and "llama.cpp" not in tables
     quality["bits_per_byte"]["nanochat"] = 1.95
     decode |= {f"{bits}_vs_llamacpp_{n}": 1.4 for bits in ("bf16", "int8") for n in (128, 1024)}
     decode |= {"prompt_vs_llamacpp": 2.0, "bandwidth_share_bf16": 0.76}
-    tables = update_readme().readme_figures.tables(results)
+    module = update_readme().readme_figures
+    results["demo_step"]["environment"] = machine | {"commit": module.BEFORE_KERNELS}
+    tables = module.tables(results)
+    assert "`demo`, before the [kernels](docs/training.md#kernels-for-a-cpu) | 1.20× |" in tables
     assert "nanochat | 1.950 |" in tables and "Q8_0 | 1.40× | 1.40× |" in tables and "| 2.00× |" in tables
     assert "| 76% |" in tables
 
