@@ -107,3 +107,30 @@ def test_another_tab_disturbs_nothing(open_page):
     page.wait_for_selector(".error")
     store_elsewhere("Third")
     assert "broke off" in page.inner_text(".error")
+
+
+def test_a_thought_stays_as_the_user_has_left_it(open_page):
+    page = open_page()
+    page.take_over_answers()
+    page.send("2+2?")
+    page.write(events("<think>Two", end=""))
+    page.click("summary:has-text('Thinking')")
+    page.write(events(" and two</think>", end=""))
+    page.wait_for_selector(".thought p:has-text('Two and two')")
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    page.write(events("4", end=END))
+    page.wait_until_idle()
+    assert page.is_visible(".thought p") and page.texts(".content > p") == ["2+2?", "4"]
+
+    page.send("3+3?")
+    page.write(events("<think>Three", end=""))
+    page.wait_for_selector("summary:has-text('Thinking')")
+    stop = """async text => {
+        answer.enqueue(new TextEncoder().encode(text));
+        await new Promise(done => setTimeout(done)); // the text has been read, and waits for the next frame
+        document.querySelector("#stop").click();
+    }"""
+    page.evaluate(stop, events(" and", end=""))
+    page.wait_until_idle()
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.texts("summary") == ["Thoughts", "Thoughts (unfinished)"]
