@@ -5,6 +5,17 @@ import json
 STORED = "moonwhale.conversation."
 SIZES = {"desktop": (1280, 800), "phone": (360, 640)}
 
+# A test writes the answers in place of the server: `answer` is the stream of the one that the page waits for.
+TAKE_OVER = """() => {
+    const own = fetch;
+    window.fetch = (url, options) => !url.includes("chat/completions") ? own(url, options)
+        : Promise.resolve(new Response(new ReadableStream({ start: stream => {
+            window.answer = stream;
+            options.signal.onabort = () => stream.error(options.signal.reason);
+        } })));
+}"""
+ASKED = "while (!window.answer) await new Promise(done => setTimeout(done))"  # wait_for_function needs eval
+
 
 class ChatPage:
     """The chat page in a tab of its own. It notes scripts' errors, and requests that leave the server."""
@@ -33,14 +44,27 @@ class ChatPage:
         in_words = ("Failed to load resource", "net::ERR")  # the console repeats what the page says
         assert not [trouble for trouble in self.troubles if not any(text in trouble for text in in_words)]
 
-    def say(self, text: str) -> None:
-        """Sends a message, and waits until its answer is complete."""
+    def send(self, text: str) -> None:
         self.fill("#text", text)
         self.press("#text", "Enter")
+
+    def say(self, text: str) -> None:
+        """Sends a message, and waits until its answer is complete."""
+        self.send(text)
         self.wait_until_idle()
 
     def wait_until_idle(self) -> None:
         self.wait_for_selector("#send:visible")
+
+    def take_over_answers(self) -> None:
+        """From now on, `write` writes the answers, and `break_off` ends one too early."""
+        self.evaluate(TAKE_OVER)
+
+    def write(self, text: str) -> None:
+        self.evaluate(f"async text => {{ {ASKED}; answer.enqueue(new TextEncoder().encode(text)); }}", text)
+
+    def break_off(self) -> None:
+        self.evaluate(f"async () => {{ {ASKED}; answer.error(new Error()); window.answer = null; }}")
 
     def set_option(self, name: str, value: str) -> None:
         self.click("#open-settings")
@@ -72,3 +96,9 @@ def conversation(*texts: str, title: str = "Whales", time: int = 1, **answer) ->
     for message in messages[1::2]:
         message |= {"facts": "12 tokens, 300 per second", "from": 0} | answer
     return {"id": title, "title": title, "messages": messages, "draws": 1, "time": time}
+
+
+def events(*deltas: str, end: str = "data: [DONE]\n\n") -> str:
+    """The server-sent events of a streamed answer."""
+    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}], "usage": None} for text in deltas]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end

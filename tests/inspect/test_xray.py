@@ -158,8 +158,9 @@ def test_each_head_has_its_own_distribution(recorded, small_model, small_tokeniz
             best = small_model.lm_head(state[0]).softmax(-1).topk(6)
         assert len(rows) == len(ids) - depth, "the last ones would read tokens beyond the end"
         for token, row in enumerate(rows):
-            assert [p for _, p in row] == pytest.approx(best.values[token].tolist(), abs=1e-4)
-            assert [text for text, _ in row] == [small_tokenizer.decode([id]) for id in best.indices[token]]
+            assert [p for _, _, p in row] == pytest.approx(best.values[token].tolist(), abs=1e-4)
+            best_ids = best.indices[token].tolist()
+            assert [[id, text] for id, text, _ in row] == [[id, small_tokenizer.decode([id])] for id in best_ids]
 
 
 def test_surprise_is_the_models_loss(recorded, small_model, ids):
@@ -172,7 +173,8 @@ def test_accepted_guesses_equal_the_tokens(recorded, small_tokenizer, ids):
     assert recorded["guesses"][0] == recorded["guesses"][1] == []
     for id, guesses in zip(ids[2:], recorded["guesses"][2:], strict=True):
         (guess,) = guesses
-        assert guess["depth"] == 1 and (not guess["held"] or guess["text"] == small_tokenizer.decode([id]))
+        assert guess["depth"] == 1 and guess["held"] == (guess["id"] == id)
+        assert guess["text"] == small_tokenizer.decode([guess["id"]])
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,32 @@ def test_other_settings_are_shown(opened):
     assert page.locator("#settings form").count() == 0, "a file has no server to ask"
 
 
+def test_tokens_are_compared_by_id(opened):
+    """In a byte-level tokenizer, each part of a character has the text "�"."""
+    page = opened()
+    page.evaluate("""() => {
+      R.tokens.fill("�");
+      for (const { predictions, guesses } of R.recordings) {
+        for (const choice of predictions.flat(2)) choice[1] = "�";
+        for (const guess of guesses.flat()) guess.text = "�";
+      }
+      drawSettings();
+    }""")
+    ids, predictions, guesses = page.evaluate("[R.ids, R.recordings.map((one) => one.predictions), S.guesses]")
+    for token in range(len(ids)):
+        page.evaluate(f"choose({token})")
+        found = 0
+        for k, rows in enumerate(predictions[0]):
+            target = ids[token + 1 + k : token + 2 + k]  # none behind the text
+            found += bool(target) and target[0] in [id for id, _, _ in rows[token]]
+        assert page.locator("#next b").count() == found
+        verdicts = [text.split()[-1] for text in page.locator("#next :is(.good, .bad)").all_inner_texts()]
+        assert verdicts == ["accepted" if guess["held"] else "wrong" for guess in guesses[token]]
+    firsts = [[row[0][0] for row in rows] for rows, *_ in predictions]
+    same = [sum(a == b for a, b in zip(first, firsts[0], strict=True)) for first in firsts]
+    assert page.locator("#settings td:last-child").all_inner_texts() == [f"{n} of {len(ids)}" for n in same]
+
+
 def test_a_token_is_text(opened):
     page = opened()
     for token in range(page.evaluate("T")):

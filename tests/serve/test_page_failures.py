@@ -4,16 +4,11 @@ import json
 
 import pytest
 
-from chat_page import conversation
+from chat_page import conversation, events
 
 pytestmark = pytest.mark.slow
 CHAT = "**/v1/chat/completions"
 TALK = conversation("Hello", "The whale sang.")
-
-
-def events(*deltas: str, end: str = "data: [DONE]\n\n") -> str:
-    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}], "usage": None} for text in deltas]
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
 
 
 def fail(page, **response) -> str:

@@ -161,10 +161,10 @@ def _experts(router: Router, routing: Routing, first: int) -> dict:
 
 
 def _top_tokens(probabilities: Tensor, tokenizer) -> list[list]:
-    """For each position, the most likely next tokens, as [text, probability]."""
+    """For each position, the most likely next tokens, as [id, text, probability]."""
     best = probabilities.topk(min(TOP_TOKENS, probabilities.shape[-1]))
     return [
-        [[tokenizer.decode([id]), round(p, 4)] for id, p in zip(ids, row, strict=True)]
+        [[id, tokenizer.decode([id]), round(p, 4)] for id, p in zip(ids, row, strict=True)]
         for ids, row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
@@ -186,7 +186,8 @@ def _guesses(predictions: list[Tensor], ids: list[int], tokenizer) -> list[list[
             guess = best[depth][i]
             held &= guess == ids[target]
             share = round(predictions[depth][i, guess].item(), 4)
-            guesses[target].append({"depth": depth, "text": tokenizer.decode([guess]), "share": share, "held": held})
+            text = tokenizer.decode([guess])
+            guesses[target].append({"depth": depth, "id": guess, "text": text, "share": share, "held": held})
     return guesses
 
 

@@ -87,6 +87,7 @@ def describe(
         raise UserError(f"the text has {len(ids):,} tokens: an X-ray shows from 1 to {MAX_TOKENS}")
     others = [] if live else instructive(model, len(ids))
     return {
+        "ids": ids,  # several may have the same text: in a byte-level tokenizer, "�" is every part of a character
         "tokens": [tokenizer.decode([id]) for id in ids],
         "prompt_tokens": prompt_tokens,
         "facts": _facts(model) | {"tau": tau},

@@ -12,9 +12,9 @@ function drawPredictions() {
       column.append(k ? paragraph("It has also read ", ...names, ".") : paragraph("It has read the text up to ", quote(R.tokens[token]), "."));
       column.append(
         bars(
-          rows[token].map(([text, share]) => {
+          rows[token].map(([id, text, share]) => {
             const name = make("span", "", quote(text));
-            if (target < T && text === R.tokens[target]) name.append(make("b", "", " ←"));
+            if (id === R.ids[target]) name.append(make("b", "", " ←"));
             return { name, value: share, label: percent(share) };
           }),
           1,
@@ -53,7 +53,7 @@ function guessesOf(i) {
       : paragraph("No MTP module could guess the chosen token itself: it is too close to the beginning."),
   );
   for (const g of guesses) {
-    const verdict = g.held ? " ✓ accepted" : g.text === R.tokens[i] ? " ✗ right, but after a wrong guess" : " ✗ wrong";
+    const verdict = g.held ? " ✓ accepted" : g.id === R.ids[i] ? " ✗ right, but after a wrong guess" : " ✗ wrong";
     parts.push(
       paragraph(
         `module ${g.depth}, ${g.depth + 1} tokens earlier: `,

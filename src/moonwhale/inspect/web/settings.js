@@ -9,6 +9,7 @@ let notice = "";
 
 const settingName = (name, n) => `${NAMES[name][n === 1 ? 0 : 1]} ${NAMES[name][2]}`;
 const chosenNames = () => Object.keys(R.limits);
+const firstChoice = (recording, i) => recording.predictions[0][i][0][0]; // an id
 function labelOf(recording) {
   const trained = R.recordings[0].settings,
     names = chosenNames();
@@ -41,7 +42,7 @@ function drawSettings() {
       { tested, held } = guessesHeld(recording);
     select.setAttribute("aria-pressed", recording === S);
     const answer = recording.surprise.slice(Math.max(0, R.prompt_tokens - 1));
-    const same = recording.predictions[0].filter((row, i) => row[0][0] === R.recordings[0].predictions[0][i][0][0]).length;
+    const same = R.ids.filter((_, i) => firstChoice(recording, i) === firstChoice(R.recordings[0], i)).length;
     const numbers = [
       T > 1 ? mean(recording.surprise).toFixed(3) : "–",
       answer.length ? mean(answer).toFixed(3) : "–",

@@ -1,8 +1,10 @@
-// Asks for answers. A request that fails before the first word leaves the conversation as it was.
+// Asks for answers. A request that fails before the first word leaves the conversation as it was if the question can go
+// back into the message box. Else the question stays in its conversation.
 import { $, status } from "./dom.js";
 import { firstSeen, scrollToEnd, showProgress, speak } from "./messages.js";
 import { Failure, KeyNeeded, call, connect, events } from "./server.js";
-import { saveConversation, state, touch } from "./state.js";
+import { showConversations } from "./sidebar.js";
+import { deleteConversation, saveConversation, state, touch } from "./state.js";
 import { render } from "./view.js";
 
 // Asks `text` after the first `index` messages of the open conversation; those that follow are replaced.
@@ -27,7 +29,7 @@ async function respond(conversation, index, question, typed) {
   delete conversation.failure;
   touch(conversation);
   state.editing = null;
-  state.busy = Object.assign(new AbortController(), { answer, conversation });
+  state.busy = Object.assign(new AbortController(), { answer, conversation, typed });
   render();
   scrollToEnd();
   try {
@@ -45,7 +47,7 @@ async function respond(conversation, index, question, typed) {
   }
   state.busy = null;
   status("");
-  if (state.conversations.includes(conversation)) saveConversation(conversation); // else it was deleted or taken back
+  save(conversation);
   render();
   if (conversation.failure && state.current === conversation) scrollToEnd();
   if (!document.querySelector("dialog[open]") && document.activeElement === document.body) $("text").focus();
@@ -58,29 +60,32 @@ function inWords(error) {
 }
 
 async function receive(conversation, answer, signal) {
-  await connect();
+  const { id, context } = await connect(); // an X-ray that fails during the answer resets state.model
   const start = performance.now();
-  const response = await call("v1/chat/completions", requestBody(conversation, answer), signal);
+  const response = await call("v1/chat/completions", requestBody(id, conversation, answer), signal);
   answer.from += Number(response.headers.get("moonwhale-dropped-messages"));
   let reason = "", usage = null, frame = 0;
-  for await (const event of events(response)) {
-    usage = event.usage ?? usage;
-    for (const choice of event.choices) {
-      answer.content += choice.delta.content ?? "";
-      reason = choice.finish_reason ?? reason;
+  try {
+    for await (const event of events(response)) {
+      usage = event.usage ?? usage;
+      for (const choice of event.choices) {
+        answer.content += choice.delta.content ?? "";
+        reason = choice.finish_reason ?? reason;
+      }
+      cancelAnimationFrame(frame);
+      frame = requestAnimationFrame(() => showProgress(answer));
     }
-    cancelAnimationFrame(frame);
-    frame = requestAnimationFrame(() => showProgress(answer));
+  } finally {
+    cancelAnimationFrame(frame); // it would show the answer as one that is still being written
   }
-  cancelAnimationFrame(frame);
   const speed = usage.completion_tokens / ((performance.now() - start) / 1000);
-  const limit = usage.total_tokens >= state.model.context ? "the context is full" : "the longest answer of the settings";
+  const limit = usage.total_tokens >= context ? "the context is full" : "the longest answer of the settings";
   const cut = reason === "length" ? `, cut off: ${limit}` : "";
   answer.facts = `${usage.completion_tokens} tokens, ${speed.toFixed(0)} per second${cut}`;
 }
 
 // The server forgets the oldest turns if the context is full. What it has forgotten need not be sent again.
-function requestBody(conversation, answer) {
+function requestBody(model, conversation, answer) {
   const { system, seed, ...numbers } = state.settings;
   if (system) answer.system = system;
   const turns = conversation.messages.slice(answer.from, -1).map(({ role, content }) => ({ role, content }));
@@ -88,11 +93,27 @@ function requestBody(conversation, answer) {
   conversation.draws = (conversation.draws ?? 0) + 1;
   const own = seed === "" ? {} : { seed: Number(seed) + conversation.draws - 1 };
   const stream = { stream: true, stream_options: { include_usage: true } };
-  return { model: state.model.id, messages, truncation: "auto", ...stream, ...numbers, ...own };
+  return { model, messages, truncation: "auto", ...stream, ...numbers, ...own };
 }
 
+// Takes the question back if its text has a place to go to.
 function undo(conversation, before, typed) {
+  if (typed && (state.current !== conversation || $("text").value)) return; // the user has gone on meanwhile
   Object.assign(conversation, before);
-  if (!before.messages.length) state.conversations = state.conversations.filter((other) => other !== conversation);
-  if (state.current === conversation && !$("text").value) $("text").value = typed;
+  if (!before.messages.length) deleteConversation(conversation);
+  if (typed) $("text").value = typed;
+}
+
+function save(conversation) {
+  if (state.conversations.includes(conversation)) saveConversation(conversation); // else it was deleted or taken back
+}
+
+// Stores what there is of an answer, because leaving the page ends it.
+export function saveUnfinished() {
+  if (!state.busy) return;
+  const { answer, conversation, typed } = state.busy;
+  if (!typed && !answer.content) return; // what is stored is the old answer, which a new one has yet to replace
+  answer.facts = "incomplete";
+  save(conversation);
+  showConversations(); // it has become the newest
 }

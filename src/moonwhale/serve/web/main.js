@@ -1,5 +1,5 @@
 // The chat page: what the user's actions do. It talks only to the server that sent it.
-import { ask, regenerate } from "./answer.js";
+import { ask, regenerate, saveUnfinished } from "./answer.js";
 import { copy } from "./copy.js";
 import { askForKey, confirmed, openSettings } from "./dialogs.js";
 import { $, status } from "./dom.js";
@@ -111,6 +111,8 @@ addEventListener("storage", () => {
   reload();
   if (state.editing) showConversations(); else render();
 });
+// A phone may discard a hidden tab without a further event.
+for (const leaving of ["pagehide", "visibilitychange"]) addEventListener(leaving, saveUnfinished);
 
 open(newConversation());
 start();

@@ -4,6 +4,7 @@ import { state } from "./state.js";
 import { showAnswer, splitThought } from "./thoughts.js";
 
 let shown = null; // the conversation that is on the page
+const boxes = new WeakMap(); // each message's content, kept so that a thought stays as the user has unfolded it
 
 export function showMessages() {
   const { messages, failure } = state.current;
@@ -33,12 +34,12 @@ function bubble(message, index) {
   node.classList.toggle("examined", message === state.examined);
   node.append(element("h3", { textContent: isAnswer ? "Moonwhale" : "You" }));
   if (message === state.editing) return editor(node, message);
-  const box = element("div", { className: "content", dir: "auto" });
+  const box = boxes.get(message) ?? element("div", { className: "content", dir: "auto" });
+  boxes.set(message, box);
   node.append(box);
-  if (!isAnswer) box.append(element("p", { textContent: message.content }));
-  else if (isWriting(message)) showAnswer(box, message.content, true);
-  else if (message.content) showAnswer(box, message.content, false);
-  else box.append(element("p", { className: "note", textContent: "(an empty answer)" }));
+  if (!isAnswer) box.replaceChildren(element("p", { textContent: message.content }));
+  else if (message.content || isWriting(message)) showAnswer(box, message.content, isWriting(message));
+  else box.replaceChildren(element("p", { className: "note", textContent: "(an empty answer)" }));
   node.append(isAnswer ? answerRow(message, index) : questionRow());
   return node;
 }

@@ -41,11 +41,13 @@ function parsed(text) {
   try { return JSON.parse(text); } catch { throw new Failure(STRANGE); }
 }
 
-// Asks the server which model it has, unless that is known.
+// Returns the model card of the server, which is asked only if it is not known.
 export async function connect() {
-  if (state.model) return;
-  const { data } = await orFailure(STRANGE, (await call("v1/models")).json());
-  state.model = data[0];
+  if (!state.model) {
+    const { data } = await orFailure(STRANGE, (await call("v1/models")).json());
+    state.model = data[0];
+  }
+  return state.model;
 }
 
 // Yields the server-sent events of a response. A read may end in the middle of an event.

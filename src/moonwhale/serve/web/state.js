@@ -15,7 +15,7 @@ export const state = {
   current: null,
   settings: { ...DEFAULTS, ...storedSettings() },
   key: "",
-  busy: null, // the AbortController of the answer that is being written, with that answer and its conversation
+  busy: null, // the AbortController of the answer that is being written, with `answer`, `conversation` and `typed`
   editing: null, // the user's message that is being edited
   examined: null, // the answer that the X-ray shows
 };
@@ -55,11 +55,13 @@ function store(write) {
 }
 
 // Takes over what another tab has stored, but for the conversation that is being answered or edited here.
+// What is as it was here stays the same object, which an open X-ray, the scrolled place and a failure belong to.
 export function reload() {
   const isHeld = (own) => own === state.busy?.conversation || (state.editing && own === state.current);
   const held = state.conversations.filter(isHeld);
+  const asHere = (stored) => state.conversations.find(({ id, time }) => id === stored.id && time === stored.time);
   const others = storedConversations().filter(({ id }) => !held.some((own) => own.id === id));
-  state.conversations = [...held, ...others].sort((a, b) => b.time - a.time);
+  state.conversations = [...held, ...others.map((stored) => asHere(stored) ?? stored)].sort((a, b) => b.time - a.time);
   state.current = state.conversations.find(({ id }) => id === state.current.id) ?? state.current;
 }
 

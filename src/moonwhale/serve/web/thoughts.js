@@ -15,16 +15,24 @@ function withoutAnswerTags(text) {
   return inside.startsWith("<answer>") ? inside.slice("<answer>".length).replace("</answer>", "").trim() : text;
 }
 
-// Shows an answer in `box`. A thought is folded unless the user has unfolded it.
+// Shows an answer in `box`, where a shorter part of it may be. A thought is folded unless the user has unfolded it: its
+// <details> and <summary> stay in the page, or each word of an answer would take clicks and the focus from them.
 export function showAnswer(box, content, isWriting) {
   const { thought, isOpen, rest } = splitThought(content);
-  const wasUnfolded = box.querySelector("details.thought")?.open ?? false;
-  const parts = [];
-  if (thought !== null) {
-    const name = !isOpen ? "Thoughts" : isWriting ? "Thinking…" : "Thoughts (unfinished)";
-    const summary = element("summary", { textContent: name });
-    parts.push(element("details", { className: "thought", open: wasUnfolded }, summary, renderMarkdown(thought)));
+  if (thought !== null && !box.querySelector("details")) {
+    box.replaceChildren(element("details", { className: "thought" }, element("summary")));
   }
-  parts.push(renderMarkdown(rest));
-  box.replaceChildren(...parts);
+  const details = box.querySelector("details");
+  if (details) {
+    const summary = details.querySelector("summary");
+    summary.textContent = !isOpen ? "Thoughts" : isWriting ? "Thinking…" : "Thoughts (unfinished)";
+    replaceAfter(summary, details, renderMarkdown(thought));
+  }
+  replaceAfter(details, box, renderMarkdown(rest));
+}
+
+// Replaces all that follows the child `last`, or all if it is null.
+function replaceAfter(last, parent, content) {
+  while (parent.lastChild !== last) parent.lastChild.remove();
+  parent.append(content);
 }

@@ -6,12 +6,12 @@ import { state } from "./state.js";
 // Shows what happened inside the model while it wrote an answer. Raises as `call`.
 export async function examine(conversation, answer) {
   status("Looking inside the model…");
-  await connect();
+  const { id } = await connect();
   const { messages } = conversation;
   const seen = messages.slice(answer.from ?? 0, messages.indexOf(answer) + 1);
   const turns = seen.map(({ role, content }) => ({ role, content }));
   const system = answer.system ? [{ role: "system", content: answer.system }] : [];
-  const { url } = await (await call("xray", { model: state.model.id, messages: [...system, ...turns] })).json();
+  const { url } = await (await call("xray", { model: id, messages: [...system, ...turns] })).json();
   status("");
   if (state.current !== conversation || !messages.includes(answer)) return; // the user has gone on meanwhile
   state.examined = answer;
