@@ -106,6 +106,28 @@ def test_unreadable_json_is_refused(folder, name, content):
     refused(folder, f"cannot read {folder / name}")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_too_deep_to_copy_is_refused(folder, name):
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("{", f'{{"deep": {"[" * 600}{"]" * 600},', 1))
+    refused(folder, name, "a value is impossible (RecursionError: ")
+
+
+def test_a_type_that_transformers_does_not_check_is_refused(folder):
+    edit_json(folder / "generation_config.json", watermarking_config=3)
+    refused(folder, "generation_config.json", "a value is impossible (AttributeError: ")
+
+
+def test_published_sampling_defaults_are_saved_again(folder, tmp_path):
+    """They have no `do_sample`. A Trainer sets the tokenizer's padding token before its first checkpoint."""
+    edit_json(folder / "generation_config.json", temperature=0.6)
+    model, _ = open_checkpoint(folder)
+    model.generation_config.pad_token_id = 2
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["pad_token_id"] == 2
+
+
 def test_another_model_type_is_refused(folder):
     edit_json(folder / "config.json", model_type="llama")
     refused(folder, "of type 'llama', not 'moonwhale'")

@@ -95,8 +95,10 @@ def read_config(folder: Path, overrides: dict | None = None) -> MoonwhaleConfig:
     read_generation_config(folder)
     try:
         return MoonwhaleConfig.from_dict(values | (overrides or {}))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a KeyError for an incomplete RoPE setting
+    except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+    except Exception as error:
+        raise _unforeseen(path, error) from error
 
 
 def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
@@ -136,8 +138,15 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         refuse_attributes(GenerationConfig, values.keys() - vars(GenerationConfig()).keys() - {"transformers_version"})
         check_token_ids(values)
         return GenerationConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+    except Exception as error:
+        raise _unforeseen(path, error) from error
+
+
+def _unforeseen(path: Path, error: Exception) -> UserError:
+    """The error for a value whose type or depth transformers does not check: it may raise anything."""
+    return UserError(f"{path}: a value is impossible ({type(error).__name__}: {one_line(error)}): leave it out")
 
 
 def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTokenizerFast:

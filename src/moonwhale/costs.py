@@ -116,17 +116,23 @@ def part_sizes(config) -> PartSizes:
     )
 
 
-def one_device_training_bytes(config, tokens: int, bytes_per_activation: int = 4) -> dict[str, int]:
-    """Returns the approximate memory of a training step of `tokens` tokens on one device, without recomputation.
+def one_device_training_bytes(
+    config, tokens: int, bytes_per_activation: int = 4, recompute: bool = False
+) -> dict[str, int]:
+    """Returns the approximate memory of a training step of `tokens` tokens on one device.
 
     Weights, gradients and optimizer state are fp32. The optimizer keeps the momentum of Muon's matrices and two moments
-    of AdamW's parameters.
+    of AdamW's parameters. With `recompute` (gradient checkpointing), the blocks save their inputs, and one block at a
+    time everything else.
 
     `train/memory.py` compares these bytes with a device's free memory, and `planning/cost_model.py` has the memory of
     each rank of a parallel layout.
     """
     size = model_size(config)
-    saved = sum(_saved_activations(config, i) for i in range(config.num_blocks))
+    blocks = [_saved_activations(config, i) for i in range(config.num_blocks)]
+    saved = sum(blocks)
+    if recompute:
+        saved = min(saved, config.num_blocks * config.hidden_size + max(blocks))
     saved += 4 * config.hidden_size * (1 + 4 * config.num_nextn_predict_layers)  # outside the blocks
     head_gradient = 4 * size.embedding  # the chunked loss computes it in the forward pass
     return {

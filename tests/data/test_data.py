@@ -155,6 +155,8 @@ def test_bad_local_data_is_one_line_each(tmp_path, monkeypatch):
     (tmp_path / "plain.txt.xz").write_bytes(b"not xz")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "two.json").write_text('[{"text": "a"}]\n \n[{"text": "b"}]\n')
+    (tmp_path / "bare.jsonl").write_text(f"{json.dumps(MESSAGES)}\n" * 2)
     (tmp_path / "nothing").mkdir()
     good = jsonl(tmp_path / "good.jsonl", [{"id": 1, "body": "x"}])
     tool = jsonl(tmp_path / "tool.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}])
@@ -171,6 +173,9 @@ def test_bad_local_data_is_one_line_each(tmp_path, monkeypatch):
     fails("cannot read .*cut.txt.gz", str(tmp_path / "cut.txt.gz"))
     fails("cannot read .*plain.txt.xz", str(tmp_path / "plain.txt.xz"))
     fails("1 of 2 rows of .*bad.jsonl .*a line that is not JSON .row 2", str(tmp_path / "bad.jsonl"))
+    for name in ("two.json", "bare.jsonl"):
+        fails(f"{name} has more after the end of its array: write one object per line", str(tmp_path / name))
+    fails("`data`: it is empty", "")
     fails("no column of messages or text; it has id, body", good)
     fails("no column title; it has id, body", good, columns=["title"])
     fails("id that is neither text nor a list of messages", good, columns=["id"])
@@ -446,6 +451,8 @@ def test_data_command(corpus, tmp_path, capsys):
         main_data(["--vocab", "300"])
     with pytest.raises(UserError, match="`context`: 'many' is not a whole number"):
         main_data(["--context", "many"])
+    with pytest.raises(UserError, match="`vocab_size`: 280 is impossible: only a tokenizer that is trained here"):
+        main_data([*options, "--tokenizer", "gpt2"])
 
 
 def test_tokenizer_command(corpus, tmp_path, capsys):

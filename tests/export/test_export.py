@@ -139,13 +139,14 @@ def test_a_foreign_folder(checkpoint, tmp_path, capsys):
 def test_end_tokens_and_sampling_defaults_travel_along(checkpoint, tmp_path, capsys):
     folder, model = checkpoint()
     eos = [model.config.eos_token_id, 7]
-    values = {"eos_token_id": eos, "do_sample": True, "temperature": 0.6}
+    values = {"eos_token_id": eos, "temperature": 0.6}  # as published, without `do_sample`
     (folder / "generation_config.json").write_text(json.dumps(values))
     run(capsys, folder, "--out", tmp_path / "theirs")
     run(capsys, tmp_path / "theirs", "--to", "moonwhale", "--out", tmp_path / "back")
-    for name in ("theirs", "back"):
+    run(capsys, folder, "--to", "code", "--out", tmp_path / "code")
+    for name in ("theirs", "back", "code"):
         found = json.loads((tmp_path / name / "generation_config.json").read_text())
-        assert found | values == found and found["use_cache"] is True
+        assert found | values == found and found.get("use_cache", True) is True
 
 
 def test_bf16_keeps_the_router_bias(checkpoint, tmp_path, capsys):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moonwhale.costs import flops_per_token, model_size, one_device_training_bytes
 from moonwhale.errors import UserError
 from moonwhale.inspect.commands import main_info
+from moonwhale.inspect.info import gather_figures
 from moonwhale.model.configuration_moonwhale import MoonwhaleConfig
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
 from moonwhale.presets import PRESETS
@@ -165,6 +166,15 @@ def test_json(capsys):
     assert figures["active_parameters_per_block"] == 7_113_792
     assert figures["kv_cache_bytes_per_token"] == 8 * (192 + 32) * 2
     assert {"active_parameters", "parameters_per_block", "training_bytes"} <= figures.keys()
+
+
+@pytest.mark.parametrize("start", [0.0, 0.7, 1.0])
+def test_training_counts_the_mtp_modules_only_when_they_are_trained(start):
+    run = TrainConfig.resolve({"preset": "demo", "mtp_start": start})
+    config = build_model_config(run)
+    found = gather_figures(config, 64, 1, run)["training_flops"]
+    without, whole = (flops_per_token(config, run.context, training) for training in (False, True))
+    assert found == pytest.approx(run.steps * run.tokens_per_step * (start * 3 * without + (1 - start) * whole))
 
 
 def test_table_and_overrides(capsys):

@@ -1,6 +1,7 @@
 """The memory, messages and idle time that `moonwhale plan` predicts match real models, schedules and runs."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from moonwhale.parallel.stages import partition, prune_
 from moonwhale.planning import plan
 from moonwhale.planning.cost_model import LayoutCosts, ParallelLayout, idle_over_busy, in_flight
 from moonwhale.train.config import TrainConfig, build_model_config, parse
+from printed_commands import resolve
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"num_hidden_layers": 8, "num_nextn_predict_layers": 2, "mtp_num_blocks": [1, 2], "first_k_dense_replace": 1}
@@ -57,14 +59,14 @@ def test_idle_time_matches_the_measurement():
 
 
 def test_memory_matches_the_measurement():
-    """Weights and gradients match real runs exactly, optimizer state within 0.1 % and activations within 15 %."""
+    """Weights and gradients match real runs exactly, optimizer state within 0.1 % and activations within 11 %."""
     result = json.loads((ROOT / "benchmarks" / "results" / "parallel.json").read_text())
     assert abs(result["max_memory_error"]) < 0.1
     for name, layout in result["memory"]["layouts"].items():
         for measured, planned in zip(layout["measured"], layout["planned"], strict=True):
             assert measured["weights"] == planned["weights"] and measured["gradients"] == planned["gradients"]
             assert measured["optimizer"] == pytest.approx(planned["optimizer"], rel=1e-3)
-            assert measured["activations"] == pytest.approx(planned["activations"], rel=0.15)
+            assert planned["activations"] == pytest.approx(measured["activations"], rel=0.11)
             if "pp" in name:
                 assert measured["pipeline"] == pytest.approx(planned["pipeline"], rel=1e-3)
                 assert measured["reduce"] == pytest.approx(planned["reduce"], rel=1e-3, abs=1000)
@@ -120,7 +122,7 @@ def test_bytes_sent_match_a_count_by_hand(tiny_config):
 def test_every_layout_would_start(gpus):
     run = TrainConfig.resolve({"preset": "seed_190m", "model": {"num_hidden_layers": 16}})
     config = build_model_config(run)
-    layouts, layout_costs = list(plan.layouts(run, gpus, config)), LayoutCosts(config, run.context)
+    layouts, layout_costs = list(plan.layouts(run, gpus, 16, config)), LayoutCosts(config, run.context)
     assert layouts and len(set(layouts)) == len(layouts)
     for layout in layouts:
         parallel = ParallelOptions(pp=layout.pp, schedule=layout.schedule)
@@ -141,7 +143,7 @@ def test_the_command_ranks_layouts_and_prints_how_to_run_them(capsys):
     changes = ["--tokens-per-step", "983040", "--model.n_routed_experts", "16", "--layouts", "1"]
     assert plan.main(["--gpus", "16", "--preset", "seed_190m", *changes]) == 0
     command = capsys.readouterr().out.splitlines()[-1]
-    words = command.partition(" moonwhale train ")[2].split()
+    words = shlex.split(command.partition(" moonwhale train ")[2])
     here = next((i for i, word in enumerate(words) if word.startswith("--parallel.")), len(words))
     run = parse(words[:here])
     assert run.tokens_per_step == 983040 and run.model["n_routed_experts"] == 16
@@ -150,13 +152,36 @@ def test_the_command_ranks_layouts_and_prints_how_to_run_them(capsys):
     assert result["memory"] == 0.5 and not any(p["fits"] for p in result["layouts"])
     needs = [p["memory"]["memory"] for p in result["layouts"]]
     assert needs == sorted(needs)
-    fits = plan.rank(TrainConfig.resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.5})
+    run, h100 = TrainConfig.resolve({"preset": "seed_190m"}), asdict(plan.GPUS["h100"])
+    fits = plan.rank(run, 64, 16, h100 | {"utilization": 0.5})
     seconds = [p["seconds"] for p in fits]
     assert all(p["fits"] for p in fits) and seconds == sorted(seconds)
-    slow = plan.rank(
-        TrainConfig.resolve({"preset": "seed_190m"}), 64, asdict(plan.GPUS["h100"]) | {"utilization": 0.25}
-    )
+    slow = plan.rank(run, 64, 16, h100 | {"utilization": 0.25})
     assert slow[0]["seconds"] > seconds[0]
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [
+        ("--gpus 6 --tokens-per-step 6144", {}),  # 12 rows, no multiple of the preset's 8 rows per micro-batch
+        ("--gpus 7 --tokens-per-step 7168", {}),  # advised below, as is the next
+        ("--gpus 4", {}),
+        ("--gpus 8 --batch-size 3 --tokens-per-step 12288", {}),
+        ("--gpus 2 --model.q_lora_rank null", {"q_lora_rank": None}),
+        (f"--gpus 2 --model.rope_parameters {shlex.quote(json.dumps(LINEAR))}", {"rope_parameters": LINEAR}),
+    ],
+)
+def test_train_takes_the_printed_command(options, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = shlex.split(options)
+    assert plan.main(options) == 0
+    start, _, words = capsys.readouterr().out.splitlines()[-1].partition(" -m moonwhale train ")
+    assert start.split() == ["torchrun", "--nproc-per-node", options[1]]
+    resolve(["train", *shlex.split(words)], int(options[1]))
+    assert model.items() <= parse(shlex.split(words)).model.items()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +190,11 @@ def test_the_command_ranks_layouts_and_prints_how_to_run_them(capsys):
         ([], "the following arguments are required: `gpus`"),
         (["--gpus", "0"], "`gpus`: 0 is impossible"),
         (["--gpus", "many"], "`gpus`: 'many' is not"),
-        (["--gpus", "7"], "`gpus`: 4,096 tokens a step are 8 rows of 512, which 7 GPUs can't share: give `gpus` 4 or"),
+        (
+            ["--gpus", "7"],
+            "`gpus`: 4,096 tokens a step are 8 rows of 512, which 7 GPUs can't share: give `gpus` 4 or "
+            "`tokens_per_step` 7168",
+        ),
         (["--gpus", "8", "--gpu", "h10"], "`gpu`: 'h10' is none of a100, h100, h200, b200"),
         (["--gpus", "8", "--memory", "-1"], "`memory`: -1 is impossible: it must be above 0"),
         (["--gpus", "8", "--utilization", "2"], "`utilization`: 2 is impossible"),

@@ -1,5 +1,6 @@
 """Tests supervised fine-tuning: the labels, the packing of rows, and whole runs at toy size."""
 
+import copy
 import json
 import os
 import re
@@ -13,11 +14,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint
+from moonwhale.data import chat
 from moonwhale.data.chat import encode_answers, encode_document
 from moonwhale.data.loading import load_source
 from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.split import document_hash
+from moonwhale.data.templates import CHAT_TEMPLATE
 from moonwhale.errors import UserError
 from moonwhale.posttrain.sft import SFTOptions, check_processes, contents_of, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
@@ -72,12 +75,29 @@ def test_the_loss_covers_only_the_assistants_tokens(small_tokenizer):
 
 
 def test_both_ways_to_find_the_answers_agree(small_tokenizer):
-    from moonwhale.data.chat import _encode_turns
+    for messages in (CHAT[:2], [*CHAT[:3], {"role": "assistant", "content": "back"}]):
+        ((ids, answered),) = encode_answers(small_tokenizer, [messages])
+        sanitized = chat._encode_sanitized(small_tokenizer, messages)
+        assert (ids == sanitized[0]).all() and (answered == sanitized[1]).all()
 
-    for chat in (CHAT[:2], [*CHAT[:3], {"role": "assistant", "content": "back"}]):
-        ((ids, answered),) = encode_answers(small_tokenizer, [chat])
-        by_turns = _encode_turns(small_tokenizer, chat)
-        assert (ids == by_turns[0]).all() and (answered == by_turns[1]).all()
+
+def test_only_a_chat_that_mentions_a_control_token_is_sanitized(small_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "_encode_sanitized", lambda tokenizer, messages: messages)
+    first, second, third = encode_answers(small_tokenizer, [CHAT[:2], CHAT, CHAT[:2]])
+    assert second is CHAT
+    assert small_tokenizer.decode(first[0][first[1]]) == small_tokenizer.decode(third[0][third[1]]) == "whale<|eos|>"
+
+
+def test_answers_are_found_where_the_template_drops_earlier_thoughts(small_tokenizer):
+    tokenizer, written = copy.deepcopy(small_tokenizer), "generation %}{{ message['content']"
+    assert written in CHAT_TEMPLATE
+    drops = "generation %}{{ (message['content'] if loop.last else message['content'][-5:])"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(written, drops)
+    answer = {"role": "assistant", "content": "<think>sang</think>whale"}
+    messages = [CHAT[0], answer, CHAT[2], answer]
+    ((ids, answered),) = encode_answers(tokenizer, [messages])
+    assert (ids == encode_document(tokenizer, messages)).all()
+    assert tokenizer.decode(ids[answered]) == "whale<|eos|><think>sang</think>whale<|eos|>"
 
 
 def test_sft_holds_out_the_same_documents_as_pretraining(small_tokenizer, chats, tmp_path):

@@ -7,12 +7,15 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _get_control_token_patterns, encode_marked_chat, mark_control_tokens
 
 from moonwhale.data.source import ROLES, Document
+from moonwhale.data.templates import render_within_limits
 from moonwhale.errors import UserError, one_line
 
 ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
@@ -127,23 +130,43 @@ def encode_answers(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) 
     Raises:
         UserError: the tokenizer's chat template refuses a conversation.
     """
-    if _mentions_control_token(tokenizer, chats):  # transformers cannot sanitize and mask in one call
-        return [_encode_turns(tokenizer, chat) for chat in chats]
-    batch = _render(tokenizer, chats, return_assistant_tokens_mask=True)
-    both = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
-    return [(np.array(ids, np.int64), np.array(mask, bool)) for ids, mask in both]
+    control, encoded = _control_tokens(tokenizer), []
+    for has_control, group in groupby(chats, key=lambda chat: _mentions(control, chat)):
+        if has_control:
+            encoded += [_encode_sanitized(tokenizer, chat) for chat in group]
+            continue
+        batch = _render(tokenizer, list(group), return_assistant_tokens_mask=True)
+        both = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
+        encoded += [(np.array(ids, np.int64), np.array(mask, bool)) for ids, mask in both]
+    return encoded
 
 
-def _encode_turns(tokenizer: PreTrainedTokenizerFast, chat: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes one conversation as `encode_answers` does, by comparing its prefixes before and after each answer."""
-    (ids,) = _encode_chats(tokenizer, [chat])
-    mask = np.zeros(len(ids), bool)
-    for i, message in enumerate(chat):
-        if message["role"] == "assistant":
-            (before,) = _render(tokenizer, [chat[:i]], add_generation_prompt=True)["input_ids"]
-            (after,) = _encode_chats(tokenizer, [chat[: i + 1]])
-            mask[len(before) : len(after)] = True
-    return ids.astype(np.int64), mask
+def _encode_sanitized(tokenizer: PreTrainedTokenizerFast, chat: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes one conversation as `encode_answers` does, with control tokens inside messages as ordinary characters.
+
+    transformers cannot sanitize and mask in one call. Here the rendered text is also encoded up to each end of an
+    answer: the tokens that this shares with the whole conversation are those before that end.
+    """
+    template = tokenizer.get_chat_template()
+    with _refusals():
+        control, _ = _get_control_token_patterns(tokenizer._get_control_tokens(template))
+        (text,), (answers,) = render_within_limits(
+            [mark_control_tokens(chat, control)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        ids = encode_marked_chat(tokenizer, text)
+        mask = np.zeros(len(ids), bool)
+        for answer in answers:
+            start, stop = (_n_shared(ids, encode_marked_chat(tokenizer, text[:end])) for end in answer)
+            mask[start:stop] = True
+    return np.array(ids, np.int64), mask
+
+
+def _n_shared(ids: list[int], others: list[int]) -> int:
+    """Returns how many ids two lists have in common before the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
 
 
 # ---- the chat template
@@ -151,22 +174,34 @@ def _encode_turns(tokenizer: PreTrainedTokenizerFast, chat: list[dict]) -> tuple
 
 def _render(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]], **options) -> dict:
     """Applies the chat template. Raises UserError if it refuses a conversation."""
-    try:
+    control = _control_tokens(tokenizer)
+    with _refusals():
         return tokenizer.apply_chat_template(
             chats,
-            sanitize_control_tokens=_mentions_control_token(tokenizer, chats),
+            sanitize_control_tokens=any(_mentions(control, chat) for chat in chats),
             tokenizer_kwargs=TOKENIZER_OPTIONS,
             return_dict=True,
             **options,
         )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Context that turns an error of the chat template into a UserError."""
+    try:
+        yield
     except Exception as error:  # Jinja's own, and any that a template's parser raises
         raise UserError(f"the tokenizer's chat template refuses a conversation: {one_line(error)}") from error
 
 
-def _mentions_control_token(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> bool:
-    """Whether a message contains the name of a control token, so that the chats must be sanitized.
+def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern:
+    """Returns a pattern of the names of all added tokens. Every control token is one of them."""
+    return re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
 
-    Sanitizing takes twice as long, and few batches need it.
+
+def _mentions(control: re.Pattern, chat: list[dict]) -> bool:
+    """Whether a message contains the name of a control token, so that the chat must be sanitized.
+
+    Sanitizing takes twice as long, and few chats need it.
     """
-    control = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
-    return any(control.search(message["content"]) for chat in chats for message in chat)
+    return any(control.search(message["content"]) for message in chat)

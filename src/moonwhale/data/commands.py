@@ -6,6 +6,7 @@ from moonwhale.data.source_options import SourceOptions
 from moonwhale.options import Parser, add_options, read_argv, require
 from moonwhale.reports import add_json, reporting
 
+VOCAB_SIZE = 4096  # of a tokenizer that these verbs train
 LONGEST_ROW = 1 << 24  # tokens: a row is filled up with padding
 CACHE_HELP = "folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)"
 
@@ -25,7 +26,7 @@ def main_data(argv: list[str]) -> None:
     parser.add_argument(
         "--tokenizer", default="train", help="deepseek, gpt2, a folder or a hub id; train: train a new one (train)"
     )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="size of a tokenizer trained here (4096)")
+    parser.add_argument("--vocab-size", type=int, help=f"size of a tokenizer trained here ({VOCAB_SIZE})")
     parser.add_argument("--context", type=int, default=1024, help="tokens per row (1024)")
     parser.add_argument(
         "--show", type=int, default=0, metavar="K", help="print K rows, spread over the training set (0)"
@@ -34,6 +35,8 @@ def main_data(argv: list[str]) -> None:
     add_json(parser)
     given, args = read_argv(parser, SourceOptions, argv)
     require(args, "context", args.context <= LONGEST_ROW, f"give at most {LONGEST_ROW:,}")
+    fix = "only a tokenizer that is trained here takes a size: leave `vocab_size` or `tokenizer` out"
+    require(args, "vocab_size", args.vocab_size is None or args.tokenizer == "train", fix)
 
     from moonwhale.data.packing import build_data
 
@@ -41,7 +44,7 @@ def main_data(argv: list[str]) -> None:
         built = build_data(
             SourceOptions(**given).load_source(),
             args.tokenizer,
-            vocab_size=args.vocab_size,
+            vocab_size=VOCAB_SIZE if args.vocab_size is None else args.vocab_size,
             context=args.context,
             cache_dir=args.cache,
             verify=args.verify,
@@ -70,7 +73,8 @@ def main_tokenizer(argv: list[str]) -> None:
     train = verbs.add_parser("train", help="train byte-level BPE on a source")
     add_options(train, SourceOptions)
     train.add_argument("--cache", help=CACHE_HELP)
-    train.add_argument("--vocab-size", type=int, default=4096, help="tokens, including control tokens (4096)")
+    size = f"tokens, including control tokens ({VOCAB_SIZE})"
+    train.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help=size)
     train.add_argument("--out", required=True, help="folder to write, which --tokenizer then takes")
     show = verbs.add_parser("show", help="print the tokens of a text")
     show.add_argument("tokenizer", help="deepseek, gpt2, a folder or a hub id")

@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def _as_row(value: object) -> dict | BadRow:
 
 
 def _array(path: Path) -> Iterator[dict | BadRow]:
-    """Yields the elements of an array, one after the other. Raises UserError where it is not JSON."""
+    """Yields the elements of an array. Raises UserError where it is not JSON, or if more follows its end."""
     decoder, text, at, n_rows = json.JSONDecoder(), "", 0, 0
     with opened(path) as file:
         stream = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
@@ -93,6 +94,11 @@ def _array(path: Path) -> Iterator[dict | BadRow]:
                 at += 1
             character = text[at : at + 1]
             if character == "]" and expect != "value":
+                rest = itertools.chain([text[at + 1 :]], iter(lambda: stream.read(CHUNK_CHARACTERS), ""))
+                if any(part.strip() for part in rest):
+                    raise UserError(
+                        f"`data`: {path} has more after the end of its array: write one object per line, or one array"
+                    )
                 return
             if character == "," and expect == "comma":
                 at, expect = at + 1, "value"

@@ -80,6 +80,8 @@ def load_source(
 
 def locate(spec: str, split: str | None = None) -> Location:
     """Finds what `spec` names, which is no mixture. Raises UserError if it can be neither files nor a hub set."""
+    if not spec:  # a path's "" is the working folder
+        raise UserError("`data`: it is empty: name a file, a folder or a data set")
     if spec.partition(":")[0] in HUB_SETS:
         return Location(spec, "hub", has_splits=True)
     if spec.startswith("task:"):

@@ -18,7 +18,7 @@ from moonwhale.data.tokenizer import tokenizer_fingerprint
 from moonwhale.errors import UserError
 from moonwhale.files import cache_folder, cache_key, locked
 
-FORMAT = 1  # raise it whenever the same source and tokenizer would give other rows
+FORMAT = 2  # raise it whenever the same source and tokenizer would give other rows
 CONVERSATIONS_PER_BATCH = 256
 
 

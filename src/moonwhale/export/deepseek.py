@@ -54,9 +54,8 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
 
     with torch.device("meta"):  # a loaded model would save its experts in the layout of the file it came from
         new = type(model)(config)
+    new.generation_config = model.generation_config
     new.save_pretrained(out, state_dict=weights, save_original_format=True)
-    # Its end tokens and sampling defaults, as they are: `save_pretrained` refuses some that transformers reads
-    model.generation_config.to_json_file(out / "generation_config.json")
     values = _deepseek_config(config, dtype, modules)
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(out)

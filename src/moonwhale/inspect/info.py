@@ -49,11 +49,13 @@ def gather_figures(config, context: int, batch: int, run: TrainConfig | None) ->
     }
     if run:
         tokens = run.steps * run.tokens_per_step
+        resting = round(run.steps * run.mtp_start) * run.tokens_per_step  # tokens before the MTP modules are trained
+        without_mtp = 3 * flops_per_token(config, run.context, training=False)
         figures |= {
             "steps": run.steps,
             "tokens_per_step": run.tokens_per_step,
             "tokens": tokens,
-            "training_flops": tokens * flops_per_token(config, run.context),
+            "training_flops": resting * without_mtp + (tokens - resting) * flops_per_token(config, run.context),
         }
     return figures
 

@@ -75,4 +75,8 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
 
         `save_original_format=True` saves every expert by itself, which is DeepSeek's format.
         """
+        if self.can_generate():
+            # transformers reads sampling defaults without `do_sample`, as published, but saves them only if their hash
+            # tells that nothing has changed. A Trainer changes the token ids, and not every loader sets the hash.
+            self.generation_config._original_object_hash = hash(self.generation_config)
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)

@@ -1,7 +1,9 @@
 """`moonwhale plan`: how to spread a run over many GPUs, and what each layout would cost, before you rent them."""
 
 import itertools
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -10,7 +12,7 @@ from moonwhale.errors import UserError, did_you_mean
 from moonwhale.options import above_zero
 from moonwhale.parallel.options import divisors
 from moonwhale.parallel.schedule_properties import SCHEDULES
-from moonwhale.presets import PRESETS
+from moonwhale.presets import PRESETS, get_preset
 from moonwhale.reports import add_json, reporting
 from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config
 from moonwhale.units import in_bytes, si
@@ -71,19 +73,24 @@ def main(argv: list[str]) -> int:
     if figures["utilization"] > 1:
         raise UserError(f"`utilization`: {figures['utilization']:g} is impossible: it lies in (0, 1]")
     options.require(arguments, "gpus", arguments.gpus <= MOST_GPUS, f"give at most {MOST_GPUS:,}")
-    names = ("context", "batch_size", "tokens_per_step")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
-    run = TrainConfig.resolve(given | {"preset": arguments.preset} | overrides)
-    options.require(run, "batch_size", run.batch_size <= MOST_ROWS, f"give at most {MOST_ROWS:,}")
-    shown = rank(run, arguments.gpus, figures)[: arguments.layouts]
+    if arguments.batch_size is None:
+        arguments.batch_size = get_preset(arguments.preset).train["batch_size"]
+    options.require(arguments, "batch_size", arguments.batch_size <= MOST_ROWS, f"give at most {MOST_ROWS:,}")
+    given = {name: getattr(arguments, name) for name in ("context", "tokens_per_step") if getattr(arguments, name)}
+    # Layouts have micro-batches of any size up to the largest: a step need not be a multiple of that.
+    run = TrainConfig.resolve(given | {"preset": arguments.preset, "batch_size": 1} | overrides)
+    shown = rank(run, arguments.gpus, arguments.batch_size, figures)[: arguments.layouts]
     with reporting(arguments.json) as show:
         result = {"gpus": arguments.gpus, "preset": run.preset, **figures, "layouts": shown}
         show(result, report(run, arguments.gpus, arguments.gpu, figures, shown))
     return 0
 
 
-def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
-    """Yield every `ParallelLayout` that can work: its numbers divide, and micro-batches and blocks suffice."""
+def layouts(run: TrainConfig, gpus: int, most_rows: int, config) -> Iterator:
+    """Yield every `ParallelLayout` that can work: its numbers divide, and micro-batches and blocks suffice.
+
+    A micro-batch has up to `most_rows` rows.
+    """
     from moonwhale.planning.cost_model import ParallelLayout
 
     rows = run.tokens_per_step // run.context
@@ -97,7 +104,7 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
         if rows % dp or not works:
             continue
         shared = divisors(math.gcd(dp, experts))
-        for size in range(1, min(run.batch_size, rows // dp) + 1):
+        for size in range(1, min(most_rows, rows // dp) + 1):
             count, rest = divmod(rows // dp, size)
             if rest or (pp > 1 and (count < least or count % multiple)):
                 continue
@@ -107,12 +114,13 @@ def layouts(run: TrainConfig, gpus: int, config) -> Iterator:
                     yield ParallelLayout(pp, dp, schedule, count, size, ep, fsdp=True)
 
 
-def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
+def rank(run: TrainConfig, gpus: int, most_rows: int, figures: dict[str, float]) -> list[dict]:
     """Return the layouts with their figures, ready for JSON.
 
     The layouts that fit come first, sorted by time, then the others, sorted by memory.
 
     Args:
+        most_rows: the largest number of rows per micro-batch.
         figures: of a GPU: memory in GB, flops in TFLOP/s, bandwidth in GB/s, and the utilization of its flops.
 
     Raises:
@@ -122,10 +130,10 @@ def rank(run: TrainConfig, gpus: int, figures: dict[str, float]) -> list[dict]:
 
     config = build_model_config(run)
     layout_costs, best = LayoutCosts(config, run.context), {}
-    for i, layout in enumerate(layouts(run, gpus, config)):
+    for i, layout in enumerate(layouts(run, gpus, most_rows, config)):
         if i == MOST_LAYOUTS:
             raise UserError(
-                f"`batch_size`: there are more than {MOST_LAYOUTS:,} layouts: give fewer rows than {run.batch_size}"
+                f"`batch_size`: there are more than {MOST_LAYOUTS:,} layouts: give fewer rows than {most_rows}"
             )
         plan = _plan(run, layout, layout_costs.costs(layout), figures)
         best.setdefault((layout.pp, layout.schedule, layout.ep, layout.fsdp), []).append(plan)
@@ -214,8 +222,9 @@ def command(run: TrainConfig, plan: dict) -> str:
             words.append(f"--{name.replace('_', '-')} {getattr(run, name)}")
     words.append(f"--batch-size {plan['rows']}")
     for name, value in run.model.items():
-        if preset.model.get(name) != value:
-            words.append(f"--model.{name} {value}".replace(", ", ","))
+        if (name, value) not in preset.model.items():
+            text = value if isinstance(value, str) else json.dumps(value)  # JSON is YAML, which the option reads
+            words.append(f"--model.{name} {shlex.quote(text)}")
     if plan["pp"] > 1:
         words.append(f"--parallel.pp {plan['pp']} --parallel.schedule {plan['schedule']}")
     if plan["ep"] > 1:

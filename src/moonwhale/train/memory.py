@@ -20,19 +20,13 @@ def free_bytes(device: torch.device) -> int | None:
 def needed_bytes(model_config, run, bytes_per_number: int) -> dict[str, int]:
     """The memory of a training step of `run`, by purpose (`costs.one_device_training_bytes`).
 
-    With `gradient_checkpointing`, the activations are the inputs of all blocks and everything inside one block.
-
     run: has `batch_size`, `context`, `optimizer` and `gradient_checkpointing`.
     bytes_per_number: size of a number of the activations.
     """
     tokens = run.batch_size * run.context
-    needed = one_device_training_bytes(model_config, tokens, bytes_per_number)
+    needed = one_device_training_bytes(model_config, tokens, bytes_per_number, run.gradient_checkpointing)
     if run.optimizer == "adamw":  # two moments of Muon's matrices too
         needed["optimizer"] = 2 * needed["weights"]
-    if run.gradient_checkpointing:
-        blocks = model_config.num_blocks
-        block_inputs = bytes_per_number * tokens * model_config.hidden_size * blocks
-        needed["activations"] = min(needed["activations"], block_inputs + needed["activations"] // blocks)
     return needed
 
 
