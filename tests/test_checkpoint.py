@@ -108,7 +108,7 @@ def test_unreadable_json_is_refused(folder, name, content):
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_json_that_is_too_deep_to_copy_is_refused(folder, name):
-    text = (folder / name).read_text()
+    text = (folder / name).read_text().replace('"_from_model_config": true,', "")  # it drops unknown fields
     (folder / name).write_text(text.replace("{", f'{{"deep": {"[" * 600}{"]" * 600},', 1))
     refused(folder, name, "a value is impossible (RecursionError: ")
 

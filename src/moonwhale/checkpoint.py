@@ -93,12 +93,8 @@ def read_config(folder: Path, overrides: dict | None = None) -> MoonwhaleConfig:
         if name in values:
             convert(values[name], kind, f"{path}: {name}")
     read_generation_config(folder)
-    try:
-        return MoonwhaleConfig.from_dict(values | (overrides or {}))
-    except ValueError as error:
-        raise UserError(f"{path}: {one_line(error)}") from error
-    except Exception as error:
-        raise _unforeseen(path, error) from error
+    with _impossible_values(path):
+        return _copyable(MoonwhaleConfig.from_dict(values | (overrides or {})))
 
 
 def load_model(folder: Path, config: MoonwhaleConfig, dtype: torch.dtype) -> MoonwhaleForCausalLM:
@@ -134,19 +130,30 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     if not os.path.lexists(path):
         return None
     values = read_json(path)
-    try:
+    with _impossible_values(path):
         refuse_attributes(GenerationConfig, values.keys() - vars(GenerationConfig()).keys() - {"transformers_version"})
         check_token_ids(values)
-        return GenerationConfig.from_dict(values)
+        return _copyable(GenerationConfig.from_dict(values))
+
+
+@contextmanager
+def _impossible_values(path: Path) -> Iterator[None]:
+    """Context that turns the error for a value in a configuration into a UserError. For one whose type or depth
+    transformers does not check, it may raise anything.
+    """
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     except Exception as error:
-        raise _unforeseen(path, error) from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path}: a value is impossible ({reason}): leave it out") from error
 
 
-def _unforeseen(path: Path, error: Exception) -> UserError:
-    """The error for a value whose type or depth transformers does not check: it may raise anything."""
-    return UserError(f"{path}: a value is impossible ({type(error).__name__}: {one_line(error)}): leave it out")
+def _copyable(config):
+    """Returns a configuration after a trial of what building and saving a model do with it."""
+    config.to_dict()  # raises a RecursionError for a value that is nested too deeply
+    return config
 
 
 def load_tokenizer_of(folder: Path, model: MoonwhaleForCausalLM) -> PreTrainedTokenizerFast:

@@ -96,12 +96,14 @@ function requestBody(model, conversation, answer) {
   return { model, messages, truncation: "auto", ...stream, ...numbers, ...own };
 }
 
-// Takes the question back if its text has a place to go to.
+// Takes a new question back if its text has a place to go to. An edited one always: it has replaced what was there.
 function undo(conversation, before, typed) {
-  if (typed && (state.current !== conversation || $("text").value)) return; // the user has gone on meanwhile
+  const hasPlace = state.current === conversation && !$("text").value; // else the user has gone on meanwhile
+  const isNew = conversation.messages.length > before.messages.length;
+  if (typed && isNew && !hasPlace) return;
   Object.assign(conversation, before);
   if (!before.messages.length) deleteConversation(conversation);
-  if (typed) $("text").value = typed;
+  if (typed && hasPlace) $("text").value = typed;
 }
 
 function save(conversation) {
