@@ -21,6 +21,7 @@ from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.split import document_hash
 from moonwhale.data.templates import CHAT_TEMPLATE
+from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.posttrain.sft import SFTOptions, check_processes, contents_of, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
@@ -77,12 +78,25 @@ def test_the_loss_covers_only_the_assistants_tokens(small_tokenizer):
 def test_both_ways_to_find_the_answers_agree(small_tokenizer):
     for messages in (CHAT[:2], [*CHAT[:3], {"role": "assistant", "content": "back"}]):
         ((ids, answered),) = encode_answers(small_tokenizer, [messages])
-        sanitized = chat._encode_sanitized(small_tokenizer, messages)
+        sanitized = chat._encode_sanitized(small_tokenizer, messages, chat._control_tokens(small_tokenizer))
         assert (ids == sanitized[0]).all() and (answered == sanitized[1]).all()
 
 
+def test_both_ways_agree_where_the_text_around_an_answer_is_tokenized_with_it():
+    tokenizer = train_tokenizer(["Hello!\n\n", "Hello!!\n", "moon? whale\n\n\n"] * 9, 330)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}:\n\n{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}!\n\n{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "moon?"}, {"role": "assistant", "content": "Hello!"}] * 2
+    ((ids, answered),) = encode_answers(tokenizer, [messages])
+    sanitized = chat._encode_sanitized(tokenizer, messages, chat._control_tokens(tokenizer))
+    assert (ids == sanitized[0]).all() and (answered == sanitized[1]).all()
+    assert "Hello!" in tokenizer.decode(ids[answered])
+
+
 def test_only_a_chat_that_mentions_a_control_token_is_sanitized(small_tokenizer, monkeypatch):
-    monkeypatch.setattr(chat, "_encode_sanitized", lambda tokenizer, messages: messages)
+    monkeypatch.setattr(chat, "_encode_sanitized", lambda tokenizer, messages, control: messages)
     first, second, third = encode_answers(small_tokenizer, [CHAT[:2], CHAT, CHAT[:2]])
     assert second is CHAT
     assert small_tokenizer.decode(first[0][first[1]]) == small_tokenizer.decode(third[0][third[1]]) == "whale<|eos|>"

@@ -12,7 +12,7 @@ from itertools import groupby
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _get_control_token_patterns, encode_marked_chat, mark_control_tokens
+from transformers.utils.chat_template_utils import _get_control_token_patterns, mark_control_tokens
 
 from moonwhale.data.source import ROLES, Document
 from moonwhale.data.templates import render_within_limits
@@ -133,7 +133,7 @@ def encode_answers(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) 
     control, encoded = _control_tokens(tokenizer), []
     for has_control, group in groupby(chats, key=lambda chat: _mentions(control, chat)):
         if has_control:
-            encoded += [_encode_sanitized(tokenizer, chat) for chat in group]
+            encoded += [_encode_sanitized(tokenizer, chat, control) for chat in group]
             continue
         batch = _render(tokenizer, list(group), return_assistant_tokens_mask=True)
         both = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
@@ -141,32 +141,43 @@ def encode_answers(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) 
     return encoded
 
 
-def _encode_sanitized(tokenizer: PreTrainedTokenizerFast, chat: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_sanitized(
+    tokenizer: PreTrainedTokenizerFast, chat: list[dict], control: re.Pattern
+) -> tuple[np.ndarray, np.ndarray]:
     """Encodes one conversation as `encode_answers` does, with control tokens inside messages as ordinary characters.
 
-    transformers cannot sanitize and mask in one call. Here the rendered text is also encoded up to each end of an
-    answer: the tokens that this shares with the whole conversation are those before that end.
+    transformers cannot sanitize and mask in one call. Here its marks around control tokens cut the rendered text into
+    pieces, and a token with a character of an answer is marked.
     """
-    template = tokenizer.get_chat_template()
     with _refusals():
-        control, _ = _get_control_token_patterns(tokenizer._get_control_tokens(template))
         (text,), (answers,) = render_within_limits(
             [mark_control_tokens(chat, control)],
-            chat_template=template,
+            chat_template=tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-        ids = encode_marked_chat(tokenizer, text)
-        mask = np.zeros(len(ids), bool)
-        for answer in answers:
-            start, stop = (_n_shared(ids, encode_marked_chat(tokenizer, text[:end])) for end in answer)
-            mask[start:stop] = True
-    return np.array(ids, np.int64), mask
+    ids, mask = [], []
+    for piece, at, is_content in _pieces(tokenizer, text):
+        options = {"add_special_tokens": False, "split_special_tokens": is_content, "return_offsets_mapping": True}
+        encoded = tokenizer(piece, **TOKENIZER_OPTIONS, **options)
+        ids += encoded["input_ids"]
+        mask += [
+            any(at + first < end and begin < at + last for begin, end in answers)
+            for first, last in encoded["offset_mapping"]
+        ]
+    return np.array(ids, np.int64), np.array(mask, bool)
 
 
-def _n_shared(ids: list[int], others: list[int]) -> int:
-    """Returns how many ids two lists have in common before the first that differs."""
-    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+def _pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[tuple[str, int, bool]]:
+    """Cuts a text at transformers' marks. Yields each piece, where it begins, and whether it is a marked token."""
+    _, marks = _get_control_token_patterns(tuple(tokenizer.added_tokens_encoder))
+    end = 0
+    for found in marks.finditer(text):
+        yield text[end : found.start()], end, False
+        if found[1]:
+            yield found[1], found.start(1), True
+        end = found.end()
+    yield text[end:], end, False
 
 
 # ---- the chat template
@@ -195,8 +206,9 @@ def _refusals() -> Iterator[None]:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern:
-    """Returns a pattern of the names of all added tokens. Every control token is one of them."""
-    return re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+    """Returns a pattern of the control tokens: special ones, and those that the chat template writes."""
+    with _refusals():
+        return _get_control_token_patterns(tokenizer._get_control_tokens(tokenizer.get_chat_template()))[0]
 
 
 def _mentions(control: re.Pattern, chat: list[dict]) -> bool:

@@ -49,7 +49,9 @@ def gather_figures(config, context: int, batch: int, run: TrainConfig | None) ->
     }
     if run:
         tokens = run.steps * run.tokens_per_step
-        resting = round(run.steps * run.mtp_start) * run.tokens_per_step  # tokens before the MTP modules are trained
+        resting = tokens  # while the MTP modules are not trained
+        if config.mtp_loss_weight:
+            resting = round(run.steps * run.mtp_start) * run.tokens_per_step
         without_mtp = 3 * flops_per_token(config, run.context, training=False)
         figures |= {
             "steps": run.steps,

@@ -73,8 +73,13 @@ def main(argv: list[str]) -> int:
     if figures["utilization"] > 1:
         raise UserError(f"`utilization`: {figures['utilization']:g} is impossible: it lies in (0, 1]")
     options.require(arguments, "gpus", arguments.gpus <= MOST_GPUS, f"give at most {MOST_GPUS:,}")
+    preset = get_preset(arguments.preset).train
     if arguments.batch_size is None:
-        arguments.batch_size = get_preset(arguments.preset).train["batch_size"]
+        arguments.batch_size = preset["batch_size"]
+    context, tokens = arguments.context or preset["context"], arguments.tokens_per_step or preset["tokens_per_step"]
+    if tokens % context:
+        near = max(1, round(tokens / context)) * context
+        raise UserError(f"`tokens_per_step`: {tokens} is no multiple of `context` {context}: give {near}")
     options.require(arguments, "batch_size", arguments.batch_size <= MOST_ROWS, f"give at most {MOST_ROWS:,}")
     given = {name: getattr(arguments, name) for name in ("context", "tokens_per_step") if getattr(arguments, name)}
     # Layouts have micro-batches of any size up to the largest: a step need not be a multiple of that.

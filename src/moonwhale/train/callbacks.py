@@ -1,6 +1,7 @@
 """Callbacks of every run: a progress bar with log lines, and a clean stop on Ctrl-C."""
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -153,6 +154,8 @@ class StopAtStepEnd(TrainerCallback):
             dist.all_reduce(requested, dist.ReduceOp.MAX)
             self.stop_requested = bool(requested)
         micro_batches = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
-        steps_per_rollout = max(1, micro_batches // args.gradient_accumulation_steps)
+        steps_per_rollout = (
+            math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+        )
         if self.stop_requested and state.global_step % steps_per_rollout == 0:
             control.should_training_stop = control.should_save = True

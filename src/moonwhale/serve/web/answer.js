@@ -1,5 +1,5 @@
-// Asks for answers. A request that fails before the first word leaves the conversation as it was if the question can go
-// back into the message box. Else the question stays in its conversation.
+// Asks for answers. A request that fails before the first word leaves the conversation as it was, with the question back
+// in the message box. If that is not free, a new question stays in its conversation, and an edited one is lost.
 import { $, status } from "./dom.js";
 import { firstSeen, scrollToEnd, showProgress, speak } from "./messages.js";
 import { Failure, KeyNeeded, call, connect, events } from "./server.js";
@@ -29,7 +29,7 @@ async function respond(conversation, index, question, typed) {
   delete conversation.failure;
   touch(conversation);
   state.editing = null;
-  state.busy = Object.assign(new AbortController(), { answer, conversation, typed });
+  state.busy = Object.assign(new AbortController(), { answer, conversation, before });
   render();
   scrollToEnd();
   try {
@@ -99,12 +99,14 @@ function requestBody(model, conversation, answer) {
 // Takes a new question back if its text has a place to go to. An edited one always: it has replaced what was there.
 function undo(conversation, before, typed) {
   const hasPlace = state.current === conversation && !$("text").value; // else the user has gone on meanwhile
-  const isNew = conversation.messages.length > before.messages.length;
-  if (typed && isNew && !hasPlace) return;
+  if (typed && hasGrown(conversation, before) && !hasPlace) return;
   Object.assign(conversation, before);
   if (!before.messages.length) deleteConversation(conversation);
   if (typed && hasPlace) $("text").value = typed;
 }
+
+// Whether the question came after the others. Else it has replaced one, with all that followed.
+const hasGrown = (conversation, before) => conversation.messages.length > before.messages.length;
 
 function save(conversation) {
   if (state.conversations.includes(conversation)) saveConversation(conversation); // else it was deleted or taken back
@@ -113,8 +115,8 @@ function save(conversation) {
 // Stores what there is of an answer, because leaving the page ends it.
 export function saveUnfinished() {
   if (!state.busy) return;
-  const { answer, conversation, typed } = state.busy;
-  if (!typed && !answer.content) return; // what is stored is the old answer, which a new one has yet to replace
+  const { answer, conversation, before } = state.busy;
+  if (!answer.content && !hasGrown(conversation, before)) return; // what is stored has yet to be replaced by an answer
   answer.facts = "incomplete";
   save(conversation);
   showConversations(); // it has become the newest
