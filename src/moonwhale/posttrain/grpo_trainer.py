@@ -109,13 +109,9 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
 
     def _tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text prompt, which may hold the chat template's control tokens, as TRL's may. The first
-        is bos.
-        """
-        bos, ids = (
-            self.processing_class.bos_token_id,
-            self.processing_class(text, add_special_tokens=False)["input_ids"],
-        )
+        """Returns the ids of a text prompt, from bos on. As TRL's may, it may hold the chat template's control tokens."""
+        tokenizer = self.processing_class
+        ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _rollout_seed(self, n_prompts: int) -> int:

@@ -154,8 +154,7 @@ class StopAtStepEnd(TrainerCallback):
             dist.all_reduce(requested, dist.ReduceOp.MAX)
             self.stop_requested = bool(requested)
         micro_batches = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
-        steps_per_rollout = (
-            math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
-        )
+        accumulation = args.gradient_accumulation_steps
+        steps_per_rollout = math.lcm(micro_batches, accumulation) // accumulation
         if self.stop_requested and state.global_step % steps_per_rollout == 0:
             control.should_training_stop = control.should_save = True
