@@ -1,8 +1,6 @@
 """The README's tables of benchmark results: one figure a cell, each with the script that measures it."""
 
-# Commits of a demo_step.json from before the kernels, and of a train.json whose memory is that without them
-BEFORE_KERNELS = "b5aee7436d3231a3b59dfb6c7ea9710c6ce28aba"
-MEMORY_WITHOUT_KERNELS = "2895a3d0adcf37478e91938d6201f7698bc23ede"
+MEMORY_WITHOUT_KERNELS = "2895a3d0adcf37478e91938d6201f7698bc23ede"  # commit of a train.json whose memory is that
 PARTS = {"optimizer": ("race", "cost"), "parallel": ("equality", "kills")}  # each with an environment of its own
 
 
@@ -67,14 +65,12 @@ def training(train: dict, demo_step: dict, optimizer: dict) -> str:
     """Tokens per second and memory of training steps, relative to others. A column is a precision of moonwhale."""
     seed = [times(train[f"vs_transformers_{pair}"]) for pair in ("fp32_same_dtype", "autocast")]
     demo = [times(demo_step[f"vs_transformers_{dtype}"]) for dtype in ("fp32", "bf16")]
-    old = demo_step["environment"]["commit"] == BEFORE_KERNELS
-    kernels = "the [kernels](docs/training.md#kernels-for-a-cpu)"
-    since = f", before {kernels}" if old else ""
-    without = f", without {kernels}" if train["environment"]["commit"] == MEMORY_WITHOUT_KERNELS else ""
+    old = train["environment"]["commit"] == MEMORY_WITHOUT_KERNELS
+    without = ", without the [kernels](docs/training.md#kernels-for-a-cpu)" if old else ""
     peer = "tokens/s relative to transformers' `DeepseekV3ForCausalLM`"
     rows = [
         [f"{peer} in the same precision, `seed_190m`", *seed, "train"],
-        [f"the same, `demo`{since}", *demo, "demo_step"],
+        ["the same, `demo`", *demo, "demo_step"],
         [f"{peer} in fp32, `seed_190m`", "", times(train["vs_transformers_fp32"]), "train"],
         [f"{peer} in pure bf16, `seed_190m`", "", times(train["vs_transformers_bf16"]), "train"],
         ["tokens/s relative to a dense GPT with as many active parameters", "", times(train["vs_dense"]), "train"],

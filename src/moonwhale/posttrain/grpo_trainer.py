@@ -109,7 +109,7 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         return {"prompt_ids": ids, "completion_ids": [c.token_ids for c in completions], "logprobs": None}
 
     def _tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text prompt, from bos on. As TRL's may, it may hold the chat template's control tokens."""
+        """Returns the ids of a text prompt, from bos on. As in TRL, it may hold control tokens."""
         tokenizer = self.processing_class
         ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
