@@ -5,6 +5,8 @@ without a limit. The template that moonwhale writes is known and is rendered her
 process that can be ended. All of transformers' callers, TRL and lm-eval included, come through here.
 """
 
+from functools import lru_cache
+
 import jinja2
 from transformers import tokenization_utils_base
 from transformers.utils.chat_template_utils import _get_template_literal_text, render_jinja_template
@@ -50,6 +52,7 @@ def render_within_limits(conversations: list, chat_template: str | None = None, 
     return tuple(_ask(chat_template, conversations, options))
 
 
+@lru_cache  # as transformers' own: each rendering asks for it
 def literal_text_within_limits(chat_template: str) -> str:
     """Does what transformers' `_get_template_literal_text` does: compiling a template computes its constants."""
     if chat_template == CHAT_TEMPLATE:

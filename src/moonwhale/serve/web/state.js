@@ -15,7 +15,7 @@ export const state = {
   current: null,
   settings: { ...DEFAULTS, ...storedSettings() },
   key: "",
-  busy: null, // the AbortController of the answer that is being written, with `answer`, `conversation` and what that was `before`
+  busy: null, // the AbortController of the `answer` that is being written in a `conversation`, and what that was `before`
   editing: null, // the user's message that is being edited
   examined: null, // the answer that the X-ray shows
 };
