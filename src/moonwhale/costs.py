@@ -48,7 +48,7 @@ def model_size(config) -> ModelSize:
     )
 
 
-def flops_per_token(config, context: int, training: bool = True) -> float:
+def flops_per_token(config, context: int, training: bool = True, mtp: bool = True) -> float:
     """Returns the floating-point operations per token, averaged over a row of `context` tokens.
 
     forward = 2 N + Σ_blocks 2 H [(d_nope + d_rope + d_v) keys + (d_nope + d_rope) means]
@@ -59,11 +59,11 @@ def flops_per_token(config, context: int, training: bool = True) -> float:
     are expanded, as in training and prefill. Norms, softmax and RoPE are not counted.
 
     With `training`, the MTP modules are counted as well (eh_proj, blocks, and the head once more for each), and the
-    backward pass adds twice the forward FLOPs.
+    backward pass adds twice the forward FLOPs. `mtp` is False in steps in which the modules rest.
     """
     parts = forward_flops(config, context)
-    modules = config.num_nextn_predict_layers if training else 0
-    blocks = parts.blocks if training else parts.blocks[: config.num_hidden_layers]
+    modules = config.num_nextn_predict_layers if training and mtp else 0
+    blocks = parts.blocks if modules else parts.blocks[: config.num_hidden_layers]
     flops = (1 + modules) * parts.head + modules * parts.eh_proj + sum(blocks)
     return 3 * flops if training else flops
 

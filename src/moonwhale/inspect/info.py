@@ -52,7 +52,7 @@ def gather_figures(config, context: int, batch: int, run: TrainConfig | None) ->
         resting = tokens  # while the MTP modules are not trained
         if config.mtp_loss_weight:
             resting = round(run.steps * run.mtp_start) * run.tokens_per_step
-        without_mtp = 3 * flops_per_token(config, run.context, training=False)
+        without_mtp = flops_per_token(config, run.context, mtp=False)
         figures |= {
             "steps": run.steps,
             "tokens_per_step": run.tokens_per_step,

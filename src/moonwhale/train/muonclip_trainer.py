@@ -253,10 +253,7 @@ class MuonClipTrainerMixin:
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
         config, context = self.model.config, self._context
-        if self._language_model.skips_mtp:
-            flops = 3 * flops_per_token(config, context, training=False)  # forward and backward without the modules
-        else:
-            flops = flops_per_token(config, context)
+        flops = flops_per_token(config, context, mtp=not self._language_model.skips_mtp)
         return {"tokens_per_second": speed, "mfu": speed * flops / peak}
 
     # Checkpoints
