@@ -23,7 +23,7 @@ from pathlib import Path
 from common import environment, options, write
 from moonwhale.costs import dense_twin
 from moonwhale.data.builtin_sets import chitchat_file, read_chitchat, standard_library_files
-from moonwhale.lab.comparing import compare
+from moonwhale.lab.compare import compare
 from moonwhale.lab.config import CompareOptions, comparison
 from moonwhale.lab.page import lines
 from moonwhale.lab.variants import BASE, Variant

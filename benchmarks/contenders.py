@@ -41,7 +41,7 @@ RECIPE = {  # warmup, decay, momentum_warmup and mtp_start are shares of the tim
     "floor": 0.0,
     "momentum": (0.95, 0.95),
     "momentum_warmup": 0.1,
-    "weight_decay": 0.3,  # the best of 0, 0.1, 0.3 and 1 on novels (docs/training.md)
+    "weight_decay": 0.3,  # the best of 0, 0.1, 0.3 and 1 on novels (docs/training_recipe.md)
     "grad_clip": 1.0,
     "qk_clip_tau": 100.0,
     **FAST.train,

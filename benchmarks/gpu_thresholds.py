@@ -59,10 +59,10 @@ def capture_after(bench, decoder: Decoder) -> dict:
     prompt = torch.randint(decoder.config.vocab_size, (1, bench.context), device=bench.device)
     captures, right, usual, recorded = [], graphs.capture, graphs.CAPTURE_AFTER, decoder.graphs
 
-    def timed(function, pool):
+    def timed(function, device, pool):
         bench.synchronize()
         start = time.perf_counter()
-        made = right(function, pool)
+        made = right(function, device, pool)
         bench.synchronize()
         captures.append(time.perf_counter() - start)
         return made

@@ -6,6 +6,7 @@ need, in a step and while it saves a checkpoint?
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +193,11 @@ def assemble(seen: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor])
     return found
 
 
+def largest(errors: Iterable[float]) -> float:
+    """Return the largest error. A NaN counts as infinite: Python's `max` drops every NaN but a first one."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
 def gradient_error(seen: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> float:
     """Return the largest relative error of a parameter's gradient on any rank."""
     if unknown := set().union(*seen) - set(expected):
@@ -202,14 +209,14 @@ def gradient_error(seen: list[dict[str, torch.Tensor]], expected: dict[str, torc
         for name, grads in assemble(seen, expected).items()
         for grad in grads
     ]
-    return max(errors)
+    return largest(errors)
 
 
 def loss_error(history: list[dict], expected: list[dict]) -> float:
     """Return the largest relative error of a logged loss."""
     pairs = [(a, b) for a, b in zip(history, expected, strict=True) if "loss_main" in b]
     names = [name for name in pairs[0][1] if name == "loss" or name.startswith("loss_")]
-    return max(abs(a[name] - b[name]) / max(abs(b[name]), 1e-6) for a, b in pairs for name in names)
+    return largest(abs(a[name] - b[name]) / max(abs(b[name]), 1e-6) for a, b in pairs for name in names)
 
 
 def equality(layouts: list[str], steps: int) -> dict:

@@ -2,6 +2,17 @@
 
 MEMORY_WITHOUT_KERNELS = "2895a3d0adcf37478e91938d6201f7698bc23ede"  # commit of a train.json whose memory is that
 PARTS = {"optimizer": ("race", "cost"), "parallel": ("equality", "kills")}  # each with an environment of its own
+# What `machines` calls a result, or a part of one, if not by its script
+NAMES = {
+    "quality_20min": "`quality.py` (1,200 s)",
+    "optimizer's race": "`optimizer.py` (tokens)",
+    "optimizer's cost": "`optimizer.py` (shares of a step)",
+    "moba_amx": "`moba.py` (AMX)",
+    "parallel": "`parallel.py` (idle time)",
+    "parallel's equality": "`parallel.py` (gradients)",
+    "parallel's kills": "`parallel.py` (recoveries)",
+}
+TEXTS = {"sotu.txt.xz": "speeches", "mix54.txt": "mixed text"}  # of quality.py
 
 
 def tables(results: dict[str, dict]) -> str:
@@ -33,12 +44,30 @@ def times(ratio: float, digits: int = 2) -> str:
     return f"{ratio:.{digits}f}×"
 
 
+def cpu(environment: dict) -> str:
+    """Returns the name of the machine's processor, without decoration."""
+    return environment["cpu"].replace("(R)", "").removesuffix(" Processor")
+
+
+def against_nanochat(races: dict[str, dict]) -> str:
+    """Returns the table of moonwhale's bits per byte relative to nanochat's, from the results of quality.py by name."""
+    rows = []
+    for name, race in races.items():
+        bits, units = race["bits_per_byte"], " with AMX" if name.endswith("_amx") else ""
+        more = bits["ours"] / bits["nanochat"] - 1
+        result = f"{abs(more):.1%} {'more' if more > 0 else 'fewer'}"
+        minutes = f"{race['seconds']['ours'] / 60:.0f} minutes"
+        file = f"[{name}.json](benchmarks/results/{name}.json)"
+        rows.append([cpu(race["environment"]) + units, TEXTS[race["text"]], minutes, f"{result} ({file})"])
+    return table(["machine", "text", "time", "moonwhale's bits per byte, relative to nanochat's"], rows)
+
+
 def quality(races: list[dict], optimizer: dict, grpo: dict, fp8: dict) -> str:
     """What models learn: bits per byte after equal time, tokens that MuonClip saves, right answers after GRPO."""
     names = {"ours": "moonwhale", "nanochat": "nanochat", "dense": "a dense GPT with AdamW"}
     rows = [
         [
-            f"held-out bits per byte after {race['seconds']['ours']:.0f} s: {name}",
+            f"held-out bits per byte, {TEXTS[race['text']]}, after {race['seconds']['ours']:,.0f} s: {name}",
             f"{race['bits_per_byte'][key]:.3f}",
             script("quality"),
         ]
@@ -58,7 +87,17 @@ def quality(races: list[dict], optimizer: dict, grpo: dict, fp8: dict) -> str:
         rows.append([what, f"{share:.0%}", script("grpo")])
     error = f"held-out loss after {fp8['steps']} steps in emulated DeepSeek FP8, compared with bf16's"
     rows.append([error, f"{fp8['relative_held_out_error']:+.2%}", script("fp8")])
-    return table(["question", "figure", "script"], rows)
+    return table(["question", "figure", "script"], rows) + "\n\n" + parameters(races[0], names)
+
+
+def parameters(race: dict, names: dict[str, str]) -> str:
+    """Returns a line with the sizes of quality.py's models."""
+    sizes = []
+    for key, name in names.items():
+        if key in race["parameters"]:
+            size, active = race["parameters"][key], race["active_parameters"][key]
+            sizes.append(f"{name} {size / 1e6:.1f} M" + (f" ({active / 1e6:.1f} M active)" if active < size else ""))
+    return f"Parameters in {script('quality')}: {', '.join(sizes)}."
 
 
 def training(train: dict, demo_step: dict, optimizer: dict) -> str:
@@ -67,33 +106,39 @@ def training(train: dict, demo_step: dict, optimizer: dict) -> str:
     demo = [times(demo_step[f"vs_transformers_{dtype}"]) for dtype in ("fp32", "bf16")]
     old = train["environment"]["commit"] == MEMORY_WITHOUT_KERNELS
     without = ", without the [kernels](docs/training.md#kernels-for-a-cpu)" if old else ""
+    active = f"{train['active_parameters']['moonwhale'] / 1e6:.1f} M, without embedding and MTP"
+    dense = f"tokens/s relative to a dense GPT with as many active parameters ({active})"
+    share = f"{train['ceiling_share']:.0%}"
     peer = "tokens/s relative to transformers' `DeepseekV3ForCausalLM`"
     rows = [
         [f"{peer} in the same precision, `seed_190m`", *seed, "train"],
         ["the same, `demo`", *demo, "demo_step"],
         [f"{peer} in fp32, `seed_190m`", "", times(train["vs_transformers_fp32"]), "train"],
         [f"{peer} in pure bf16, `seed_190m`", "", times(train["vs_transformers_bf16"]), "train"],
-        ["tokens/s relative to a dense GPT with as many active parameters", "", times(train["vs_dense"]), "train"],
+        [dense, "", times(train["vs_dense"]), "train"],
         [f"peak memory relative to transformers{without}", "", times(train["memory_vs_transformers"]), "train"],
-        ["FLOP/s with MTP, share of the fastest bf16 matrix product", "", f"{train['ceiling_share']:.0%}", "train"],
+        ["FLOP/s with MTP, share of the fastest bf16 matrix product", "", share, "train"],
         ["share of MuonClip in a step of 8,192 tokens", "", f"{optimizer['muonclip_share']:.1%}", "optimizer"],
-        ["share of QK-Clip in it", "", f"{optimizer['qkclip_share']:.1%}", "optimizer"],
+        ["share of QK-clip in the same step", "", f"{optimizer['qkclip_share']:.1%}", "optimizer"],
     ]
-    head = ["", "moonwhale in fp32", "moonwhale in bf16 autocast", "script"]
-    return table(head, [[*row[:3], script(row[3])] for row in rows])
+    machine = {"train": train["environment"], "demo_step": demo_step["environment"]}
+    machine["optimizer"] = optimizer["cost"]["environment"]
+    head = ["", "moonwhale in fp32", "moonwhale in bf16 autocast", "machine", "script"]
+    return table(head, [[*row[:3], cpu(machine[row[3]]), script(row[3])] for row in rows])
 
 
 def moba(units: dict[str, dict]) -> str:
     """How much faster MoBA is than full attention, by the processor's units that multiply bf16."""
     cases = ("1k", "16k", "32k")
+    heads, blocks = units["AMX"]["heads"], units["AMX"]["topk"]
     passes = {"fwd": "forward", "fwdbwd": "forward and backward"}
     rows = [
         [f"{name}, {unit}", *(times(result[f"{key}_{case}"], 1) for case in cases)]
         for key, name in passes.items()
         for unit, result in units.items()
     ]
-    head = [f"speed relative to flash attention, {script('moba')}", "1 k tokens", "16 k", "32 k"]
-    return table(head, rows)
+    what = f"speed relative to flash attention, {blocks} blocks per query, {script('moba')}"
+    return table([what, *(f"{case[:-1]} k tokens, {heads[case]} heads" for case in cases)], rows)
 
 
 def decoding(decode: dict) -> str:
@@ -130,7 +175,7 @@ def memory(decode: dict) -> str:
         ["with drafts from all MTP modules", f"{cache['drafting_allocated']:,.0f}"],
         ["multi-head attention's, without drafts", f"{cache['multi_head']:,}"],
         ["tokens per forward pass with MTP drafts, demo model", f"{decode['tokens_per_forward']:.2f}"],
-        ["accepted guesses", ", ".join(f"{share:.0%}" for share in decode["acceptance"])],
+        ["accepted draft tokens", ", ".join(f"{share:.0%}" for share in decode["acceptance"])],
         ["speed with `--draft auto` relative to no drafts", times(decode["auto_vs_off"])],
         *(
             [
@@ -169,21 +214,25 @@ def serving(serve: dict, parallel: dict) -> str:
 
 
 def machines(results: dict[str, dict]) -> str:
-    """Says where the figures were measured: the machine of most, what ran on another, and what ran in fp32."""
+    """Lists where the figures were measured: the machine of most, what ran on another, and what ran in fp32."""
     where: dict[str, list[str]] = {}
-    found = environments(results)
-    for name, machine in found.items():
-        key = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-        where.setdefault(key, []).append(name)
+    in_fp32: list[str] = []
+    for result, machine in environments(results).items():
+        name = NAMES.get(result, f"`{result}.py`")
+        where.setdefault(f"{cpu(machine)}, {machine['threads']} of {machine['cores']} cores", []).append(name)
+        if machine["dtype"] in ("fp32", "float32"):
+            in_fp32.append(name)
     most = max(where, key=lambda key: len(where[key]))
-    others = "".join(f"; {', '.join(names)} on {key}" for key, names in where.items() if key != most)
-    fp32 = ", ".join(name for name, machine in found.items() if machine["dtype"] in ("fp32", "float32"))
-    machine = found["train"]
-    return (
-        f"Measured on {most}{others}; in fp32: {fp32}; the rest in bf16 unless stated otherwise; torch "
-        f"{machine['torch']}, transformers {machine['transformers']}. Both sides use the same allocator, rounds are "
-        "interleaved, figures are medians. Nothing has been measured on a GPU."
-    )
+    versions = results["train"]["environment"]
+    lines = [
+        "Where the figures were measured:\n",
+        f"- {most}: all that are not listed below",
+        *(f"- {key}: {', '.join(names)}" for key, names in where.items() if key != most),
+        f"- in fp32: {', '.join(in_fp32)}; the rest in bf16 unless stated otherwise\n",
+        f"All with torch {versions['torch']} and transformers {versions['transformers']}. Both sides use the same "
+        "allocator, rounds are interleaved, and figures are medians. Nothing has been measured on a GPU.",
+    ]
+    return "\n".join(lines)
 
 
 def environments(results: dict[str, dict]) -> dict[str, dict]:

@@ -69,8 +69,8 @@ def not_measured(result: dict, names: list[str]) -> list[str]:
 def costs(result: dict, rows: tuple) -> str:
     """Returns the table of what each variant costs, at the longest budget that is measured for it."""
     lines = [
-        "| variant | learning rate | tokens/s | active parameters | cache per token | peak memory |",
-        "|---" * 6 + "|",
+        "| variant | learning rate | tokens/s | active parameters | cache per token |",
+        "|---" * 5 + "|",
     ]
     for name in ["base", *(name for _, name, _ in rows)]:
         found = [
@@ -82,13 +82,11 @@ def costs(result: dict, rows: tuple) -> str:
 
 
 def _costs(figures: dict) -> list[str]:
-    peak = figures["peak_memory_bytes"]
     return [
         f"{figures['lr']:.2g}",
         f"{figures['tokens_per_second']:,.0f}",
         f"{figures['active_parameters'] / 1e6:.2f} M",
         f"{figures['cache_bytes_per_token']:,} B",
-        f"{peak / 1e6:,.0f} MB" if peak else "",
     ]
 
 

@@ -51,8 +51,8 @@ def table(rows: list[dict]) -> str:
         cells = [row["area"], row["outsider"], f"{row['passed']:,}"]
         for kind in ("failed", "skipped"):
             reasons = row[kind]
-            numbers = [note_number(notes, reason) for reason in reasons]
-            cells.append(f"{sum(reasons.values()):,}" + "".join(f" [{n}]" for n in sorted(set(numbers))))
+            numbers = {note_number(notes, reason) for reason in reasons}
+            cells.append(f"{sum(reasons.values()):,}{references(numbers)}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"- [{i}] {note}" for i, note in enumerate(notes, start=1))])
 
@@ -63,6 +63,17 @@ def note_number(notes: list[str], reason: str) -> int:
     if reason not in notes:
         notes.append(reason)
     return notes.index(reason) + 1
+
+
+def references(numbers: set[int]) -> str:
+    """Returns references to notes, with runs of three or more numbers as `[3] to [29]`."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return "".join(f" [{r[0]}] to [{r[-1]}]" if len(r) > 2 else "".join(f" [{n}]" for n in r) for r in runs)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Writes the generated blocks of README.md: `python docs/update_readme.py`.
 
-The blocks are the end of the demo, the size of the core and of the presets, and the results of the benchmarks. With
-`--check`, the script only reports whether README.md is up to date, by its exit status.
+The blocks are the ends of two runs, the comparison with nanochat, the size of the core and of the presets, and the
+results of the benchmarks. With `--check`, the script only reports whether README.md is up to date, by its exit status.
 """
 
 import ast
@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import generated_blocks
 import readme_figures
+import update_ablations
 
 ROOT = Path(__file__).parent.parent
 # The benchmarks whose results `figures` shows.
@@ -34,17 +35,20 @@ SOURCES = (
 
 
 def transcript(name: str) -> str:
-    """Returns what was printed and kept in docs/NAME.txt, as a block of code."""
-    return f"```\n{(ROOT / 'docs' / f'{name}.txt').read_text(encoding='utf-8').strip()}\n```"
+    """Returns the summary and the conversation of what was printed and kept in docs/NAME.txt, as a block of code."""
+    lines = (ROOT / "docs" / f"{name}.txt").read_text(encoding="utf-8").strip().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("you: "))
+    summary = [line for line in lines[:first] if line.startswith("done ")]
+    return "\n".join(["```", *summary, *lines[first:], "```"])
 
 
 def demo() -> str:
-    """Returns the last lines that `make demo` printed."""
+    """Returns the end of `make demo`."""
     return transcript("demo")
 
 
 def evening() -> str:
-    """Returns the last lines that the run of models/evening and a conversation with it printed, and the figures."""
+    """Returns the end of the run of models/evening, a conversation with it, and the figures."""
     topics = read("topics")
     count, of = topics["questions_on_topic"], topics["questions"]
     return (
@@ -69,9 +73,26 @@ def grpo() -> str:
     )
 
 
+def nanochat() -> str:
+    """Returns the comparisons with nanochat and with a dense network."""
+    races = {name: read(name) for name in ("quality", "quality_amx", "quality_20min")}
+    ablations = read("ablations")
+    variants = ablations["budgets"]["240"]["variants"]
+    dense = variants["dense of equal FLOPs"]
+    faster = dense["tokens_per_second"] / variants["base"]["tokens_per_second"]
+    return (
+        f"{readme_figures.against_nanochat(races)}\n\n"
+        f"On an {readme_figures.cpu(ablations['environment'])}, the model with a dense network of equal FLOPs in place "
+        f"of the experts trains {faster:.2f} times as fast.\n"
+        f"After four minutes its bits per byte minus the whole model's are {update_ablations.difference(dense)}\n"
+        "([ablations](docs/ablations.md))."
+    )
+
+
 def core() -> str:
-    """Returns the size of the rooms `model` and `optim`, in lines of code rounded to hundreds."""
-    sources = [path for room in ("model", "optim") for path in sorted((ROOT / "src" / "moonwhale" / room).glob("*.py"))]
+    """Returns the size of the packages `model` and `optim`, in lines of code rounded to hundreds."""
+    packages = [ROOT / "src" / "moonwhale" / name for name in ("model", "optim")]
+    sources = [path for package in packages for path in sorted(package.glob("*.py"))]
     lines = round(sum(map(lines_of_code, sources)), -2)
     return (
         f"All of this is about {lines:,} lines of code in {len(sources)} files, without comments and docstrings "
@@ -127,7 +148,15 @@ def figures() -> str:
     return readme_figures.tables({name: read(name) for name in SOURCES})
 
 
-REGIONS = {"demo": demo, "evening": evening, "grpo": grpo, "core": core, "sizes": sizes, "figures": figures}
+REGIONS = {
+    "demo": demo,
+    "evening": evening,
+    "grpo": grpo,
+    "nanochat": nanochat,
+    "core": core,
+    "sizes": sizes,
+    "figures": figures,
+}
 
 
 def updated(text: str) -> str:

@@ -118,6 +118,13 @@ def test_a_type_that_transformers_does_not_check_is_refused(folder):
     refused(folder, "generation_config.json", "a value is impossible (AttributeError: ")
 
 
+def test_save_pretrained_takes_transformers_positional_arguments(folder, tmp_path):
+    """The second one is `is_main_process`: the other ranks of a training loop write nothing."""
+    model, _ = open_checkpoint(folder)
+    model.save_pretrained(tmp_path / "not", False)
+    assert not list((tmp_path / "not").glob("*.safetensors"))
+
+
 def test_published_sampling_defaults_are_saved_again(folder, tmp_path):
     """They have no `do_sample`. A Trainer sets the tokenizer's padding token before its first checkpoint."""
     edit_json(folder / "generation_config.json", temperature=0.6)

@@ -145,5 +145,5 @@ def test_named_files_targets_and_extras_exist(document):
     assert all((ROOT / name).exists() for name in re.findall(r"python ((?:docs|benchmarks)/\S+?\.py)", text))
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {*re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)} <= {*targets}
-    extras = {extra for names in re.findall(r"moonwhale\[([\w,]+)\]", text) for extra in names.split(",")}
+    extras = {extra for names in re.findall(r'(?:moonwhale|"\.)\[([\w,]+)\]', text) for extra in names.split(",")}
     assert extras <= {*project["project"]["optional-dependencies"]}

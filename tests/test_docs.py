@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from moonwhale.serve.app import create_app
+from serving import Running
+
 ROOT = Path(__file__).parent.parent
 PAGES = "*.md", "docs/*.md", "models/*/*.md", "notebooks/*.md"
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PAGES for path in ROOT.glob(pattern))
@@ -94,15 +97,26 @@ def folder(tmp_path_factory, tiny_config, draw):
     return folder
 
 
+SERVER = "http://127.0.0.1:8000"  # where snippets expect `moonwhale serve`
 SNIPPETS = [(document, block) for document in DOCUMENTS for block in fenced(read(document), "python")]
+ALONE = [(document, block) for document, block in SNIPPETS if SERVER not in block]
 
 
-@pytest.mark.parametrize(("document", "snippet"), SNIPPETS, ids=[document for document, _ in SNIPPETS])
+@pytest.mark.parametrize(("document", "snippet"), ALONE, ids=[document for document, _ in ALONE])
 def test_snippets_run(document, snippet, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MOONWHALE_CACHE", str(folder / "cache"))
     exec(compile(snippet, document, "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
+
+
+def test_snippets_that_ask_a_server_run(small_engine, small_checkpoint, capsys):
+    snippets = [block for _, block in SNIPPETS if SERVER in block]
+    assert snippets
+    with Running(create_app(small_engine(), "demo", small_checkpoint)) as server:
+        for snippet in snippets:
+            exec(snippet.replace(SERVER, server.url), {})
+            assert capsys.readouterr().out.strip()
 
 
 def test_the_training_loop_in_the_snippet_learns(capsys):

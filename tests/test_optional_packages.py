@@ -45,7 +45,8 @@ def test_the_extra_is_named(package, extra, command, small_checkpoint, tmp_path,
     assert cli([places.get(word, word) for word in command.split()]) == 2
     said = capsys.readouterr().err
     assert f'needs the package {package}, which is missing: pip install "moonwhale[{extra}]"' in said
-    assert len(said.splitlines()) == 1 and sorted(tmp_path.iterdir()) == [recipe]
+    lines = [line for line in said.splitlines() if not line.startswith("compiling ")]  # kernels, once on a machine
+    assert len(lines) == 1 and sorted(tmp_path.iterdir()) == [recipe]
 
 
 def test_fp8_names_its_extra(small_model, monkeypatch):

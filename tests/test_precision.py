@@ -8,6 +8,7 @@ import torch
 
 from moonwhale import precision
 from moonwhale.errors import UserError
+from moonwhale.train import run_options
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,10 @@ def test_auto_takes_the_fastest_device_and_bf16_where_it_pays(machine, here, dev
     assert (choice.device.type, choice.dtype) == (device, dtype)
     assert choice.autocast is (dtype is torch.bfloat16)
     assert reason in choice.reason
+
+
+def test_training_offers_every_precision():
+    assert ("auto", *precision.PRECISIONS) == run_options.PRECISIONS
 
 
 def test_an_explicit_device_and_precision_are_used(machine):
@@ -204,6 +209,22 @@ def test_a_tuned_allocator_reuses_memory_without_page_faults():
 def test_the_allocator_is_tuned_only_on_linux(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert precision.tune_allocator() is False
+
+
+@pytest.mark.parametrize(
+    ("gpu", "compiler", "reason"),
+    [
+        ({}, "gcc", ""),
+        ({"capability": (6, 1)}, "gcc", "compute capability 7.0"),
+        ({"packages": ()}, "gcc", "triton is not installed"),
+        ({}, None, "no C compiler"),
+    ],
+)
+def test_what_a_gpu_needs_to_compile(gpu, compiler, reason, machine, monkeypatch):
+    machine(gpus=1, **gpu)
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    found = precision.compile_unsupported_reason(torch.device("cuda"))
+    assert reason in found if reason else not found
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

@@ -126,7 +126,7 @@ def test_each_file_imports_only_what_its_room_may_import(path):
         ("infer/engine.py", "from moonwhale.serve.app import create_app"),
         ("checkpoint.py", "from moonwhale.train import run_folder"),
         ("train/mtp_trainer.py", "from moonwhale.inspect.info import gather_figures"),
-        ("evaluate/text.py", "from moonwhale.lab.comparing import compare"),
+        ("evaluate/text.py", "from moonwhale.lab.compare import compare"),
     ],
 )
 def test_a_forbidden_import_is_detected(path, source):

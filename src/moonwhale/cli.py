@@ -22,7 +22,7 @@ VERBS = {
     "chat": ("moonwhale.infer.commands:main_chat", "talk to a model in the terminal"),
     "serve": ("moonwhale.serve.commands:main", "serve a model over HTTP: OpenAI's API and a chat page"),
     "eval": ("moonwhale.evaluate.commands:main", "measure a model on text, tasks and multiple choice"),
-    "compare": ("moonwhale.lab.compare:main", "train variants of a model at equal cost, and tell whether they differ"),
+    "compare": ("moonwhale.lab.commands:main", "train variants of a model at equal cost, and tell whether they differ"),
     "xray": ("moonwhale.inspect.commands:main_xray", "show what happens inside a model, as an HTML page"),
     "data": ("moonwhale.data.commands:main_data", "tokenize a data set and show it"),
     "tokenizer": ("moonwhale.data.commands:main_tokenizer", "train a tokenizer, or see how one splits a text"),
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     0 is success, 2 bad input, 130 an interrupt, and 141 means that the reader has closed the output.
     """
     debug = os.environ.get("MOONWHALE_DEBUG") == "1"
+    os.environ["TTY_COMPATIBLE"] = "0"  # rich, by which TRL prints answers, would colour them with control sequences
     handler = logging.StreamHandler()
     handler.format = lambda record: _line(record.getMessage())
     logging.basicConfig(handlers=[handler])

@@ -13,7 +13,7 @@ from moonwhale.options import parser_of
 # In a completion function $2 is the word to complete and $3 the word before it. No reply means names of files.
 SCRIPT = """\
 # To complete moonwhale in bash or zsh: eval "$(moonwhale --completion)"
-[ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit
+[ -n "${ZSH_VERSION-}" ] && autoload -U +X bashcompinit && bashcompinit
 _moonwhale() {
     local arguments="" options="" flags="" values="" line="${COMP_WORDS[*]:1:$((COMP_CWORD - 1))}"
     case "$line" in

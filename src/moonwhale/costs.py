@@ -56,7 +56,7 @@ def flops_per_token(config, context: int, training: bool = True, mtp: bool = Tru
     N counts the active matrix parameters: attention's projections, the router, shared and chosen experts (or the dense
     feed-forward network) and the head. `keys` is the mean number of keys a token attends to: (context + 1) / 2 in full
     attention, fewer with MoBA. MoBA's gate also compares each query with `means` earlier block means. Keys and values
-    are expanded, as in training and prefill. Norms, softmax and RoPE are not counted.
+    are expanded, as in training and prefill. Norms, softmax, RoPE and convolutions are not counted.
 
     With `training`, the MTP modules are counted as well (eh_proj, blocks, and the head once more for each), and the
     backward pass adds twice the forward FLOPs. `mtp` is False in steps in which the modules rest.
@@ -64,7 +64,7 @@ def flops_per_token(config, context: int, training: bool = True, mtp: bool = Tru
     parts = forward_flops(config, context)
     modules = config.num_nextn_predict_layers if training and mtp else 0
     blocks = parts.blocks if modules else parts.blocks[: config.num_hidden_layers]
-    flops = (1 + modules) * parts.head + modules * parts.eh_proj + sum(blocks)
+    flops = parts.outside_blocks(modules) + sum(blocks)
     return 3 * flops if training else flops
 
 
@@ -75,6 +75,10 @@ class ForwardFlops:
     blocks: tuple[float, ...]  # the main model's, then the MTP modules'
     head: float  # for one prediction depth
     eh_proj: float  # of one MTP module
+
+    def outside_blocks(self, modules: int) -> float:
+        """Returns the FLOPs of the head for each prediction depth and of eh_proj, with this number of MTP modules."""
+        return (1 + modules) * self.head + modules * self.eh_proj
 
 
 def forward_flops(config, context: int) -> ForwardFlops:
@@ -90,12 +94,13 @@ def forward_flops(config, context: int) -> ForwardFlops:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Parameter counts of each part of a model, and the activations that each block saves for backward."""
+    """Parameter counts of each part of a model, and the activations that are saved for backward."""
 
     blocks: tuple[int, ...]  # the main model's, then the MTP modules'
     routed_experts: tuple[int, ...]  # included in `blocks`; 0 for a dense block
     matrices: tuple[int, ...]  # included in `blocks`; trained by Muon
     saved_activations: tuple[int, ...]  # values per token that each block saves for backward, roughly
+    saved_outside_blocks: int  # values per token that are saved for backward elsewhere, roughly
     embedding: int
     eh_proj: int  # of one MTP module
     mtp_norms: int  # of one MTP module, outside its blocks
@@ -110,6 +115,7 @@ def part_sizes(config) -> PartSizes:
         routed_experts=tuple(0 if _is_dense(config, i) else routed for i in blocks),
         matrices=tuple(_matrices(config, i) for i in blocks),
         saved_activations=tuple(_saved_activations(config, i) for i in blocks),
+        saved_outside_blocks=_saved_outside_blocks(config),
         embedding=_embedding(config),
         eh_proj=_eh_proj(config),
         mtp_norms=_mtp_norms(config),
@@ -133,7 +139,7 @@ def one_device_training_bytes(
     saved = sum(blocks)
     if recompute:
         saved = min(saved, config.num_blocks * config.hidden_size + max(blocks))
-    saved += 4 * config.hidden_size * (1 + 4 * config.num_nextn_predict_layers)  # outside the blocks
+    saved += _saved_outside_blocks(config)
     head_gradient = 4 * size.embedding  # the chunked loss computes it in the forward pass
     return {
         "weights": 4 * size.parameters,
@@ -254,3 +260,8 @@ def _saved_activations(config, layer: int) -> int:
         return norms + attention + 5 * config.intermediate_size
     inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
     return norms + attention + 3 * chosen * inner + 5 * config.n_shared_experts * inner
+
+
+def _saved_outside_blocks(config) -> int:
+    """Values per token that a model saves for backward outside its blocks, roughly."""
+    return 4 * config.hidden_size * (1 + 4 * config.num_nextn_predict_layers)

@@ -19,8 +19,16 @@ JSON_VALUES = 1 << 22  # each takes up to 240 bytes
 
 
 def cache_folder(override: str | Path | None = None) -> Path:
-    """Returns `override` if given, else $MOONWHALE_CACHE, else ~/.cache/moonwhale."""
-    return Path(override or os.environ.get("MOONWHALE_CACHE") or "~/.cache/moonwhale").expanduser()
+    """Returns `override` if given, else $MOONWHALE_CACHE, else ~/.cache/moonwhale. Raises UserError without a home."""
+    try:
+        return Path(override or os.environ.get("MOONWHALE_CACHE") or "~/.cache/moonwhale").expanduser()
+    except RuntimeError as error:  # an account without a folder, as some containers run with
+        raise UserError(f"there is no home folder for the cache ({error}): set MOONWHALE_CACHE") from error
+
+
+def expanded(path: str | None) -> str | None:
+    """Returns a path with its `~` expanded, which no shell does within `--out=~/runs` or a YAML file."""
+    return path and os.path.expanduser(path)
 
 
 def cache_key(*parts: object) -> str:

@@ -79,7 +79,10 @@ def _convert_by_torchao(model: nn.Module, names: set[str], recipe: str, emulate:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name(recipe)
-    object.__setattr__(config, "emulate", emulate)  # the dataclass is frozen, and recipes take no such argument
+    # The dataclass is frozen, and recipes take no such arguments. A weight's gradient sums over tokens, whose number
+    # need not be a multiple of 16.
+    object.__setattr__(config, "emulate", emulate)
+    object.__setattr__(config, "pad_inner_dim", True)
     convert_to_float8_training(model, module_filter_fn=lambda _, name: name in names, config=config)
 
 
@@ -113,7 +116,8 @@ def quantise(x: Tensor, rows: int, columns: int) -> Tensor:
     whole = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
     tiles = whole.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))  # (…, M / rows, rows, N / columns, columns)
     largest = tiles.abs().amax((-3, -1), keepdim=True).clamp(min=1e-12)
-    scale = (E4M3_MAX / largest.double()).float()
+    exact = largest.cpu() if largest.device.type == "mps" else largest  # MPS has no fp64
+    scale = (E4M3_MAX / exact.double()).float().to(x.device)
     tiles = (tiles * scale).to(torch.float8_e4m3fn).float() * scale.reciprocal()
     return tiles.flatten(-4, -3).flatten(-2)[..., :height, :width]
 

@@ -19,6 +19,7 @@ from moonwhale.errors import UserError, did_you_mean, shown
 from moonwhale.yaml_files import parse_yaml, read_yaml_file
 
 LARGEST = 10**15  # the largest number of an option: products of two such numbers still fit fp32
+DEVICES = ("auto", "cpu", "cuda", "mps")  # what tab completion offers; cuda:N is allowed too
 NOUNS = {
     bool: "true or false",
     int: "a whole number",

@@ -124,7 +124,7 @@ def new_named_folder(name: str, option: str) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, it holds something, or another process is going to write it.
     """
-    final = Path(name).absolute()
+    final = Path(name).expanduser().absolute()
     require_writable(final, option)
     require_writable(final.parent, option)
     with owned(final.with_name(f".{final.name}.lock"), name, option):

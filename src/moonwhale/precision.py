@@ -174,7 +174,13 @@ def _bf16_unit(device: torch.device) -> str:
 def compile_unsupported_reason(device: torch.device) -> str:
     """Return why torch.compile cannot build its kernels for a device, or "" if what it needs is installed."""
     if device.type == "cuda":
-        return "" if importlib.util.find_spec("triton") else "triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "triton needs a GPU of compute capability 7.0 or later"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+        has_compiler = any(name and shutil.which(name) for name in compilers)
+        return "" if has_compiler else "triton finds no C compiler (install gcc or clang, or set CC)"
     candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
     compiler = next((name for name in candidates if name and shutil.which(name)), None)
     if compiler is None:

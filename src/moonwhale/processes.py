@@ -5,6 +5,8 @@ import os
 import time
 import typing
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from moonwhale.errors import UserError, with_option_names
@@ -29,7 +31,7 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def print_once(line: str) -> None:
+def print_on_rank_0(line: str) -> None:
     """Prints a line in the main process only. Options in backquotes are spelled as on the command line."""
     if is_main_process():
         print(with_option_names(line), flush=True)
@@ -61,6 +63,23 @@ def init_process_group(on_cpu: bool, timeout: int) -> None:
         ) from error
     own = dist.PrefixStore(name, store)
     dist.init_process_group("gloo" if on_cpu else "nccl", store=own, rank=rank, world_size=world, timeout=limit)
+
+
+@contextmanager
+def left_process_group() -> Iterator[None]:
+    """Context at whose end a process that torchrun started has left the default process group.
+
+    If that is left to the interpreter's exit, gloo's threads may abort the process.
+    """
+    started_by_torchrun = "WORLD_SIZE" in os.environ
+    try:
+        yield
+    finally:
+        if started_by_torchrun:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _launch_name(store: "dist.Store", rank: int, world: int, timeout: int) -> str:

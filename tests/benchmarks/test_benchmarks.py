@@ -47,12 +47,14 @@ def test_the_tables_have_each_figure_in_its_row():
     machine |= {"dtype": "bf16", "commit": None}
     train = {"vs_transformers_fp32": 2.01, "vs_transformers_autocast": 1.52, "vs_transformers_bf16": 1.33}
     train |= {"vs_transformers_fp32_same_dtype": 1.14, "vs_dense": 0.91}
-    train |= {"ceiling_share": 0.617, "memory_vs_transformers": 0.48}
+    train |= {"ceiling_share": 0.617, "memory_vs_transformers": 0.48, "active_parameters": {"moonwhale": 95_544_576}}
     moba = {f"{what}_{case}": 1.1 * i for i, case in enumerate(("1k", "16k", "32k"), 1) for what in ("fwd", "fwdbwd")}
+    shapes = {"heads": {"1k": 12, "16k": 2, "32k": 2}, "topk": 3}
     optimizer = {"muonclip_share": 0.071, "qkclip_share": 0.012, "tokens_vs_adamw": 0.58}
     optimizer |= {"tokens_vs_adamw_by_seed": {"1": 0.5, "2": 0.58, "3": 0.6}}
-    quality = {"bits_per_byte": {"ours": 1.9, "dense": 2.2}, "seconds": {"ours": 240.3}}
-    longer = {"bits_per_byte": {"ours": 1.51, "nanochat": 1.47}, "seconds": {"ours": 1200.2}}
+    quality = {"bits_per_byte": {"ours": 1.9, "dense": 2.2}, "seconds": {"ours": 240.3}, "text": "sotu.txt.xz"}
+    quality |= {"parameters": {"ours": 6.7e6, "dense": 4.3e6}, "active_parameters": {"ours": 4.5e6, "dense": 4.3e6}}
+    longer = {"bits_per_byte": {"ours": 1.51, "nanochat": 1.47}, "seconds": {"ours": 1200.2}, "text": "mix54.txt"}
     decode = {"bf16_128": 2.1, "bf16_1024": 4.2, "int8_128": 3.3, "int8_1024": 6.4, "moba_growth": 1.25}
     decode |= {"moba_32k": 3.5, "moba_contexts": [4096, 32768], "tokens_per_forward": 1.61, "acceptance": [0.61]}
     decode |= {"auto_vs_off": 1.02, "bits_per_byte": {"fp32": 1.8, "bf16": 1.801, "int8": 1.804}}
@@ -72,8 +74,8 @@ def test_the_tables_have_each_figure_in_its_row():
         "optimizer": optimizer,
         "train": train,
         "demo_step": {"vs_transformers_fp32": 1.2, "vs_transformers_bf16": 1.6},
-        "moba": moba,
-        "moba_amx": {name: ratio / 2 for name, ratio in moba.items()},
+        "moba": moba | shapes,
+        "moba_amx": {name: ratio / 2 for name, ratio in moba.items()} | shapes,
         "decode": decode,
         "serve": serve,
         "grpo": grpo,
@@ -89,10 +91,10 @@ def test_the_tables_have_each_figure_in_its_row():
     assert set(results) == set(update_readme().SOURCES)
     tables = update_readme().readme_figures.tables(results)
     for what, figures in {
-        "240 s: moonwhale": ["1.900"],
+        "speeches, after 240 s: moonwhale": ["1.900"],
         "240 s: a dense GPT": ["2.200"],
-        "1200 s: moonwhale": ["1.510"],
-        "1200 s: nanochat": ["1.470"],
+        "mixed text, after 1,200 s: moonwhale": ["1.510"],
+        "mixed text, after 1,200 s: nanochat": ["1.470"],
         "median of 3 seeds": ["0.58×"],
         "before GRPO": ["40%"],
         "after GRPO, the lowest of 3": ["80%"],
@@ -102,11 +104,11 @@ def test_the_tables_have_each_figure_in_its_row():
         "`demo` |": ["1.20×", "1.60×"],
         "in fp32, `seed_190m`": ["2.01×"],
         "in pure bf16, `seed_190m`": ["1.33×"],
-        "dense GPT with as many": ["0.91×"],
+        "as many active parameters (95.5 M,": ["0.91×"],
         "peak memory": ["0.48×"],
         "share of the fastest": ["62%"],
         "share of MuonClip": ["7.1%"],
-        "share of QK-Clip": ["1.2%"],
+        "share of QK-clip": ["1.2%"],
         "| forward, AVX-512": ["1.1×", "2.2×", "3.3×"],
         "| forward, AMX": ["0.6×", "1.1×", "1.7×"],
         "| forward and backward, AVX-512": ["1.1×", "2.2×", "3.3×"],
@@ -118,7 +120,7 @@ def test_the_tables_have_each_figure_in_its_row():
         "from all MTP": ["5,376"],
         "multi-head attention's": ["30,720"],
         "per forward pass": ["1.61"],
-        "accepted": ["61%"],
+        "accepted draft tokens": ["61%"],
         "--draft auto": ["1.02×"],
         "512), fp32": ["1.800"],
         "512), int8": ["1.804"],
@@ -133,11 +135,16 @@ def test_the_tables_have_each_figure_in_its_row():
     }.items():
         (line,) = (line for line in tables.splitlines() if what in line)
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert [cell for cell in cells[1:] if cell and not cell.startswith("[")] == figures
-    assert "Measured on a CPU, 3 of 4 cores; fp8, parallel's kills on another, 3 of 4 cores; in fp32: " in tables
-    assert "; in fp32: optimizer's race, parallel's kills; the rest in bf16 unless" in tables
+        assert [cell for cell in cells[1:] if cell not in ("", "a CPU") and not cell.startswith("[")] == figures
+    assert "\n- a CPU, 3 of 4 cores: all that are not listed below\n" in tables
+    assert "\n- another, 3 of 4 cores: `fp8.py`, `parallel.py` (recoveries)\n" in tables
+    assert "\n- in fp32: `optimizer.py` (tokens), `parallel.py` (recoveries); the rest in bf16 unless" in tables
+    assert "3 blocks per query, [moba.py](benchmarks/moba.py) | 1 k tokens, 12 heads | 16 k tokens, 2 heads |" in tables
+    assert ": moonwhale 6.7 M (4.5 M active), a dense GPT with AdamW 4.3 M.\n" in tables
     assert "240 s: nanochat" not in tables and "llama.cpp" not in tables
     quality["bits_per_byte"]["nanochat"] = 1.95
+    compared = update_readme().readme_figures.against_nanochat({"quality_amx": quality})
+    assert "| a CPU with AMX | speeches | 4 minutes | 2.6% fewer (" in compared
     decode |= {f"{bits}_vs_llamacpp_{n}": 1.4 for bits in ("bf16", "int8") for n in (128, 1024)}
     decode |= {"prompt_vs_llamacpp": 2.0, "bandwidth_share_bf16": 0.76}
     module = update_readme().readme_figures

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
@@ -113,14 +115,30 @@ def assert_equal(found: dict, expected: dict) -> None:
             assert key not in values or values[key] == pytest.approx(expected[task][key], rel=1e-5)
 
 
+def printed(model: str, url: str, checkpoint) -> str:
+    """Returns the `--model_args` of docs/evaluation.md for a model of lm-eval, with our server and checkpoint."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [arguments] = re.findall(rf"^lm-eval run .*--model {model} .*--model_args model=demo,(\S+)$", page, re.MULTILINE)
+    own = {"runs/demo": checkpoint, "http://127.0.0.1:8000/v1": url, "max_length=1024": "max_length=96"}
+    for there, here in own.items():
+        arguments = arguments.replace(there, str(here))
+    return arguments
+
+
 @pytest.mark.parametrize("options", ["", ",batch_size=4,num_concurrent=2"])
 def test_local_completions(url, figures, expected, small_checkpoint, options):
-    """This is the command of docs/evaluation.md: `add_bos_token` begins each text as documents begin in training."""
-    arguments = f"base_url={url}/completions,tokenizer={small_checkpoint},max_length=96,add_bos_token=True{options}"
-    found = figures("local-completions", arguments, ["choose", "read", "write"])
+    """`add_bos_token` begins each text as documents begin in training."""
+    arguments = printed("local-completions", url, small_checkpoint) + options
+    found = figures("local-completions", arguments, ["choose", "write"])
     assert_equal(found, expected)
     assert expected["write"]["exact_match"] == pytest.approx(4 / 6)
     assert 0 < found["choose"]["acc"] < 1
+
+
+def test_a_rolling_likelihood_needs_no_bos_of_the_tokenizer(url, figures, expected, small_checkpoint):
+    """lm-eval puts one before each text itself."""
+    arguments = printed("local-completions", url, small_checkpoint).replace(",add_bos_token=True", "")
+    assert_equal(figures("local-completions", arguments, ["read"]), expected)
 
 
 def test_local_completions_with_text_prompts(url, figures, expected, small_checkpoint):
@@ -143,8 +161,9 @@ def test_the_likelihoods_themselves(url, small_checkpoint, small_model, small_to
         assert logprob == pytest.approx(wanted, abs=1e-3) and greedy == is_greedy
 
 
-def test_local_chat_completions(url, figures):
-    found = figures("local-chat-completions", f"base_url={url}/chat/completions", ["chat"], apply_chat_template=True)
+def test_local_chat_completions(url, figures, small_checkpoint):
+    arguments = printed("local-chat-completions", url, small_checkpoint)
+    found = figures("local-chat-completions", arguments, ["chat"], apply_chat_template=True)
     assert found["chat"]["exact_match"] == pytest.approx(4 / 6)
 
 

@@ -26,7 +26,7 @@ SHARED = {
     "max_tokens": ([3, None], [-1, 1.5, "3", 10**30]),
     "n": ([1, 2, None], [0, 9, True]),
     "seed": ([5, None], [-1, 2**70]),
-    "stop": (["x", ["x", "y"], [], None], [[1], 5, "", ["a"] * 17]),
+    "stop": (["x", ["x", "y"], [], None], [[1], 5, "", ["a"] * 17, False, 0, {}]),
     "stream": ([False, None], ["yes"]),
     "stream_options": ([None], [{"include_usage": True}]),  # only with a stream
     "temperature": ([0, 1, None], [3, "hot"]),

@@ -62,7 +62,7 @@ SKIPPED_FOR_DEEPSEEK_V3 = (
 )
 # transformers' reasons to skip a test of our model alone, as patterns, and why the model is so
 SKIPPED_FOR_US = {
-    "does not support SDPA|support sdpa": "attention returns the largest logits (for QK-Clip) and chooses MoBA's "
+    "does not support SDPA|support sdpa": "attention returns the largest logits (for QK-clip) and chooses MoBA's "
     "blocks, which no attention kernel of transformers does",
     "does not support grouped_mm": "the experts have one implementation",
     "capture_outputs": "the forward pass returns hidden states and attentions itself, without hooks",

@@ -24,7 +24,7 @@ from moonwhale.data import packing, shards
 from moonwhale.data.chat import encode_document
 from moonwhale.data.commands import main_data, main_tokenizer
 from moonwhale.data.loading import load_source
-from moonwhale.data.packing import PackedDataset, build_data, pack_split
+from moonwhale.data.packing import PackedDataset, build_data, choose_rows, pack_split
 from moonwhale.data.shards import TokenShards, build_shards
 from moonwhale.data.source import Source
 from moonwhale.data.split import document_hash
@@ -224,9 +224,10 @@ def texts_in(dataset, tokenizer):
     return [text for text in tokenizer.decode(stream).replace("<|eos|>", "").split("<|bos|>") if text]
 
 
-def test_split_is_by_document_complete_and_stable(tokenizer, tmp_path):
+def test_split_is_by_document_complete_and_stable(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "HELD_OUT_SHARE", 0.3)
     documents = [*DOCUMENTS, DOCUMENTS[7]]
-    train, held_out = pack_split(source_of(documents), tokenizer, 16, cache_dir=tmp_path, held_out_share=0.3)
+    train, held_out = pack_split(source_of(documents), tokenizer, 16, cache_dir=tmp_path)
     inside, aside = texts_in(train, tokenizer), texts_in(held_out, tokenizer)
     assert sorted(inside + aside) == sorted(documents)
     assert not set(inside) & set(aside) and inside and aside
@@ -234,15 +235,19 @@ def test_split_is_by_document_complete_and_stable(tokenizer, tmp_path):
     assert (train.n_documents, held_out.n_documents) == (len(inside), len(aside))
     assert train.n_bytes == sum(len(text.encode()) for text in inside)
     # The side of a document depends neither on the order nor on the other documents.
-    _, again = pack_split(
-        source_of([*reversed(documents), "new"], "2"), tokenizer, 16, cache_dir=tmp_path, held_out_share=0.3
-    )
+    _, again = pack_split(source_of([*reversed(documents), "new"], "2"), tokenizer, 16, cache_dir=tmp_path)
     assert set(texts_in(again, tokenizer)) - {"new"} == set(aside)
 
 
+def test_chosen_rows_are_spread_evenly():
+    assert choose_rows(range(9), 3).indices == [0, 4, 8]
+    assert len(choose_rows(range(9), None)) == len(choose_rows(range(9), 20)) == 9
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_both_sides_get_a_document(tokenizer, tmp_path, fraction):
-    sides = pack_split(source_of(["whale", "moon", "sea"]), tokenizer, 16, cache_dir=tmp_path, held_out_share=fraction)
+def test_both_sides_get_a_document(tokenizer, tmp_path, fraction, monkeypatch):
+    monkeypatch.setattr(packing, "HELD_OUT_SHARE", fraction)
+    sides = pack_split(source_of(["whale", "moon", "sea"]), tokenizer, 16, cache_dir=tmp_path)
     assert [side.n_documents for side in sides] == ([2, 1] if fraction < 0.5 else [1, 2])
     assert document_hash(texts_in(sides[1], tokenizer)[0]) < document_hash(texts_in(sides[0], tokenizer)[0])
 
@@ -463,6 +468,10 @@ def test_tokenizer_command(corpus, tmp_path, capsys):
     main_tokenizer(["show", str(out), "whale é"])
     shown = capsys.readouterr().out
     assert "'<|bos|>'" in shown and "for 8 bytes" in shown
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        main_tokenizer(["show", str(out), "caf\udce9"])
+    with pytest.raises(UserError, match="`show`: -1"):
+        main_data(["--data", str(corpus), "--show", "-1"])
     with pytest.raises(UserError, match="not an empty folder"):
         main_tokenizer(["train", "--data", str(corpus), "--out", str(out)])
     with pytest.raises(UserError, match="required: verb"):

@@ -22,7 +22,7 @@ from moonwhale.evaluate import tasks
 from moonwhale.evaluate.config import EvalConfig
 from moonwhale.evaluate.drafts import continue_text, score_drafts
 from moonwhale.evaluate.evaluation import evaluate
-from moonwhale.evaluate.text import choose_rows, score_text
+from moonwhale.evaluate.text import score_text
 from moonwhale.infer.engine import Completion
 from moonwhale.train import pretrain
 
@@ -134,9 +134,12 @@ def test_packing_everything_keeps_all_of_the_text(small_tokenizer, text_folder):
         pack_all(source, small_tokenizer, 1)
 
 
-def test_chosen_rows_are_spread_evenly():
-    assert choose_rows(range(9), 3).indices == [0, 4, 8]
-    assert len(choose_rows(range(9), None)) == len(choose_rows(range(9), 20)) == 9
+def test_packing_everything_takes_both_declared_splits(small_tokenizer, tmp_path):
+    for name in ("train", "test"):
+        rows = [{"text": f"The whale sang {name} {i}"} for i in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = load_source(str(tmp_path))
+    assert source.held_out is not None and pack_all(source, small_tokenizer, 32).n_documents == 10
 
 
 def test_rows_without_text_are_one_line(small_model, small_tokenizer):
@@ -326,6 +329,33 @@ def test_lm_eval_scores_as_by_hand(small_checkpoint, small_model, small_tokenize
     assert accuracies() != accuracies(with_bos=False)
     assert 0 < found["acc stderr"] < 0.2 and found["examples"] == 12
     assert "whales (12 examples)" in out and f"{found['acc']:.4f} ±" in out
+
+
+def test_lm_eval_reads_a_text_as_by_hand(small_checkpoint, small_model, small_tokenizer, harness_folder):
+    """A rolling likelihood begins with a single bos, which is not predicted."""
+    (harness_folder / "texts.yaml").write_text(
+        "task: texts\ndataset_path: json\ntest_split: test\noutput_type: loglikelihood_rolling\n"
+        f"dataset_kwargs: {{data_files: {{test: {harness_folder}/whales.jsonl}}}}\n"
+        'doc_to_text: ""\ndoc_to_target: "{{q}}"\nmetric_list: [{metric: bits_per_byte}]\n'
+    )
+    config = EvalConfig(lm_eval=["texts"], include_path=str(harness_folder), device="cpu", precision="fp32")
+    found = evaluate(str(small_checkpoint), config)["lm_eval"]["texts"]["bits_per_byte"]
+    texts = [json.loads(line)["q"] for line in (harness_folder / "whales.jsonl").read_text().splitlines()]
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[small_tokenizer.bos_token_id, *small_tokenizer.encode(text, add_special_tokens=False)]])
+        with torch.no_grad():
+            logs = small_model(ids).logits[0, :-1].double().log_softmax(-1)
+        nats -= logs.gather(1, ids[0, 1:, None]).sum().item()
+    assert found == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-5)
+
+
+def test_an_answer_longer_than_the_context_is_one_line(small_checkpoint, harness_folder, capsys):
+    file = harness_folder / "whales.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"a": ["whale " * 200, *CHOICES[1:]]}) + "\n" for row in rows))
+    line = refused(capsys, small_checkpoint, "--lm-eval", "whales", "--include-path", harness_folder)
+    assert "ValueError: a choice of " in line and "exceeds the context of 96" in line
 
 
 def test_truncated_prompts_give_a_warning(small_checkpoint, harness_folder, capsys, caplog):

@@ -54,7 +54,7 @@ def answers(decoder, together, steps_apart=0, sequences=16, draft=0) -> dict:
         server.submit(one)
         for _ in range(steps_apart):
             server.step()
-    while not server.idle:
+    while any(one.finish_reason is None for one in requests.values()):
         server.step()
     return {i: (one.token_ids, one.logprobs, one.prompt_logprobs) for i, one in requests.items()}
 

@@ -177,7 +177,7 @@ def test_the_mtp_chain_equals_the_models(model):
             hidden = decoder.run(ids[:, at : at + length], cache, placement)
             for depth in (1, 2):
                 ahead = ids.roll(-depth, dims=1)[:, at : at + length]
-                hidden = decoder.guess(depth, hidden, ahead, cache, placement)
+                hidden = decoder.draft(depth, hidden, ahead, cache, placement)
                 known = min(at + length, 40 - depth) - at
                 theirs = want.mtp_hidden_states[depth - 1][:, at : at + known]
                 torch.testing.assert_close(hidden[:, :known], theirs, atol=5e-5, rtol=1e-4)

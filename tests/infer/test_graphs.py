@@ -5,6 +5,8 @@ made from Python numbers.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def capture(function, pool):
+def capture(function, device, pool):
     with NoHostSync(), RefusesNumbers(), Tape() as tape:
         out = function()
     return tape.replay, out, None
@@ -162,6 +164,22 @@ def test_rare_sizes_are_not_captured(model, taped, monkeypatch):
         decoder.run(ids[:, n : n + 1], cache, decoder.place(cache, 0, [n], 1))
         captured.append(len(decoder.graphs._captured))
     assert captured == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+@torch.inference_mode()
+def test_a_decoder_that_is_no_longer_used_frees_its_memory_at_once(model, taped):
+    """Python's cyclic collector, which would free it some time, does not know how full a GPU is."""
+    decoder = taped(model)
+    cache = decoder.cache()
+    cache.resize(1, 16)
+    decoder.run(torch.zeros(1, 1, dtype=torch.long), cache, decoder.place(cache, 0, [0], 1))
+    gone = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @torch.inference_mode()

@@ -555,6 +555,20 @@ def test_chat_in_a_terminal(engine, folder, capsys, monkeypatch):
     assert interrupted and interrupted[0].messages[0]["content"] == "moon", "/reset forgot what came before"
 
 
+def test_a_turn_that_no_memory_is_left_for_leaves_no_trace(small_engine):
+    conversation = ChatSession(small_engine(memory=1))
+    with pytest.raises(UserError, match="need a cache of"):
+        "".join(conversation.ask("sang"))
+    assert conversation.messages == [] and conversation.undo() is None
+
+
+def test_chat_goes_on_after_a_line_that_is_not_utf8(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nsang\n"), encoding="utf-8"))
+    commands.main_chat([str(folder), *FAST])
+    out, err = capsys.readouterr()
+    assert "moonwhale: the prompt is not valid UTF-8 text" in err and out.count("moonwhale: ") == 1
+
+
 def test_chat_ends_at_quit(folder, monkeypatch):
     typed = SimpleNamespace(lines=["/quit", "never read"])
     monkeypatch.setattr(builtins, "input", lambda _: typed.lines.pop(0))

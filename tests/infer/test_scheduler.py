@@ -33,10 +33,14 @@ def scheduler_of(model, draft=0, memory=10**8, sequences=8):
     return Scheduler(Decoder(model), memory, sequences, Drafting(len(model.model.mtp_modules), draft))
 
 
+def unfinished(requests):
+    return any(one.finish_reason is None for one in requests)
+
+
 def run(to, requests):
     for one in requests:
         to.submit(one)
-    while not to.idle:
+    while unfinished(requests):
         to.step()
     return [one.token_ids for one in requests]
 
@@ -94,7 +98,7 @@ def test_requests_come_and_go_at_any_step(model):
         to.submit(one)
         to.step()
         to.step()
-    while not to.idle:
+    while unfinished(all_of_them):
         to.step()
         assert len(to.running) <= 2
     assert [one.token_ids for one in all_of_them] == run(scheduler_of(model), mixed(temperature=1.0) + mixed())
@@ -110,7 +114,7 @@ def test_long_prompts_are_prefilled_in_pieces_while_others_continue(tiny_model):
         before = len(short.token_ids)
         to.step()
         assert len(short.token_ids) > before
-    while not to.idle:
+    while unfinished([short, long]):
         to.step()
     for one, draft in ((short, 0), (long, 0)):
         assert run(scheduler_of(model, draft), [request(one.prompt, tokens=one.limit)])[0] == one.token_ids
@@ -122,6 +126,35 @@ def test_accepted_drafts_save_forwards(certain):
         run(scheduler_of(certain, 2), ones)
         assert one.forwards == 11  # the prompt's forward gives one token, each of the others three
         assert one.drafted == one.accepted == [10, 10]
+
+
+def test_drafts_behind_the_end_of_an_answer_do_not_count(certain):
+    """The answer's 29th token is the first draft of its step, and ends it."""
+    (one,) = (ones := [request(tokens(5), tokens=29)])
+    run(scheduler_of(certain, 2), ones)
+    assert one.drafted == one.accepted == [10, 9]
+
+
+def test_the_modules_see_the_first_prompt(certain):
+    """A trial begins with the deepest drafts."""
+    to = Scheduler(Decoder(certain), 10**8, 8, Drafting(2))
+    to.submit(request(tokens(20), tokens=9))
+    to.step()
+    for layer in range(certain.config.num_hidden_layers, len(to.cache.keys)):
+        assert (to.cache.keys[layer][0, :19] != 0).any(-1).all()
+
+
+def test_a_moved_sequence_leaves_nothing_of_an_earlier_one(certain):
+    cache = Decoder(certain).cache()
+    cache.resize(2, 4 * cache.config.moba_block_size)
+    first = cache.config.num_hidden_layers
+    for tensor in (*cache.keys[first:], *cache.means[first:]):
+        if tensor is not None:
+            tensor.fill_(50.0)
+    cache.clear(1)
+    cache.move(1, 0, 4)
+    for tensor in (*cache.keys[first:], *cache.means[first:]):
+        assert tensor is None or not tensor.any()
 
 
 def test_cancelling_frees_a_slot(model):
@@ -139,7 +172,7 @@ def test_cancelling_frees_a_slot(model):
     for one in (second, fourth):
         to.cancel(one)
     to.step()
-    assert to.idle
+    assert not (to.running or to.prefilling or to.waiting)
     assert [one.finish_reason for one in ones] == ["cancelled"] * 4
 
 
@@ -150,7 +183,7 @@ def test_requests_are_admitted_by_memory(model):
     ones = [request(tokens(30, seed=i), seed=i) for i in range(4)]
     for one in ones:
         to.submit(one)
-    while not to.idle:
+    while unfinished(ones):
         to.step()
         assert len(to.running) <= 2 and to.cache.bytes <= room
     assert all(one.finish_reason == "length" for one in ones)
@@ -243,7 +276,7 @@ def settled(seconds, held, modules=2, cycles=200):
     for _ in range(cycles):
         depth = drafting.depth(1)
         chosen.append(depth)
-        drafting.record(1, depth, seconds[depth], [min(held, depth)])
+        drafting.record(1, depth, seconds[depth], [(min(held, depth) + 1, min(held, depth))])
     return max(set(chosen[cycles // 2 :]), key=chosen.count)
 
 
@@ -257,7 +290,7 @@ def test_the_draft_depth_is_the_fastest():
     assert Drafting(0).depth(5) == 0
     fixed = Drafting(2, fixed=2)
     for _ in range(100):
-        fixed.record(1, 2, 1.0, [1])
+        fixed.record(1, 2, 1.0, [(2, 1)])
     assert not any(fixed._trials[1].seconds.values()), "with one possible depth nothing is kept"
 
 
@@ -273,7 +306,7 @@ def simulated(seconds, acceptance, cycles, hiccups=()):
         while accepted < depth and generator.random() < acceptance[accepted]:
             accepted += 1
         time = seconds[depth] * (3 if any(cycle in hiccup for hiccup in hiccups) else 1)
-        drafting.record(1, depth, time, [accepted])
+        drafting.record(1, depth, time, [(accepted + 1, accepted)])
         chosen.append(depth)
         taken, tokens = taken + time, tokens + 1 + accepted
     return chosen, tokens / taken * seconds[0]

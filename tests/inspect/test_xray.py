@@ -305,6 +305,10 @@ def test_the_command_writes_a_page(small_checkpoint, tmp_path, capsys):
     assert '"recordings":[{' in out.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="is no place for a file"):
         main_xray([str(small_checkpoint), "--prompt", "x", "--out", str(tmp_path / "no" / "x.html")])
+    with pytest.raises(UserError, match="`max_new_tokens`: -1 is below 0"):
+        main_xray([str(small_checkpoint), "--prompt", "x", "--max-new-tokens", "-1", "--out", str(out)])
+    with pytest.raises(UserError, match="`chat`: there is no `prompt` to answer"):
+        main_xray([str(small_checkpoint), "--chat", "--out", str(out)])
 
 
 def test_the_example_has_several_blocks(small_model, small_tokenizer, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from moonwhale.lab.variants import Variant
 from moonwhale.manifest import write_manifest
 
 STEPS = ("--steps", "4", "--turns", "2")
+SECONDS = ("--seconds", "8", "--turns", "2", "--vary", "lr=1e-2", "--seeds", "1")
 
 
 class Killed(BaseException):
@@ -145,7 +147,8 @@ def test_an_interrupted_and_killed_comparison_ends_with_the_same_figures(
     assert bits(out).items() <= bits(compared[0]).items()
 
 
-def test_a_budget_of_seconds_counts_training_alone(arguments, tmp_path, monkeypatch):
+@pytest.fixture
+def slow_start(monkeypatch):
     """A step takes 1 s by the trainer's clock, an evaluation 100 s, and a turn's first step 50 s."""
     clock = [0.0]
     evaluation, begin, step = (
@@ -163,12 +166,77 @@ def test_a_budget_of_seconds_counts_training_alone(arguments, tmp_path, monkeypa
     monkeypatch.setattr(TurnTrainer, "evaluation_loop", taking(100, evaluation))
     monkeypatch.setattr(TurnTrainer, "create_scheduler", taking(49, begin))
     monkeypatch.setattr(TurnTrainer, "training_step", taking(0.5, step))  # of two micro-batches
-    command = [*arguments, "--seconds", "8", "--turns", "2", "--vary", "lr=1e-2", "--seeds", "1"]
-    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_budget_of_seconds_counts_training_alone(arguments, tmp_path, slow_start):
+    assert main([*arguments, *SECONDS, "--out", str(tmp_path / "out")]) == 0
     for variant in result(tmp_path / "out")["variants"]:
         (run,) = variant["runs"]
         assert (run["steps"], run["seconds"], run["tokens_per_second"]) == (8, 8.0, 128.0)
         assert [point["seconds"] for point in run["curve"]] == [4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "steps"),
+    [([1], 9), ([7, 8], 8)],
+    ids=["the run's first step does not count", "the turn's first step counts as those before, and ends the run"],
+)
+def test_ctrl_c_in_a_turns_first_step_does_not_count_its_warm_up(
+    interrupted, steps, arguments, tmp_path, slow_start, monkeypatch
+):
+    command = [*arguments, *SECONDS, "--out", str(tmp_path / "out")]
+    step, left = TurnTrainer.training_step, list(interrupted)
+
+    def interrupting(trainer, *args, **kwargs):
+        if left and trainer.state.global_step == left[0] - 1 and trainer.args.learning_rate != 1e-2:
+            del left[0]
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(TurnTrainer, "training_step", interrupting)
+    for _ in interrupted:
+        assert main(command) == 130
+    assert main(command) == 0
+    (run,) = result(tmp_path / "out")["variants"][0]["runs"]
+    assert (run["steps"], run["seconds"]) == (steps, 8.0)
+    assert [point["seconds"] for point in run["curve"]] == [4.0, 8.0]
+
+
+def test_rate_and_mtp_weight_follow_the_seconds(arguments, tmp_path, slow_start, monkeypatch):
+    """Of 8 s, the rate rises in the first 40 % and falls in the last 50 %. MTP starts after 30 %. As long as the time
+    of a turn's first step is unknown, the second step takes the rate of the first.
+    """
+    step, seen = TurnTrainer.training_step, {}
+
+    def looking(trainer, *args, **kwargs):
+        group, weight = trainer.optimizer.param_groups[0], trainer._language_model.mtp_loss_weight
+        run = seen.setdefault(trainer.args.learning_rate, {})
+        run[trainer.state.global_step] = group["lr"] / group["initial_lr"], weight
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(TurnTrainer, "training_step", looking)
+    schedule = ["--warmup-steps", "180", "--decay-fraction", "0.5"]  # of the preset's 450 steps
+    schedule += ["--mtp-start", "0.3", "--model.mtp_loss_weight", "0.1", "--mtp-loss-weight-final", "0.2"]
+    assert main([*arguments, *SECONDS, *schedule, "--out", str(tmp_path / "out")]) == 0
+    assert len(seen) == 2
+    for run in seen.values():
+        rates, weights = zip(*run.values(), strict=True)
+        assert rates == pytest.approx([0, 0, 0.625, 0.9375, 1, 1, 0.5, 0.25])  # after 0, 0, 2, 3, 4, 4, 6 and 7 s
+        assert weights == (0, 0, 0, 0.1, 0.2, 0.2, 0.2, 0.2)
+
+
+def test_the_peak_memory_is_that_of_the_largest_turn(arguments, tmp_path, monkeypatch):
+    """The first turn is left out, since libraries allocate in it. The MTP modules may be trained in late turns only."""
+    peaks = iter([9, 9, 3, 3, 4, 4, 6, 6])  # of two runs that take turns
+
+    @contextmanager
+    def peak_memory(device):
+        yield SimpleNamespace(bytes=next(peaks))
+
+    monkeypatch.setattr("moonwhale.lab.runs.PeakMemory", peak_memory)
+    command = [*arguments, "--steps", "4", "--turns", "4", "--vary", "lr=1e-2", "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert [variant["runs"][0]["peak_memory_bytes"] for variant in result(tmp_path / "out")["variants"]] == [6, 6]
 
 
 def test_a_run_that_diverges_is_said_to(arguments, tmp_path, capsys):

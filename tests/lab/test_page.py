@@ -4,7 +4,7 @@ import pytest
 
 from moonwhale.lab.curves import chart, decimals, ticks
 from moonwhale.lab.page import page
-from moonwhale.lab.report import summary, table
+from moonwhale.lab.report import add_differences, summary, table
 
 
 def run(name: str, seed: int, bits: float | None) -> dict:
@@ -19,8 +19,8 @@ def run(name: str, seed: int, bits: float | None) -> dict:
 
 def result(seeds: int, **bits: list) -> dict:
     runs = {name: [run(name, seed, value) for seed, value in enumerate(values)] for name, values in bits.items()}
-    base = next(iter(runs.values()))
-    variants = [{"name": name, "changes": {"lr": [1, 2]}} | summary(base, own) for name, own in runs.items()]
+    variants = [{"name": name, "changes": {"lr": [1, 2]}} | summary(own) for name, own in runs.items()]
+    add_differences(variants)
     budget = {"unit": "seconds", "amount": 240.0}
     of_all = {
         "moonwhale": "0",
@@ -33,7 +33,9 @@ def result(seeds: int, **bits: list) -> dict:
     return of_all | {"variants": variants}
 
 
-THREE = {"base": [2.0, 2.1, 2.2], "better": [1.9, 2.0, 2.1001], "same": [2.1, 2.0, 2.2], "nan": [2.0, None, 2.0]}
+# Without the means of variant and seed, base, better and same have (0, 0, 0), (-0.01, 0.01, 0) and (0.01, -0.01, 0).
+# s² = 0.0004 / 4, with 4 degrees of freedom.
+THREE = {"base": [2.0, 2.1, 2.2], "better": [1.89, 2.01, 2.1], "same": [2.01, 2.09, 2.2], "nan": [2.0, None, 2.0]}
 
 
 def test_the_table():
@@ -43,14 +45,19 @@ def test_the_table():
         == "240 s of training each; chitchat, read up to 0.4 times; 3 seeds, 95 % intervals of paired differences"
     )
     assert lines[2].split() == ["base", "2.1000", "6,000", "2.90", "M", "640", "B", "400", "MB"]
-    assert lines[3].split()[:6] == ["better", "2.0000", "-0.1000", "±", "0.0001", "better"]
-    assert lines[4].split()[:8] == ["same", "2.1000", "+0.0000", "±", "0.2484", "no", "difference", "seen"]
+    assert lines[3].split()[:6] == ["better", "2.0000", "-0.1000", "±", "0.0227", "better"]
+    assert lines[4].split()[:8] == ["same", "2.1000", "+0.0000", "±", "0.0227", "no", "difference", "seen"]
     assert lines[5].split() == ["nan", "1", "of", "3", "diverged", "2.90", "M", "640", "B"]
 
 
 def test_with_one_seed_there_is_no_interval():
     text = table(result(1, base=[2.0], other=[1.5]))
     assert "1 seed: no interval" in text and "-0.5000  one seed: no interval" in text and "±" not in text
+
+
+def test_a_base_alone_has_no_difference():
+    variants = result(2, base=[2.0, 2.1], other=[None, 2.0])["variants"]
+    assert [("difference" in variant, variant["diverged"]) for variant in variants] == [(False, 0), (False, 1)]
 
 
 def test_a_base_that_diverged_leaves_no_difference():

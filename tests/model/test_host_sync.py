@@ -4,9 +4,12 @@ The tests run on a CPU that takes the GPU's paths, under a mode that raises on e
 """
 
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from transformers import TrainerControl
 
 from host_sync import NoHostSync
 from moonwhale import fp8, precision
@@ -15,7 +18,7 @@ from moonwhale.errors import UserError
 from moonwhale.model import core, documents, flex, loss, moba, routed
 from moonwhale.optim.muonclip import MuonClip, param_groups
 from moonwhale.optim.step_hooks import attach_hooks
-from moonwhale.train import muonclip_trainer, pretrain, run
+from moonwhale.train import callbacks, muonclip_trainer, pretrain, run
 from moonwhale.train.mtp_trainer import MTPTrainer
 
 TOKENS = torch.arange(128).view(2, 64) * 7 % 61
@@ -144,6 +147,27 @@ def test_a_nan_is_found_before_it_is_logged_or_saved(asked, finds, tiny_run, as_
         pretrain.train(config)
     assert steps[-1] == 4, "it goes on until there is something to say"
     assert [step_of(found) for found in list_checkpoints(config.out)] == ([finds] if finds else [])
+
+
+@pytest.mark.parametrize("on_gpus", [True, False], ids=["GPUs", "CPUs"])
+@pytest.mark.parametrize("own", [True, False], ids=["this rank", "the other rank"])
+def test_ranks_agree_on_a_stop(own, on_gpus, monkeypatch):
+    """One of two ranks is asked to stop in step 2. On GPUs both stop in step 3: to know the answer in the step itself,
+    they would have to sync.
+    """
+    stop, stopped = callbacks.StopAtStepEnd(), []
+    args = SimpleNamespace(device=torch.device("cpu"), gradient_accumulation_steps=1)
+    monkeypatch.setattr(callbacks, "needs_static_shapes", lambda device: on_gpus)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda requested, op: requested.clamp_(min=float(step > 1 and not own)))
+    for step in (1, 2, 3):
+        stop.stop_requested |= own and step == 2
+        control = TrainerControl()
+        stop.on_step_end(args, SimpleNamespace(global_step=step), control)
+        assert control.should_save == control.should_training_stop
+        stopped.append(control.should_save)
+    assert stopped == [False, not on_gpus, True]
 
 
 def test_batches_are_copied_while_the_gpu_computes(tiny_run):

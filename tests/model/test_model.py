@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moonwhale.model import Documents, MoonwhaleConfig, MoonwhaleForCausalLM, MoonwhaleModel, core, flex
@@ -254,6 +255,17 @@ def test_padding_inside_a_document_changes_nothing(static, tiny_model, monkeypat
     for option in ("moba_key_conv", "embedding_conv"):
         with pytest.raises(ValueError, match="which a convolution cannot skip: pad at the left"):
             tiny_model(**{option: 3})(IDS, attention_mask=mask, position_ids=positions)
+
+
+def test_documents_move_with_the_model_to_another_device():
+    """accelerate moves what a block gets, if the model is spread over several devices."""
+    mask = torch.ones(1, 6, dtype=torch.long)
+    for documents in (Documents.from_inputs(1, 6, "cpu"), Documents.from_inputs(1, 6, "cpu", mask)):
+        moved = send_to_device(documents, "meta")
+        tensors = moved.document_ids, moved.positions, moved.valid, moved.ranks
+        assert {x.device.type for x in tensors} == {"meta"}
+        assert (moved.one_per_row, moved.may_have_padding) == (documents.one_per_row, documents.may_have_padding)
+        assert documents.to("cpu") is documents
 
 
 def test_padding_between_packed_documents_changes_nothing(tiny_model):

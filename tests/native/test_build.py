@@ -222,6 +222,16 @@ def test_no_compiler(monkeypatch):
     assert build.unavailable_reason.__wrapped__("step") == "no C++ compiler found (install g++)"
 
 
+def test_an_account_without_a_home_is_a_reason(monkeypatch):
+    def nowhere(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MOONWHALE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    assert "set MOONWHALE_CACHE" in build.unavailable_reason.__wrapped__("step")
+
+
 @pytest.mark.parametrize("asked", ["-###", "step.cpp"])
 def test_a_compiler_that_hangs_is_ended_with_all_its_processes(cache, tmp_path, monkeypatch, asked):
     pids = tmp_path / "pids"

@@ -77,6 +77,24 @@ def test_prepared_by_accelerate(wrap, tiny_model):
     assert any("kv_b_proj" in name for name in changed(model, before))
 
 
+@pytest.mark.parametrize("wrap", ["torch.compile", "peft"])
+def test_a_wrapped_module_counts_once(wrap, tiny_model):
+    """A wrapper hands on the methods of the module inside it."""
+    model = tiny_model().train()
+    moe = model.model.layers[0].mlp
+    if wrap == "peft":
+        model = get_peft_model(model, LoraConfig(target_modules=["o_proj"], modules_to_save=["mlp"]))
+        moe = model.get_submodule("base_model.model.model.layers.0.mlp").modules_to_save["default"]
+    else:
+        model.model.layers[0].mlp = torch.compile(moe, backend="eager")
+    before, optimizer = moe.gate.e_score_correction_bias.clone(), torch.optim.SGD(model.parameters(), lr=0.0)
+    attach_hooks(optimizer, model)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    moved = (moe.gate.e_score_correction_bias - before).abs().max()
+    assert moved == pytest.approx(moe.bias_speed, rel=1e-3)
+
+
 def test_something_else_is_refused(tiny_model):
     with pytest.raises(TypeError, match="LambdaLR has no step hooks"):
         optimizer = torch.optim.SGD(tiny_model().parameters(), lr=0.1)

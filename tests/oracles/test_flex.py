@@ -4,6 +4,8 @@ The reference reads only a mask's function, not its lists of tiles. Here the lis
 the forward pass of the CPU's one kernel reads them.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,27 @@ def masks(monkeypatch):
 
     monkeypatch.setattr(flex, "_flex", recorded)
     return seen
+
+
+@pytest.mark.parametrize(
+    ("width", "kib", "options"),
+    [(64, 64, None), (96, 64, "SMALL"), (96, 227, None), (192, 99, "SMALL"), (192, 227, "WIDE")],
+)
+def test_fp32_tiles_fit_the_gpus_shared_memory(width, kib, options, monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties)
+    given, aux = [], SimpleNamespace(lse=None, max_scores=None)
+    monkeypatch.setattr(flex, "flex_attention", lambda *_, kernel_options, **__: (given.append(kernel_options), aux))
+    on_gpu = SimpleNamespace(dtype=torch.float32, shape=(1, 1, 8, width), device=torch.device("cuda", 0))
+    flex._flex(on_gpu, None, None, 1.0, None)
+    assert given == [options and getattr(flex, f"{options}_FP32")]
+
+
+def test_the_shared_memory_is_a_constant_in_a_graph(monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties)
+    compiled = torch.compile(lambda x: x + 1 if flex._shared_memory(0) < 10**6 else x, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == 1
 
 
 def assert_naive(rows, topk):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import starmap
 
 import datasets
 import pytest
@@ -13,6 +14,7 @@ from moonwhale.posttrain.grpo import OBJECTIVES, GRPOOptions
 from moonwhale.posttrain.grpo_trainer import MTPGRPOConfig, MTPGRPOTrainer, mtp_losses
 from moonwhale.precision import choose
 from moonwhale.train import run
+from relative_error import relative_error
 
 pytestmark = pytest.mark.cpu_only
 GROUP, QUESTIONS = 4, 2
@@ -111,8 +113,8 @@ def compare(trainer, inputs, **formula):
     wanted = gradients(model, theirs)
     main = [n for n in mine if not n.startswith("model.layers.2.")]  # this loss has no MTP term
     assert wanted.keys() >= set(main) and len(main) > 20
-    apart = [((mine[n] - wanted[n]).norm() / wanted[n].norm().clamp(min=1e-6)).item() for n in main]
-    return max([abs(ours.item() - theirs.item()) / abs(theirs.item()), *apart])
+    pairs = [(ours, theirs), *((mine[n], wanted[n]) for n in main)]
+    return max(starmap(relative_error, pairs))
 
 
 def reorder(trainer, inputs):

@@ -248,11 +248,15 @@ def test_balance_loss_can_be_off(off, tiny_moe):
 
 
 def test_even_routing_costs_alpha(tiny_moe):
-    """With f_i = 1 and Σ P_i = 1 the loss has its minimum."""
-    moe = tiny_moe(aux_loss_alpha=0.3, n_shared_experts=0)
-    moe.gate.weight.data.zero_()
-    moe.gate.choose = lambda scores: torch.arange(len(scores) * 2).view(-1, 2) % 6
-    assert torch.isclose(moe(torch.ones(1, 6, HIDDEN), torch.ones(1, 6).bool())[1], torch.tensor(0.3))
+    """With f_i = 1 and Σ P_i = 1 the loss is α, whatever the scores. Choosing only the two best experts costs more."""
+    moe = tiny_moe(aux_loss_alpha=0.3, n_shared_experts=0, balance_loss="expert", scoring_func="softmax")
+    p = torch.tensor([0.3, 0.25, 0.2, 0.12, 0.08, 0.05])  # the scores of each token
+    moe.gate.weight.data.copy_(p.log()[:, None] / HIDDEN)
+    even, uneven = torch.arange(12).view(6, 2) % 6, torch.tensor([[0, 1]] * 6)
+    for index, f_p in ((even, 1.0), (uneven, 3 * 0.3 + 3 * 0.25)):  # f_i = 6 / (2 * 6) * 6 = 3 for the two
+        moe.gate.choose = lambda _, index=index: index
+        loss = moe(torch.ones(1, 6, HIDDEN), torch.ones(1, 6).bool())[1]
+        assert torch.isclose(loss, torch.tensor(0.3 * f_p))
 
 
 # --- the bias and its statistics -------------------------------------------------------------------------------------

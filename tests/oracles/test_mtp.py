@@ -13,6 +13,7 @@ from moonwhale.model import loss as loss_module
 from moonwhale.model import mtp
 from moonwhale.model.documents import Documents
 from moonwhale.model.loss import linear_cross_entropy
+from moonwhale.model.mla import MultiheadLatentAttention
 from moonwhale.model.modeling_moonwhale import MoonwhaleForCausalLM
 from moonwhale.model.mtp import MTPModule, prediction_targets, shifted_labels
 
@@ -304,22 +305,19 @@ def test_no_targets_no_loss(chain):
 
 
 def assert_documents_are_apart(model):
-    """A document's losses and gradients do not depend on the other document in its row."""
-    lengths, results = (11, 9), []
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    """A document's losses and gradients do not depend on the document before it in its row."""
+    second = tokens(1, 9, seed=1)
+    alone = model(second, labels=second)
+    expected = gradients(model, alone.loss)
+    positions = torch.cat([torch.arange(11), torch.arange(9)])[None]
     for seed in (3, 4):
-        ids = tokens(1, 20, seed=1)
-        ids[:, 11:] = tokens(1, 9, seed=seed)
+        ids = torch.cat([tokens(1, 11, seed=seed), second], dim=1)
         labels = ids.clone()
-        labels[:, 11:] = NO
+        labels[:, :11] = NO
         out = model(ids, position_ids=positions, labels=labels)
-        results.append((out.losses, gradients(model, out.loss)))
-    ids = tokens(1, 20, seed=1)[:, :11]
-    out = model(ids, labels=ids)
-    for losses, grads in results:
-        assert torch.allclose(losses, out.losses)
-        assert_same_gradients(grads, gradients(model, model(ids, labels=ids).loss))
-    labels = positions.clone()  # also the reverse: with labels everywhere, no target crosses the border
+        assert torch.allclose(out.losses, alone.losses)
+        assert_same_gradients(gradients(model, out.loss), expected)
+    labels = positions.clone()  # with labels everywhere, no target crosses the border
     assert model(tokens(1, 20), position_ids=positions, labels=labels).targets.tolist() == [18, 16, 14]
 
 
@@ -470,8 +468,13 @@ def test_mutant_targets_across_documents(chain, monkeypatch):
 
 
 def test_mutant_attention_across_documents(chain, monkeypatch):
-    right = Documents.from_inputs
-    monkeypatch.setattr(Documents, "from_inputs", lambda *args: right(*args[:-1], None))
+    """Only attention takes a row for one document. Positions and targets stay right."""
+    right = MultiheadLatentAttention.forward
+
+    def forward(self, x, rotation, documents, *rest):
+        return right(self, x, rotation, Documents.from_inputs(*x.shape[:2], x.device), *rest)
+
+    monkeypatch.setattr(MultiheadLatentAttention, "forward", forward)
     caught(assert_documents_are_apart, chain().train())
 
 

@@ -1,5 +1,6 @@
 """A model on several ranks computes what it computes on one: loss, every gradient, statistics and optimizer steps."""
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from moonwhale.parallel.overlap import Overlap
 from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.schedules import DualPipeVOrder, dualpipe_order, splits_backward, stages_of_rank, with_messages
 from moonwhale.parallel.stages import StageSpec, partition, prune_
+from relative_error import relative_error
 
 MODEL = {
     "num_hidden_layers": 5,
@@ -97,14 +99,14 @@ def largest_error(seen: list[list[dict]], expected: list[dict]) -> dict[str, flo
         losses = {number: parts for rank in ranks for number, parts in rank["losses"].items()}
         assert losses.keys() == one["losses"].keys()
         a, b = (torch.tensor([seen[i] for i in sorted(seen)]) for seen in (losses, one["losses"]))
-        errors["losses"] = max(errors.get("losses", 0.0), float(((a - b).abs() / b.abs().clamp(min=1e-3)).max()))
+        apart = [relative_error(x, y, 1e-3) for x, y in zip(a.flatten(), b.flatten(), strict=True)]
+        errors["losses"] = max(errors.get("losses", 0.0), *apart)
         for kind in ("grads", "seen", "state"):
             assert set().union(*(rank[kind] for rank in ranks)) == set(one[kind])
             for rank in ranks:
                 for name, value in rank[kind].items():
                     expected = one[kind][name][slice(*rank["experts"].get(name, (None,)))]
-                    error = (value - expected).norm() / expected.norm().clamp(min=1e-6)
-                    errors[kind] = max(errors.get(kind, 0.0), float(error))
+                    errors[kind] = max(errors.get(kind, 0.0), relative_error(value, expected))
         assert sum(rank["clipped"] for rank in ranks) == one["clipped"]
     return errors
 
@@ -233,6 +235,20 @@ def test_fsdp_shards_weights_and_momenta(two_ranks, name):
     ranks = [rank[name][0]["held"] for rank in two_ranks.seen]
     assert [sum(held) for held in zip(*ranks, strict=True)] == whole
     assert all(0.4 < held / all_of_it < 0.6 for rank in ranks for held, all_of_it in zip(rank, whole, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["losses", "grads", "seen", "state"])
+def test_a_nan_on_one_rank_is_detected(kind, case):
+    """Equal infinities are no error: the largest logits of resting MTP modules are -inf."""
+    expected = pipeline_ranks.one_process(case("1f1b", **RESTING))
+    other = copy.deepcopy(expected)
+    other[0]["clipped"] = 0.0  # all heads were clipped on the first rank
+    assert set(largest_error([expected, other], expected).values()) == {0.0}
+    name, value = next(iter(other[0][kind].items()))
+    spoiled = torch.as_tensor(value)
+    spoiled[(0,) * spoiled.ndim] = torch.nan
+    other[0][kind][name] = spoiled.tolist() if kind == "losses" else spoiled
+    assert largest_error([expected, other], expected)[kind] == torch.inf
 
 
 @pytest.mark.slow

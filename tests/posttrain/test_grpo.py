@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from moonwhale import cli
 from moonwhale.checkpoint import log_history, newest_checkpoint, open_checkpoint
 from moonwhale.errors import UserError
 from moonwhale.posttrain.grpo import GRPOOptions, grpo
@@ -40,6 +42,32 @@ def history(out):
 
 
 @pytest.mark.slow
+def test_answers_are_shown_without_control_sequences(options, capsys, monkeypatch):
+    """rich would write them into a terminal, or if FORCE_COLOR asks for it."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run_yaml = options(steps=1, show_answers=1)
+    given = [
+        f"--{name.replace('_', '-')}={getattr(run_yaml, name)}"
+        for name in (
+            "out",
+            "task",
+            "questions",
+            "group_size",
+            "questions_per_step",
+            "batch_size",
+            "steps",
+            "max_new_tokens",
+            "warmup_steps",
+            "eval_questions",
+            "show_answers",
+        )
+    ]
+    assert cli.main(["grpo", run_yaml.checkpoint, *given, "--rewards", "letters:e", "--report-to", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "Completion" in out and "\\x1b[" not in out
+
+
+@pytest.mark.slow
 def test_a_run_learns_what_is_rewarded(options, capsys):
     config = options(steps=30)
     grpo(config)
@@ -57,16 +85,60 @@ def test_a_run_learns_what_is_rewarded(options, capsys):
     open_checkpoint(config.out)
 
 
+def assert_same_model(ours, theirs):
+    a, b = (load_file(Path(config.out, "model.safetensors")) for config in (ours, theirs))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
 @pytest.mark.slow
-def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
-    whole, part = options(out=str(tmp_path / "whole"), save_every=2), options(save_every=2)
+@pytest.mark.parametrize(
+    "changes",
+    [{"save_every": 2}, {"questions": 12, "steps": 6, "save_every": 4}],
+    ids=["first pass over the questions", "second pass over the questions"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path, changes):
+    whole, part = options(out=str(tmp_path / "whole"), **changes), options(**changes)
     grpo(whole)
     grpo(part)
-    shutil.rmtree(Path(part.out, "checkpoint-4"))
+    shutil.rmtree(Path(part.out, f"checkpoint-{part.steps}"))
     Path(part.out, "model.safetensors").unlink()
     grpo(parse_run(GRPOOptions, ["--out", part.out, "--resume"]))
-    ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_model(part, whole)
+
+
+def test_the_order_of_questions_depends_on_the_pass_alone():
+    from trl.trainer.utils import RepeatSampler
+
+    from moonwhale.posttrain.grpo_trainer import _OrderOfPass
+
+    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0))
+    trls, ours = (RepeatSampler(range(20), mini_repeat_count=2, seed=3) for _ in range(2))
+    order = _OrderOfPass(ours, trainer)
+    first = list(order)
+    assert first == list(trls) and len(order) == 40
+    trainer.state.epoch = 1.25
+    second = list(order)
+    assert second != first and list(order) == second
+    trainer.state.epoch = 0.5
+    assert list(order) == first
+
+
+@pytest.mark.slow
+def test_more_steps(options, tmp_path, capsys):
+    """A finished run is extended, and equals one that was to take so many steps from the start."""
+    whole, part = options(out=str(tmp_path / "whole"), steps=6), options(save_every=2)
+    grpo(whole)
+    grpo(part)
+    capsys.readouterr()
+    grpo(parse_run(GRPOOptions, ["--out", part.out, "--resume", "--steps", "6"]))
+    assert "schedule   4 steps become 6: the learning rate stays constant" in capsys.readouterr().out
+    assert_same_model(part, whole)
+
+
+def test_the_steps_that_runs_of_different_lengths_share(options):
+    assert options(steps=12).shared_steps(7) == options(steps=7).shared_steps(12) == 7
+    assert options(steps=12, iterations=2).shared_steps(7) == 6  # the answers of step 7 are in no checkpoint
+    assert options(steps=12, warmup_steps=8).shared_steps(7) == 0
 
 
 @pytest.mark.slow
@@ -87,8 +159,7 @@ def test_a_run_goes_on_where_new_answers_are_drawn(options, tmp_path, monkeypatc
         grpo(part)
     assert [path.name for path in Path(part.out).glob("checkpoint-*")] == ["checkpoint-4"]
     grpo(parse_run(GRPOOptions, ["--out", part.out, "--resume"]))
-    ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (part, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_model(part, whole)
 
 
 def test_a_step_of_several_micro_batches_and_iterations(options):

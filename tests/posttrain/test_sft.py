@@ -21,7 +21,7 @@ from moonwhale.data.packing import pack_split
 from moonwhale.data.sft_dataset import load_conversations
 from moonwhale.data.split import document_hash
 from moonwhale.data.templates import CHAT_TEMPLATE
-from moonwhale.data.tokenizer import train_tokenizer
+from moonwhale.data.tokenizer import byte_lengths, train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.posttrain.sft import SFTOptions, check_processes, contents_of, sft
 from moonwhale.posttrain.sft_trainer import Collator, pack
@@ -188,6 +188,55 @@ def test_a_run_trains_the_model_and_its_mtp_modules(options, small_checkpoint, c
     assert Path(config.out, "loss.png").stat().st_size > 10_000
 
 
+def test_samples_answer_a_message_and_change_nothing(options, tmp_path, capsys):
+    plain = options(out=str(tmp_path / "plain"), steps=2, sample_every=0)
+    sft(plain)
+    assert "sample: " not in capsys.readouterr().out
+    sampling = options(steps=2, sample_every=1, sample_prompt="moon <|eos|>?")
+    sft(sampling)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^step      [12]  sample: moon <\|eos\|>\? → ", said, re.MULTILINE)) == 2
+    assert losses(sampling.out) == losses(plain.out)
+    ours, theirs = (load_file(Path(config.out, "model.safetensors")) for config in (sampling, plain))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_bits_per_byte_count_the_bytes_of_what_was_predicted(options):
+    """The first token of a conversation, or of the rest of one that was split, is not predicted."""
+    config = options(steps=1, context=12, eval_rows=100)  # splits most conversations
+    sft(config)
+    last = [entry for entry in log_history(newest_checkpoint(config.out)) if "eval_bits_per_byte" in entry][-1]
+    _, tokenizer = open_checkpoint(config.out)
+    _, held_out = load_conversations(config.load_source(), tokenizer)
+    rows, _ = pack(held_out, 12)
+    lengths, n_bytes, targets = byte_lengths(tokenizer), 0, 0
+    for row in rows:
+        ends = np.cumsum([0, *row["seq_lengths"]])[:-1]
+        told = [t for i, t in enumerate(row["labels"]) if t >= 0 and i not in ends]
+        n_bytes, targets = n_bytes + sum(lengths[told]), targets + len(told)
+    assert last["eval_targets"] == targets
+    assert last["eval_bits_per_byte"] == pytest.approx(last["eval_loss_main"] * targets / np.log(2) / n_bytes, rel=1e-5)
+
+
+def test_a_message_that_cannot_be_answered_is_refused_at_once(options):
+    with pytest.raises(UserError, match="`sample_prompt`: the prompt is not valid UTF-8"):
+        sft(options(sample_prompt="caf\udce9"))
+
+
+def test_epochs_are_passes_with_accumulation_too(options, capsys):
+    """The last step of an epoch takes the micro-batches that are left."""
+    sft(options(steps=None, epochs=2, accumulation=64))
+    assert re.search(r"^run +2 steps of 128 rows, 2 passes over the text, into ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_many_passes_are_warned_of(options, capsys):
+    sft(options(steps=40, lr=1e-4))
+    said = capsys.readouterr().out
+    passes = re.search(r"^run +40 steps of 4 rows, (\S+) passes over the text, into ", said, re.MULTILINE)
+    assert float(passes[1]) > 5
+    assert f"\nwarning    the run reads the text {float(passes[1]):.0f} times: " in said
+
+
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
     whole = options(out=str(tmp_path / "whole"), save_every=3)
@@ -210,7 +259,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
 
 @pytest.mark.slow
 def test_lora_trains_adapters_and_gives_a_plain_checkpoint(options, small_checkpoint):
-    config = options(lora_rank=4, steps=12, lr=1e-2)
+    config = options(lora_rank=4, steps=12, lr=1e-2, sample_every=6)
     sft(config)
     assert losses(config.out)[-1] < losses(config.out)[0]
     assert any(Path(config.out).glob("checkpoint-*/adapter_model.safetensors"))

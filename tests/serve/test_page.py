@@ -41,6 +41,23 @@ def test_a_conversation(page):
     assert [stored["title"] for stored in page.stored()] == ["Another one", "Hello whale"]
 
 
+def test_enter_in_the_settings_keeps_them(page):
+    page.click("#open-settings")
+    page.fill("#settings [name=system]", "Sing.")
+    page.fill("#settings [name=temperature]", "0.3")
+    page.press("#settings [name=temperature]", "Enter")
+
+    def stored() -> dict:
+        page.wait_for_selector("#settings", state="hidden")
+        page.wait_for_timeout(100)  # its event comes after it has closed
+        return page.evaluate("JSON.parse(localStorage['moonwhale.settings'])")
+
+    assert (stored()["system"], stored()["temperature"]) == ("Sing.", 0.3)
+    page.click("#open-settings")
+    page.click("#defaults")
+    assert stored()["system"] == ""
+
+
 def test_it_forgets_old_turns_as_the_terminal_does(open_page, small_engine):
     page, session = open_page(), ChatSession(small_engine(), seed=3, temperature=0.8, min_p=0.05, max_new_tokens=8)
     page.set_option("seed", "3")

@@ -82,10 +82,13 @@ def test_a_stream_cut_half_way_keeps_what_was_written(open_page):
 
 def test_another_server_at_this_address_is_said(open_page):
     page = open_page()
-    page.route("**/v1/models", lambda route: route.fulfill(body="<html>"))
+    strangers = {"body": "<html>"}, {"json": {"detail": "Not Found"}, "status": 404}, {"json": {}}
+    for answer in (*strangers, {"json": {"data": [{"id": "llama3"}]}}):
+        page.route("**/v1/models", lambda route, *, answer=answer: route.fulfill(**answer))
+        page.reload()
+        page.wait_for_selector("#status:has-text('not as moonwhale does')")
+        page.unroute("**/v1/models")
     page.reload()
-    page.wait_for_selector("#status:has-text('not as moonwhale does')")
-    page.unroute("**/v1/models")
     page.set_option("max_tokens", "5")
     page.say("Hello")
     assert page.locator(".assistant").count() == 1

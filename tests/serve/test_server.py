@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -280,6 +281,16 @@ def test_each_submitted_answer_waits(engine):
         return worker.num_waiting
 
     assert asyncio.run(waiting()) == 4
+
+
+def test_a_prompt_that_is_read_while_requests_are_counted():
+    """The model's thread ends it between two looks of the event loop's."""
+
+    class Scheduler:
+        running, looks = (), iter([SimpleNamespace(finish_reason=None), None])
+        prefilling = property(lambda self: next(self.looks))
+
+    assert Worker(Scheduler()).num_running == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -17,16 +17,16 @@ from moonwhale.train.milestones import best_checkpoint, best_step, describe_best
 from moonwhale.train.mtp_trainer import MTPTrainer
 
 
-def evaluated(losses: dict[int, float]) -> list[dict]:
-    return [{"step": step, "eval_loss_main": loss} for step, loss in losses.items()]
+def evaluated(figures: dict[int, float], name: str = "eval_loss_main") -> list[dict]:
+    return [{"step": step, name: figure} for step, figure in figures.items()]
 
 
-def save(out: Path, losses: dict[int, float]) -> None:
+def save(out: Path, figures: dict[int, float], name: str = "eval_loss_main") -> None:
     """Writes the log of a checkpoint of the last of these steps."""
-    step = max(losses)
+    step = max(figures)
     checkpoint = out / f"checkpoint-{step}"
     checkpoint.mkdir()
-    state = {"global_step": step, "max_steps": step, "log_history": evaluated(losses)}
+    state = {"global_step": step, "max_steps": step, "log_history": evaluated(figures, name)}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
 
 
@@ -72,6 +72,15 @@ def test_a_run_says_if_its_last_step_is_the_best(tmp_path):
     )
     assert describe_best(evaluated({2: 2.0}), tmp_path) is None
     assert describe_best(evaluated({3: 3.0, 4: 2.0}), tmp_path) is None
+
+
+def test_a_negative_reward_keeps_its_sign(tmp_path):
+    rewards = {1: -0.3, 2: -0.9}
+    save(tmp_path, {1: -0.3}, "eval_reward")
+    save(tmp_path, rewards, "eval_reward")
+    assert describe_best(evaluated(rewards, "eval_reward"), tmp_path) == (
+        f"best       {tmp_path}/checkpoint-1, with -0.300 on held-out data; the last step has -0.900"
+    )
 
 
 def test_a_checkpoint_of_a_run_with_other_steps_is_not_the_best(tmp_path):

@@ -277,6 +277,20 @@ def test_expert_parallelism_trains_as_one_process(one, tmp_path):
 
 
 @pytest.mark.slow
+def test_adamws_state_of_experts_goes_to_the_ranks_that_hold_them(one, tmp_path):
+    """A rank reads its experts' moments and the whole step counters, which have no dimension to cut."""
+    config = one(tokens_per_step=256, optimizer="adamw")
+    out = Path(config.out)
+    for path in (*out.glob("checkpoint-6"), *out.glob("config.json"), *out.glob("model.safetensors")):
+        path.rename(tmp_path / f"one-{path.name}")
+    together("--out", config.out, "--resume", "--parallel.ep", "2")
+    a, b = states(out / "checkpoint-6"), states(tmp_path / "one-checkpoint-6")
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        torch.testing.assert_close(a[name], value, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
 def test_pipelines_with_expert_parallelism_train_as_one_process(one, tmp_path):
     """Pipelines with sharded experts train as one process.
 

@@ -1,10 +1,15 @@
 """The public API as a user's typed code calls it. `make test` runs mypy on this file; it is never executed."""
 
-from typing import assert_type
+from pathlib import Path
+from typing import Any, assert_type
 
 import torch
 from torch import Tensor
 
+from moonwhale.data.loading import load_source
+from moonwhale.evaluate.config import EvalConfig
+from moonwhale.evaluate.evaluation import evaluate
+from moonwhale.infer.engine import Engine
 from moonwhale.model import (
     DeepseekMoE,
     Documents,
@@ -15,6 +20,9 @@ from moonwhale.model import (
     moba_attention,
 )
 from moonwhale.optim import MuonClip, StepHooks, attach_hooks, param_groups
+from moonwhale.train.config import TrainConfig
+from moonwhale.train.pretrain import train
+from moonwhale.train.run_result import RunResult
 
 config = MoonwhaleConfig(vocab_size=512, attention="mla", moba_full_attention_layers=[1])
 assert_type(config.moba_topk, int)
@@ -49,8 +57,18 @@ assert_type(hooks.last, dict[str, Tensor])
 hooks.reset()
 hooks.remove()
 
+run = train(TrainConfig(steps=10, data="chitchat", out="runs/typed"))
+assert_type(run, RunResult)
+assert_type(run.best, Path | None)
+assert_type(run.model, MoonwhaleForCausalLM)
+engine = Engine(run.model, run.tokenizer, draft=1)
+assert_type(engine.generate(["The whale"], max_new_tokens=8)[0].text, str)
+assert_type(evaluate("runs/typed", EvalConfig(data="chitchat")), dict[str, dict[str, Any]])
+assert_type(load_source("chitchat", limit=3).name, str)
+
 attention.forward("x")  # type: ignore[arg-type]
 MoonwhaleConfig(moba_top_k=1)  # type: ignore[call-arg]
 moba_attention(q, q, q, 0.25, documents, 16, "2")  # type: ignore[arg-type]
 MuonClip(param_groups(model), learning_rate=1)  # type: ignore[call-arg]
 attach_hooks(optimizer, model, "off")  # type: ignore[arg-type]
+evaluate(1, EvalConfig())  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
     Raises UserError if the text is not valid UTF-8.
     """
-    _check_utf8(text)
+    check_utf8(text)
     return encode_document(tokenizer, text)[:-1].tolist()
 
 
@@ -105,13 +105,13 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[dict]
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise UserError('a chat message needs "role" and "content", both text')
-        _check_utf8(message["content"])
+        check_utf8(message["content"])
     (ids,) = _render(tokenizer, [messages], add_generation_prompt=True)["input_ids"]
     return ids
 
 
-def _check_utf8(text: str) -> None:
-    """Raises UserError for half of a surrogate pair, which stands for bytes that were not valid UTF-8."""
+def check_utf8(text: str) -> None:
+    """Raises UserError for half of a surrogate pair in a prompt, which stands for bytes that were not valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

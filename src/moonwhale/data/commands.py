@@ -35,6 +35,7 @@ def main_data(argv: list[str]) -> None:
     add_json(parser)
     given, args = read_argv(parser, SourceOptions, argv)
     require(args, "context", args.context <= LONGEST_ROW, f"give at most {LONGEST_ROW:,}")
+    require(args, "show", args.show >= 0, "give a number of rows, or 0")
     fix = "only a tokenizer that is trained here takes a size: leave `vocab_size` or `tokenizer` out"
     require(args, "vocab_size", args.vocab_size is None or args.tokenizer == "train", fix)
 
@@ -101,9 +102,10 @@ def _train(options: SourceOptions, args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from moonwhale.data.chat import encode_document
+    from moonwhale.data.chat import check_utf8, encode_document
     from moonwhale.data.tokenizer import load_tokenizer
 
+    check_utf8(args.text)
     with reporting(args.json) as show:
         tokenizer = load_tokenizer(args.tokenizer)
         tokens = [{"id": id, "text": tokenizer.decode([id])} for id in encode_document(tokenizer, args.text).tolist()]

@@ -62,7 +62,7 @@ def find_files(spec: str, split: str | None = None) -> Found | None:
     if path.is_file():
         return Found([path])
     if os.path.lexists(path):
-        raise UserError(f"`data`: {spec} is a broken link, or neither a file nor a folder")
+        raise UserError(f"`data`: {spec} is a broken link, or neither a file nor a folder: name a file or a folder")
     folder, _, configuration = str(path).rpartition(":")
     if folder and Path(folder, README).is_file():
         return _declared(Path(folder), configuration, spec, split)
@@ -71,7 +71,7 @@ def find_files(spec: str, split: str | None = None) -> Found | None:
     base = next(folder for folder in path.parents if folder.is_dir())  # `runs[1]` may well be a folder's name
     found = once(expand(base, str(path.relative_to(base))))
     if not found:
-        raise UserError(f"`data`: no files in {spec}")
+        raise UserError(f"`data`: no files in {spec}: give a folder or glob that names some")
     return Found(found)
 
 
@@ -117,7 +117,7 @@ def _files_of_folder(folder: Path, spec: str, split: str | None) -> Found:
     found = _choose_split(_files_below(folder, left_out), folder, spec, split, left_out)
     _report(left_out, spec)
     if not found.files:
-        raise UserError(f"`data`: no files in {spec}")
+        raise UserError(f"`data`: no files in {spec}: give a folder or glob that names some")
     return found
 
 

@@ -10,11 +10,13 @@ permutation per epoch from `data_seed`), seed, epoch and step determine every ba
 
 import logging
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.shards import TokenShards, build_shards
@@ -150,14 +152,12 @@ def pack_split(
     context: int,
     *,
     cache_dir: str | Path | None = None,
-    held_out_share: float = HELD_OUT_SHARE,
     verify: bool = False,
 ) -> tuple[PackedDataset, PackedDataset]:
     """Packs a source into training and held-out rows, and builds its shards if necessary (see `build_shards`).
 
     The documents that the source itself holds out are the second split. Without such, split.py decides which documents
-    are held out. If all documents are the same, the end of the first is held out and
-    the others are not used.
+    are held out. If all documents are the same, the end of the first is held out and the others are not used.
 
     Raises:
         UserError: the context is below 2, or the source has fewer than four tokens.
@@ -168,8 +168,8 @@ def pack_split(
         return tuple(_pack(s, np.ones(len(s.documents), bool), tokenizer, context) for s in (shards, aside))
     hashes = shards.documents["hash"]
     if (hashes == hashes[0]).all():
-        return _split_by_position(shards, tokenizer, context, held_out_share)
-    held_out = held_out_mask(hashes, held_out_share)
+        return _split_by_position(shards, tokenizer, context)
+    held_out = held_out_mask(hashes, HELD_OUT_SHARE)
     return _pack(shards, ~held_out, tokenizer, context), _pack(shards, held_out, tokenizer, context)
 
 
@@ -177,8 +177,17 @@ def pack_all(
     source: Source, tokenizer: PreTrainedTokenizerFast, context: int, *, cache_dir: str | Path | None = None
 ) -> PackedDataset:
     """Packs all documents of a source, for a text on which the model was not trained. Raises as `pack_split` does."""
+    if aside := source.held_out:
+        source = Source(source.name, f"{source.fingerprint} and {aside.fingerprint}", partial(chain, source, aside))
     shards = _build_shards(source, tokenizer, context, cache_dir)
     return _pack(shards, np.ones(len(shards.documents), bool), tokenizer, context)
+
+
+def choose_rows(rows: Dataset, n: int | None) -> Dataset:
+    """Returns n evenly spread rows. If n is None, or there are fewer rows, it returns all."""
+    if n is None or n >= len(rows):
+        return rows
+    return Subset(rows, torch.linspace(0, len(rows) - 1, n).long().tolist())
 
 
 def _build_shards(source: Source, tokenizer, context: int, cache_dir, verify: bool = False) -> TokenShards:
@@ -196,14 +205,14 @@ def _pack(shards: TokenShards, chosen: np.ndarray, tokenizer, context: int) -> P
 
 
 def _split_by_position(
-    shards: TokenShards, tokenizer: PreTrainedTokenizerFast, context: int, share: float
+    shards: TokenShards, tokenizer: PreTrainedTokenizerFast, context: int
 ) -> tuple[PackedDataset, PackedDataset]:
     """Splits the first document: its end is held out."""
     n_tokens, n_bytes = (int(shards.documents[name][0]) for name in ("tokens", "bytes"))
     if n_tokens < 4:
         raise UserError(f"`data`: {shards.index['source']} is too short: {n_tokens} tokens in all")
-    log.warning("only one distinct document: its last %.0f %% is held out", 100 * share)
-    cut = min(max(round(n_tokens * (1 - share)), 2), n_tokens - 2)  # both parts get at least two tokens
+    log.warning("only one distinct document: its last %.0f %% is held out", 100 * HELD_OUT_SHARE)
+    cut = min(max(round(n_tokens * (1 - HELD_OUT_SHARE)), 2), n_tokens - 2)  # both parts get at least two tokens
     held_out_bytes = int(byte_lengths(tokenizer)[shards[np.arange(cut, n_tokens)]].sum())
     parts = [(0, cut, n_bytes - held_out_bytes), (cut, n_tokens - cut, held_out_bytes)]
     return tuple(

@@ -130,8 +130,6 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     np.save(folder / "documents.npy", np.array(records, DOCUMENT))
     index = {
         "source": source.name,
-        "source_fingerprint": source.fingerprint,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dtype": dtype.str,
         "shard_tokens": SHARD_TOKENS,
         "files": {

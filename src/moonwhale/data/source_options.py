@@ -9,14 +9,17 @@ from moonwhale.options import option
 if typing.TYPE_CHECKING:
     from moonwhale.data.source import Source
 
+SPLIT_HELP = "split of a hub set, or of a folder with splits (train)"
+COLUMNS_HELP = "columns of a table or hub set to read, as A,B"
+
 
 @dataclass
 class SourceOptions:
     """The arguments of `load_source` as options."""
 
     data: str = option("chitchat", DATA_HELP, group="data")
-    data_split: str | None = option(None, "split of a hub set (train)", group="data")
-    data_columns: list[str] | None = option(None, "columns of a table or hub set to read, as A,B", group="data")
+    data_split: str | None = option(None, SPLIT_HELP, group="data")
+    data_columns: list[str] | None = option(None, COLUMNS_HELP, group="data")
     data_documents: int | None = option(
         None, "read only the first N documents; a hub set is then streamed, not downloaded (all)", group="data"
     )

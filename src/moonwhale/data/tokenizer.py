@@ -113,7 +113,7 @@ def _load_named(name_or_path: str) -> PreTrainedTokenizerFast:
     elif name_or_path == "gpt2":
         tokenizer = _gpt2()
     elif "/" in name_or_path and os.path.exists(os.path.dirname(name_or_path)):
-        raise UserError(f"no such folder: {name_or_path}")
+        raise UserError(f"no such folder: {name_or_path}: give an existing folder, a hub id, deepseek or gpt2")
     else:
         tokenizer = _from_hub(name_or_path)
     return _complete(tokenizer)
@@ -239,7 +239,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder} is not yours to read: give yourself the right, or name another")
     if not os.path.lexists(folder / "tokenizer.json"):
-        raise UserError(f"no tokenizer.json in {folder}")
+        raise UserError(f"no tokenizer.json in {folder}: name the folder that holds it")
     check_tokenizer_folder(folder)
     return _read(folder)
 

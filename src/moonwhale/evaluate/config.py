@@ -4,8 +4,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moonwhale.data.hub_sets import DATA_HELP
+from moonwhale.data.source_options import COLUMNS_HELP, SPLIT_HELP
 from moonwhale.data.tasks import TASK_HELP
 from moonwhale.errors import UserError
+from moonwhale.files import expanded
 from moonwhale.infer.sampling_options import SamplingOptions, require_answers_that_fit
 from moonwhale.options import option, require
 
@@ -24,8 +26,8 @@ class EvalConfig:
     """
 
     data: str | None = option(None, DATA_HELP, group="text")
-    data_split: str | None = option(None, "split of a hub set (train)", group="text")
-    data_columns: list[str] | None = option(None, "columns of a hub set to read, as A,B", group="text")
+    data_split: str | None = option(None, SPLIT_HELP, group="text")
+    data_columns: list[str] | None = option(None, COLUMNS_HELP, group="text")
     context: int | None = option(None, "tokens per row (the model's context, at most 32,768)", group="text")
     rows: int | None = option(None, "number of rows to read, spread over the text (all)", group="text")
 
@@ -72,6 +74,7 @@ class EvalConfig:
         if self.task:
             self.k = self.k or [k for k in DEFAULT_K if k <= self.samples]
             self._check_answers()
+        self.out = expanded(self.out)
         if self.out and (Path(self.out).exists() or not Path(self.out).parent.is_dir()):
             raise UserError(f"`out`: {self.out} is no new file in a folder that exists: name one")
 

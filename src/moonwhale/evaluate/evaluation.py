@@ -2,10 +2,11 @@
 
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from moonwhale.checkpoint import open_checkpoint, read_config
 from moonwhale.data.loading import load_source
-from moonwhale.data.packing import pack_all, pack_split
+from moonwhale.data.packing import choose_rows, pack_all, pack_split
 from moonwhale.data.tasks import Problem, Task, load_task
 from moonwhale.errors import UserError
 from moonwhale.evaluate import tables
@@ -13,7 +14,7 @@ from moonwhale.evaluate.config import DEFAULT_PROBLEMS, EvalConfig
 from moonwhale.evaluate.drafts import continue_text, score_drafts
 from moonwhale.evaluate.harness import HarnessTasks
 from moonwhale.evaluate.tasks import generate_answers, score_answers
-from moonwhale.evaluate.text import choose_rows, score_text
+from moonwhale.evaluate.text import score_text
 from moonwhale.infer.decoder import require_latent_attention
 from moonwhale.infer.engine import Engine
 from moonwhale.precision import choose
@@ -22,7 +23,7 @@ LONGEST_ROW = 1 << 15  # tokens, if no context is given: attention takes time qu
 NUM_EXAMPLES = 3  # greedy answers that the report shows
 
 
-def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
+def evaluate(folder: str, config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Measures what `config` asks for, and prints each result as soon as it is there.
 
     Returns the results, ready for JSON. Their keys are "text", "lm_eval", "drafts_text", "task" and "drafts_task".
@@ -45,7 +46,7 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict]:
     harness = HarnessTasks(config.lm_eval, config.include_path) if config.lm_eval else None
 
     print(f"{'checkpoint':<12}{folder}, on {precision.reason}", flush=True)
-    results: dict[str, dict] = {}
+    results: dict[str, dict[str, Any]] = {}
     if source or harness:
         model, tokenizer = open_checkpoint(folder)
         model.to(precision.device)

@@ -76,6 +76,8 @@ class HarnessTasks:
                 max_length=context,
             )
             _shorten_answers(harness, context)
+            _begin_documents_once(harness)
+            _refuse_long_choices(harness, context)
             found = simple_evaluate(
                 harness, tasks=self.tasks, task_manager=self.manager, limit=limit, log_samples=False
             )
@@ -91,6 +93,36 @@ class HarnessTasks:
             )
         examples = {name: {"examples": n["effective"]} for name, n in found["n-samples"].items()}
         return {name: _figures(values) | examples.get(name, {}) for name, values in found["results"].items()}
+
+
+def _begin_documents_once(harness) -> None:
+    """Lets a rolling likelihood begin with one bos, lm-eval's own, and not with the tokenizer's after it.
+
+    Else bos would be predicted after bos, which no text in training has.
+    """
+    rolling = harness.loglikelihood_rolling
+
+    def loglikelihood_rolling(requests: list, **options) -> list[float]:
+        harness.add_bos_token = False
+        try:
+            return rolling(requests, **options)
+        finally:
+            harness.add_bos_token = None
+
+    harness.loglikelihood_rolling = loglikelihood_rolling
+
+
+def _refuse_long_choices(harness, context: int) -> None:
+    """Raises a ValueError if a choice fills more than the context, where lm-eval would raise an AssertionError."""
+    score = harness._loglikelihood_tokens
+
+    def loglikelihood_tokens(requests: list, *args, **options) -> list:
+        longest = max((len(choice) for *_, choice in requests), default=0)
+        if longest > context:
+            raise ValueError(f"a choice of {longest:,} tokens exceeds the context of {context:,}: leave its task out")
+        return score(requests, *args, **options)
+
+    harness._loglikelihood_tokens = loglikelihood_tokens
 
 
 def _shorten_answers(harness, context: int) -> None:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -13,13 +13,6 @@ from moonwhale.model import MoonwhaleForCausalLM
 from moonwhale.model.loss import IGNORE_INDEX
 
 
-def choose_rows(rows: Dataset, n: int | None) -> Dataset:
-    """Returns n evenly spread rows, the same that training's evaluations take. None returns all rows."""
-    if n is None or n >= len(rows):
-        return rows
-    return Subset(rows, torch.linspace(0, len(rows) - 1, n).long().tolist())
-
-
 @torch.no_grad()
 def score_text(
     model: MoonwhaleForCausalLM,
@@ -27,11 +20,14 @@ def score_text(
     tokenizer: PreTrainedTokenizerFast,
     batch_size: int = 8,
     autocast: torch.dtype | None = None,
+    progress: bool = True,
 ) -> dict:
-    """Runs the model over packed rows (see `PackedDataset`), and shows a progress bar.
+    """Runs the model over packed rows (see `PackedDataset`).
 
     batch_size: rows per forward.
     autocast: dtype of matrix products; None takes the weights' dtype.
+    progress: show a progress bar in a terminal. A second bar would move the cursor by control sequences, which
+        the command line shows instead of obeying.
 
     The first token of a document is not a target, because no token before it could predict it. The scores equal those
     of training's own evaluations.
@@ -53,7 +49,7 @@ def score_text(
     depths = 1 + model.config.num_nextn_predict_layers
     nll, right, targets = torch.zeros(3, depths, dtype=torch.float64)  # sums over tokens, by depth
     n_bytes = 0
-    with tqdm(total=len(rows), desc="text", unit=" rows", leave=False, disable=None) as bar:
+    with tqdm(total=len(rows), desc="text", unit=" rows", leave=False, disable=None if progress else True) as bar:
         for batch in DataLoader(rows, batch_size):
             batch = {name: ids.to(model.device) for name, ids in batch.items()}  # (B, T)
             with torch.autocast(model.device.type, autocast, enabled=autocast is not None):

@@ -94,10 +94,15 @@ class LatentCache:
             if self.means[i] is not None:
                 blocks = length // self.config.moba_block_size
                 self.means[i][target, :blocks] = self.means[i][source, :blocks]
+        self.clear(target, length)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot's entries of the MTP modules. Modules skip positions, which must not show an earlier sequence."""
+    def clear(self, slot: int, length: int = 0) -> None:
+        """Zero a slot's entries of the MTP modules after the first `length` tokens. Modules skip positions, which must
+        not show an earlier sequence.
+        """
         first = self.config.num_hidden_layers
-        for tensor in (*self.keys[first:], *self.values[first:], *self.means[first:]):
-            if tensor is not None:
-                tensor[slot].zero_()
+        for tensor in (*self.keys[first:], *self.values[first:]):
+            tensor[slot, length:].zero_()
+        for means in self.means[first:]:
+            if means is not None:
+                means[slot, length // self.config.moba_block_size :].zero_()

@@ -54,13 +54,14 @@ class ChatSession:
         """Yield the answer in pieces. If the caller stops early, the session remembers the answer so far.
 
         Raises:
-            UserError: the text alone is longer than the context. The session stays as it was.
+            UserError: the text alone is longer than the context, or there is no memory for it. The session stays as it
+                was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         kept, ids = forget_oldest(self.engine, messages, self._max_new_tokens)
+        stream = self.engine.stream(ids, **self.options | {"seed": next(self._seeds)})
         self.forgetful |= len(kept) < len(messages)
         self.messages = kept
-        stream = self.engine.stream(ids, **self.options | {"seed": next(self._seeds)})
         try:
             yield from stream
         finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -10,11 +11,10 @@ from collections.abc import Iterable, Iterator
 
 from moonwhale.errors import UserError, shown, with_option_names
 from moonwhale.infer.sampling_options import SamplingOptions
-from moonwhale.options import Parser
+from moonwhale.options import DEVICES, Parser
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 from moonwhale.reports import add_json, reporting
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 HELP = """/retry      answer the last message again
@@ -121,6 +121,8 @@ def main_chat(argv: list[str]) -> None:
         import readline  # noqa: F401 (gives input() a history)
 
     print("Ctrl-C stops an answer, Ctrl-D or /quit leaves, /help lists the commands.", file=sys.stderr)
+    with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # not a plain file or terminal
+        sys.stdin.reconfigure(errors="surrogateescape")  # the engine refuses what is not UTF-8, and the chat goes on
     session = ChatSession(engine, **options)
     while (text := _read_turn()) is not None:
         command, _, argument = text.partition(" ") if text.startswith("/") else ("", "", "")
@@ -161,7 +163,7 @@ def _save(messages: list[dict], file: str) -> None:
     if not file or not turns:
         raise UserError("there is no answer yet" if file else "/save needs the name of a file")
     try:
-        with open(file, "a", encoding="utf-8") as lines:
+        with open(os.path.expanduser(file), "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"messages": [message for turn in turns for message in turn]}) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
@@ -217,7 +219,9 @@ def load_engine(args: argparse.Namespace, **options):
         raise UserError(f"`draft`: {shown(args.draft)} is neither auto nor a number of tokens (0 switches it off)")
 
     from moonwhale.infer.engine import Engine
+    from moonwhale.precision import tune_allocator
 
+    tune_allocator()
     draft = None if args.draft == "auto" else int(args.draft)
     return Engine.load(checkpoint_or_packaged(args.folder), args.device, args.precision, draft=draft, **options)
 

@@ -55,6 +55,8 @@ class Decoder:
 
     def __init__(self, model: MoonwhaleForCausalLM, int8: bool = False):
         require_latent_attention(model.config)
+        if any(hasattr(module, "base_layer") for module in model.modules()):
+            raise UserError("the engine reads no adapters: merge them into the model first (peft's merge_and_unload)")
         pack = partial(PackedLinear, int8=int8)
         body, head = model.model, model.lm_head.weight
         self.config = model.config
@@ -82,15 +84,16 @@ class Decoder:
 
     def run(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Return normed hidden states (B, Q, hidden) of new tokens (B, Q), and write their entries into the cache."""
-        return self._step(self._main_blocks, (self._embed(tokens, cache, placement), tokens), cache, placement)
+        return self._step(0, self._main_blocks, (self._embed(tokens, cache, placement), tokens), cache, placement)
 
-    def guess(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
+    def draft(self, depth: int, hidden: Tensor, ahead: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Run MTP module `depth` (from 1) of the chain. Return normed hidden states (B, Q, hidden) for `draft_head`.
 
         hidden (B, Q, hidden) comes from `run`, or from the previous module. ahead (B, Q) holds the token that is
         `depth` positions after each position.
         """
-        return self._step(self.modules[depth - 1], (hidden, F.embedding(ahead, self.embedding)), cache, placement)
+        tensors = hidden, F.embedding(ahead, self.embedding)
+        return self._step(depth, self.modules[depth - 1], tensors, cache, placement)
 
     def _embed(self, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Return the first block's input (B, Q, hidden), as `MoonwhaleModel.convolve` does."""
@@ -102,10 +105,10 @@ class Decoder:
         return x + _convolution(lambda entries: F.embedding(known[entries], self.embedding), self.conv, placement)
 
     def _step(
-        self, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, placement: Placement
+        self, depth: int, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, placement: Placement
     ) -> Tensor:
         if self.graphs and self.graphs.serves(placement):
-            return self.graphs(function, tensors, cache, placement)
+            return self.graphs(depth, function, tensors, cache, placement)
         return function(*tensors, cache, placement)
 
     def _main_blocks(self, x: Tensor, tokens: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
@@ -335,9 +338,10 @@ class DecoderAttention:
 
     def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
         """Scaled products of q (B, N, D) and keys (B, T, D): (B, N, T)."""
+        none = q.new_zeros(())  # not left empty: on MPS, torch up to 2.13 multiplies what is there by beta
         if len(q) == 1:  # the batched product would copy the keys first
-            return torch.addmm(q.new_empty(()), q[0], keys[0].T, beta=0, alpha=self.scale).unsqueeze(0)
-        return torch.baddbmm(q.new_empty(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
+            return torch.addmm(none, q[0], keys[0].T, beta=0, alpha=self.scale).unsqueeze(0)
+        return torch.baddbmm(none, q, keys.transpose(1, 2), beta=0, alpha=self.scale)
 
     def _weighted_sum(self, scores: Tensor, values: Tensor) -> Tensor:
         """The softmax of scores (B, N, T) applied to the latents of values (B, T, D): (B, N, rank)."""

@@ -50,20 +50,21 @@ class Drafting:
             trials.running = True
             trials.seconds = {depth: [] for depth in self.depths}
         if trials.running:
-            depth = min(self.depths, key=lambda depth: len(trials.seconds[depth]))
+            # The deepest first, so that the modules see the prompt, which is prefilled as deep as the cycle drafts
+            depth = min(reversed(self.depths), key=lambda depth: len(trials.seconds[depth]))
             if len(trials.seconds[depth]) < TRIAL_CYCLES:
                 return depth
             self._end_trial(trials)
         trials.cycles_left -= 1
         return self._best_depth(trials)
 
-    def record(self, sequences: int, depth: int, seconds: float, accepted: list[int]) -> None:
-        """Record a cycle: its time, and the number of accepted drafts of each sequence."""
+    def record(self, sequences: int, depth: int, seconds: float, tokens: list[tuple[int, int]]) -> None:
+        """Record a cycle: its time, and each sequence's numbers of added tokens and of accepted drafts."""
         trials = self._trials[sequences.bit_length()]
         if trials.running and len(self.depths) > 1:  # with one depth no trial ever ends
             trials.seconds[depth].append(seconds)
-        for n in accepted:
-            for k in range(min(n + 1, depth)):  # drafts after a rejected one were not verified
+        for added, n in tokens:
+            for k in range(min(added, depth)):  # drafts after a rejected one were not verified
                 self._verified[k] = min(self._verified[k] + 1, RECENT_DRAFTS)
                 self._accepted[k] += ((k < n) - self._accepted[k]) / self._verified[k]
 

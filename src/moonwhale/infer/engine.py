@@ -159,7 +159,10 @@ class Engine:
             raise UserError("the prompt is empty: give at least one token")
         vocabulary = self.config.vocab_size
         if not all(0 <= id < vocabulary for id in ids):
-            raise UserError(f"the prompt has ids outside of the model's vocabulary, 0 to {vocabulary - 1}")
+            raise UserError(
+                f"the prompt has ids outside of the model's vocabulary, 0 to {vocabulary - 1}: encode it with this "
+                "checkpoint's tokenizer"
+            )
         self._check_length(len(ids))
         return ids
 
@@ -192,7 +195,7 @@ class Engine:
             UserError: an option is impossible, or as `encode`.
         """
         if isinstance(prompts, str):
-            raise TypeError("generate takes a list of prompts")
+            raise TypeError("generate takes a list of prompts, not one text: give [prompt]")
         ids = [self.encode(prompt) for prompt in prompts]
         done = dict(self.as_completed(ids, **options))
         return [done[i] for i in range(len(ids))]
@@ -218,7 +221,9 @@ class Engine:
 
     def stream(self, prompt: Prompt, **options) -> "Stream":
         """Continue one prompt. Iterate over the result for pieces of text. Raises UserError as `generate`."""
-        return Stream(self.scheduler, self.request(self.encode(prompt), SamplingOptions(**options)))
+        request = self.request(self.encode(prompt), SamplingOptions(**options))
+        self.scheduler.check_memory(request)
+        return Stream(self.scheduler, request)
 
     def request(
         self, ids: list[int], options: SamplingOptions, index: int = 0, top_logprobs: int | None = None
@@ -267,5 +272,6 @@ class Stream:
 def _free_memory(device: torch.device) -> int:
     """Return the free bytes of a device's memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator
+        return torch.cuda.mem_get_info(device)[0] + cached
     return available_bytes()

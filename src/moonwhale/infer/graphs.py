@@ -40,15 +40,24 @@ class Graphs:
         return placement.first_slot == 0 and short and tokens <= MAX_TOKENS_FOR_ALL_EXPERTS
 
     def __call__(
-        self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cache: LatentCache, placement: Placement
+        self,
+        depth: int,
+        function: Callable[..., Tensor],
+        tensors: tuple[Tensor, ...],
+        cache: LatentCache,
+        placement: Placement,
     ) -> Tensor:
-        """Return `function(*tensors, cache, placement)` for `tensors` (B, Q, ...). It is valid until the next call."""
+        """Return `function(*tensors, cache, placement)` for `tensors` (B, Q, ...). It is valid until the next call.
+
+        depth: tells the function from others: 0 for the main blocks, k for MTP module k. (The functions themselves are
+            not kept: they hold the decoder, which would then hold itself, and its GPU memory, for long.)
+        """
         if self._keys is not cache.keys:  # the cache is another one, or has been resized
             self._forget(cache.keys)
         rows = min(_round_rows(len(placement.start)), cache.slots)
         size = placement.block_size
         end = min(-(-_context_bound(placement.end) // size) * size, cache.length)
-        key = function, rows, placement.length, end
+        key = depth, rows, placement.length, end
         self._uses[key] += 1
         if self._uses[key] <= CAPTURE_AFTER:
             return function(*tensors, cache, placement)
@@ -75,7 +84,9 @@ class CapturedStep:
         self.indices = torch.zeros(2, rows, placement.length, dtype=torch.long, device=cache.device)
         self._fill(tensors, placement)
         self.replay, self.out, self.pool = capture(
-            lambda: function(*self.inputs, cache, BufferedPlacement(placement, cache, end, *self.indices)), pool
+            lambda: function(*self.inputs, cache, BufferedPlacement(placement, cache, end, *self.indices)),
+            cache.device,
+            pool,
         )
 
     def __call__(self, tensors: tuple[Tensor, ...], placement: Placement) -> Tensor:
@@ -119,23 +130,26 @@ class BufferedPlacement(Placement):
         means.flatten(0, 1).index_copy_(0, self.last_full, entries.mean(1, dtype=torch.float32))
 
 
-def capture(function: Callable[[], Tensor], pool=None) -> tuple[Callable[[], None], Tensor, object]:
-    """Capture a function as a CUDA graph.
+def capture(
+    function: Callable[[], Tensor], device: torch.device, pool=None
+) -> tuple[Callable[[], None], Tensor, object]:
+    """Capture a function that computes on a GPU as a CUDA graph.
 
     Returns:
         a function that replays the graph, the tensor that then holds the result, and the memory pool. Graphs that never
         run at the same time can share a pool.
     """
-    warmup = torch.cuda.Stream()
-    warmup.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warmup):  # libraries initialise at their first call, which cannot be captured
-        function()
-    torch.cuda.current_stream().wait_stream(warmup)
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": another thread that allocates GPU memory meanwhile does not break the capture
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = function()
-    return graph.replay, out, graph.pool()
+    with torch.cuda.device(device):  # streams are the current device's, and a graph of another's would stay empty
+        memory, stream = pool or (None, torch.cuda.Stream())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries initialise at their first call, which cannot be captured
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": another thread that allocates GPU memory meanwhile does not break the capture
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+            out = function()
+    return graph.replay, out, (graph.pool(), stream)
 
 
 def _round_rows(rows: int) -> int:

@@ -44,6 +44,7 @@ class Request:
     # The scheduler's state between two steps
     cached: int = 0  # tokens of prompt and answer whose entries are in the cache
     drafts: list[int] = field(default_factory=list)  # tokens to verify in the next step
+    n_added: int = 0  # tokens that the last step added
     n_accepted: int = 0  # drafts that the last step accepted
     hidden: Tensor | None = None  # (Q, hidden) states of the last step, of which the first `n_accepted` + 1 count
 
@@ -67,9 +68,11 @@ class Request:
         self.seconds = time.perf_counter() - self.start
 
     def count_drafts(self, depth: int) -> None:
-        """Add the last step's drafts to the statistics. Drafts after a rejected one were not verified."""
+        """Add the last step's drafts to the statistics. Those after a rejected one, or after the answer's end, were not
+        verified.
+        """
         self.drafted += [0] * (depth - len(self.drafted))
         self.accepted += [0] * (depth - len(self.accepted))
-        for k in range(min(self.n_accepted + 1, depth)):
+        for k in range(min(self.n_added, depth)):
             self.drafted[k] += 1
             self.accepted[k] += k < self.n_accepted

@@ -90,7 +90,7 @@ def _choose_with_same_options(scores: Tensor, requests: tuple, ahead: int) -> li
         scores.clamp_(-LARGEST, LARGEST)
     if options.temperature < GREEDY:
         return scores.argmax(-1).tolist()
-    for warper in _warpers(*_key(options)):  # transformers' own list inspects signatures first: 0.1 ms a token
+    for warper in _warpers(*_key(options)[:-1]):  # transformers' own list inspects signatures first: 0.1 ms a token
         scores = warper(None, scores)
     probabilities = scores.softmax(-1)
     noise = torch.stack([r.noise.of(len(r.token_ids) + ahead)[: scores.shape[1]] for r in requests])
@@ -103,7 +103,7 @@ def _key(options: SamplingOptions) -> tuple[float, int, float, float, float]:
 
 
 @lru_cache(maxsize=64)
-def _warpers(temperature: float, top_k: int, top_p: float, min_p: float, _: float) -> list:
+def _warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> list:
     """The logits warpers, in the order of transformers' `generate`."""
     warpers = [TemperatureLogitsWarper(float(temperature))]
     if top_k > 0:

@@ -39,10 +39,6 @@ class Scheduler:
         self._drafting_seconds = 0.0
         self._prefill_tokens = max(PREFILL_TOKENS // decoder.block_size, 1) * decoder.block_size  # whole blocks
 
-    @property
-    def idle(self) -> bool:
-        return not (self.running or self.prefilling or self.waiting)
-
     def submit(self, request: Request) -> None:
         """Queue a request. Raises UserError as `check_memory`."""
         self.check_memory(request)
@@ -82,7 +78,7 @@ class Scheduler:
         hidden = self._run_drafts(depth)
         self._take_tokens(hidden, depth)
         seconds = time.perf_counter() - start + self._drafting_seconds
-        self.drafting.record(sequences, depth, seconds, [request.n_accepted for request in self.running])
+        self.drafting.record(sequences, depth, seconds, [(row.n_added, row.n_accepted) for row in self.running])
 
     def _run_drafts(self, depth: int) -> Tensor:
         """Run each sequence's last token and its drafts through the main model: (B, depth + 1, hidden)."""
@@ -94,11 +90,13 @@ class Scheduler:
         """Add a token to each sequence, and another one after each draft that it confirms."""
         rows, logits = self.running, self.decoder.head(hidden)  # (B, depth + 1, V)
         for row, states in zip(rows, hidden, strict=True):
-            row.hidden, row.n_accepted = states, 0
+            row.hidden, row.n_added, row.n_accepted = states, 0, 0
             row.forwards += 1
         accepting = list(range(len(rows)))  # running rows whose drafts have all been accepted so far
         for k in range(depth + 1):
             chosen = self._add_tokens(logits[accepting, k], [rows[i] for i in accepting])
+            for i in accepting:
+                rows[i].n_added += 1
             right = [i for i, token in zip(accepting, chosen, strict=True) if k < depth and token == rows[i].drafts[k]]
             for i in right:
                 rows[i].n_accepted += 1
@@ -158,9 +156,11 @@ class Scheduler:
         decoder, length = self.decoder, max(map(len, pieces))
         placement = decoder.place(self.cache, len(self.running), [row.cached for row in rows], length)
         hidden = states = decoder.run(self._padded(pieces, length), self.cache, placement)
+        if depth:
+            hidden = hidden.clone()  # on a GPU the modules' graphs may overwrite it
         for k in range(1, depth + 1):
             ahead = self._padded([row.prompt[row.cached + k : row.cached + k + length] for row in rows], length)
-            states = decoder.guess(k, states, ahead, self.cache, placement)
+            states = decoder.draft(k, states, ahead, self.cache, placement)
         return hidden
 
     def _take_pieces(self, rows: list[Request], pieces: list[list[int]], hidden: Tensor) -> None:
@@ -200,7 +200,7 @@ class Scheduler:
             for k in range(1, depth + 1):
                 known = [row.token_ids[-row.n_accepted - 1 :] + row.drafts for row in rows]
                 ahead = self._padded([tokens[k - 1 :] for tokens in known], length)
-                hidden = decoder.guess(k, hidden, ahead, self.cache, placement)  # (B, length, hidden)
+                hidden = decoder.draft(k, hidden, ahead, self.cache, placement)  # (B, length, hidden)
                 drafts = choose(decoder.draft_head(hidden[newest][:, None])[:, 0], rows, ahead=k - 1)
                 for row, token in zip(rows, drafts, strict=True):
                     row.drafts.append(token)

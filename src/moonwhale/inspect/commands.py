@@ -6,6 +6,7 @@ torch and transformers are imported only after the options are checked, so that 
 from pathlib import Path
 
 from moonwhale.errors import UserError
+from moonwhale.files import expanded, require_writable
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import Parser, above_zero, add_options, read_argv
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
@@ -43,9 +44,15 @@ def main_info(argv: list[str]) -> None:
 def main_xray(argv: list[str]) -> None:
     """Writes an HTML page about a prompt and the model's answer to it."""
     args = _xray_parser().parse_args(argv)
+    args.out = expanded(args.out)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"`out`: {args.out} is no place for a file: give a path in a folder that exists")
+    require_writable(out.parent, "out")
+    if args.chat and args.prompt is None:
+        raise UserError("`chat`: there is no `prompt` to answer: give one, or leave both out for an example")
+    if args.max_new_tokens < 0:
+        raise UserError(f"`max_new_tokens`: {args.max_new_tokens} is below 0: give the tokens of the answer, or 0")
     options = SamplingOptions(max_new_tokens=max(args.max_new_tokens, 1), temperature=args.temperature, seed=args.seed)
 
     from moonwhale.checkpoint import open_checkpoint

@@ -148,7 +148,7 @@ def _moba(attention: MultiheadLatentAttention, logits: Logits, first: int) -> di
 def _experts(router: Router, routing: Routing, first: int) -> dict:
     """The experts that each token used, with their gates; and the scores of all experts, which the bias corrects."""
     gates, order = routing.gates.sort(-1, descending=True)
-    found = {
+    return {
         "n_experts": router.n_experts,
         "experts": routing.index.gather(1, order).tolist(),  # (T, K)
         "gates": _base64(gates),  # (T, K)
@@ -157,7 +157,6 @@ def _experts(router: Router, routing: Routing, first: int) -> dict:
         "groups": router.groups,
         "topk_groups": router.topk_groups,
     }
-    return found
 
 
 def _top_tokens(probabilities: Tensor, tokenizer) -> list[list]:

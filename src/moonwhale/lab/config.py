@@ -1,11 +1,13 @@
 """The options of `moonwhale compare`, added to those of training. Imports nothing heavy, since `--help` needs it."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moonwhale import options
 from moonwhale.errors import UserError
+from moonwhale.files import expanded
 from moonwhale.lab.variants import BASE, DECIDED, Variant, check_given, read_variants, varied
 from moonwhale.options import LARGEST, option, require, require_at_least_one
 from moonwhale.reports import add_json
@@ -52,6 +54,7 @@ class CompareOptions:
     )
 
     def __post_init__(self):
+        self.out = os.path.expanduser(self.out)
         require_at_least_one(self, "seeds", "turns", "tokens")
         require(self, "turns", self.turns <= 1000, "give at most 1000")
         require(self, "seconds", self.seconds is None or self.seconds > 0, "it must be above 0")
@@ -128,6 +131,7 @@ def parse(argv: list[str]) -> Comparison:
     )
     add_json(parser)
     own, rest = options.read_argv(parser, CompareOptions, argv)
+    rest.config = expanded(rest.config)
     given, _ = options.read_argv(parser, TrainConfig, argv)
     given.pop("out", None)
     check_given(given)

@@ -1,9 +1,9 @@
-"""Differences between two variants over the same seeds, with an interval that says how sure they are."""
+"""Differences of variants to the base over the same seeds, with an interval that says how sure they are."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
 CONFIDENCE = 0.95
 
@@ -21,19 +21,28 @@ class Difference:
         return None if self.half_width is None else abs(self.mean) > self.half_width
 
 
-def paired_difference(base: Sequence[float], other: Sequence[float]) -> Difference:
-    """Compares values that belong together, one pair a seed: other - base.
+def paired_differences(base: Sequence[float], *others: Sequence[float]) -> list[Difference]:
+    """Compares each of `others` with the base. All have one value per seed, in the same order.
 
-        d̄ ± t(0.975, n - 1) s_d / √n
+    This is an analysis of variance in two ways, of the values y of V variants (the base is one) and n seeds:
 
-    Pairs share their data order, so what a seed does to both cancels out. The interval assumes that the differences
-    are normally distributed.
+        r = y - ȳ(variant) - ȳ(seed) + ȳ,    s² = Σ r² / f,    f = (V - 1)(n - 1)
+        d̄ ± t(0.975, f) s √(2/n)
+
+    What a seed does to all variants cancels out in r. All variants share one estimate s of the spread: three seeds say
+    little about it, but three seeds of many variants do. With a single other this is the paired t-test. The interval
+    assumes that r is normally distributed, with the same spread in each variant.
     """
-    differences = [b - a for a, b in zip(base, other, strict=True)]
-    n = len(differences)
+    rows, n = [base, *others], len(base)
+    by_variant = [mean(row) for row in rows]
+    by_seed = [mean(column) for column in zip(*rows, strict=True)]
     if n == 1:
-        return Difference(differences[0], None)
-    return Difference(mean(differences), t_quantile((1 + CONFIDENCE) / 2, n - 1) * stdev(differences) / math.sqrt(n))
+        return [Difference(own - by_variant[0], None) for own in by_variant[1:]]
+    centre = mean(by_variant)
+    squares = ((rows[v][s] - by_variant[v] - by_seed[s] + centre) ** 2 for v in range(len(rows)) for s in range(n))
+    freedom = (len(rows) - 1) * (n - 1)
+    half_width = t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(sum(squares) / freedom * 2 / n)
+    return [Difference(own - by_variant[0], half_width) for own in by_variant[1:]]
 
 
 def t_quantile(probability: float, freedom: int) -> float:

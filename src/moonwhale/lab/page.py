@@ -11,9 +11,9 @@ from moonwhale.lab.report import HEADINGS, cells, heading
 LEFT = (0, 3)  # columns of the table that hold words
 INTERVALS = (
     "A difference is the variant's bits per byte minus the base's, paired by seed, ± half the width of the 95 % "
-    "interval (Student's t). Fewer bits per byte are better. “No difference seen” means that the interval holds zero; "
-    "a difference that is smaller than the interval may still exist. Of twenty variants that differ by nothing, one is "
-    "expected to seem better or worse."
+    "interval (Student's t). All variants share one estimate of how much seeds scatter. Fewer bits per byte are "
+    "better. “No difference seen” means that the interval holds zero; a difference that is smaller than the interval "
+    "may still exist. Of twenty variants that differ by nothing, one is expected to seem better or worse."
 )
 ONE_SEED = "With one seed there is no interval: the difference may be the seed's. Fewer bits per byte are better."
 

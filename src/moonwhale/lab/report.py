@@ -7,7 +7,7 @@ from statistics import mean
 from moonwhale import __version__
 from moonwhale.files import write_whole
 from moonwhale.lab.config import Comparison
-from moonwhale.lab.differences import paired_difference
+from moonwhale.lab.differences import paired_differences
 from moonwhale.lab.runs import Run
 from moonwhale.lab.variants import value_of
 from moonwhale.units import in_bytes, si
@@ -22,13 +22,13 @@ def report(asked: Comparison, runs: list[list[Run]], out: Path) -> dict:
     """
     from moonwhale.lab.page import page
 
-    by_variant = [[of_seed[i].result for of_seed in runs] for i in range(len(asked.variants))]
     variants = [
-        {"name": variant.name, "changes": changes(asked, i)} | summary(by_variant[0], by_variant[i])
+        {"name": variant.name, "changes": changes(asked, i)} | summary([of_seed[i].result for of_seed in runs])
         for i, variant in enumerate(asked.variants)
     ]
+    add_differences(variants)
     config, text = runs[0][0].config, runs[0][0].rows.data.train
-    most = max(run.get("tokens", 0) for of_variant in by_variant for run in of_variant)
+    most = max(run.get("tokens", 0) for variant in variants for run in variant["runs"])
     result = {
         "moonwhale": __version__,
         "budget": {"unit": asked.budget.unit, "amount": asked.budget.amount},
@@ -52,27 +52,32 @@ def changes(asked: Comparison, index: int) -> dict:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def summary(base: list[dict], own: list[dict]) -> dict:
-    """Returns the means of a variant over its seeds, its difference to the base, and its runs.
-
-    A run that diverged has no figures: its variant has neither means nor a difference.
-    """
-    diverged = [run["diverged"] for run in own if "diverged" in run]
-    figures = {name: own[0][name] for name in ("parameters", "active_parameters", "cache_bytes_per_token")}
-    figures |= {"runs": own, "diverged": len(diverged)}
+def summary(runs: list[dict]) -> dict:
+    """Returns the means of a variant over its runs, one a seed, and the runs. If one diverged, there are no means."""
+    diverged = [run["diverged"] for run in runs if "diverged" in run]
+    figures = {name: runs[0][name] for name in ("parameters", "active_parameters", "cache_bytes_per_token")}
+    figures |= {"runs": runs, "diverged": len(diverged)}
     if diverged:
         return figures
-    figures |= {name: mean(run[name] for run in own) for name in MEANS}
-    peaks = [run["peak_memory_bytes"] for run in own if run["peak_memory_bytes"]]
+    figures |= {name: mean(run[name] for run in runs) for name in MEANS}
+    peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"]]
     figures["peak_memory_bytes"] = min(peaks, default=None)  # what libraries allocate once comes on top of one run's
-    if own is not base and not any("diverged" in run for run in base):
-        difference = paired_difference([run["bits_per_byte"] for run in base], [run["bits_per_byte"] for run in own])
-        figures["difference"] = {
+    return figures
+
+
+def add_differences(variants: list[dict]) -> None:
+    """Adds to each variant its difference to the first, the base. Where a run diverged there is none."""
+    base, *others = variants
+    others = [variant for variant in others if not variant["diverged"]]
+    if base["diverged"] or not others:
+        return
+    bits = [[run["bits_per_byte"] for run in variant["runs"]] for variant in (base, *others)]
+    for variant, difference in zip(others, paired_differences(*bits), strict=True):
+        variant["difference"] = {
             "mean": difference.mean,
             "half_width": difference.half_width,
             "verdict": verdict(difference.mean, difference.seen),
         }
-    return figures
 
 
 def verdict(difference: float, seen: bool | None) -> str:

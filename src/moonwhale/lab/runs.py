@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import Subset
 
 from moonwhale.checkpoint import clear_unfinished, newest_checkpoint, open_checkpoint, publish_model
 from moonwhale.costs import model_size
+from moonwhale.data.packing import TrainingData
 from moonwhale.errors import NotFiniteError
 from moonwhale.evaluate.text import score_text
 from moonwhale.files import write_whole
@@ -37,13 +39,13 @@ RESULT = "result.json"
 class Rows:
     """The rows that all runs share.
 
-    data: tokenizer and training rows (`data.packing.TrainingData`).
+    data: tokenizer and training rows.
     tuning, reported: the two halves of the held-out rows. The first chooses learning rates, the second is reported.
     """
 
-    data: object
-    tuning: object
-    reported: object
+    data: TrainingData
+    tuning: Subset
+    reported: Subset
 
 
 class Run:
@@ -64,7 +66,7 @@ class Run:
         self.folder = next(runs.glob(f"*-{key}"), runs / f"{slug}-seed{config.seed}-{key}")
         self.config: TrainConfig = dataclasses.replace(config, out=str(self.folder))
         self.position = 0.0  # in the budget's unit
-        self.peak: int | None = None
+        self._peaks: list[int] = []  # peak memory in bytes of each turn in this process
         self.result: dict | None = None
         self._look()
 
@@ -82,6 +84,11 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.variant.name}, seed {self.config.seed}"
+
+    @property
+    def peak(self) -> int | None:
+        """The peak memory of training in bytes. Of several turns, the first is left out: it may load libraries."""
+        return max(self._peaks[1:] or self._peaks, default=None)
 
     @property
     def share(self) -> float:
@@ -127,8 +134,8 @@ class Run:
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.position = trainer.position
-        # The smallest peak of all turns: what libraries allocate once comes on top in a process's first turn
-        self.peak = min((peak for peak in (memory.bytes, self.peak) if peak), default=None)
+        if memory.bytes:
+            self._peaks.append(memory.bytes)
 
     def _trainer(self, choice, checkpoint: Path | None, on_step, callbacks: list) -> TurnTrainer:
         import transformers
@@ -192,7 +199,8 @@ class Run:
         except NotFiniteError as error:
             raise NotFiniteError(f"step {step}: a weight is not finite") from error
         autocast = choice.dtype if choice.autocast else None
-        score = score_text(model.to(choice.device), self.rows.tuning, tokenizer, self.config.batch_size, autocast)
+        model, rows = model.to(choice.device), self.rows.tuning
+        score = score_text(model, rows, tokenizer, self.config.batch_size, autocast, progress=False)
         return score["bits_per_byte"]
 
     def _end(self, figures: dict) -> None:

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from moonwhale.lab.config import Comparison
 from moonwhale.lab.runs import Run
-from moonwhale.processes import print_once
+from moonwhale.processes import print_on_rank_0
 from moonwhale.train.callbacks import StopAtStepEnd
 from moonwhale.units import duration
 
@@ -55,12 +55,12 @@ class Training:
         """Says how much there is to train. The first turn tells how long all of it takes."""
         there = n_runs - len(todo)
         if not todo:
-            print_once(f"runs       all {there} are there already")
+            print_on_rank_0(f"runs       all {there} are there already")
             return
         self._left = sum(run.budget.amount - run.position for run in todo)
         amount = f"{duration(self._left)} of training" if self.unit == "s" else f"{self._left:,.0f} steps"
         known = f", {there} are there already" if there else ""
-        print_once(f"runs       {len(todo)} to train{known}: {amount}; evaluations and checkpoints come on top")
+        print_on_rank_0(f"runs       {len(todo)} to train{known}: {amount}; evaluations and checkpoints come on top")
 
     def _take_turn(self, run: Run, bar: tqdm) -> None:
         """Trains a run for one turn, and prints its result if it was the last.
@@ -77,7 +77,7 @@ class Training:
 
         run.take_turn(on_step, [self.stop])
         if self.stop.stop_requested:
-            print_once("stopped    all runs are saved; go on with the same command")
+            print_on_rank_0("stopped    all runs are saved; go on with the same command")
             raise KeyboardInterrupt
         if run.result is not None:
             bar.update(before + run.budget.amount - position - bar.n)

@@ -7,7 +7,7 @@ from moonwhale.lab.runs import Rows, Run
 from moonwhale.lab.training import Training
 from moonwhale.lab.variants import Variant
 from moonwhale.options import merge
-from moonwhale.processes import print_once
+from moonwhale.processes import print_on_rank_0
 
 FACTORS = (0.5, 1.0, 2.0)  # of the variant's own rate
 MOST_EXTENSIONS = 4  # beyond one end of the grid
@@ -40,7 +40,7 @@ def tune(asked: Comparison, rows: Rows, training: Training) -> Comparison:
         rate = asked.config(variant).lr * factor
         edge = ", at the grid's end" if factor in (min(found), max(found)) else ""
         shown = ", ".join(f"{asked.config(variant).lr * f:.3g}: {found[f]:.4f}" for f in sorted(found))
-        print_once(f"rate       {variant.name}: {rate:.3g}{edge} (bits per byte by rate {shown})")
+        print_on_rank_0(f"rate       {variant.name}: {rate:.3g}{edge} (bits per byte by rate {shown})")
         tuned.append(dataclasses.replace(variant, changes=merge(variant.changes, {"lr": rate})))
     return dataclasses.replace(asked, variants=tuple(tuned))
 

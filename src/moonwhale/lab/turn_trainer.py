@@ -19,7 +19,7 @@ class TurnTrainer(MTPTrainer):
     that has passed.
 
     Only training counts: neither evaluations nor checkpoints, and a turn's first step, which compiles and allocates,
-    counts as long as its second.
+    counts as long as its second. Where no second step follows, it counts at most the mean of the steps before.
 
     Args:
         budget: seconds or steps.
@@ -76,6 +76,8 @@ class TurnTrainer(MTPTrainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if self.state.global_step != self._counted:  # Trainer also calls this at the end of an epoch
             self._count_step()
+            if self._timed:
+                self.lr_scheduler.step()  # Trainer called it before the time of this step was counted
             self.on_step(self.position)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._clock = time.perf_counter()
@@ -93,10 +95,20 @@ class TurnTrainer(MTPTrainer):
             self.seconds += took if self._first_took is None else 2 * took
             self._first_took = None
         self._counted = self.state.global_step
+        if self._first_took is not None and (control.should_save or self.position >= self._turn_end):
+            self.seconds, self._first_took = self.seconds + self._only_step_took(), None
         if self.position >= self._turn_end:
             control.should_log = control.should_evaluate = control.should_save = control.should_training_stop = True
-        if control.should_save and self._first_took is not None:  # a turn of one step
-            self.seconds, self._first_took = self.seconds + self._first_took, None
+
+    def _only_step_took(self) -> float:
+        """Returns the time to count for the only step of a turn.
+
+        If it is the first step of the run, no other step tells its time without warm-up. A budget of seconds leaves it
+        out.
+        """
+        if before := self.state.global_step - 1:
+            return min(self._first_took, self.seconds / before)
+        return 0.0 if self._timed else self._first_took
 
     def _before_step(self) -> float:
         return self.seconds if self._timed else self.state.global_step - 1

@@ -5,17 +5,13 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .configuration_moonwhale import MoonwhaleConfig
 from .documents import require
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")  # flash attention's arguments
 FALSE_ARGUMENTS = ("output_router_logits",)
-
-
-def or_configured(value: bool | None, config: MoonwhaleConfig, name: str) -> bool:
-    return bool(getattr(config, name, False) if value is None else value)
 
 
 def chosen_hidden_states(wanted: bool | int | Iterable[int] | None, config: MoonwhaleConfig, number: int) -> set[int]:
@@ -98,10 +94,24 @@ def _first_tokens(name: str, value: Tensor, tokens: Tensor) -> Tensor:
     return begins
 
 
-def refuse_cache(past_key_values: Cache | None) -> None:
-    """Refuse a cache under gradient checkpointing, which would append to it once more when it recomputes a block."""
-    if past_key_values is not None:
-        raise ValueError("past_key_values: gradient checkpointing keeps no cache; call model.eval() before generate()")
+def cache_to_extend(
+    given: Cache | None, use_cache: bool | None, config: MoonwhaleConfig, training: bool, checkpointing: bool
+) -> Cache | None:
+    """Return the given cache, or a new one if `use_cache` or the configuration asks for it.
+
+    Raises:
+        ValueError: a cache is given in training with gradient checkpointing, which would append to it once more when it
+            recomputes a block.
+    """
+    if training and checkpointing:
+        if given is not None:
+            raise ValueError(
+                "past_key_values: gradient checkpointing keeps no cache; call model.eval() before generate()"
+            )
+        return None
+    if use_cache is None:
+        use_cache = config.use_cache and not training
+    return DynamicCache(config=config) if use_cache and given is None else given
 
 
 def check_cache_position(position: Tensor | None, past: int, length: int) -> None:

@@ -132,7 +132,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, document_ids: Tens
 def _products(q: Tensor, k: Tensor, scale: float, tile) -> Tensor:
     """Return a tile's scaled logits as exponents of 2, in the dtype of q."""
     heads, queries, keys = tile
-    return torch.baddbmm(q.new_empty(()), q[heads, queries], k[heads, keys].transpose(1, 2), beta=0, alpha=scale / LN2)
+    none = q.new_zeros(())  # not left empty: on MPS, torch up to 2.13 multiplies what is there by beta
+    return torch.baddbmm(none, q[heads, queries], k[heads, keys].transpose(1, 2), beta=0, alpha=scale / LN2)
 
 
 def _ids(document_ids: Tensor | None, n_heads: int, n_queries: int, tile) -> tuple[Tensor, Tensor] | None:

@@ -21,7 +21,9 @@ class ConfigFields:
     intermediate_size: int = described(704, "width of the dense blocks' networks, if first_k_dense_replace > 0")
     num_hidden_layers: int = described(4, "blocks of the main model")
     max_position_embeddings: int = described(1024, "longest context, in tokens")
-    rms_norm_eps: float = described(1e-6, "ε of every RMSNorm")
+    rms_norm_eps: float = described(
+        1e-6, "ε of every RMSNorm but those of MLA's latents, which have 1e-6 as in DeepSeek-V3"
+    )
     hidden_act: str = described("silu", "activation of the gated networks; silu only")
     initializer_range: float = described(0.02, "standard deviation of the initial weights")
     embedding_initializer_range: float | None = described(None, "that of the embedding; null: initializer_range")
@@ -37,7 +39,7 @@ class ConfigFields:
 
     # Multi-head latent attention, or its plain twin
     attention: str = described(
-        "mla", "mla, or gqa: Llama's attention, of heads as wide, multi-head if they share no key"
+        "mla", "mla, or gqa: Llama's attention with heads of the same widths; multi-head if no two heads share a key"
     )
     num_attention_heads: int = described(4, "attention heads")
     num_key_value_heads: int | None = described(

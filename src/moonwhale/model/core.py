@@ -1,7 +1,8 @@
-"""What every attention of the model shares: its settings, and the softmax over the keys in sight."""
+"""What every attention of the model shares: its settings, the softmax over the keys in sight, and its output."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from .attention import attend
@@ -11,7 +12,7 @@ from .flex import attention as flex_attention
 from .flex import serves as flex_serves
 from .moba import moba_attention, moba_mask
 from .rope import rotation_table
-from .step_statistics import Statistics
+from .step_statistics import Statistics, collects, keep_largest_
 
 
 class Attention(Statistics):
@@ -22,6 +23,7 @@ class Attention(Statistics):
     """
 
     max_logit: Tensor
+    o_proj: nn.Linear
 
     def __init__(self, config: MoonwhaleConfig, layer_idx: int):
         super().__init__()
@@ -32,7 +34,7 @@ class Attention(Statistics):
         self.topk = config.moba_topk if config.is_moba_layer(layer_idx) else 0
         self.register_buffer("max_logit", torch.full((self.heads,), -torch.inf, dtype=torch.float32), persistent=False)
 
-    def described(
+    def with_defaults(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, documents: Documents | None, cache: Cache | None
     ) -> tuple[tuple[Tensor, Tensor], Documents]:
         """Return both as given. One that is None describes rows that hold one document each: the cached tokens, then
@@ -45,6 +47,20 @@ class Attention(Statistics):
         if rotation is None:
             rotation = rotation_table(self.config, documents.positions[:, -length:], x.dtype)
         return rotation, documents
+
+    def _output(
+        self, out: Tensor, max_logit: Tensor, documents: Documents, collect_statistics: bool | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Project what the heads computed, `out` (B, heads, Tq, Dv). If `collect_statistics` says so, the largest
+        scaled logit of each query, `max_logit` (B, heads, Tq), counts in the buffer of that name.
+
+        Returns:
+            (B, Tq, hidden), and the largest logit of each head (heads,), or None if not every token was a query.
+        """
+        out, largest = join_heads(out, max_logit, documents)
+        if largest is not None and collects(collect_statistics):
+            keep_largest_(self.max_logit, largest)
+        return self.o_proj(out), largest
 
 
 def attend_to_documents(
@@ -94,3 +110,9 @@ def join_heads(out: Tensor, max_logit: Tensor, documents: Documents) -> tuple[Te
     if n_queries < n_tokens:
         return out, None
     return out, max_logit.detach().masked_fill(~documents.valid[:, None], -torch.inf).amax((0, 2))
+
+
+def scale_rows_(weight: Tensor, factors: Tensor) -> None:
+    """Multiply each row by its factor, `factors` (heads, rows per head). A weight or bias may be sharded over ranks."""
+    factors = factors.reshape(-1, *[1] * (weight.ndim - 1))
+    weight.mul_(DTensor.from_local(factors, weight.device_mesh) if isinstance(weight, DTensor) else factors)

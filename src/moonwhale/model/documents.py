@@ -122,6 +122,15 @@ class Documents:
             one_per_row = not bool(document_ids.any())
         return cls(document_ids, positions, real, ranks, one_per_row)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Documents":
+        """Return a copy on another device, by which accelerate serves a model that is spread over several GPUs."""
+        if torch.device(device) == self.document_ids.device:
+            return self
+        ids, positions, valid, ranks = (
+            x.to(device, non_blocking=non_blocking) for x in (self.document_ids, self.positions, self.valid, self.ranks)
+        )
+        return Documents(ids, positions, valid, ranks if self.may_have_padding else positions, self.one_per_row)
+
     def with_successor(self, k: int) -> "Documents":
         """Return a copy in which a token is valid only if the k-th token after it is in the same document.
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils._triton import has_triton
 
 from .documents import Documents, take_rows
 from .moba import Chunks
@@ -24,17 +25,28 @@ FLEX_TILE = 128  # queries, and keys, per tile of flex_attention
 # Tiles of the forward kernel for fp32 heads wider than 128, as torch 2.13 has them on Hopper for 192. On paper, those
 # that torch 2.11 takes there, and both on Ampere, need more shared memory than there is.
 WIDE_FP32 = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 64, "fwd_num_stages": 1, "fwd_num_warps": 8}
+# And tiles for fp32 heads wider than 64 on GPUs with little shared memory, such as the T4 (64 KiB a block) and the RTX
+# 3090 and 4090 (99 KiB): on paper, torch's own tiles need 80 KiB and more there.
+SMALL_FP32 = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}
+LITTLE_SHARED_MEMORY = 160 << 10  # bytes per block; data centre GPUs since the A100 have more
 MAX_GRAPHS = 64  # compiled graphs of attention, of different lengths and settings
 
 
 def serves(q: Tensor, documents: Documents) -> bool:
     """Return whether attention should take this path: while a graph is compiled, and in training on CUDA.
 
-    Inference on CUDA takes the other paths, since every prompt length would be compiled anew.
+    Inference on CUDA takes the other paths, since every prompt length would be compiled anew. So does a GPU for which
+    nothing can be compiled.
     """
     if q.shape[2] != documents.document_ids.shape[1]:
         return False
-    return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.is_grad_enabled())
+    return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.is_grad_enabled() and can_compile())
+
+
+@cache
+def can_compile() -> bool:
+    """Return whether torch compiles for this machine's GPU. It needs triton and a compute capability of 7.0."""
+    return has_triton()
 
 
 def attention(
@@ -215,10 +227,22 @@ def _(tensors):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
+def _shared_memory(gpu: int) -> int:
+    """Return the bytes of shared memory that a block of threads may ask for."""
+    return torch.cuda.get_device_properties(gpu).shared_memory_per_block_optin
+
+
+# A constant in a graph: what `torch.compiler.assume_constant_result` does, which takes a second to import.
+_shared_memory._dynamo_marked_constant = True
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
     aux, options = AuxRequest(lse=True, max_scores=True), None
-    if q.dtype == torch.float32 and 128 < q.shape[-1] <= 256:
-        options = WIDE_FP32
+    if q.dtype == torch.float32 and 64 < q.shape[-1] <= 256:
+        if q.device.type == "cuda" and _shared_memory(q.device.index) < LITTLE_SHARED_MEMORY:
+            options = SMALL_FP32
+        elif q.shape[-1] > 128:
+            options = WIDE_FP32
     out, aux = flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=aux, kernel_options=options)
     return out, aux.lse, aux.max_scores
 

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .core import Attention, attend_to_documents, join_heads, seen_keys, softmax_weights
+from .core import Attention, attend_to_documents, scale_rows_, seen_keys, softmax_weights
 from .documents import Documents
-from .mla import scale_rows_
 from .rope import rotate
-from .step_statistics import collects, keep_largest_
 
 
 class GroupedQueryAttention(Attention):
@@ -50,7 +48,7 @@ class GroupedQueryAttention(Attention):
         Arguments and results are those of `MultiheadLatentAttention.forward`, but a cache holds keys
         (B, kv_heads, Tk, D) and values (B, kv_heads, Tk, Dv), and `input_ids` has no use here.
         """
-        rotation, documents = self.described(x, rotation, documents, cache)
+        rotation, documents = self.with_defaults(x, rotation, documents, cache)
         q = rotate(self._by_head(self.q_proj(x), self.heads), rotation, self.interleaved)
         k = rotate(self._by_head(self.k_proj(x), self.kv_heads), rotation, self.interleaved)
         v = self._by_head(self.v_proj(x), self.kv_heads)
@@ -67,10 +65,7 @@ class GroupedQueryAttention(Attention):
             seen = seen_keys(products, documents, self.block_size, self.topk)
             probs, max_logit = softmax_weights(products, seen, self.scale)
             out, weights = probs @ v, (probs,) if output_attentions else ()
-        out, largest = join_heads(out, max_logit, documents)
-        if largest is not None and collects(collect_statistics):
-            keep_largest_(self.max_logit, largest)
-        return self.o_proj(out), largest, *weights
+        return *self._output(out, max_logit, documents, collect_statistics), *weights
 
     def _by_head(self, x: Tensor, heads: int) -> Tensor:
         """Reshape (B, T, heads * width) to (B, heads, T, width)."""

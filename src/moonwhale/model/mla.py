@@ -13,17 +13,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
+from .adapters import effective_weight
 from .configuration_moonwhale import MoonwhaleConfig
 from .convolution import depthwise_convolution
-from .core import Attention, attend_to_documents, join_heads, seen_keys, softmax_weights
+from .core import Attention, attend_to_documents, scale_rows_, seen_keys, softmax_weights
 from .documents import Documents
 from .moba import moba_gates
 from .norm import RMSNorm
 from .rope import rotate
-from .step_statistics import collects, keep_largest_
 
 
 class Logits(NamedTuple):
@@ -48,6 +47,7 @@ class MultiheadLatentAttention(Attention):
         self.rank = config.kv_lora_rank
 
         hidden, bias, q_width = config.hidden_size, config.attention_bias, self.heads * (self.nope + self.rope)
+        # ε of the latents' norms is 1e-6 whatever rms_norm_eps says, as in DeepSeek-V3
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, q_width, bias=False)
         else:
@@ -92,23 +92,19 @@ class MultiheadLatentAttention(Attention):
             (B, Tq, hidden), and each head's largest scaled logit (heads,), or None when decoding from a cache; then the
             weights (B, heads, Tq, Tk), if asked for.
         """
-        rotation, documents = self.described(x, rotation, documents, cache)
+        rotation, documents = self.with_defaults(x, rotation, documents, cache)
         q_nope, q_rope, latent, k_rope = self._project(x, rotation, input_ids)
         if cache is not None:
             n_tokens = documents.document_ids.shape[1]  # a static cache returns its unused end too
             latent, k_rope = (x[:, :, :n_tokens] for x in cache.update(latent, k_rope, self.layer_idx))
 
         weights, every_token_is_a_query = (), latent.shape[2] == x.shape[1]
-        if output_attentions:
-            out, *weights, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
-        elif every_token_is_a_query:
+        if every_token_is_a_query and not output_attentions:
             out, max_logit = self._expanded(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, documents)
         else:
-            out, _, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
-        out, largest = join_heads(out, max_logit, documents)
-        if largest is not None and collects(collect_statistics):
-            keep_largest_(self.max_logit, largest)
-        return self.o_proj(out), largest, *weights
+            out, probs, max_logit = self._absorbed(q_nope, q_rope, latent, k_rope, documents)
+            weights = (probs,) if output_attentions else ()
+        return *self._output(out, max_logit, documents, collect_statistics), *weights
 
     def logits(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, input_ids: Tensor | None = None
@@ -197,8 +193,8 @@ class MultiheadLatentAttention(Attention):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _split_up(self) -> tuple[Tensor, Tensor]:
-        """Return W_UK (heads, nope, rank) and W_UV (heads, v, rank), views of `kv_b_proj.weight`."""
-        return self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
+        """Return W_UK (heads, nope, rank) and W_UV (heads, v, rank), the rows of `kv_b_proj`."""
+        return effective_weight(self.kv_b_proj).unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
 
     def _convolved(self, latent: Tensor, documents: Documents) -> Tensor:
         """Return the latents that keys are computed from: c + silu(conv(c)), with a causal depthwise convolution within
@@ -232,9 +228,3 @@ class MultiheadLatentAttention(Attention):
         scale_rows_(query.weight, torch.cat([root, gamma.expand(-1, self.rope)], dim=1))
         scale_rows_(self.kv_b_proj.weight, torch.cat([root, gamma.new_ones(self.heads, self.v_dim)], dim=1))
         return above.sum()
-
-
-def scale_rows_(weight: Tensor, factors: Tensor) -> None:
-    """Multiply each row by its factor, `factors` (heads, rows per head). A weight or bias may be sharded over ranks."""
-    factors = factors.reshape(-1, *[1] * (weight.ndim - 1))
-    weight.mul_(DTensor.from_local(factors, weight.device_mesh) if isinstance(weight, DTensor) else factors)

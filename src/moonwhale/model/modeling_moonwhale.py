@@ -5,17 +5,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import can_return_tuple
 
+from .adapters import effective_weight
 from .arguments import (
+    cache_to_extend,
     check_cache_position,
     check_labels,
     chosen_hidden_states,
-    or_configured,
     packed_positions,
-    refuse_cache,
     refuse_unknown,
 )
 from .block import Block, BlockStatistics
@@ -29,6 +29,7 @@ from .norm import RMSNorm
 from .outputs import MoonwhaleModelOutput, MoonwhaleOutput
 from .pretrained import MoonwhalePreTrainedModel
 from .rope import rotation_table
+from .step_statistics import collects
 
 
 class MoonwhaleModel(MoonwhalePreTrainedModel):
@@ -93,21 +94,17 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
         """
         cache_position = kwargs.pop("cache_position", None)
         chosen = chosen_hidden_states(output_hidden_states, self.config, len(self.main_blocks) + 1)
-        output_attentions = or_configured(output_attentions, self.config, "output_attentions")
+        if output_attentions is None:
+            output_attentions = getattr(self.config, "output_attentions", False)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed(input_ids) if inputs_embeds is None else _as_computed(inputs_embeds)
+        x = self.embed(input_ids) if inputs_embeds is None else _in_autocast_dtype(inputs_embeds)
         position_ids = packed_positions(kwargs, position_ids, x, past_key_values)
         refuse_unknown(kwargs)
-        if collect_statistics is None:
-            collect_statistics = torch.is_grad_enabled()
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-            refuse_cache(past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        collect_statistics = collects(collect_statistics)
+        past_key_values = cache_to_extend(
+            past_key_values, use_cache, self.config, self.training, self.gradient_checkpointing
+        )
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if with_mtp and past:
             raise ValueError("with_mtp needs the whole sequence: leave out past_key_values")
@@ -144,7 +141,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed tokens (B, T) as (B, T, hidden), in the precision of the blocks."""
-        return _as_computed(self.embed_tokens(input_ids))
+        return _in_autocast_dtype(self.embed_tokens(input_ids))
 
     def convolve(self, embeds: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
         """Return the first block's input (B, T, hidden): the embeddings, convolved if the model does so."""
@@ -213,11 +210,11 @@ def _add_up(
         if collect_statistics:
             block.collect(measured)
         if measured.balance is not None:
-            balance = balance + measured.balance
+            balance = balance + measured.balance.to(balance.device)  # a model may be spread over several GPUs
     return balance
 
 
-def _as_computed(embeds: Tensor) -> Tensor:
+def _in_autocast_dtype(embeds: Tensor) -> Tensor:
     """Return the embeddings in the precision of the products, which under autocast the residual stream has too."""
     device = embeds.device.type
     return embeds.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embeds
@@ -339,7 +336,7 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
         weights[1:] = self.mtp_loss_weight / max(len(hidden) - 1, 1)
         row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)  # (1 + D, B, T)
         loss, nll, correct = linear_cross_entropy(
-            hidden.flatten(0, 2), self.lm_head.weight, targets.flatten(), row_weight.flatten()
+            hidden.flatten(0, 2), effective_weight(self.lm_head), targets.flatten(), row_weight.flatten()
         )
         return {
             "loss": loss + body.balance_loss * (own[0] / total[0]),

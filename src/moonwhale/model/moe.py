@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled_routing import Route, SequenceBalance
 from .configuration_moonwhale import MoonwhaleConfig
 from .gated import gated
 from .kernels import compiled_for
 from .routed import EXPERT_ROW_MULTIPLE, RoutedExperts, line_up_by_expert
-from .routing import Route, SequenceBalance
 from .step_statistics import Statistics, collects
 
 

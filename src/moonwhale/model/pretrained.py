@@ -70,7 +70,7 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
                     table.weight, table.num_embeddings = nn.Parameter(new, old.requires_grad), rows
         return embedding
 
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save as transformers does, but by default with experts as stacks: a resuming Trainer reads only these.
 
         `save_original_format=True` saves every expert by itself, which is DeepSeek's format.
@@ -79,4 +79,4 @@ class MoonwhalePreTrainedModel(PreTrainedModel):
             # transformers reads sampling defaults without `do_sample`, as published, but saves them only if their hash
             # tells that nothing has changed. A Trainer changes the token ids, and not every loader sets the hash.
             self.generation_config._original_object_hash = hash(self.generation_config)
-        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)

@@ -8,6 +8,7 @@ semi-orthogonal matrix before the step. All directions of the update then count 
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby
@@ -34,6 +35,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
 
 CACHED_NUMBERS = 2**20 * 3 // 2  # of the matrices that a CPU orthogonalises at once, so that they stay in its caches
+
+# What torch.compile and peft append to the name of a module that they wrap
+WRAPPERS = re.compile(r"(\._orig_mod|\.modules_to_save\.[^.]+)+$")
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int = 5) -> Tensor:
@@ -253,7 +257,10 @@ def _check_parameter(p: Tensor, group: dict) -> None:
     if group["muon"] and p.ndim not in (2, 3):
         raise UserError(f"MuonClip: Muon takes 2-D and 3-D weights, not shape {shape} (use param_groups(model))")
     if group["muon"] and p.size(-2) % group["split"]:
-        raise UserError(f"MuonClip: split {group['split']} does not divide the rows of a weight of shape {shape}")
+        raise UserError(
+            f"MuonClip: split {group['split']} does not divide the rows of a weight of shape {shape} (give the number "
+            "of matrices fused along its rows)"
+        )
 
 
 def param_groups(
@@ -265,13 +272,17 @@ def param_groups(
     module named `experts`, where a fused `gate_up_proj` counts as two matrices. AdamW gets all others. Embeddings,
     their convolution and 1-D parameters have no weight decay. With `muon=False` AdamW gets Muon's weights too.
 
+    A module inside `torch.compile` or peft's `modules_to_save` is sorted as it would be without that wrapper. peft's
+    adapters of an embedding count as embeddings.
+
     The rate of embeddings and their convolution is `embedding_lr` times `lr`. A token's row gets a gradient only where
     the token occurs, so it takes larger steps than weights that every token moves; a short run depends on it.
     """
     matrices, fused, adamw_decay, adamw_plain, embeddings, seen = [], [], [], [], [], set()
     for module_name, module in model.named_modules():
-        leaf = module_name.rpartition(".")[2]
-        embedding, head = isinstance(module, nn.Embedding) or leaf == "embed_conv", leaf in ("lm_head", "head")
+        leaf = WRAPPERS.sub("", module_name).rpartition(".")[2]
+        embedding = isinstance(module, nn.Embedding) or leaf in ("embed_conv", "lora_embedding_A", "lora_embedding_B")
+        head = leaf in ("lm_head", "head")
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad or p in seen:
                 continue

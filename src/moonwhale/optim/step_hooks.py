@@ -27,8 +27,9 @@ class StepHooks:
         if qk_clip_tau is not None and not qk_clip_tau > 0:
             raise UserError(f"qk_clip_tau: {qk_clip_tau} is out of range (give a number above 0, or None for no clip)")
         self.qk_clip_tau, self.group = qk_clip_tau, group
-        self.attentions = [module for module in model.modules() if hasattr(module, "clip_qk_")]
-        self.moes = [module for module in model.modules() if hasattr(module, "update_bias_")]
+        # Classes are asked: a compiled module, or peft's wrapper of one, hands on the methods of the module inside it.
+        self.attentions = [module for module in model.modules() if hasattr(type(module), "clip_qk_")]
+        self.moes = [module for module in model.modules() if hasattr(type(module), "update_bias_")]
         self.last: dict[str, Tensor] = {}
         self._is_first_step = True
         self._handle = _unwrapped(optimizer).register_step_post_hook(self)
@@ -79,7 +80,7 @@ class StepHooks:
 def attach_hooks(
     optimizer: torch.optim.Optimizer, model: nn.Module, qk_clip_tau: float | None = 100.0, group=None
 ) -> StepHooks:
-    """Let every step of `optimizer`, which may be any one, end with QK-Clip and the router-bias update of `model`.
+    """End every step of `optimizer`, of any class, with QK-Clip and the router-bias update of `model`.
 
     The hooks find modules by their methods:
 
@@ -88,10 +89,10 @@ def attach_hooks(
       −inf.
     - An MoE has `update_bias_()`. Its fp32 buffer `load` (experts,) counts each expert's tokens since the last step.
 
-    The modules' forward fills these buffers, or that of a whole model (see `collect_statistics`). A first step on a
-    CPU without any batch counted is warned of. After a step they are reduced over the ranks
-    of `group`, which hold replicas of `model` (None: all ranks do), then used, then reset. Under DDP, accumulate in
-    `no_sync` or with `broadcast_buffers=False`; otherwise rank 0's buffers overwrite the others'.
+    The modules' forward fills these buffers, or that of a whole model (see `collect_statistics`). On a CPU the first
+    step warns if no batch was counted. After each step the buffers are reduced over the ranks of `group`, which hold
+    replicas of `model` (None: all ranks do), then used, then reset. Under DDP, accumulate in `no_sync` or with
+    `broadcast_buffers=False`; otherwise rank 0's buffers overwrite the others'.
 
     With `qk_clip_tau=None` logits are only recorded. The model's modules leave frozen weights as they are, so LoRA's
     base model stays the same.

@@ -14,7 +14,7 @@ from moonwhale.parallel.fsdp import ShardedStages
 from moonwhale.parallel.overlap import Overlap
 from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
 from moonwhale.parallel.schedules import EngineStage, build_engine, splits_backward
-from moonwhale.parallel.stages import Stage
+from moonwhale.parallel.stages import Stage, last_reads_embedding
 
 
 class Pipeline:
@@ -84,9 +84,8 @@ class Pipeline:
         MTP module or a tied head reads it.
         """
         config, ends = self.stages[0].model.config, (self.stage_ranks[0], self.stage_ranks[-1])
-        last_reads_embedding = config.num_nextn_predict_layers or config.tie_word_embeddings
         here = dist.get_rank(self.pp_group)
-        if not last_reads_embedding or ends[0] == ends[1] or here not in ends:
+        if not last_reads_embedding(config) or ends[0] == ends[1] or here not in ends:
             return
         embedding, other = self.stages[0].model.model.embed_tokens.weight, ends[here == ends[0]]
         if embedding.grad is None:  # in the last stage while the MTP modules rest

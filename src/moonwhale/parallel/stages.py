@@ -58,8 +58,7 @@ def partition(config, num_stages: int, context: int) -> list[StageSpec]:
             f"{num_stages}, or a smaller `parallel.pp`"
         )
     flops = forward_flops(config, context)
-    modules = config.num_nextn_predict_layers
-    tail = sum(flops.blocks[num_blocks:]) + (1 + modules) * flops.head + modules * flops.eh_proj
+    tail = sum(flops.blocks[num_blocks:]) + flops.outside_blocks(config.num_nextn_predict_layers)
     # best[n]: the least sum of squares of the stages so far if they hold the first n blocks, and where each stage ends
     best = {0: (0.0, ())}
     for index in range(num_stages):
@@ -76,6 +75,11 @@ def partition(config, num_stages: int, context: int) -> list[StageSpec]:
     return [StageSpec(i, num_stages, start, stop) for i, (start, stop) in bounds]
 
 
+def last_reads_embedding(config) -> bool:
+    """Return whether the last stage reads the embedding too: in an MTP module, or as a tied head."""
+    return bool(config.num_nextn_predict_layers or config.tie_word_embeddings)
+
+
 def prune_(model: MoonwhaleForCausalLM, specs: list[StageSpec]) -> None:
     """Remove from a model what none of a rank's stages needs, in place.
 
@@ -89,8 +93,7 @@ def prune_(model: MoonwhaleForCausalLM, specs: list[StageSpec]) -> None:
     for i in range(len(body.layers)):
         if i not in blocks:
             body.layers[i] = nn.Identity()
-    last_reads_embedding = config.num_nextn_predict_layers or config.tie_word_embeddings
-    if not (any(spec.is_first for spec in specs) or (has_last and last_reads_embedding)):
+    if not (any(spec.is_first for spec in specs) or (has_last and last_reads_embedding(config))):
         body.embed_tokens = nn.Identity()
     if not any(spec.is_first for spec in specs):
         body.embed_conv = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moonwhale.costs import forward_flops, part_sizes
 from moonwhale.parallel.schedule_properties import SCHEDULES, stage_ranks
-from moonwhale.parallel.stages import StageSpec, partition
+from moonwhale.parallel.stages import StageSpec, last_reads_embedding, partition
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ class LayoutCosts:
 
     def _embedding_sent(self, rank: int, holders: list[int]) -> int:
         """Return the bytes of the embedding's gradient that the first and the last rank exchange, if both hold it."""
-        last_reads_it = self.config.num_nextn_predict_layers or self.config.tie_word_embeddings
         ends = holders[0], holders[-1]
-        return 4 * self.sizes.embedding if last_reads_it and ends[0] != ends[1] and rank in ends else 0
+        both_hold_it = last_reads_embedding(self.config) and ends[0] != ends[1]
+        return 4 * self.sizes.embedding if both_hold_it and rank in ends else 0
 
     def _blocks(self, spec: StageSpec) -> list[int]:
         """Return the blocks of a stage; the last one's include the MTP modules'."""
@@ -155,7 +155,7 @@ class LayoutCosts:
         experts = sum(sizes.routed_experts[i] for i in blocks)
         dense, matrices = sum(sizes.blocks[i] for i in blocks) - experts, sum(sizes.matrices[i] for i in blocks)
         has_last = any(spec.is_last for spec in specs)
-        if any(spec.is_first for spec in specs) or (has_last and (modules or tied)):
+        if any(spec.is_first for spec in specs) or (has_last and last_reads_embedding(self.config)):
             dense += sizes.embedding
         if has_last:
             dense += self.config.hidden_size + modules * (sizes.eh_proj + sizes.mtp_norms)
@@ -172,7 +172,7 @@ class LayoutCosts:
         values_per_token = sum(self.sizes.saved_activations[i] for i in blocks)
         experts = sum(self.sizes.routed_experts[i] for i in blocks)
         if spec.is_last:
-            values_per_token += 4 * hidden * (1 + 4 * self.config.num_nextn_predict_layers)
+            values_per_token += self.sizes.saved_outside_blocks
         if ep > 1:  # the rows that other ranks' tokens send to this rank's experts
             values_per_token += self._routed(spec)
         saved = self.activation_bytes * tokens * values_per_token
@@ -190,9 +190,8 @@ class LayoutCosts:
 
     def _forward_flops(self, spec: StageSpec) -> float:
         """Return a stage's floating-point operations per token in the forward pass."""
-        flops, modules = self.flops, self.config.num_nextn_predict_layers
-        tail = (1 + modules) * flops.head + modules * flops.eh_proj if spec.is_last else 0.0
-        return tail + sum(flops.blocks[i] for i in self._blocks(spec))
+        tail = self.flops.outside_blocks(self.config.num_nextn_predict_layers) if spec.is_last else 0.0
+        return tail + sum(self.flops.blocks[i] for i in self._blocks(spec))
 
 
 def _messages(index: int, spec: StageSpec, holders: list[int]) -> int:

@@ -7,7 +7,9 @@ from pathlib import Path
 from moonwhale.errors import UserError, require_package
 from moonwhale.options import option, require_not_negative
 from moonwhale.processes import init_process_group
+from moonwhale.train.run import prepare_process
 from moonwhale.train.run_options import RunOptions, with_default
+from moonwhale.train.starting_model import absolute
 
 TIMEOUT = 600  # seconds that a process waits for the others
 
@@ -34,6 +36,7 @@ class PostTrainOptions(RunOptions):
     def __post_init__(self):
         if self.checkpoint is None:
             raise UserError("CHECKPOINT: name the folder of the model to start from")
+        self.checkpoint = absolute(self.checkpoint)
         require_package("trl", "rl", f"moonwhale {self.verb}")
         super().__post_init__()
         require_not_negative(self, "bias_update_speed")
@@ -50,14 +53,12 @@ def open_model(config: PostTrainOptions, choice):
     `choice` is what `precision.choose` returned. If torchrun started the process, the process group is initialised
     first.
     """
-    from moonwhale import fp8, precision
+    from moonwhale import fp8
     from moonwhale.checkpoint import open_checkpoint
-    from moonwhale.native.training import use_kernels
 
     init_process_group(choice.device.type == "cpu", TIMEOUT)
     choice.apply()
-    precision.tune_allocator()
-    use_kernels(choice.device)
+    prepare_process(choice.device)
     model, tokenizer = open_checkpoint(config.checkpoint)
     for module in model.modules():
         if hasattr(module, "bias_speed"):

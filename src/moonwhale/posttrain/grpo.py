@@ -14,7 +14,7 @@ from moonwhale.options import option, require, require_at_least_one, require_not
 from moonwhale.posttrain import progress
 from moonwhale.posttrain.config import PostTrainOptions, open_model
 from moonwhale.posttrain.rewards import BUILTIN_REWARDS, load_rewards
-from moonwhale.processes import print_once, world_size
+from moonwhale.processes import print_on_rank_0, world_size
 from moonwhale.train import run_folder
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 from moonwhale.train.run_options import run_verb
@@ -219,11 +219,11 @@ def describe(config: GRPOOptions, choice, args, task: str) -> None:
 
     objective = ", ".join(f"{name} {getattr(args, name)}" for name in ("loss_type", "beta", "epsilon"))
     answers = f"{config.questions_per_step} x {config.group_size} answers"
-    print_once(f"{'model':<11}{config.checkpoint}")
-    print_once(f"{'task':<11}{task}, rewards {', '.join(config.rewards)}")
-    print_once(f"{'objective':<11}{config.objective}: {objective}")
-    print_once(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
-    print_once(f"{'run':<11}{config.steps} steps of {answers} into {config.out}")
+    print_on_rank_0(f"{'model':<11}{config.checkpoint}")
+    print_on_rank_0(f"{'task':<11}{task}, rewards {', '.join(config.rewards)}")
+    print_on_rank_0(f"{'objective':<11}{config.objective}: {objective}")
+    print_on_rank_0(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
+    print_on_rank_0(f"{'run':<11}{config.steps} steps of {answers} into {config.out}")
 
 
 def rows_of(problems: list[Problem], first: int = 0) -> "Dataset":

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from moonwhale.infer.engine import Engine
 from moonwhale.model import MoonwhaleForCausalLM
@@ -49,6 +51,26 @@ class MTPGRPOConfig(MuonClipArgumentsMixin, GRPOConfig):
     refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_GRPO
 
 
+class _OrderOfPass(Sampler):
+    """TRL's sampler of questions, in an order that depends only on the seed and on the number of the pass over them.
+
+    TRL draws the order of each pass from a generator that no checkpoint holds. A resumed run would read the first
+    pass's order again.
+    """
+
+    def __init__(self, sampler: RepeatSampler, trainer: GRPOTrainer):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            passes_done = int(self.trainer.state.epoch)
+            self.sampler.generator.manual_seed(self.sampler.seed + passes_done)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
 class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
     """Trains by GRPO (arXiv 2402.03300 §4.1; DeepSeek-R1 §2.2) with TRL's loss.
 
@@ -85,6 +107,9 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing. TRL would write a README.md into the run's folder with each checkpoint."""
+
+    def _get_train_sampler(self, dataset=None) -> Sampler:
+        return _OrderOfPass(super()._get_train_sampler(dataset), self)
 
     def _keep_policy_output(self, module, inputs, output) -> None:
         """Keeps the output of the latest forward with gradients, which is that of the loss."""
@@ -125,9 +150,12 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         return ((args.seed << 40) + (rollout << 32) + batch_index * n_prompts) % 2**62  # generators take no seeds above
 
     def evaluate(self, *args, **kwargs):
-        """Evaluates as TRL does. The answers that TRL keeps for completions/ remain those of training."""
+        """Evaluates as TRL does, but leaves no trace: the answers that TRL keeps for completions/ remain those of
+        training, and so does the state of the random numbers, by which TRL shuffles answers.
+        """
         kept = copy.deepcopy(self._logs)
-        metrics = super().evaluate(*args, **kwargs)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super().evaluate(*args, **kwargs)
         self._logs = kept
         return metrics
 

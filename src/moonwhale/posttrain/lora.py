@@ -12,8 +12,8 @@ from moonwhale.checkpoint import publish_model
 if typing.TYPE_CHECKING:
     from peft import LoraConfig
 
-# The matrices of every attention and dense network. Not kv_b_proj: attention also uses its weight without calling the
-# module, and would miss the adapter.
+# The matrices of every attention and dense network. Not kv_b_proj, whose weight attention also uses without calling the
+# module: with an adapter, each step from the cache would compute it anew.
 MODULES = ("q_a_proj", "q_b_proj", "q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "o_proj")
 MODULES += ("gate_proj", "up_proj", "down_proj")
 

@@ -20,7 +20,7 @@ STAGES = {
     "grpo": (grpo.GRPOOptions, grpo.grpo),
     "sample": (sample.SampleOptions, sample.sample),
 }
-EPILOG = """The file is a list of stages. Each is a verb with its options, which are named as on the command line:
+EPILOG = """The file is a list of stages. Each is a verb with its options, which are named as in run.yaml:
 
 - sft: {checkpoint: runs/demo, data: chitchat, out: runs/talks}
 - grpo: {checkpoint: runs/talks, task: chain_sum, out: runs/counts}
@@ -97,7 +97,7 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
     given = options.check(cls, given, where)
     if verb == "sample":  # its output is a single file, written at the end
         return verb, cls(**given)
-    given["resume"] = (Path(given["out"]) / run_folder.RUN_FILE).exists()
+    given["resume"] = (Path(given["out"]).expanduser() / run_folder.RUN_FILE).exists()
     return verb, cls.resolve(given)
 
 

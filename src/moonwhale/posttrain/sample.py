@@ -10,10 +10,10 @@ from pathlib import Path
 from moonwhale import options
 from moonwhale.data.tasks import TASK_HELP, Problem, Task, is_well_formed, load_task
 from moonwhale.errors import UserError
-from moonwhale.files import write_whole
-from moonwhale.infer.commands import DEVICES, PRECISIONS
+from moonwhale.files import expanded, write_whole
+from moonwhale.infer.commands import PRECISIONS
 from moonwhale.infer.sampling_options import SamplingOptions, require_answers_that_fit
-from moonwhale.options import option, require_at_least_one
+from moonwhale.options import DEVICES, option, require_at_least_one
 from moonwhale.outputs import new_file
 from moonwhale.reports import add_json, reporting
 from moonwhale.yaml_files import to_yaml
@@ -43,6 +43,7 @@ class SampleOptions:
     def __post_init__(self):
         if self.checkpoint is None:
             raise UserError("CHECKPOINT: name the folder of the model that answers")
+        self.checkpoint, self.out = expanded(self.checkpoint), expanded(self.out)
         if self.out is None or not self.out.endswith(".jsonl"):
             raise UserError(f"`out`: {self.out!r} is not a .jsonl file: name one for the conversations")
         require_at_least_one(self, "questions", "samples")

@@ -10,10 +10,11 @@ from typing import ClassVar
 from moonwhale.data.hub_sets import DATA_HELP
 from moonwhale.data.source_options import SourceOptions
 from moonwhale.errors import UserError, require_package
-from moonwhale.options import option, require, require_at_least_one
+from moonwhale.options import option, require, require_at_least_one, require_not_negative
 from moonwhale.posttrain.config import PostTrainOptions, open_model
-from moonwhale.processes import print_once, world_size
+from moonwhale.processes import print_on_rank_0, world_size
 from moonwhale.train import progress, run_folder
+from moonwhale.train.outlook import in_passes, repetition
 from moonwhale.train.run import Run, common_trainer_arguments, execute
 from moonwhale.train.run_options import run_verb
 from moonwhale.train.run_result import RunResult
@@ -41,10 +42,15 @@ class SFTOptions(SourceOptions, PostTrainOptions):
     )
 
     eval_rows: int = option(64, "held-out rows per evaluation", group="reports and checkpoints")
+    sample_every: int = option(
+        50, "steps between samples of what the model answers; 0: none", group="reports and checkpoints"
+    )
+    sample_prompt: str = option("Hi! How are you?", "message that the samples answer", group="reports and checkpoints")
 
     def __post_init__(self):
         super().__post_init__()
         require_at_least_one(self, "accumulation", "eval_rows", "steps", "data_documents")
+        require_not_negative(self, "sample_every")
         require(self, "lora_rank", 0 <= self.lora_rank <= 2**16, "give a rank from 0 to 65,536")
         if self.lora_rank:
             require_package("peft", "rl", "`lora_rank`")
@@ -89,15 +95,17 @@ def build(config: SFTOptions) -> Run:
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.posttrain.lora import lora_config, merge_adapters
     from moonwhale.posttrain.sft_trainer import MTPSFTTrainer
+    from moonwhale.train.samples import SampleAnswer
 
     check_processes(config)
     choice = precision.choose(config.device, config.precision)
     model, tokenizer = open_model(config, choice)
     context = choose_context(config, model.config.max_position_embeddings)
     train_rows, eval_rows, data_description = load_rows(config, tokenizer, context)
-    rows_per_step = config.batch_size * config.accumulation * world_size()
-    steps = config.steps or max(1, round(config.epochs * len(train_rows) / rows_per_step))
-    describe(config, choice, data_description, steps, rows_per_step)
+    micro_batches = len(train_rows) // (config.batch_size * world_size())
+    steps_per_epoch = -(-micro_batches // config.accumulation)  # the last one takes those that are left
+    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    describe(config, choice, data_description, steps, steps / steps_per_epoch)
     run_folder.create(config)
     what = f"`data`: {config.data}, or its tokenizer,"
     run_folder.check_data_unchanged(config, what, contents_of(train_rows), data_description)
@@ -114,6 +122,8 @@ def build(config: SFTOptions) -> Run:
     )
     summarize = partial(progress.summary, out=Path(config.out))
     run = Run(config, choice, make_trainer, progress.log_line, summarize)
+    if config.sample_every:
+        run.make_sampler = partial(SampleAnswer, every=config.sample_every, prompt=config.sample_prompt)
     if config.lora_rank:
         run.publish = lambda trainer, out: merge_adapters(trainer.model, tokenizer, out)
     return run
@@ -179,14 +189,19 @@ def contents_of(rows: "Dataset") -> bytes:
     return sums.digest()
 
 
-def describe(config: SFTOptions, choice, data_description: str, steps: int, rows_per_step: int) -> None:
-    """Prints what will be trained."""
+def describe(config: SFTOptions, choice, data_description: str, steps: int, passes: float) -> None:
+    """Prints what will be trained, and a warning if that is too many `passes` over the conversations."""
     import torch
 
-    print_once(f"{'model':<11}{config.checkpoint}" + (f", LoRA of rank {config.lora_rank}" if config.lora_rank else ""))
-    print_once(data_description)
-    print_once(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
-    print_once(f"{'run':<11}{steps:,} steps of {rows_per_step} rows into {config.out}")
+    print_on_rank_0(
+        f"{'model':<11}{config.checkpoint}" + (f", LoRA of rank {config.lora_rank}" if config.lora_rank else "")
+    )
+    print_on_rank_0(data_description)
+    print_on_rank_0(f"{'device':<11}{choice.reason}, {torch.get_num_threads()} threads")
+    rows = config.batch_size * config.accumulation * world_size()
+    print_on_rank_0(f"{'run':<11}{steps:,} steps of {rows} rows, {in_passes(passes)} over the text, into {config.out}")
+    if warning := repetition(passes):
+        print_on_rank_0(f"{'warning':<11}{warning}")
 
 
 def trainer_arguments(config: SFTOptions, choice, steps: int, context: int):

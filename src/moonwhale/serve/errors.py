@@ -1,8 +1,4 @@
-"""The errors that the server sends, in OpenAI's shape.
-
-middleware.py refuses with 401, 403, 408, 413 and 429; limits.py with 429; body.py and requests.py with 400; this file
-with 404.
-"""
+"""The errors that the server sends, in OpenAI's shape."""
 
 import json
 import re

@@ -55,7 +55,7 @@ def _join_text_parts(content: Any) -> str:
 
 
 def _list_stops(stop: Any) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
         raise ValueError(f"give a string or a list of strings, not {shown(stop)}")
     if not all(stops):

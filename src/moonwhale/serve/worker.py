@@ -92,8 +92,8 @@ class Worker:
 
     @property
     def num_running(self) -> int:
-        prefilling = [self.scheduler.prefilling] if self.scheduler.prefilling else []
-        return _num_open([*self.scheduler.running, *prefilling])
+        prefilling = self.scheduler.prefilling  # read once: the model's thread may end it meanwhile
+        return _num_open([*self.scheduler.running, *([prefilling] if prefilling else [])])
 
     @property
     def num_waiting(self) -> int:

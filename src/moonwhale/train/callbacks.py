@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
 
+from moonwhale.model.documents import needs_static_shapes
 from moonwhale.units import duration
 
 ESTIMATE_AFTER = 10, 20.0  # timed micro-batches, or seconds if these come first
@@ -124,11 +126,13 @@ class StopAtStepEnd(TrainerCallback):
     """Turns Ctrl-C, SIGTERM or SIGHUP into a checkpoint and a stop at the end of the step. Use it as a context manager.
 
     GRPO stops where its next step draws new answers, since a checkpoint does not hold the old ones.
-    All ranks stop after the same step. A second Ctrl-C stops at once, without a checkpoint.
+    All ranks stop after the same step. With several GPUs it is the step after the one in which a rank was asked.
+    A second Ctrl-C stops at once, without a checkpoint.
     """
 
     def __init__(self):
         self.stop_requested = False
+        self._read_last: Callable[[], float] = lambda: 0.0  # the ranks' answer in the step before
 
     def __enter__(self):
         in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
@@ -149,12 +153,39 @@ class StopAtStepEnd(TrainerCallback):
             tqdm.write("stopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if dist.is_initialized():
-            requested = torch.tensor(float(self.stop_requested), device=args.device)
-            dist.all_reduce(requested, dist.ReduceOp.MAX)
-            self.stop_requested = bool(requested)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        stop = self._any_rank_requested(args.device) if several else self.stop_requested
         micro_batches = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
         accumulation = args.gradient_accumulation_steps
         steps_per_rollout = math.lcm(micro_batches, accumulation) // accumulation
-        if self.stop_requested and state.global_step % steps_per_rollout == 0:
+        if stop and state.global_step % steps_per_rollout == 0:
             control.should_training_stop = control.should_save = True
+
+    def _any_rank_requested(self, device: torch.device) -> bool:
+        """Returns whether any rank was asked to stop; all ranks get the same answer.
+
+        On GPUs it is the answer of the step before, since reading this step's would force a host sync.
+        """
+        requested = torch.full((), float(self.stop_requested), device=device)  # torch.tensor would force a host sync
+        dist.all_reduce(requested, dist.ReduceOp.MAX)
+        read = _start_copy(requested)
+        if needs_static_shapes(device):
+            read, self._read_last = self._read_last, read
+        stop = bool(read())
+        self.stop_requested |= stop
+        return stop
+
+
+def _start_copy(value: Tensor) -> Callable[[], float]:
+    """Starts to copy a number to the host. Returns a function that waits for this copy alone and reads the number."""
+    if not value.is_cuda:
+        return value.item
+    copy = value.to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(value.device))
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read

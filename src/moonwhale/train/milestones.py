@@ -77,9 +77,10 @@ def describe_best(history: list[dict], out: str | Path) -> str | None:
     if best is None or len(scores.keys() - {0}) < 2:  # step 0 is that of the model from which the run went on
         return None
     last = max(scores)
+    is_reward = any("eval_reward" in entry for entry in history)
+    figures = {step: score if is_reward else -score for step, score in scores.items()}  # as logged
     if step_of(best) == last:
-        return f"best       the last step, of those that were evaluated and saved: {abs(scores[last]):.3f}"
+        return f"best       the last step, of those that were evaluated and saved: {figures[last]:.3f}"
     return (
-        f"best       {best}, with {abs(scores[step_of(best)]):.3f} on held-out data; the last step has "
-        f"{abs(scores[last]):.3f}"
+        f"best       {best}, with {figures[step_of(best)]:.3f} on held-out data; the last step has {figures[last]:.3f}"
     )

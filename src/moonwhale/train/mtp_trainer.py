@@ -49,12 +49,16 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
         self.byte_lengths = byte_lengths
         self._evaluate_all = evaluate_all
         self._loss_sums = self._no_losses()
+        self._n_bytes = self._no_bytes()
         self._step_targets: Tensor | None = None  # (1 + D,) targets of the whole step
         self._wants_logits = False
         self._eval_loaders: dict[int, DataLoader] = {}  # with persistent workers, by the id of their rows
 
     def _no_losses(self) -> "_LossSums":
         return _LossSums(1 + self.model.config.num_nextn_predict_layers, self.args.device)
+
+    def _no_bytes(self) -> Tensor:
+        return torch.zeros((), dtype=torch.long, device=self.args.device)
 
     # One optimizer step
 
@@ -148,7 +152,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
         the main head. Modules that are not trained yet (λ = 0) are left out.
         """
         of_training, self._loss_sums = self._loss_sums, self._no_losses()
-        self._n_bytes = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._n_bytes = self._no_bytes()
         try:
             if isinstance(getattr(dataloader, "dataset", None), _RowsOfRank):
                 output = self._evaluate_share(dataloader, metric_key_prefix)
@@ -191,7 +195,10 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     def _count_bytes(self, inputs: dict[str, Tensor]) -> None:
         if self.byte_lengths is not None and inputs.get("labels") is not None:
-            targets = inputs["labels"][:, 1:].to(self._n_bytes.device)
+            labels = inputs["labels"]
+            given = inputs.get("attention_mask"), inputs.get("position_ids")
+            targets = prediction_targets(labels, Documents.from_inputs(*labels.shape, labels.device, *given), 0)[0]
+            targets = targets.to(self._n_bytes.device)
             self._n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE_INDEX]].sum()
 
     def _evaluate_batch(self, inputs: dict[str, Tensor]) -> Tensor:

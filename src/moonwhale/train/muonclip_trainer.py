@@ -249,7 +249,7 @@ class MuonClipTrainerMixin:
             return {}
         speed = self._window_tokens / self._window_seconds
         self._window_tokens = self._window_seconds = 0.0
-        fp32 = not self.args.bf16 and torch.get_float32_matmul_precision() == "highest"
+        fp32 = not self.args.bf16 and _multiplies_in_fp32(self.args.device)
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
         config, context = self.model.config, self._context
@@ -355,3 +355,10 @@ class _MuonClipCallback(TrainerCallback):
             self.trainer._hooks.reset()
         else:
             self.trainer._hook_statistics.add(self.trainer._last_hook_values())
+
+
+def _multiplies_in_fp32(device: torch.device) -> bool:
+    """Returns whether products of fp32 matrices stay in fp32, and are not computed in TF32 or BF16."""
+    if device.type == "cuda":  # the older setting raises after transformers' `tf32` or `torch_compile` has set this one
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return torch.get_float32_matmul_precision() == "highest"

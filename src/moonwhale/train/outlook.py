@@ -36,12 +36,15 @@ def _epoch(config: TrainConfig, n_rows: int, replicas: int) -> tuple[int, int, i
 def describe_run(config: TrainConfig, n_rows: int, replicas: int = 1) -> str:
     """Returns the lines about the steps of a run, with warnings."""
     times = tokens_after(config.steps, config, n_rows, replicas) / (n_rows * config.context)
-    count = f"{times:.2g}" if times < 10 else f"{times:,.0f}"
-    steps = (
-        f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, {count} passes over the text, into {config.out}"
-    )
+    passes = in_passes(times)
+    steps = f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, {passes} over the text, into {config.out}"
     warnings = [warning for warning in (repetition(times), schedule_without_room(config)) if warning]
     return "\n".join([f"run        {steps}", *(f"warning    {warning}" for warning in warnings)])
+
+
+def in_passes(times: float) -> str:
+    """Returns how often a text is read, such as "0.52 passes"."""
+    return f"{times:.2g} passes" if times < 10 else f"{times:,.0f} passes"
 
 
 def repetition(times: float) -> str | None:

@@ -103,8 +103,8 @@ class PipelineTrainer(MTPTrainer):
         ]
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
         self._sizes = {name: tensor.shape for name, tensor in (dict(model.named_parameters()) | buffers).items()}
-        self._attentions = [name for name, module in model.named_modules() if hasattr(module, "clip_qk_")]
-        self._moes = [name for name, module in model.named_modules() if hasattr(module, "update_bias_")]
+        self._attentions = [name for name, module in model.named_modules() if hasattr(type(module), "clip_qk_")]
+        self._moes = [name for name, module in model.named_modules() if hasattr(type(module), "update_bias_")]
 
     def is_world_process_zero(self) -> bool:
         return self.placement.rank == 0
@@ -333,7 +333,8 @@ class PipelineTrainer(MTPTrainer):
         order = [name for group in self._group_names for name in group["params"]]
         states = {name: saved["state"][i] for i, name in enumerate(order) if i in saved["state"]}
         for name, own in expert_slices(self.model).items():
-            states[name] = {key: value[own] for key, value in states.get(name, {}).items()}
+            saved_state = states.get(name, {})
+            states[name] = {key: value[own] if value.ndim else value for key, value in saved_state.items()}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {

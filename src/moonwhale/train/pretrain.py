@@ -1,31 +1,27 @@
 """`moonwhale train`: pretrain a model on text. See `train/run.py` for the stages of a run."""
 
-import os
+import typing
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from moonwhale.errors import UserError
-from moonwhale.processes import print_once, world_size
+from moonwhale.processes import print_on_rank_0, world_size
 from moonwhale.train import progress, run_folder
 from moonwhale.train.config import TrainConfig, build_model_config, fit_to_tokenizer, parser_settings
 from moonwhale.train.lr_schedule import lr_schedule_arguments
 from moonwhale.train.outlook import describe_run, tokens_after
-from moonwhale.train.run import Run, common_trainer_arguments, execute
+from moonwhale.train.run import Run, common_trainer_arguments, execute, prepare_process
 from moonwhale.train.run_options import run_verb
 from moonwhale.train.run_result import RunResult
 from moonwhale.train.starting_model import load_starting_model, starting_folder
 
+if typing.TYPE_CHECKING:
+    from transformers import Trainer
+
 
 def main(argv: list[str]) -> None:
-    started_by_torchrun = "WORLD_SIZE" in os.environ
-    try:
-        run_verb(TrainConfig, argv, train, **parser_settings(argv))
-    finally:
-        if started_by_torchrun:
-            import torch.distributed as dist
-
-            if dist.is_initialized():  # if it is left to the interpreter's exit, gloo's threads may abort the process
-                dist.destroy_process_group()
+    run_verb(TrainConfig, argv, train, **parser_settings(argv))
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -51,16 +47,8 @@ def build(config: TrainConfig) -> Run:
     Raises:
         UserError: an option that does not fit the machine, the data or the other processes.
     """
-    import torch
-    import transformers
-    from torch.utils.data import Subset
-
     from moonwhale import precision
-    from moonwhale.data.tokenizer import byte_lengths
-    from moonwhale.native.training import use_kernels
     from moonwhale.parallel import process_groups
-    from moonwhale.train.mtp_trainer import MTPTrainer
-    from moonwhale.train.pipeline_trainer import PipelineTrainer
     from moonwhale.train.samples import SampleText
 
     parallelism, world = config.parallelism, world_size()  # `join_run` hides it from the Trainer
@@ -68,8 +56,7 @@ def build(config: TrainConfig) -> Run:
         process_groups.select_gpu()
     choice = precision.choose(config.device, config.precision)
     choice.apply()
-    precision.tune_allocator()
-    use_kernels(choice.device)
+    prepare_process(choice.device)
     model_config = build_model_config(config)  # refuses an impossible model before a tokenizer is trained
     settings = run_folder.options_that_affect_training(config, also=("out", "resume"))
     on_cpu = choice.device.type == "cpu"
@@ -84,40 +71,53 @@ def build(config: TrainConfig) -> Run:
         config, f"`data`: {config.data}, or its tokenizer,", contents(data).encode(), data.describe()
     )
 
-    trainer_class, of_pipeline = MTPTrainer, {}
-    if placement:
-        trainer_class = PipelineTrainer
-        of_pipeline = {
-            "placement": placement,
-            "schedule": parallelism.effective_schedule,
-            "micro_batches": config.micro_batches_per_replica(placement.num_replicas),
-            "fsdp": parallelism.fsdp,
-        }
-    n_eval_rows = min(config.eval_rows, len(data.held_out))
-    eval_rows = torch.linspace(0, len(data.held_out) - 1, n_eval_rows).long().tolist()
-    make_trainer = partial(
-        trainer_class,
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=Subset(data.held_out, eval_rows),
-        processing_class=data.tokenizer,
-        data_collator=transformers.default_data_collator,  # rows are full: a tokenizer's collator is 80 times slower
-        byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
-        evaluate_all=True,
-        **of_pipeline,
-    )
     tokens = tokens_after(config.steps, config, len(data.train), replicas)
     summarize = partial(progress.summary, out=Path(config.out), tokens=tokens)
     sampler = partial(SampleText, every=config.sample_every, prompt=config.sample_prompt)
     return Run(
         config,
         choice,
-        make_trainer,
+        trainer_factory(config, model, args, data, placement),
         progress.log_line,
         summarize,
         evaluate_first=config.from_ is not None,
         make_sampler=sampler if config.sample_every else None,
+    )
+
+
+def trainer_factory(config: TrainConfig, model, args, data, placement) -> Callable[..., "Trainer"]:
+    """Returns what makes the trainer when its callbacks are known.
+
+    It is a PipelineTrainer if the run has a `placement`, else an MTPTrainer.
+    """
+    import torch
+    import transformers
+
+    from moonwhale.data.packing import choose_rows
+    from moonwhale.data.tokenizer import byte_lengths
+    from moonwhale.train.mtp_trainer import MTPTrainer
+    from moonwhale.train.pipeline_trainer import PipelineTrainer
+
+    trainer_class, of_pipeline = MTPTrainer, {}
+    if placement:
+        trainer_class = PipelineTrainer
+        of_pipeline = {
+            "placement": placement,
+            "schedule": config.parallelism.effective_schedule,
+            "micro_batches": config.micro_batches_per_replica(placement.num_replicas),
+            "fsdp": config.parallelism.fsdp,
+        }
+    return partial(
+        trainer_class,
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=choose_rows(data.held_out, config.eval_rows),
+        processing_class=data.tokenizer,
+        data_collator=transformers.default_data_collator,  # rows are full: a tokenizer's collator is 80 times slower
+        byte_lengths=torch.from_numpy(byte_lengths(data.tokenizer)),
+        evaluate_all=True,
+        **of_pipeline,
     )
 
 
@@ -189,24 +189,19 @@ def describe(config: TrainConfig, choice, data, model_config, world: int, replic
         "" if parallelism.splits_model else check_gpu_memory(model_config, config, choice.device, choice.dtype.itemsize)
     )
     if config.from_:
-        print_once(f"from       {config.from_}")
-    print_once(data.describe())
-    print_once(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
-    print_once(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
+        print_on_rank_0(f"from       {config.from_}")
+    print_on_rank_0(data.describe())
+    print_on_rank_0(f"model      {size.parameters / 1e6:.2f} M parameters, {size.active_parameters / 1e6:.2f} M active")
+    print_on_rank_0(f"device     {choice.reason}, {torch.get_num_threads()} threads" + parallelism.describe(world))
     if memory:
-        print_once(memory)
-    print_once(describe_run(config, len(data.train), replicas))
+        print_on_rank_0(memory)
+    print_on_rank_0(describe_run(config, len(data.train), replicas))
 
 
 def trainer_arguments(config: TrainConfig, choice, replicas: int):
     """The run's options as transformers' TrainingArguments."""
     from moonwhale.train.mtp_trainer import MTPTrainingArguments
 
-    if choice.device.index and replicas == 1:
-        raise UserError(
-            f"`device`: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
-            f"{choice.device.index} in the environment"
-        )
     return MTPTrainingArguments(
         **common_trainer_arguments(config, choice, config.steps),
         gradient_accumulation_steps=config.gradient_accumulation_steps(replicas),

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, TrainerState
 from moonwhale.checkpoint import STATE, clear_unfinished, list_checkpoints, newest_checkpoint, read_state, step_of
 from moonwhale.errors import UserError, one_line
 from moonwhale.model import MoonwhaleConfig
-from moonwhale.processes import is_main_process, print_once
+from moonwhale.processes import is_main_process, print_on_rank_0
 from moonwhale.train.run_options import RunOptions
 from moonwhale.weights import check_headers, read_headers, weight_files
 
@@ -40,7 +40,7 @@ def find_checkpoint(config: RunOptions) -> Path | None:
     if is_main_process():
         clear_unfinished(config.out)
     if not list_checkpoints(config.out):
-        print_once(f"resuming   nothing: {config.out} holds no checkpoint")
+        print_on_rank_0(f"resuming   nothing: {config.out} holds no checkpoint")
         return None
     undamaged: list[Path] = []
     checkpoint = newest_checkpoint(config.out, lambda found: undamaged.append(found) or _is_of(config, found))
@@ -56,10 +56,10 @@ def find_checkpoint(config: RunOptions) -> Path | None:
             "model by `from_`, with another `out`"
         )
     check_state(checkpoint)
-    print_once(f"resuming   from {checkpoint}")
+    print_on_rank_0(f"resuming   from {checkpoint}")
     before = _steps_of(checkpoint)
     if config.steps not in (None, before):
-        print_once(f"schedule   {before:,} steps become {config.steps:,}: {config.describe_rate()}")
+        print_on_rank_0(f"schedule   {before:,} steps become {config.steps:,}: {config.describe_rate()}")
     return checkpoint
 
 

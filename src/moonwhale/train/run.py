@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moonwhale.errors import UserError, did_you_mean
-from moonwhale.processes import is_main_process, print_once
+from moonwhale.processes import is_main_process, print_on_rank_0, world_size
 from moonwhale.train import run_folder
 from moonwhale.train.run_options import RunOptions
 from moonwhale.train.run_result import RunResult
 
 if typing.TYPE_CHECKING:
+    import torch
     from transformers import Trainer, TrainerCallback
 
     from moonwhale.precision import ComputeSettings
@@ -75,10 +76,19 @@ def execute(
         history = trainer.state.log_history
         if is_main_process():
             run.publish(trainer, out)
-        print_once(run.summarize(history))
+        print_on_rank_0(run.summarize(history))
         if best := describe_best(history, out):
-            print_once(best)
+            print_on_rank_0(best)
         return RunResult(out, history)
+
+
+def prepare_process(device: "torch.device") -> None:
+    """Prepares this process for training on `device`: the allocator, and on a CPU the compiled functions."""
+    from moonwhale.native.training import use_kernels
+    from moonwhale.precision import tune_allocator
+
+    tune_allocator()
+    use_kernels(device)
 
 
 def check_run(config: RunOptions) -> Path | None:
@@ -159,7 +169,7 @@ def already_finished(config: RunOptions, checkpoint: Path | None, plot: Callable
     if holds_model and is_main_process():
         publish_model(checkpoint, out)
         plot(log_history(checkpoint), out)
-    print_once(f"finished   already, with all {step_of(checkpoint)} steps: the model is in {out}")
+    print_on_rank_0(f"finished   already, with all {step_of(checkpoint)} steps: the model is in {out}")
     return True
 
 
@@ -200,7 +210,7 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
                 plot(trainer.state.log_history, run.out)
     step = trainer.state.global_step
     if step < trainer.state.max_steps:
-        print_once(
+        print_on_rank_0(
             f"stopped    at step {step}, which is saved; go on with: "
             f"moonwhale {run.config.verb} `out` {shlex.quote(run.config.out)} `resume`"
         )
@@ -209,7 +219,16 @@ def carry_out(run: Run, checkpoint: Path | None, plot: Callable[[list[dict], Pat
 
 
 def common_trainer_arguments(config: RunOptions, choice: "ComputeSettings", max_steps: int) -> dict:
-    """TrainingArguments for the options that all verbs share."""
+    """TrainingArguments for the options that all verbs share.
+
+    Raises:
+        UserError: the device is a GPU that the Trainer would not take.
+    """
+    if choice.device.index and world_size() == 1:
+        raise UserError(
+            f"`device`: training takes the first visible GPU: instead of {config.device}, set CUDA_VISIBLE_DEVICES="
+            f"{choice.device.index} in the environment"
+        )
     on_cuda = choice.device.type == "cuda"
     return {
         "output_dir": config.out,

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moonwhale import options
-from moonwhale.options import option, require, require_at_least_one, require_not_negative
-from moonwhale.processes import restarted
+from moonwhale.files import expanded
+from moonwhale.options import DEVICES, option, require, require_at_least_one, require_not_negative
+from moonwhale.processes import left_process_group, restarted
 from moonwhale.reports import add_json, reporting
 from moonwhale.train import run_folder
 
 if typing.TYPE_CHECKING:
     from moonwhale.train.run_result import RunResult
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "tf32", "bf32", "bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
 
 OPTIMIZERS = ("muon", "adamw")
@@ -71,7 +71,7 @@ class RunOptions:
     )
 
     def __post_init__(self):
-        self.out = self.out or self.default_out(vars(self))
+        self.out = expanded(self.out or self.default_out(vars(self)))
         require_at_least_one(self, "batch_size", "keep_checkpoints", "log_every")
         require_not_negative(self, "seed", "warmup_steps", "weight_decay", "grad_clip", "qk_clip_tau")
         require_not_negative(self, "eval_every", "save_every")
@@ -117,7 +117,7 @@ def parse_run(cls: type[Options], argv: list[str], **settings) -> Options:
 def run_verb(cls: type[Options], argv: list[str], run: Callable[[Options], "RunResult"], **settings) -> None:
     """Reads the arguments of a verb and calls `run` with its options, or shows them if `--show` asks for it."""
     config, arguments = _read(cls, argv, **settings)
-    with reporting(arguments.json) as show:
+    with reporting(arguments.json) as show, left_process_group():
         if arguments.show:
             as_yaml = run_folder.run_yaml(config).rstrip("\n")
             show({"verb": cls.verb, "options": run_folder.resolved_options(config)}, as_yaml)
@@ -139,11 +139,11 @@ def _read(
     parser.add_argument("--show", action="store_true", help="print the resolved options (YAML), and do not train")
     add_json(parser)
     given, rest = options.read_argv(parser, cls, argv)
-    path = rest.config
+    path = expanded(rest.config)
     if restarted():
         given["resume"] = True
     if given.get("resume") and path is None:
-        path = run_folder.find_run_file(given.setdefault("out", cls.default_out(given)))
+        path = run_folder.find_run_file(expanded(given.setdefault("out", cls.default_out(given))))
     return cls.resolve(given, path), rest
 
 

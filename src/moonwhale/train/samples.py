@@ -1,11 +1,12 @@
-"""Samples of what the model writes while it trains."""
+"""Samples of what the model writes, or answers, while it trains."""
 
 import time
 
 import torch
 from transformers import TrainerCallback
 
-from moonwhale.errors import printable
+from moonwhale.data.chat import encode_conversation
+from moonwhale.errors import UserError, printable
 from moonwhale.train.callbacks import write_line
 
 SAMPLE_TOKENS, TEMPERATURE = 48, 0.8
@@ -19,6 +20,8 @@ class SampleText(TrainerCallback):
     prompt: the text that the model continues. If it is empty, the model begins a document.
     """
 
+    separator = ""  # printed between the prompt and what the model writes
+
     def __init__(self, trainer, every: int, prompt: str):
         self.trainer, self.every, self.prompt = trainer, every, prompt
 
@@ -26,7 +29,7 @@ class SampleText(TrainerCallback):
         if not state.is_world_process_zero or state.global_step % self.every:
             return
         start = time.perf_counter()
-        text = printable(self.prompt + self.sample(), keep="")
+        text = printable(self.prompt + self.separator + self.sample(), keep="")
         write_line(f"step {state.global_step:>6}  sample: {text}")
         self.trainer.leave_out_of_speed(time.perf_counter() - start)
 
@@ -35,8 +38,7 @@ class SampleText(TrainerCallback):
         """Returns up to SAMPLE_TOKENS tokens after the prompt, as text. They end with the document or the context."""
         model, tokenizer = self.trainer.model, self.trainer.processing_class
         generator, training = torch.Generator().manual_seed(0), model.training
-        prompt = tokenizer(self.prompt)["input_ids"] or [tokenizer.bos_token_id]
-        ids = prompt[-model.config.max_position_embeddings + 1 :]
+        ids = self.prompt_ids()[-model.config.max_position_embeddings + 1 :]
         n_prompt = len(ids)
         try:
             model.eval()
@@ -50,3 +52,23 @@ class SampleText(TrainerCallback):
         finally:
             model.train(training)
         return tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
+
+    def prompt_ids(self) -> list[int]:
+        tokenizer = self.trainer.processing_class
+        return tokenizer(self.prompt)["input_ids"] or [tokenizer.bos_token_id]
+
+
+class SampleAnswer(SampleText):
+    """Prints how the model answers a message, `prompt`, after every `every`-th step."""
+
+    separator = " → "
+
+    def __init__(self, trainer, every: int, prompt: str):
+        super().__init__(trainer, every, prompt)
+        try:
+            self.prompt_ids()
+        except UserError as error:  # now, and not after some steps
+            raise UserError(f"`sample_prompt`: {error}") from error
+
+    def prompt_ids(self) -> list[int]:
+        return encode_conversation(self.trainer.processing_class, [{"role": "user", "content": self.prompt}])

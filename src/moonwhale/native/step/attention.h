@@ -56,7 +56,8 @@ struct Attention {
   const long compressed = w.q_up.in; // 0 if queries are not compressed
   const long last = *std::max_element(p.start, p.start + p.rows) + p.length - 1; // the last position
   const long blocks = last / w.block_size + 1, topk = std::min<long>(w.topk, blocks); // no sequence has more
-  const long pieces = std::max(topk, last / CHUNK + 1);                          // of a token's keys, at most
+  const long dense = topk ? std::min(last, topk * w.block_size - 1) : last; // the last position that reads all keys
+  const long pieces = std::max(topk, dense / CHUNK + 1);                    // of a token's keys, at most
   const long longest = std::max<long>(CHUNK, topk ? std::min<long>(w.block_size, last + 1) : 0); // piece, at most
   const long scratch_step = std::max({HEAD_GROUP * whole_vectors(longest), long(w.rope), pieces + long(w.rank), last + 1});
   std::vector<float> projected, compressed_q, q, queries, top, total, latents, out;

@@ -5,8 +5,8 @@
 //
 // To add a field to the attention:
 //   1. model/mla.py: let the model compute with it. If it is a setting, declare it in model/config_fields.py. If it is
-//      a parameter, initialise it (modeling_moonwhale.py, _init_weights), count it (costs.py), and let export/ refuse
-//      or convert it.
+//      a parameter, initialise it (model/pretrained.py, _init_weights), count it (costs.py), and let export/ refuse or
+//      convert it.
 //   2. infer/decoder.py, DecoderAttention.__init__: keep it as an attribute, and use it in the PyTorch path.
 //   3. Here: declare it in AttentionFields under the name of that attribute. native/block.py fills fields by name.
 //   4. attention.h: use it as `w.name`.

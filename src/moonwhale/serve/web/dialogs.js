@@ -20,6 +20,7 @@ export function openSettings() {
   $("settings").returnValue = "";
   $("settings").showModal();
 }
+$("defaults").onclick = () => $("settings").close("defaults"); // no submit button: Enter in a field would press it
 $("settings").onclose = () => {
   const chosen = $("settings").returnValue;
   if (chosen === "defaults") Object.assign(state.settings, DEFAULTS);

@@ -16,7 +16,7 @@ export async function call(path, body, signal) {
   const post = body ? { method: "POST", body: JSON.stringify(body) } : {};
   const response = await orFailure(GONE, fetch(path, { headers, signal, ...post }));
   if (response.ok) return response;
-  const message = await response.json().then(({ error }) => error.message, () => "");
+  const message = await response.json().then((said) => said.error?.message, () => "");
   if (response.status === 401) throw new KeyNeeded("The server wants its API key.");
   throw new Failure(inWords(response.status, message));
 }
@@ -44,8 +44,10 @@ function parsed(text) {
 // Returns the model card of the server, which is asked only if it is not known.
 export async function connect() {
   if (!state.model) {
-    const { data } = await orFailure(STRANGE, (await call("v1/models")).json());
-    state.model = data[0];
+    const found = await orFailure(STRANGE, (await call("v1/models")).json());
+    const [model] = found?.data ?? [];
+    if (!model?.context) throw new Failure(STRANGE); // another server, such as Ollama, has no context in its card
+    state.model = model;
   }
   return state.model;
 }
