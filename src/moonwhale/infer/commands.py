@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from moonwhale.errors import UserError, shown, with_option_names
+from moonwhale.files import expanded
 from moonwhale.infer.sampling_options import SamplingOptions
 from moonwhale.options import DEVICES, Parser
 from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
@@ -163,7 +164,7 @@ def _save(messages: list[dict], file: str) -> None:
     if not file or not turns:
         raise UserError("there is no answer yet" if file else "/save needs the name of a file")
     try:
-        with open(os.path.expanduser(file), "a", encoding="utf-8") as lines:
+        with open(expanded(file), "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"messages": [message for turn in turns for message in turn]}) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error

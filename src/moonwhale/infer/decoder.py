@@ -20,6 +20,7 @@ from moonwhale.infer.feed_forward import ExpertLayer, GatedNetwork, Pack
 from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.placement import Placement
 from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+from moonwhale.model.adapters import is_adapted
 from moonwhale.model.attention import attend
 from moonwhale.model.documents import Documents
 from moonwhale.model.mla import MultiheadLatentAttention
@@ -55,7 +56,7 @@ class Decoder:
 
     def __init__(self, model: MoonwhaleForCausalLM, int8: bool = False):
         require_latent_attention(model.config)
-        if any(hasattr(module, "base_layer") for module in model.modules()):
+        if any(map(is_adapted, model.modules())):
             raise UserError("the engine reads no adapters: merge them into the model first (peft's merge_and_unload)")
         pack = partial(PackedLinear, int8=int8)
         body, head = model.model, model.lm_head.weight

@@ -1,7 +1,6 @@
 """The options of `moonwhale compare`, added to those of training. Imports nothing heavy, since `--help` needs it."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,7 +53,7 @@ class CompareOptions:
     )
 
     def __post_init__(self):
-        self.out = os.path.expanduser(self.out)
+        self.out = expanded(self.out)
         require_at_least_one(self, "seeds", "turns", "tokens")
         require(self, "turns", self.turns <= 1000, "give at most 1000")
         require(self, "seconds", self.seconds is None or self.seconds > 0, "it must be above 0")

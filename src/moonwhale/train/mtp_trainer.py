@@ -72,12 +72,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
         n_modules = self.model.config.num_nextn_predict_layers
         total = torch.zeros(1 + n_modules, dtype=torch.long, device=device)
         for batch in batch_samples:
-            labels, *masks = (
-                None if batch.get(name) is None else batch[name].to(device)
-                for name in ("labels", "attention_mask", "position_ids")
-            )
-            documents = Documents.from_inputs(*labels.shape, device, *masks)
-            targets = prediction_targets(labels, documents, n_modules)
+            documents, targets = _documents_and_targets(batch, device, n_modules)
             total += (targets != IGNORE_INDEX).sum((1, 2))
             if self.passes_targets:
                 batch.update(documents=documents, targets=targets)
@@ -195,16 +190,23 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     def _count_bytes(self, inputs: dict[str, Tensor]) -> None:
         if self.byte_lengths is not None and inputs.get("labels") is not None:
-            labels = inputs["labels"]
-            given = inputs.get("attention_mask"), inputs.get("position_ids")
-            targets = prediction_targets(labels, Documents.from_inputs(*labels.shape, labels.device, *given), 0)[0]
-            targets = targets.to(self._n_bytes.device)
+            _, targets = _documents_and_targets(inputs, self._n_bytes.device, 0)
             self._n_bytes += self.byte_lengths.to(targets.device)[targets[targets != IGNORE_INDEX]].sum()
 
     def _evaluate_batch(self, inputs: dict[str, Tensor]) -> Tensor:
         """Returns the loss of a batch, and adds its parts to the sums."""
         with self.accelerator.autocast():
             return self.compute_loss(self.model, inputs)
+
+
+def _documents_and_targets(batch: dict[str, Tensor], device: torch.device, n_modules: int) -> tuple[Documents, Tensor]:
+    """Returns the documents of a batch, and the targets (1 + n_modules, B, T) of its labels, on a device."""
+    labels, *masks = (
+        None if batch.get(name) is None else batch[name].to(device)
+        for name in ("labels", "attention_mask", "position_ids")
+    )
+    documents = Documents.from_inputs(*labels.shape, device, *masks)
+    return documents, prediction_targets(labels, documents, n_modules)
 
 
 class _RowsOfRank(Subset):

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moonwhale.errors import UserError
-from moonwhale.files import read_json
+from moonwhale.files import expanded, read_json
 from moonwhale.presets import PRESETS
 from moonwhale.yaml_files import read_yaml_file
 
@@ -136,4 +136,4 @@ def load_starting_model(config: "TrainConfig", model_config: "MoonwhaleConfig") 
 
 def absolute(folder: str | None) -> str | None:
     """The folder's absolute path, by which a run is replayed and resumed from any working directory."""
-    return folder and os.path.abspath(os.path.expanduser(folder))
+    return folder and os.path.abspath(expanded(folder))
