@@ -2,17 +2,18 @@
 
     python benchmarks/ablations.py --seconds 240 [--seeds 3] [--tune] [--only MHA,GQA]
 
-`moonwhale compare` trains the demo preset and one variant of it for each mechanism: its plain twin. Each call adds one
-budget to the result, or replaces it; the budget's other variants stay if the runs of the base are the same. A call that
-is killed goes on when it is repeated. docs/update_ablations.py writes the page.
+`moonwhale compare` trains the demo preset and one variant of it for each mechanism: its plain twin. Each call trains
+the base anew in turns with its variants, since a machine's speed changes by the hour, and adds them to the result or
+replaces them. A call that is killed goes on when it is repeated. docs/update_ablations.py writes the page.
 
 The text is a mixture of what comes with the packages that moonwhale needs: chitchat's conversations, and the sources of
 Python, torch, transformers and matplotlib. Weights are numbers of documents, so all parts end together.
 
 Keys of the answer (results/ablations.json):
-    budgets: for each budget in seconds: seeds, tuned, and the figures of the base and of each variant, by name: changes
-        (option -> [base, own]), lr, bits_per_byte, difference (mean, half_width of the 95 % interval, verdict),
+    budgets: for each budget in seconds, the figures of the last call's base and of each variant, by name: seeds, tuned,
+        changes (option -> [base, own]), lr, bits_per_byte, difference (mean, half_width of the 95 % interval, verdict),
         tokens_per_second, active_parameters, cache_bytes_per_token, peak_memory_bytes, and the mean curve.
+        `base_tokens_per_second` is the speed of the base that trained in turns with the variant.
     data, environment: the text, and the machine of the last call.
 """
 
@@ -20,7 +21,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-from common import environment, options, write
+from common import environment, options, run_main, write
 from moonwhale.costs import dense_twin
 from moonwhale.data.builtin_sets import chitchat_file, read_chitchat, standard_library_files
 from moonwhale.lab.compare import compare
@@ -70,8 +71,8 @@ def mixture() -> str:
     return ",".join(f"{part}={count}" for part, count in parts.items())
 
 
-def figures(variant: dict) -> dict:
-    """Returns what the result keeps of a variant of `moonwhale compare`."""
+def figures(variant: dict, base: dict, tuned: bool) -> dict:
+    """Returns what the result keeps of a variant of `moonwhale compare` whose base is `base`."""
     kept = {name: variant[name] for name in FIGURES if name in variant}
     curve = [
         [(name, colour, curves[0]) for name, colour, curves in lines([variant], axis)] for axis in ("seconds", "tokens")
@@ -82,11 +83,14 @@ def figures(variant: dict) -> dict:
             [round(seconds, 1), round(tokens), round(bits, 4)]  # a list, as in the file that main reads
             for (seconds, bits), (tokens, _) in zip(by_seconds, by_tokens, strict=True)
         ]
-    return {"changes": variant["changes"], "lr": variant["runs"][0]["options"]["lr"]} | kept
+    if variant is not base and "tokens_per_second" in base:
+        kept["base_tokens_per_second"] = base["tokens_per_second"]
+    how = {"seeds": len(variant["runs"]), "tuned": tuned, "lr": variant["runs"][0]["options"]["lr"]}
+    return how | {"changes": variant["changes"]} | kept
 
 
 def measure(arguments) -> dict:
-    """Runs the comparison of one budget, and returns its entry in the result."""
+    """Runs the comparison of one budget, and returns the figures of the base and of each variant by name."""
     chosen = [v for v in VARIANTS if not arguments.only or v[1] in arguments.only.split(",")]
     variants = [Variant(BASE, {}), *(Variant(name, changes) for _, name, changes in chosen)]
     own = CompareOptions(
@@ -98,11 +102,8 @@ def measure(arguments) -> dict:
     )
     given = {"preset": PRESET, "data": arguments.data or mixture(), "device": arguments.device}
     result = compare(comparison(own, given, variants))
-    return {
-        "seeds": len(result["seeds"]),
-        "tuned": arguments.tune,
-        "variants": {variant["name"]: figures(variant) for variant in result["variants"]},
-    }
+    base = result["variants"][0]
+    return {variant["name"]: figures(variant, base, arguments.tune) for variant in result["variants"]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,15 +121,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--only: no variant {', '.join(unknown)} (there are {', '.join(names)})")
 
     allocator_tuned = tune_allocator()
-    entry = measure(arguments)
+    measured = measure(arguments)
     file = arguments.results / "ablations.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"budgets": {}}
-    key = f"{arguments.seconds:g}"
-    known = before["budgets"].get(key)
-    # A difference holds for the runs of the base that it was measured against
-    if known and known["tuned"] == entry["tuned"] and known["variants"][BASE] == entry["variants"][BASE]:
-        entry["variants"] = known["variants"] | entry["variants"]
-    budgets = before["budgets"] | {key: entry}
+    key, budgets = f"{arguments.seconds:g}", before["budgets"]
+    budgets[key] = budgets.get(key, {}) | measured
     result = {"budgets": dict(sorted(budgets.items(), key=lambda item: float(item[0])))}
     result["data"] = arguments.data or f"chitchat, python, and the sources of {', '.join(PACKAGES)}"
     choice = choose(arguments.device)
@@ -137,4 +134,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

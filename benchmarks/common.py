@@ -22,6 +22,7 @@ import psutil
 import torch
 from transformers import DeepseekV3Config
 
+from moonwhale.errors import UserError, with_option_names
 from moonwhale.model import MoonwhaleConfig
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,22 @@ def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result")
     return parser
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Runs the `main` of a benchmark that trains as `moonwhale` does, and ends as its verbs do.
+
+    Bad input ends in one line and status 2. So does an interrupt, with status 130: after Ctrl-C or SIGTERM, a run saves
+    a checkpoint and raises KeyboardInterrupt.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f"error: {with_option_names(str(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def timed_rounds(

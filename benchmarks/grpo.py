@@ -278,4 +278,4 @@ def draw(result: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    main()
+    common.run_main(main)

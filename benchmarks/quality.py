@@ -43,8 +43,9 @@ import contenders
 from common import ROOT, environment, options, picture, watch_others, write
 from contenders import Contender, Data, bits_per_byte
 from moonwhale.errors import UserError
+from moonwhale.model.compiling import compile_unsupported_reason
 from moonwhale.native.training import use_kernels
-from moonwhale.precision import choose, compile_unsupported_reason, tune_allocator
+from moonwhale.precision import choose, tune_allocator
 
 COLOURS = {"ours": "#2563eb", "dense": "#d97706", "nanochat": "#15803d"}
 WARM_UP = (0.0, 0.5, 1.0)  # progress of the untimed steps: a schedule may change what is computed

@@ -49,24 +49,25 @@ PAGE = """# How a training step scales
 This page shows how the speed and memory of a training step grow with the context, the batch and the number of experts.
 A step is the forward and backward pass of a model with the `{preset}` preset's shapes ({parameters} parameters, MTP
 modules included), in {dtype} with fp32 weights.{since}{age}
-The machine is {cpu} with {threads} threads on {cores} cores, and torch {torch}. Each line is measured in a process of
-its own: the median time of {steps} steps, and the peak memory minus what the libraries take.
+The processor is {cpu} ({threads} threads on {cores} cores), with torch {torch}. Each line is measured in a process of
+its own: the median time of {steps} steps, and the peak memory in addition to what the libraries take.
 [scale.py](../benchmarks/scale.py) measures this and writes the page.
 
 ![Speed and memory against context, batch and number of experts; dashed, the fits of the seconds](scale.svg)
 
 ## Context
 
-One row per step. TFLOP are the operations of a step, computed by [costs.py](../src/moonwhale/costs.py).
+Each step has one row of the given number of tokens. TFLOP are the operations of a step, computed by
+[costs.py](../src/moonwhale/costs.py).
 
 {contexts}
 
 MoBA is faster at {faster} tokens. At {longest} tokens it takes {of_full[seconds]} of the time of full
 attention, {of_full[teraflop]} of the operations and {of_full[megabytes]} of the memory.
 
-Each curve is fitted by a + b T + c T², with T in units of 1,024 tokens, non-negative coefficients, and least squares of
-relative errors. The fitted seconds differ from the measured ones by at most {missed}. GFLOP/s are the operations of a
-term divided by its seconds.
+Which part of the cost is quadratic in the length? To see this, each curve is fitted by a + b T + c T², with T in units
+of 1,024 tokens, non-negative coefficients, and least squares of relative errors. The fitted seconds differ from the
+measured ones by at most {missed}. GFLOP/s are the operations of a term divided by its seconds.
 
 {terms}
 
@@ -278,7 +279,7 @@ def page(result: dict) -> str:
         preset=result["preset"],
         parameters=f"{then / 1e6:.1f} M",
         since="" if now == then else f" The preset has changed since: it has {now / 1e6:.1f} M parameters now.",
-        age="\nThe steps are from before training had its [kernels](training.md#kernels-for-a-cpu)." if old else "",
+        age="\nSteps were measured before training had [kernels](training.md#kernels-for-a-cpu)." if old else "",
         steps=result["steps"],
         config=config,
         full_blocks=sum(not config.is_moba_layer(i) for i in range(config.num_blocks)),

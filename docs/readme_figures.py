@@ -4,7 +4,7 @@ MEMORY_WITHOUT_KERNELS = "2895a3d0adcf37478e91938d6201f7698bc23ede"  # commit of
 PARTS = {"optimizer": ("race", "cost"), "parallel": ("equality", "kills")}  # each with an environment of its own
 # What `machines` calls a result, or a part of one, if not by its script
 NAMES = {
-    "quality_20min": "`quality.py` (1,200 s)",
+    "quality_20min_amx": "`quality.py` (1,200 s)",
     "optimizer's race": "`optimizer.py` (tokens)",
     "optimizer's cost": "`optimizer.py` (shares of a step)",
     "moba_amx": "`moba.py` (AMX)",
@@ -12,14 +12,14 @@ NAMES = {
     "parallel's equality": "`parallel.py` (gradients)",
     "parallel's kills": "`parallel.py` (recoveries)",
 }
-TEXTS = {"sotu.txt.xz": "speeches", "mix54.txt": "mixed text"}  # of quality.py
+TEXTS = {"sotu.txt.xz": "speeches", "mix76.txt": "mixed text"}  # of quality.py
 
 
 def tables(results: dict[str, dict]) -> str:
     """Returns all tables, from the benchmarks' results by name."""
     sections = {
         "What training reaches": quality(
-            [results["quality"], results["quality_20min"]], results["optimizer"], results["grpo"], results["fp8"]
+            [results["quality"], results["quality_20min_amx"]], results["optimizer"], results["grpo"], results["fp8"]
         ),
         "Training speed": training(results["train"], results["demo_step"], results["optimizer"]),
         "MoBA, compared with full attention": moba({"AVX-512": results["moba"], "AMX": results["moba_amx"]}),
@@ -87,7 +87,7 @@ def quality(races: list[dict], optimizer: dict, grpo: dict, fp8: dict) -> str:
         rows.append([what, f"{share:.0%}", script("grpo")])
     error = f"held-out loss after {fp8['steps']} steps in emulated DeepSeek FP8, compared with bf16's"
     rows.append([error, f"{fp8['relative_held_out_error']:+.2%}", script("fp8")])
-    return table(["question", "figure", "script"], rows) + "\n\n" + parameters(races[0], names)
+    return table(["quantity", "value", "script"], rows) + "\n\n" + parameters(races[0], names)
 
 
 def parameters(race: dict, names: dict[str, str]) -> str:
@@ -156,7 +156,7 @@ def decoding(decode: dict) -> str:
     ]
     for what, key in {
         "reading a prompt of 512 tokens relative to llama.cpp, bf16": ("prompt_vs_llamacpp", times),
-        "share of the memory's bandwidth that bf16 decoding reads": ("bandwidth_share_bf16", "{:.0%}".format),
+        "share of the memory bandwidth that bf16 decoding uses": ("bandwidth_share_bf16", "{:.0%}".format),
     }.items():
         if key[0] in decode:
             rows.append([what, key[1](decode[key[0]]), ""])
@@ -175,7 +175,7 @@ def memory(decode: dict) -> str:
         ["with drafts from all MTP modules", f"{cache['drafting_allocated']:,.0f}"],
         ["multi-head attention's, without drafts", f"{cache['multi_head']:,}"],
         ["tokens per forward pass with MTP drafts, demo model", f"{decode['tokens_per_forward']:.2f}"],
-        ["accepted draft tokens", ", ".join(f"{share:.0%}" for share in decode["acceptance"])],
+        ["share of accepted draft tokens", ", ".join(f"{share:.0%}" for share in decode["acceptance"])],
         ["speed with `--draft auto` relative to no drafts", times(decode["auto_vs_off"])],
         *(
             [
@@ -185,7 +185,7 @@ def memory(decode: dict) -> str:
             for name in bits
         ),
     ]
-    return table([f"question, {script('decode')}", "figure"], rows)
+    return table([f"quantity, {script('decode')}", "value"], rows)
 
 
 def serving(serve: dict, parallel: dict) -> str:
@@ -198,7 +198,7 @@ def serving(serve: dict, parallel: dict) -> str:
         [f"5xx responses to {broken}", f"{serve['server_errors']}", "serve"],
         [f"hangs under {broken}", f"{serve['hangs']}", "serve"],
         [
-            f"largest relative difference of gradients, {layouts} layouts on 2 and 4 processes from one process",
+            f"largest relative difference of gradients between {layouts} layouts on 2 and 4 processes and one process",
             f"{parallel['max_gradient_error']:.0e}",
             "parallel",
         ],
@@ -210,7 +210,7 @@ def serving(serve: dict, parallel: dict) -> str:
         ["idle share of a DualPipeV step relative to the formula", times(parallel["bubble_vs_formula"]), "parallel"],
         ["the same relative to 1F1B", times(parallel["bubble_vs_1f1b"]), "parallel"],
     ]
-    return table(["question", "figure", "script"], [[*row[:2], script(row[2])] for row in rows])
+    return table(["quantity", "value", "script"], [[*row[:2], script(row[2])] for row in rows])
 
 
 def machines(results: dict[str, dict]) -> str:

@@ -69,8 +69,8 @@ def not_measured(result: dict, names: list[str]) -> list[str]:
 def costs(result: dict, rows: tuple) -> str:
     """Returns the table of what each variant costs, at the longest budget that is measured for it."""
     lines = [
-        "| variant | learning rate | tokens/s | active parameters | cache per token |",
-        "|---" * 5 + "|",
+        "| variant | seeds | learning rate | tokens/s | compared with its base | active parameters | cache per token |",
+        "|---" * 7 + "|",
     ]
     for name in ["base", *(name for _, name, _ in rows)]:
         found = [
@@ -82,9 +82,12 @@ def costs(result: dict, rows: tuple) -> str:
 
 
 def _costs(figures: dict) -> list[str]:
+    own, base = figures["tokens_per_second"], figures.get("base_tokens_per_second")
     return [
-        f"{figures['lr']:.2g}",
-        f"{figures['tokens_per_second']:,.0f}",
+        str(figures["seeds"]),
+        f"{figures['lr']:.2g}{', tuned' if figures['tuned'] else ''}",
+        f"{own:,.0f}",
+        f"{own / base:.2f} times" if base else "",
         f"{figures['active_parameters'] / 1e6:.2f} M",
         f"{figures['cache_bytes_per_token']:,} B",
     ]
@@ -95,18 +98,14 @@ def where(result: dict) -> str:
     if not result["budgets"]:
         return "Nothing is measured yet."
     machine = result["environment"]
-    runs = "; ".join(
-        f"{BUDGETS.get(budget, f'{budget} s')}: {entry['seeds']} seeds, rates {'tuned' if entry['tuned'] else 'fixed'}"
-        for budget, entry in result["budgets"].items()
-    )
     return (
-        f"Text: {result['data']}. {runs}. Measured on {machine['cpu']}, {machine['threads']} threads, "
+        f"Text: {result['data']}. Measured on {machine['cpu']}, {machine['threads']} threads, "
         f"{machine['dtype']}, torch {machine['torch']}."
     )
 
 
 def _figures(result: dict, budget: str, name: str) -> dict | None:
-    return result["budgets"].get(budget, {}).get("variants", {}).get(name)
+    return result["budgets"].get(budget, {}).get(name)
 
 
 def updated(text: str, result: dict, rows: tuple) -> str:

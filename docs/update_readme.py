@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # The benchmarks whose results `figures` shows.
 SOURCES = (
     "quality",
-    "quality_20min",
+    "quality_20min_amx",
     "optimizer",
     "train",
     "demo_step",
@@ -53,10 +53,11 @@ def evening() -> str:
     count, of = topics["questions_on_topic"], topics["questions"]
     return (
         f"{transcript('evening')}\n\n"
-        f"It answers {count['evening']} of [{of} questions](benchmarks/topics.txt) on their topic, the demo "
-        f"{count['demo']}. By the rule of [topics.py](benchmarks/topics.py),\n"
-        "written before the models were trained, one of the question's words is enough, even in a sentence without\n"
-        "sense; [topics.json](benchmarks/results/topics.json) has every answer."
+        f"It stays on the topic of {count['evening']} of [{of} questions](benchmarks/topics.txt), the demo of "
+        f"{count['demo']}. The rule of [topics.py](benchmarks/topics.py) was\n"
+        "written before the models were trained. It is lenient: an answer with one of the words listed for its "
+        "question counts,\n"
+        "even if it makes no sense. [topics.json](benchmarks/results/topics.json) has every answer."
     )
 
 
@@ -67,24 +68,25 @@ def grpo() -> str:
     before, after = result["before"]["pass1"], min(each["pass1"] for each in result["after"])
     cores = "one CPU core" if threads == 1 else f"{threads} CPU cores"
     return (
-        f"In {steps} steps of GRPO after a warm start ({result['minutes']:.0f} minutes on {cores}), right answers to "
-        f"sums rise from {before:.0%}\nto {after:.0%}, in the worst of {n_seeds} seeds, while answers grow longer:\n\n"
+        f"After a warm start, {steps} steps of GRPO ({result['minutes']:.0f} minutes on {cores}) raise the share of "
+        f"right answers to sums from {before:.0%}\n"
+        f"to {after:.0%} in the worst of {n_seeds} seeds, while answers grow longer:\n\n"
         f"![Right answers and their length over {steps} steps of GRPO, {n_seeds} seeds](docs/grpo.svg)"
     )
 
 
 def nanochat() -> str:
     """Returns the comparisons with nanochat and with a dense network."""
-    races = {name: read(name) for name in ("quality", "quality_amx", "quality_20min")}
+    races = {name: read(name) for name in ("quality", "quality_amx", "quality_20min_amx")}
     ablations = read("ablations")
-    variants = ablations["budgets"]["240"]["variants"]
-    dense = variants["dense of equal FLOPs"]
-    faster = dense["tokens_per_second"] / variants["base"]["tokens_per_second"]
+    dense = ablations["budgets"]["240"]["dense of equal FLOPs"]
+    faster = dense["tokens_per_second"] / dense["base_tokens_per_second"]
     return (
         f"{readme_figures.against_nanochat(races)}\n\n"
-        f"On an {readme_figures.cpu(ablations['environment'])}, the model with a dense network of equal FLOPs in place "
-        f"of the experts trains {faster:.2f} times as fast.\n"
-        f"After four minutes its bits per byte minus the whole model's are {update_ablations.difference(dense)}\n"
+        f"With a dense network of equal FLOPs in place of its experts, the demo model trains {faster:.2f} times "
+        f"as fast on an {readme_figures.cpu(ablations['environment'])}.\n"
+        "The difference in bits per byte after four minutes, dense minus experts, is "
+        f"{update_ablations.difference(dense)}\n"
         "([ablations](docs/ablations.md))."
     )
 

@@ -5,14 +5,19 @@ import json
 STORED = "moonwhale.conversation."
 SIZES = {"desktop": (1280, 800), "phone": (360, 640)}
 
-# A test writes the answers in place of the server: `answer` is the stream of the one that the page waits for.
+# A test writes the answers in place of the server: `answer` is the stream of the one that the page waits for, `asked`
+# are the messages that were sent, and `dropped` is how many of them the server says that it has dropped.
 TAKE_OVER = """() => {
     const own = fetch;
-    window.fetch = (url, options) => !url.includes("chat/completions") ? own(url, options)
-        : Promise.resolve(new Response(new ReadableStream({ start: stream => {
+    window.fetch = (url, options) => {
+        if (!url.includes("chat/completions")) return own(url, options);
+        window.asked = JSON.parse(options.body).messages;
+        const body = new ReadableStream({ start: stream => {
             window.answer = stream;
             options.signal.onabort = () => stream.error(options.signal.reason);
-        } })));
+        } });
+        return Promise.resolve(new Response(body, { headers: { "moonwhale-dropped-messages": window.dropped ?? 0 } }));
+    };
 }"""
 ASKED = "while (!window.answer) await new Promise(done => setTimeout(done))"  # wait_for_function needs eval
 

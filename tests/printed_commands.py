@@ -132,6 +132,7 @@ def _toy_stage(stage: dict) -> dict:
     """Returns a recipe's stage with its verb's toy options."""
     ((verb, given),) = stage.items()
     toy, _ = read_argv(parser_of(cli._function(verb)), CLASSES[verb], [*TOYS[verb], *given.get("", [])])
+    given.pop("epochs", None)  # the toy has steps in their place
     return {verb: given | toy}
 
 

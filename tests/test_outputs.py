@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moonwhale.errors import UserError
+from moonwhale.files import new_folder
 from moonwhale.outputs import new_file, new_named_folder, owned, sync
 
 
@@ -165,3 +166,14 @@ def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("dear")
     assert os.listdir(tmp_path / "out") == ["thesis.txt"]
+
+
+def test_a_full_disk_is_named_without_a_home_folder(tmp_path, monkeypatch):
+    def expanduser(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MOONWHALE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    said = r"^cannot write in .*: the disk is full \(free some space\)$"
+    with pytest.raises(UserError, match=said), new_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -209,24 +209,3 @@ def test_a_tuned_allocator_reuses_memory_without_page_faults():
 def test_the_allocator_is_tuned_only_on_linux(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert precision.tune_allocator() is False
-
-
-@pytest.mark.parametrize(
-    ("gpu", "compiler", "reason"),
-    [
-        ({}, "gcc", ""),
-        ({"capability": (6, 1)}, "gcc", "compute capability 7.0"),
-        ({"packages": ()}, "gcc", "triton is not installed"),
-        ({}, None, "no C compiler"),
-    ],
-)
-def test_what_a_gpu_needs_to_compile(gpu, compiler, reason, machine, monkeypatch):
-    machine(gpus=1, **gpu)
-    monkeypatch.setattr("shutil.which", lambda name: compiler)
-    found = precision.compile_unsupported_reason(torch.device("cuda"))
-    assert reason in found if reason else not found
-
-
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "install g++" in precision.compile_unsupported_reason(CPU)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -170,7 +170,8 @@ def _cannot_write(folder: Path, error: OSError) -> UserError:
     full = error.errno == errno.ENOSPC
     reason = "the disk is full" if full else error.strerror or str(error)
     hints = ["free some space"] if full else []
-    hints += ["MOONWHALE_CACHE moves the cache"] if folder.is_relative_to(cache_folder()) else []
+    with suppress(UserError):  # without a home folder there may be no cache to move
+        hints += ["MOONWHALE_CACHE moves the cache"] if folder.is_relative_to(cache_folder()) else []
     return UserError(f"cannot write in {folder}: {reason}" + (f" ({'; '.join(hints)})" if hints else ""))
 
 

@@ -2,15 +2,11 @@
 
 import ctypes
 import importlib.util
-import os
 import re
-import shutil
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -171,23 +167,11 @@ def _bf16_unit(device: torch.device) -> str:
     return f"the CPU has {'AMX' if torch.cpu._is_amx_tile_supported() else 'AVX512-BF16'}"
 
 
-def compile_unsupported_reason(device: torch.device) -> str:
-    """Return why torch.compile cannot build its kernels for a device, or "" if what it needs is installed."""
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            return "triton needs a GPU of compute capability 7.0 or later"
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
-        has_compiler = any(name and shutil.which(name) for name in compilers)
-        return "" if has_compiler else "triton finds no C compiler (install gcc or clang, or set CC)"
-    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
-    compiler = next((name for name in candidates if name and shutil.which(name)), None)
-    if compiler is None:
-        return "no C++ compiler is found (install g++ or clang, or set CXX)"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return f"Python.h is missing, which {compiler} needs (install Python's development files)"
-    return ""
+def multiplies_in_fp32(device: torch.device) -> bool:
+    """Return whether products of fp32 matrices stay in fp32, and are not computed in TF32 or BF16."""
+    if device.type == "cuda":  # the older setting raises after transformers' `tf32` or `torch_compile` has set this one
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def tune_allocator() -> bool:

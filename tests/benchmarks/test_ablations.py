@@ -50,11 +50,11 @@ def run(name: str, bits: float) -> dict:
     return {"variant": name, "seed": 0, "curve": curve, "options": {"lr": 6e-3}}
 
 
-def compared(asked, base: float = 2.0) -> dict:
+def compared(asked, base_speed: float = 6000.0) -> dict:
     """A result of `compare` with invented figures."""
     variants = []
     for i, variant in enumerate(asked.variants):
-        figures = {"bits_per_byte": base + 0.1 * i, "tokens_per_second": 6000.0, "peak_memory_bytes": 5e7}
+        figures = {"bits_per_byte": 2.0 + 0.1 * i, "tokens_per_second": base_speed - i, "peak_memory_bytes": 5e7}
         figures |= {"active_parameters": 3_000_000, "cache_bytes_per_token": 640, "diverged": 0}
         if i:
             figures["difference"] = {"mean": 0.1 * i, "half_width": 0.05, "verdict": "worse"}
@@ -72,22 +72,23 @@ def test_budgets_and_variants_are_added_to_the_result(ablations, tmp_path, monke
     result = json.loads((tmp_path / "ablations.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert list(result["budgets"]) == ["240", "1200"]
-    assert list(result["budgets"]["240"]["variants"]) == ["base", "MHA", "GQA"]
-    assert len(result["budgets"]["1200"]["variants"]) == 1 + len(ablations.VARIANTS)
-    assert result["budgets"]["240"]["variants"]["GQA"]["curve"] == [[1.0, 64, 3.1], [2.0, 128, 2.1]]
+    assert list(result["budgets"]["240"]) == ["base", "MHA", "GQA"]
+    assert len(result["budgets"]["1200"]) == 1 + len(ablations.VARIANTS)
+    assert result["budgets"]["240"]["GQA"]["curve"] == [[1.0, 64, 3.1], [2.0, 128, 2.1]]
     assert [(each.options.turns, each.options.out) for each in asked[:2]] == [
         (60, "runs/ablations-1200s"),
         (16, "runs/ablations-240s"),
     ]
 
 
-def test_variants_measured_against_another_base_are_dropped(ablations, tmp_path, monkeypatch):
-    bases = iter((2.0, 1.9))
-    monkeypatch.setattr(ablations, "compare", lambda comparison: compared(comparison, next(bases)))
+def test_each_variant_keeps_the_speed_of_the_base_that_trained_in_turns_with_it(ablations, tmp_path, monkeypatch):
+    speeds = iter((6000.0, 5000.0))
+    monkeypatch.setattr(ablations, "compare", lambda comparison: compared(comparison, next(speeds)))
     for name in ("MHA", "GQA"):
         ablations.main(["--results", str(tmp_path), "--data", "chitchat", "--device", "cpu", "--only", name])
-    result = json.loads((tmp_path / "ablations.json").read_text())
-    assert list(result["budgets"]["240"]["variants"]) == ["base", "GQA"]
+    figures = json.loads((tmp_path / "ablations.json").read_text())["budgets"]["240"]
+    speeds = {name: (v["tokens_per_second"], v.get("base_tokens_per_second")) for name, v in figures.items()}
+    assert speeds == {"base": (5000, None), "MHA": (5999, 6000), "GQA": (4999, 5000)}
 
 
 def test_an_unknown_variant_is_refused(ablations, capsys):
@@ -108,19 +109,17 @@ def test_what_is_not_measured_is_said_to_be(page):
 
 def test_figures_appear_on_the_page_as_they_come(page):
     base = {"lr": 6e-3, "tokens_per_second": 6100.4, "active_parameters": 2_900_000, "cache_bytes_per_token": 640}
-    base |= {"diverged": 0}
+    base |= {"diverged": 0, "seeds": 3, "tuned": False}
     mha = base | {"difference": {"mean": -0.0124, "half_width": 0.02, "verdict": "no difference seen"}}
+    mha |= {"base_tokens_per_second": 6000.0}
     gqa = base | {"difference": {"mean": 0.0124, "half_width": None, "verdict": "one seed: no interval"}}
+    gqa |= {"base_tokens_per_second": 12200.0, "seeds": 1, "tuned": True}
     result = {
         "data": "chitchat",
         "environment": {"cpu": "A CPU", "threads": 2, "dtype": "fp32", "torch": "2.13"},
         "budgets": {
-            "240": {
-                "seeds": 3,
-                "tuned": False,
-                "variants": {"base": base, "MHA": mha, "full attention": {"diverged": 2}},
-            },
-            "3600": {"seeds": 1, "tuned": True, "variants": {"base": base, "GQA": gqa}},
+            "240": {"base": base, "MHA": mha, "full attention": {"diverged": 2}},
+            "3600": {"base": base, "GQA": gqa},
         },
     }
     text = page.updated(page.PAGE.read_text(encoding="utf-8"), result, page.variants())
@@ -130,5 +129,7 @@ def test_figures_appear_on_the_page_as_they_come(page):
     assert "| MoBA | full attention | 2 diverged |  |" in text and "| MuonClip | AdamW |" not in text
     assert "\nNot measured yet after 4 minutes: GQA, dense of equal FLOPs, no MTP module, " in text
     assert "; after 20 minutes: all; after 60 minutes: MHA, full attention, dense of equal FLOPs, " in text
-    assert "| MHA | 0.006 | 6,100 | 2.90 M | 640 B |\n" in text
-    assert "4 minutes: 3 seeds, rates fixed; 60 minutes: 1 seeds, rates tuned. Measured on A CPU" in text
+    assert "| base | 3 | 0.006 | 6,100 |  | 2.90 M | 640 B |\n" in text
+    assert "| MHA | 3 | 0.006 | 6,100 | 1.02 times | 2.90 M | 640 B |\n" in text
+    assert "| GQA | 1 | 0.006, tuned | 6,100 | 0.50 times | 2.90 M | 640 B |\n" in text
+    assert "Text: chitchat. Measured on A CPU, 2 threads" in text

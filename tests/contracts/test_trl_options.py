@@ -222,6 +222,18 @@ def test_no_two_rollouts_of_grpo_share_a_seed(grpo, monkeypatch):
     assert len(seeds) > 4 * 4 and len(set(seeds)) == len(seeds)
 
 
+def test_every_seed_draws_rollouts_of_its_own(grpo):
+    trainer = grpo()
+
+    def first_seed(seed: int) -> int:
+        trainer.args.seed, trainer._rollouts = seed, {"train": (-1, 0), "eval": (-1, 0)}
+        return trainer._rollout_seed(4)
+
+    seeds = [0, 1, 2**22 - 1, 2**22, 2**22 + 1, 2**31, 2**32 - 1]
+    found = [first_seed(seed) for seed in seeds]
+    assert len(set(found)) == len(seeds) and max(found) < 2**62 and found == [first_seed(seed) for seed in seeds]
+
+
 def test_an_evaluation_leaves_the_answers_of_training(grpo):
     trainer = grpo(log_completions=True)
     trainer.train()

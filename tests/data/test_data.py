@@ -199,19 +199,26 @@ def test_packing_by_hand(tokenizer, tmp_path):
     assert [len(document) for document in ids] == [5, 3, 4]
     (bos, a, b, c, eos), (_, d, _), (_, e, f, _) = ids
     lengths = np.array([5, 3, 4])
-    packed = rows_of(PackedDataset(built, np.array([0, 5, 8]), lengths, 6, 4, tokenizer.pad_token_id))
+    packed = rows_of(PackedDataset(built, np.array([0, 5, 8]), lengths, 6, 4))
     assert packed == {
         "input_ids": [[bos, a, b, c], [eos, bos, d, eos], [bos, e, f, eos]],
         "position_ids": [[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, 2, 3]],
         "labels": [[-100, a, b, c], [eos, -100, d, eos], [-100, e, f, eos]],
     }
-    # Without the middle document and with rows of 5, the last row has one token of padding.
-    part = PackedDataset(built, np.array([0, 8]), lengths[[0, 2]], 5, 5, tokenizer.pad_token_id)
+    # Without the middle document and with rows of 5, the last row lacks one token.
+    part = PackedDataset(built, np.array([0, 8]), lengths[[0, 2]], 5, 5)
     assert (part.n_documents, part.n_tokens, part.n_bytes, len(part)) == (2, 9, 5, 2)
     assert rows_of(part) == {
-        "input_ids": [[bos, a, b, c, eos], [bos, e, f, eos, tokenizer.pad_token_id]],
+        "input_ids": [[bos, a, b, c, eos], [bos, e, f, eos, bos]],
         "position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]],
         "labels": [[-100, a, b, c, eos], [-100, e, f, eos, -100]],
+    }
+    # A row longer than the text repeats it. Each repetition is a document of its own, and none has labels.
+    short = PackedDataset(built, np.array([5]), lengths[[1]], 1, 8)
+    assert rows_of(short) == {
+        "input_ids": [[bos, d, eos, bos, d, eos, bos, d]],
+        "position_ids": [[0, 1, 2, 0, 1, 2, 0, 1]],
+        "labels": [[-100, d, eos, -100, -100, -100, -100, -100]],
     }
     assert part[1]["input_ids"].dtype == torch.int64
     with pytest.raises(IndexError):

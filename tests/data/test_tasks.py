@@ -34,6 +34,11 @@ def test_problems_depend_on_the_seed_alone():
     assert len({p.question for p in first} & {p.question for p in other}) < 10
 
 
+def test_a_seed_whose_questions_would_be_those_of_another_is_refused():
+    with pytest.raises(UserError, match=r"^`seed`: 2147483648 is impossible: a task of reasoning-gym takes seeds"):
+        load_task(SUMS).problems(1, 2**31)
+
+
 def test_no_question_is_in_training_and_held_out():
     task = load_task(SUMS)
     train, held_out = task.problems(1000, 0), task.problems(100, 0, held_out=True)

@@ -15,7 +15,7 @@ from moonwhale import cli
 from moonwhale.checkpoint import log_history, newest_checkpoint
 from moonwhale.data.loading import Source, load_source
 from moonwhale.data.packing import pack_all, pack_split
-from moonwhale.data.tasks import Problem, Task
+from moonwhale.data.tasks import Problem, Task, is_held_out
 from moonwhale.data.tokenizer import train_tokenizer
 from moonwhale.errors import UserError
 from moonwhale.evaluate import tasks
@@ -449,6 +449,7 @@ def test_several_evaluations_in_one_call(small_checkpoint, text_folder, question
         (["--task", "QUESTIONS", "--temperature", "0"], "--temperature: 0 draws the greedy answer again and again"),
         (["--task", "QUESTIONS", "--problems", "7", "--whole"], "has 6 questions, not 7: lower --problems"),
         (["--task", "QUESTIONS", "--problems", "7"], "or take all questions by --whole"),
+        (["--task", "QUESTIONS", "--batch-size", "4"], "--batch-size: it has no effect without --data or --lm-eval"),
         (["--lm-eval", "whales", "--speculation"], "--speculation: it has no effect without text or questions"),
         (["--lm-eval", "whales", "--whole"], "--whole: it has no effect without text or questions: give --data"),
         (["--task", "QUESTIONS", "--rows", "2"], "--rows: it has no effect without --data: give both, or leave it out"),
@@ -466,6 +467,16 @@ def test_several_evaluations_in_one_call(small_checkpoint, text_folder, question
 def test_mistakes_are_one_line(argv, message, small_checkpoint, text_folder, questions, capsys):
     given = {"TEXT": str(text_folder), "QUESTIONS": questions}
     assert message in refused(capsys, small_checkpoint, *(given.get(word, word) for word in argv))
+
+
+def test_all_questions_are_asked_for_only_where_the_held_out_ones_are_too_few(small_checkpoint, tmp_path, capsys):
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(100)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    n = sum(is_held_out(row["question"]) for row in rows)
+    asked = ["--task", tmp_path / "many.jsonl", "--whole", "--problems", n]
+    assert f"--whole: it has no effect with --problems {n}: " in refused(capsys, small_checkpoint, *asked)
+    small = ["--samples", 1, "--max-new-tokens", 2, "--device", "cpu"]
+    assert f"{n + 1} problems, 1 samples" in run(capsys, small_checkpoint, *asked[:-1], n + 1, *small)
 
 
 def test_no_checkpoint(text_folder, tmp_path, capsys):

@@ -125,6 +125,13 @@ def test_what_the_format_cannot_hold_is_reported(checkpoint, tmp_path, capsys):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_a_dense_mtp_module_is_reported(checkpoint, tmp_path, capsys):
+    """transformers gives every MTP module experts, so it cannot load a dense one."""
+    folder, _ = checkpoint(moba_topk=0, first_k_dense_replace=3, num_nextn_predict_layers=1)
+    said = run(capsys, folder, "--out", tmp_path / "theirs")
+    assert "expects experts in MTP modules" in said and len(said.splitlines()) == 1
+
+
 def test_a_foreign_folder(checkpoint, tmp_path, capsys):
     """If our configuration file is missing, MTP modules are found in the weights and MoBA is off."""
     folder, model = checkpoint(moba_topk=2, moba_block_size=4, num_nextn_predict_layers=2)

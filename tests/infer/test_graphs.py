@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from test_decoder import CONFIGS, MOBA
-from test_scheduler import mixed, run
+from test_scheduler import mixed, run, run_and_compare_modules, several
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,6 +133,14 @@ def test_changing_batches_generate_the_same(draft, options, model, taped, monkey
     want, got = both(model, taped, draft, monkeypatch, **options)
     assert got == want
     assert len(calls) > 2 * len(set(calls)), "steps are replayed"
+
+
+@torch.inference_mode()
+def test_captured_steps_leave_no_rejected_draft_in_the_modules(model, taped, monkeypatch):
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)
+    to = Scheduler(taped(model), 10**8, 8, Drafting(2, 2))
+    run_and_compare_modules(to, Decoder(model), several(temperature=2.0))
+    assert to.decoder.graphs._captured
 
 
 def test_few_graph_sizes_serve_all_batches():

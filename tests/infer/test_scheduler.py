@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from silent import Silent
 
 from moonwhale.errors import UserError
@@ -144,6 +145,54 @@ def test_the_modules_see_the_first_prompt(certain):
         assert (to.cache.keys[layer][0, :19] != 0).any(-1).all()
 
 
+def several(**options):
+    return [request(tokens(n, seed=n), tokens=m, seed=n, **options) for n, m in ((1, 14), (9, 10), (21, 12))]
+
+
+def assert_modules_read_what_is_verified(to, decoder):
+    """Compare the MTP modules' caches of all running sequences with those of a `decoder` that reads each text at once.
+
+    Module k reads token i + k at position i. Its last k - 1 entries come from drafts and are not compared.
+    """
+    for slot, row in enumerate(to.running):
+        ids, n = torch.tensor([row.ids]), row.cached
+        assert ids.shape[1] == n + 1
+        cache = decoder.cache()
+        cache.resize(1, n)
+        placement = decoder.place(cache, 0, [0], n)
+        hidden, first = decoder.run(ids[:, :n], cache, placement), decoder.config.num_hidden_layers
+        for k, blocks in enumerate(decoder.config.mtp_blocks, start=1):
+            hidden = decoder.draft(k, hidden, F.pad(ids, (0, k))[:, k : n + k], cache, placement)
+            final = max(n + 1 - k, 0)
+            for layer in range(first, first + blocks):
+                lengths = final, final, final // decoder.block_size  # of keys, values and means
+                for got, want, length in zip(to.cache.of_layer(layer), cache.of_layer(layer), lengths, strict=True):
+                    torch.testing.assert_close(got[slot, :length], want[0, :length], atol=5e-5, rtol=1e-4)
+            first += blocks
+
+
+def run_and_compare_modules(to, decoder, requests):
+    for one in requests:
+        to.submit(one)
+    while unfinished(requests):
+        to.step()
+        assert_modules_read_what_is_verified(to, decoder)
+    assert sum(sum(one.accepted) for one in requests) < sum(sum(one.drafted) for one in requests)
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("modules", [2, 3])
+@torch.inference_mode()
+def test_a_rejected_draft_leaves_no_trace_in_the_modules(modules, options, sequences, tiny_model, monkeypatch):
+    """Prompts are prefilled in pieces of 8 tokens, so that one has a last piece of a single token."""
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)
+    shape = MOBA | {"num_nextn_predict_layers": modules, "mtp_num_blocks": [1, 2, 1][:modules]}
+    model, ones = tiny_model(max_position_embeddings=256, **shape), several(**options)
+    run_and_compare_modules(scheduler_of(model, modules, sequences=sequences), Decoder(model), ones)
+    assert not options or any(sum(one.accepted) for one in ones)
+
+
 def test_a_moved_sequence_leaves_nothing_of_an_earlier_one(certain):
     cache = Decoder(certain).cache()
     cache.resize(2, 4 * cache.config.moba_block_size)
@@ -270,13 +319,18 @@ def test_mutant_noise_used_twice(tiny_model, monkeypatch):
 # --- the depth -------------------------------------------------------------------------------------------------------
 
 
+def verdicts(accepted, depth):
+    """Return the verdicts on `depth` drafts of which the first `accepted` are right: none after the first wrong one."""
+    return [k < accepted for k in range(min(accepted + 1, depth))]
+
+
 def settled(seconds, held, modules=2, cycles=200):
     """Return the depth that is chosen most if cycles take seconds[depth] and `held` of the drafts are accepted."""
     drafting, chosen = Drafting(modules), []
     for _ in range(cycles):
         depth = drafting.depth(1)
         chosen.append(depth)
-        drafting.record(1, depth, seconds[depth], [(min(held, depth) + 1, min(held, depth))])
+        drafting.record(depth, seconds[depth], [verdicts(held, depth)])
     return max(set(chosen[cycles // 2 :]), key=chosen.count)
 
 
@@ -290,7 +344,7 @@ def test_the_draft_depth_is_the_fastest():
     assert Drafting(0).depth(5) == 0
     fixed = Drafting(2, fixed=2)
     for _ in range(100):
-        fixed.record(1, 2, 1.0, [(2, 1)])
+        fixed.record(2, 1.0, [[True, False]])
     assert not any(fixed._trials[1].seconds.values()), "with one possible depth nothing is kept"
 
 
@@ -306,7 +360,7 @@ def simulated(seconds, acceptance, cycles, hiccups=()):
         while accepted < depth and generator.random() < acceptance[accepted]:
             accepted += 1
         time = seconds[depth] * (3 if any(cycle in hiccup for hiccup in hiccups) else 1)
-        drafting.record(1, depth, time, [(accepted + 1, accepted)])
+        drafting.record(depth, time, [verdicts(accepted, depth)])
         chosen.append(depth)
         taken, tokens = taken + time, tokens + 1 + accepted
     return chosen, tokens / taken * seconds[0]

@@ -198,6 +198,8 @@ def test_checkpoint(checkpoint, capsys):
     assert figures["parameters"] == model_size(MoonwhaleConfig(**SMALL)).parameters
     assert figures["context"] == 48
     assert "steps" not in figures
+    with pytest.raises(UserError, match=r"^`model.intermediate_size`: it has no effect with"):
+        main_info([str(checkpoint), "--model.intermediate_size", "512"])
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path, content, message):
         (["demo", "--context", "0"], "`context`: 0 is impossible"),
         (["demo", "--context", "long"], "`context`: 'long' is not a whole number"),
         (["demo", "--model.moba_block_size", "0"], "`model.moba_block_size`=0 is impossible"),
+        (["demo", "--model.intermediate_size", "512"], "`model.intermediate_size`: it has no effect with"),
         (["demo", "--contxt", "3"], r"unknown option --contxt \(did you mean --context\?\)"),
         ([], "required: PRESET_OR_FOLDER"),
     ],

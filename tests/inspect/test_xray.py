@@ -309,6 +309,10 @@ def test_the_command_writes_a_page(small_checkpoint, tmp_path, capsys):
         main_xray([str(small_checkpoint), "--prompt", "x", "--max-new-tokens", "-1", "--out", str(out)])
     with pytest.raises(UserError, match="`chat`: there is no `prompt` to answer"):
         main_xray([str(small_checkpoint), "--chat", "--out", str(out)])
+    with pytest.raises(UserError, match="`seed`: it has no effect with `temperature` 0"):
+        main_xray([str(small_checkpoint), "--prompt", "x", "--seed", "3", "--out", str(out)])
+    with pytest.raises(UserError, match="`temperature`: it has no effect with `max_new_tokens` 0"):
+        main_xray([str(small_checkpoint), "--max-new-tokens", "0", "--temperature", "1", "--out", str(out)])
 
 
 def test_the_example_has_several_blocks(small_model, small_tokenizer, monkeypatch):

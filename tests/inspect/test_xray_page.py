@@ -265,11 +265,13 @@ def test_a_served_page_computes_any_setting(browser, small_engine, small_checkpo
         page.fill("#settings [name=num_experts_per_tok]", "3")
         page.click("#settings button:text-is('Compute')")
         page.wait_for_selector("#settings tr.selected:has-text('3 experts per token')")
+        assert page.evaluate("document.activeElement.matches('tr.selected button')"), "the focus is not lost"
         assert page.locator("#experts .taken").count() == 3
         page.evaluate("document.querySelector('#settings form').noValidate = true")
         page.fill("#settings [name=num_experts_per_tok]", "9")
         page.click("#settings button:text-is('Compute')")
         page.wait_for_selector("#settings .bad:has-text('9 is out of bounds: give from 1 to 4')")
+        assert page.input_value("#settings [name=num_experts_per_tok]") == "9"
         assert page.locator("#experts .taken").count() == 3
         with page.expect_download():
             page.click("#map .save:text-is('PNG')")

@@ -87,7 +87,7 @@ def test_a_file_names_variants(tmp_path):
         (["--vary", "tokens_per_step=5000"], "variant tokens_per_step=5000: `tokens_per_step`: 5000 is no multiple"),
         (["--vary", "lr=1", "--seeds", "0"], "`seeds`: 0 is impossible: it must be at least 1"),
         (["--vary", "lr=1", "--seconds", "0"], "`seconds`: 0.0 is impossible"),
-        (["--vary", "lr=1", "--tokens", "4095"], "`tokens`: 4,095 are less than a step of `tokens_per_step` 4,096"),
+        (["--vary", "lr=1", "--tokens", "4095"], "`tokens`: 4,095 are less than the 4,096 of a step: give more"),
         (["--vary", "lr=1", "--tokens", "409600", "--warmup-steps", "31"], "`steps` 100 less 70 of decay leave 30"),
         (["--vary", "lr=1", "--seconds", "9", "--tokens", "9999"], "`seconds` and `tokens` are two budgets"),
         (["--vary", "lr=1", "--seconds", "9", "--steps", "9"], "`seconds` and `steps` are two budgets"),
@@ -96,6 +96,18 @@ def test_a_file_names_variants(tmp_path):
         (["--vary", "lr=3e-3", "--tune", "lr"], "variants base and lr=0.003 have the same options but for `lr`, which"),
         (["--vary", "lr=1", "--variants", "x"], "give `vary` or `variants`, not both"),
         (["--vary", "lr=1", "--save-every", "3"], "unknown option --save-every"),
+        (
+            ["--optimizer", "adamw", "--vary", "momentum=0.9"],
+            "variant momentum=0.9: `momentum`: it has no effect with `optimizer` adamw",
+        ),
+        (
+            ["--optimizer", "adamw", "--momentum", "0.9", "--vary", "lr=1"],
+            "`momentum`: it has no effect with `optimizer` adamw: leave it out",
+        ),
+        (
+            ["--vary", "model.intermediate_size=512"],
+            "variant intermediate_size=512: `model.intermediate_size`: it has no effect with `model.first_k_",
+        ),
         (["--variants", "nowhere.yaml"], "`variants`: cannot read nowhere.yaml"),
         (["--vary", "lr=" + ",".join(map(str, range(1, 60)))], "60 variants are too many"),
     ],
@@ -152,6 +164,11 @@ def test_a_warm_up_has_the_room_that_a_budget_of_tokens_leaves(tmp_path):
     for comparison in (by_option, asked(*tokens, "--variants", str(file))):
         config = comparison.config(comparison.variants[1])
         assert (config.warmup_steps, config.steps) == (200, 12_207)
+
+
+def test_an_option_for_all_has_an_effect_in_one_variant_at_least():
+    assert list(changes("--momentum", "0.9", "--vary", "optimizer=adamw")) == ["base", "optimizer=adamw"]
+    assert list(changes("--model.kv_lora_rank", "32", "--vary", "model.attention=gqa")) == ["base", "attention=gqa"]
 
 
 def test_seeds_follow_the_first():

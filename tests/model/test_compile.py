@@ -8,7 +8,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moonwhale import fp8, precision
+from moonwhale import fp8
+from moonwhale.model import compiling
 from moonwhale.train.pretrain import compile_blocks
 
 TOKENS = (torch.arange(40) * torch.tensor([[1], [3]])) % 61
@@ -122,7 +123,7 @@ def test_a_forward_pass_without_labels_is_one_graph_and_computes_the_same(model,
 def test_on_a_gpu_blocks_and_loss_are_compiled(model, monkeypatch):
     compiled, expected = [], results(model, model)["loss"]
     loss, blocks = model.losses, [layer._call_impl for layer in model.model.layers]
-    monkeypatch.setattr(precision, "compile_unsupported_reason", lambda device: "")
+    monkeypatch.setattr(compiling, "compile_unsupported_reason", lambda device: "")
 
     def run(function, *args, **kwargs):
         compiled.append(function)

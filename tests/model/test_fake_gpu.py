@@ -42,7 +42,7 @@ def devices():
 @pytest.fixture
 def fake(devices, monkeypatch):
     """Run a test with fake tensors, and without flex_attention's own compilation."""
-    monkeypatch.setattr(flex, "can_compile", lambda: True)
+    monkeypatch.setattr(flex, "can_compile", lambda device: True)
     monkeypatch.setattr(flex, "_compiled", lambda: flex._attention)
     monkeypatch.setattr(flex, "_flex", dense_on_device)
     monkeypatch.setattr(flex, "FLEX_TILE", 8)

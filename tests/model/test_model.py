@@ -53,6 +53,7 @@ IDS = torch.randint(61, (2, 15), generator=torch.Generator().manual_seed(0))
         ({"n_group": 2, "topk_group": 3}, "between 1 and n_group=2"),
         ({"n_group": 3, "topk_group": 1, "num_experts_per_tok": 3}, "hold fewer experts"),
         ({"n_device_groups": 4}, "divide n_routed_experts=6"),
+        ({"balance_loss": "device"}, "give n_device_groups, at least two"),
         ({"scoring_func": "tanh"}, "sigmoid, softmax"),
         ({"balance_loss": "batch"}, "sequence, expert, device, none"),
         ({"aux_loss_alpha": -1.0}, "at least 0"),
@@ -119,6 +120,14 @@ def test_the_embedding_may_start_larger(tiny_config):
     large, small = (body.embed_tokens.weight for body in drawn)
     assert (large[3] == 0).all() and abs(large.std() - 0.8) < 0.05 and abs(small.std() - 0.02) < 0.005
     assert abs(drawn[0].layers[0].self_attn.kv_b_proj.weight.std() - 0.02) < 0.005
+
+
+@pytest.mark.parametrize("role", [{"eos_token_id": 3}, {"eos_token_id": [5, 3]}, {"bos_token_id": 3}], ids=str)
+def test_a_padding_token_that_begins_or_ends_texts_learns(role, tiny_config):
+    model = MoonwhaleForCausalLM(tiny_config(pad_token_id=3, **role))
+    model(torch.tensor([[3, 1, 2]]), labels=torch.tensor([[3, 1, 2]])).loss.backward()
+    embedding = model.model.embed_tokens.weight
+    assert (embedding[3] != 0).any() and (embedding.grad[3] != 0).any()
 
 
 def test_a_new_model_passes_its_embeddings_through(tiny_config):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
 
 from moonwhale.model import Documents, flex, moba
-from moonwhale.precision import compile_unsupported_reason
+from moonwhale.model.compiling import compile_unsupported_reason
 from oracles.test_moba import HEADS, ROWS, SCALE, SIZE, WIDTH, caught, close, heads_of, naive, normal, read
 
 pytestmark = pytest.mark.cpu_only

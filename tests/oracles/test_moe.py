@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from moonwhale.model import MoonwhaleForCausalLM, MoonwhaleModel
 from moonwhale.model.block import Block
-from moonwhale.model.moe import DeepseekMoE, Experts, Router
+from moonwhale.model.moe import DeepseekMoE, Experts, Router, Routing
 from moonwhale.model.pretrained import MoonwhalePreTrainedModel
 
 HIDDEN = 32
@@ -208,7 +208,8 @@ def loss_by_hand(rows, weight, bias, config):
             losses.append(alpha * (f(s, 0.0) * p).sum())
         return sum(losses) / len(losses)
     s = scores_by_hand(torch.cat(rows), weight, config)
-    frequency, p = f(s, bias), s.mean(0)  # DeepSeekMoE, equations 12 to 14
+    # DeepSeekMoE, equations 12 to 14. Its s is a softmax, so sigmoid scores are normalised as in Megatron-LM.
+    frequency, p = f(s, bias), (s / s.sum(-1, keepdim=True)).mean(0)
     if config.balance_loss == "expert":
         return alpha * (frequency * p).sum()
     size = n // config.n_device_groups  # equations 15 to 17
@@ -247,8 +248,22 @@ def test_balance_loss_can_be_off(off, tiny_moe):
     assert tiny_moe(**off)(normal(3, 7, HIDDEN).float(), VALID)[1] == 0
 
 
-def test_even_routing_costs_alpha(tiny_moe):
-    """With f_i = 1 and Σ P_i = 1 the loss is α, whatever the scores. Choosing only the two best experts costs more."""
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("balance", ["sequence", "expert", "device"])
+def test_even_routing_costs_alpha_and_pulls_at_no_score(balance, scoring, tiny_moe):
+    """With f_i = 1 and Σ P_i = 1 the loss is α, whatever the scores, so that no router's weight has a gradient."""
+    moe = tiny_moe(aux_loss_alpha=0.3, balance_loss=balance, scoring_func=scoring, n_device_groups=3)
+    logits = torch.tensor([[1.0, 0.5, 0.2, -0.3, -0.9, -2.0]]).repeat(6, 1)
+    rolled = torch.stack([row.roll(2 * i) for i, row in enumerate(logits)]).requires_grad_()
+    scores = rolled.softmax(-1) if scoring == "softmax" else rolled.sigmoid()
+    index = scores.topk(2).indices  # tokens choose 0 and 1, 2 and 3, 4 and 5, and the same again
+    loss = moe.balance_loss(Routing(scores, index, scores.gather(1, index)), torch.ones(1, 6).bool())
+    loss.backward()
+    assert torch.isclose(loss, torch.tensor(0.3)) and rolled.grad.abs().max() < 1e-7
+
+
+def test_uneven_routing_costs_more_than_alpha(tiny_moe):
+    """Even routing costs α = 0.3. Choosing only the two best experts costs more."""
     moe = tiny_moe(aux_loss_alpha=0.3, n_shared_experts=0, balance_loss="expert", scoring_func="softmax")
     p = torch.tensor([0.3, 0.25, 0.2, 0.12, 0.08, 0.05])  # the scores of each token
     moe.gate.weight.data.copy_(p.log()[:, None] / HIDDEN)

@@ -208,6 +208,7 @@ def test_train_takes_the_printed_command(options, model, tmp_path, monkeypatch, 
         (["--gpus", "8", "--utilization", "2"], "`utilization`: 2 is impossible"),
         (["--gpus", "8", "--preset", "seed"], "`preset`: 'seed' is none of"),
         (["--gpus", "8", "--flops", "fast"], "`flops`: 'fast' is not"),
+        (["--gpus", "8", "--model.intermediate_size", "512"], "`model.intermediate_size`: it has no effect with"),
     ],
 )
 def test_bad_input_is_one_clear_line(argv, message):

@@ -178,6 +178,7 @@ def test_a_step_of_several_micro_batches_and_iterations(options):
                             "`questions_per_step` 4): give `batch_size` 4"),
         ({"group_size": 1}, "`group_size`: 1 is impossible: an answer is compared with at least one other"),
         ({"temperature": 0.0}, "`temperature`: 0.0 is impossible"),
+        ({"warmup_steps": 99}, "`warmup_steps`: 99 is impossible: the run has 4 steps: give at most that"),
         ({"questions": 2}, "`questions`: 2 are fewer than `questions_per_step`"),
         ({"questions": 4000}, "has 109 training questions, not 4000"),
         ({"beta": -1.0}, "`beta`: -1.0 is impossible"),
@@ -190,6 +191,12 @@ def test_impossible_options_are_one_line(options, changes, complaint):
     with pytest.raises(UserError) as error:
         grpo(options(**changes))
     assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_ratio_is_clipped_only_after_a_first_step():
+    with pytest.raises(UserError, match=r"^`epsilon`: it has no effect with `iterations` 1: leave it out"):
+        parse_run(GRPOOptions, ["base", "--epsilon", "0.1"])
+    assert parse_run(GRPOOptions, ["base", "--epsilon", "0.1", "--iterations", "2"]).epsilon == 0.1
 
 
 def test_a_failing_reward_stops_the_run_with_one_line(options, tmp_path):

@@ -116,6 +116,7 @@ def test_a_model_without_right_answers_is_one_line(folder):
         ({"out": "x.txt"}, "`out`: 'x.txt' is not a .jsonl file"),
         ({"samples": 0}, "`samples`: 0 is impossible"),
         ({"temperature": -1.0}, "`temperature`: -1.0 is impossible"),
+        ({"temperature": 0.0}, "`temperature`: 0 draws the greedy answer again and again"),
     ],
 )
 def test_impossible_options_are_one_line(changes, complaint):
@@ -224,6 +225,7 @@ def test_the_recipe_in_docs_is_valid():
         ("- sft: {checkpoint: base}", "stage 1: sft needs an `out`"),
         ("- sft: {out: a, checkpoint: base, steps: many}", "stage 1: steps: 'many' is not a whole number"),
         ("- sft: {out: a, checkpoint: base, lr: 0}", "`lr`: 0.0 is impossible"),
+        ("- sft: {out: a, checkpoint: base, steps: 3, epochs: 2}", "`epochs`: it has no effect with `steps` 3"),
         ("- {sft: {}, grpo: {}}", "stage 1: it must be one verb with its options"),
         ("sft: {}", "is not a list of stages"),
         ("- [", "is not YAML"),

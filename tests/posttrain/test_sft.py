@@ -218,9 +218,29 @@ def test_bits_per_byte_count_the_bytes_of_what_was_predicted(options):
     assert last["eval_bits_per_byte"] == pytest.approx(last["eval_loss_main"] * targets / np.log(2) / n_bytes, rel=1e-5)
 
 
-def test_a_message_that_cannot_be_answered_is_refused_at_once(options):
-    with pytest.raises(UserError, match="`sample_prompt`: the prompt is not valid UTF-8"):
-        sft(options(sample_prompt="caf\udce9"))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sample_prompt": "caf\udce9"}, "`sample_prompt`: the prompt is not valid UTF-8"),
+        ({"warmup_steps": 50, "steps": 20}, "`warmup_steps`: .* has 20 steps"),
+    ],
+    ids=["sample_prompt", "warmup_steps"],
+)
+def test_what_is_refused_leaves_no_run_behind(wrong, message, options):
+    asked = options(**wrong)
+    with pytest.raises(UserError, match=message):
+        sft(asked)
+    assert not Path(asked.out, "run.yaml").exists()
+
+
+def test_a_refused_device_leaves_no_run_behind(options, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise UserError("`device`: set CUDA_VISIBLE_DEVICES")
+
+    monkeypatch.setattr("moonwhale.posttrain.sft.common_trainer_arguments", refuse)
+    with pytest.raises(UserError, match="`device`"):
+        sft(asked := options())
+    assert not Path(asked.out, "run.yaml").exists()
 
 
 def test_epochs_are_passes_with_accumulation_too(options, capsys):
@@ -285,6 +305,7 @@ ADAPTED = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", 
         ({"batch_size": 500}, "`batch_size`: 500 rows are computed at once, but the conversations fill only"),
         ({"steps": 0}, "`steps`: 0 is impossible"),
         ({"epochs": 0.0}, "`epochs`: 0.0 is impossible"),
+        ({"warmup_steps": 99}, "`warmup_steps`: 99 is impossible: the run has 6 steps: give at most that"),
         ({"lora_rank": -1}, "`lora_rank`: -1 is impossible"),
         ({"data": "python"}, "holds text, not conversations: to go on training a model on text, use moonwhale train"),
         ({"lr": 0.0}, "`lr`: 0.0 is impossible"),
@@ -294,6 +315,30 @@ def test_impossible_options_are_one_line(options, changes, complaint):
     with pytest.raises(UserError) as error:
         sft(options(**changes))
     assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--steps 9 --epochs 2", "`epochs`: it has no effect with `steps` 9"),
+        ("--sample-every 0 --sample-prompt moon", "`sample_prompt`: it has no effect with `sample_every` 0"),
+        ("--lora-rank 4 --qk-clip-tau 50", "`qk_clip_tau`: it has no effect with `lora_rank` 4"),
+        ("--lora-rank 4 --bias-update-speed 0.01", "`bias_update_speed`: it has no effect with `lora_rank` 4"),
+        ("--optimizer adamw --momentum 0.9", "`momentum`: it has no effect with `optimizer` adamw"),
+    ],
+)
+def test_an_option_without_effect_is_refused(given, message):
+    with pytest.raises(UserError) as error:
+        parse_run(SFTOptions, ["base", *given.split()])
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_steps_replace_the_epochs_of_a_record(options, tmp_path):
+    run_folder.create(options(steps=None, epochs=2.0))
+    record = str(tmp_path / "run" / "run.yaml")
+    assert parse_run(SFTOptions, ["--config", record, "--steps", "9"]).steps == 9
+    with pytest.raises(UserError, match=r"^`epochs`: it has no effect with `steps` 9"):
+        parse_run(SFTOptions, ["--config", record, "--steps", "9", "--epochs", "2"])
 
 
 def test_a_template_without_generation_marks_is_refused(small_tokenizer, chats, tmp_path):

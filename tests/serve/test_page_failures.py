@@ -31,6 +31,7 @@ def test_a_failure_is_said_and_the_question_stays(open_page):
         (error(400, "temperature: give at most 2"), "Temperature: give at most 2."),
         (error(500, "the server made a mistake; its log says which"), "The server made a mistake; its log"),
         ({"status": 502, "body": "<html>Bad gateway <script>"}, "Is this the right address? (Status 502)"),
+        ({"status": 503, "body": ""}, "The server takes no more connections for now."),
         ({"status": 200, "body": ""}, "The connection broke off before the answer"),
         ({"status": 200, "body": "<html>\n\nThis hotel's network\n\n"}, "not as moonwhale does"),
         ({"status": 200, "body": late}, "The answer took 600 seconds"),
@@ -61,6 +62,8 @@ def test_a_dead_server_is_said(open_page):
     page.fill("#edited", "Good morning")
     page.keyboard.press("Enter")
     page.wait_until_idle()
+    assert (page.input_value("#edited"), page.input_value("#text")) == ("Good morning", "Are you there?")
+    page.press("#edited", "Escape")
     assert page.texts("article .content") == ["Hello", "The whale sang."]
     page.click("[data-action=examine]")
     page.route("**/xray", lambda route: route.abort("connectionrefused"))

@@ -38,6 +38,100 @@ def test_a_failed_question_stays_if_the_user_has_gone_on(open_page):
     assert page.texts(".assistant .content") == ["Aye."] and page.locator(".error").count() == 0
 
 
+def test_an_edit_and_a_draft_leave_each_other_alone(open_page):
+    page = open_page(conversations=[TALK, conversation("Hi", "Ho.", title="Other", time=0)])
+    page.take_over_answers()
+    page.open(0)
+    page.fill("#text", "A draft")
+    page.click("[data-action=edit]")
+    page.fill("#edited", "Good morning")
+    page.keyboard.press("Escape")
+    assert page.input_value("#text") == "A draft" and page.texts(".user .content") == ["Hello"]
+    page.click("[data-action=edit]")
+    page.fill("#edited", "Good morning")
+    page.keyboard.press("Enter")
+    page.write(events("Aye.", end=END))
+    page.wait_until_idle()
+    assert page.input_value("#text") == "A draft" and page.texts(".user .content") == ["Good morning"]
+
+    page.click("[data-action=edit]")
+    page.fill("#edited", "Good night")
+    page.keyboard.press("Enter")
+    page.break_off()
+    page.wait_until_idle()
+    assert "broke off" in page.inner_text(".error") and page.texts(".assistant .content") == ["Aye."]
+    assert (page.input_value("#edited"), page.input_value("#text")) == ("Good night", "A draft")
+    assert page.evaluate("document.activeElement.id") == "edited"
+
+    page.press("#text", "Enter")  # the draft is a new question, and the editor stays open
+    page.focus("#edited")
+    page.write(events("Yes.", end=END))
+    page.wait_until_idle()
+    assert page.texts(".user .content") == ["A draft"] and page.input_value("#text") == ""
+    assert page.evaluate("[document.activeElement.id, document.activeElement.value]") == ["edited", "Good night"]
+    page.click("[aria-label='Delete “Other”']")
+    page.click("#yes")
+    page.wait_for_selector("#conversations:not(:has([title=Other]))")
+    page.click("#new")
+    page.open(0)
+    assert page.input_value("#edited") == "Good night"
+    page.keyboard.press("Escape")
+    assert page.texts(".user .content") == ["Good morning", "A draft"]
+
+
+def test_a_question_without_an_answer_leaves_no_empty_turn(open_page):
+    page, asked = open_page(conversations=[TALK]), []
+    page.route(
+        "**/xray", lambda route: (asked.append(route.request.post_data_json), route.fulfill(json={"url": "/health"}))
+    )
+    page.take_over_answers()
+    page.open(0)
+    page.send("And then?")
+    page.fill("#text", "What did she sing?")
+    page.break_off()
+    page.wait_until_idle()
+    assert page.texts(".assistant .content") == ["The whale sang.", "(an empty answer)"]
+    page.press("#text", "Enter")
+    page.write(events("A song.", end=END))
+    page.wait_until_idle()
+    both = [
+        *({name: message[name] for name in ("role", "content")} for message in TALK["messages"]),
+        {"role": "user", "content": "And then?\n\nWhat did she sing?"},
+    ]
+    assert page.evaluate("asked") == both
+    page.click("[data-action=examine] >> nth=-1")
+    page.wait_for_selector("#xray:visible")
+    assert asked[0]["messages"] == [*both, {"role": "assistant", "content": "A song."}]
+    page.click("#close-xray")
+
+    page.evaluate("void (window.dropped = 2)")  # of the messages that were sent, not of those on the page
+    page.send("And you?")
+    page.write(events("I hum.", end=END))
+    page.wait_until_idle()
+    assert page.locator(".forgotten + article").get_attribute("data-index") == "2"
+    page.evaluate("void (window.dropped = 2)")
+    page.send("A song?")
+    page.write(events("A hum.", end=END))
+    page.wait_until_idle()
+    sent = page.evaluate("asked")
+    assert [message["content"] for message in sent] == [both[-1]["content"], "A song.", "And you?", "I hum.", "A song?"]
+    assert page.locator(".forgotten + article").get_attribute("data-index") == "6"
+
+
+def test_a_question_is_stopped_while_the_server_is_asked_for_its_model(open_page):
+    page = open_page(conversations=[TALK])
+    page.take_over_answers()
+    page.open(0)
+    page.send("And then?")
+    page.break_off()
+    page.wait_until_idle()
+    page.route("**/v1/models", lambda route: None)  # it never answers
+    page.press("#text", "Enter")
+    page.click("#stop")
+    page.wait_until_idle()
+    assert page.input_value("#text") == "And then?" and page.texts(".assistant .content") == ["The whale sang."]
+
+
 def test_a_reload_keeps_what_was_asked_and_written(open_page):
     page = open_page()
     for written in ("", "The whale"):
@@ -107,6 +201,11 @@ def test_another_tab_disturbs_nothing(open_page):
     page.wait_for_selector(".error")
     store_elsewhere("Third")
     assert "broke off" in page.inner_text(".error")
+
+    other.evaluate("localStorage['moonwhale.settings'] = JSON.stringify({ temperature: 0.25 })")
+    store_elsewhere("Fourth")
+    page.click("#open-settings")
+    assert page.input_value("#settings [name=temperature]") == "0.25"
 
 
 def test_a_thought_stays_as_the_user_has_left_it(open_page):

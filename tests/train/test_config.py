@@ -211,7 +211,7 @@ def test_resume_is_not_written_to_the_run_file(tmp_path):
         (["--steps", "3"], 1),
         (["--steps", "1", "--decay-fraction", "1"], 0),
         (["--steps", "100", "--decay-fraction", "0.95"], 5),
-        (["--steps", "100", "--decay-fraction", "0.95", "--schedule", "cosine"], 10),
+        (["--steps", "100", "--decay-fraction", "0.95", "--schedule", "cosine", "--mtp-loss-weight-final", "0.1"], 10),
         (["--steps", "500", "--warmup-steps", "200"], 200),
     ],
 )
@@ -251,6 +251,11 @@ def test_model_config():
         (["--model.moba_block_size", "0"], "^`model.moba_block_size`=0 is impossible"),
         (["--model.num_experts_per_tok", "99"], "^`model.num_experts_per_tok`=99 is impossible"),
         (["--model.qk_rope_head_dim", "33"], "^`model.qk_rope_head_dim`=33 is impossible"),
+        (["--model.tie_word_embeddings", "true"], "^`model.embedding_initializer_range`: 0.8 is for .*: give null$"),
+        (
+            ["--model.tie_word_embeddings", "true", "--model.embedding_initializer_range", "null"],
+            "^`embedding_lr`: 10 is for .*: give 1$",
+        ),
         (["--model.vocab_size", "300"], "^`model.vocab_size`: 300 is smaller than the tokenizer's 301: .* 320$"),
         (
             ["--model.max_position_embeddings", "99", "--context", "256"],

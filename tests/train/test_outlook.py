@@ -20,10 +20,11 @@ from moonwhale.units import duration
     ("steps", "said"),
     [
         (10, "10 steps of 4,096 tokens, 0.4 passes over the text, into runs/demo$"),
+        (25, ", 1 pass over the text, into runs/demo$"),
         (110, "4.4 passes over the text, into runs/demo$"),
         (
             125,
-            "reads the text 5 times: up to 4 passes .* teach less and less .*: give more `data` or fewer `steps`$",
+            "reads the text 5 times: up to 4 passes .* teach less and less .*: give more `data`, or make the run",
         ),
         (400, "16 passes .*\nwarning    the run reads the text 16 times.* teach less and less"),
         (4500, "180 passes .*\nwarning    the run reads the text 180 times.* add almost nothing after 16"),

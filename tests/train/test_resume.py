@@ -199,7 +199,7 @@ def test_ctrl_c_at_the_command_line(tiny_run, tmp_path):
         r"^stopped    at step \d+, which is saved; go on with: moonwhale train --out .* --resume$", out, re.M
     )
     assert err.splitlines() == [
-        "stopping after this step (Ctrl-C again: at once, without saving)",
+        "stopping at the end of a step (Ctrl-C again: at once, without saving)",
         "moonwhale: interrupted",
     ]
     assert 5 <= step_of(newest_checkpoint(config.out)) < 60

@@ -109,6 +109,8 @@ def test_it_is_replayed_and_resumed(going_on, trained_checkpoint, tmp_path, monk
         ({"model": {"num_nextn_predict_layers": 0}}, r"^`model.num_nextn_predict_layers`: 0 does not fit"),
         ({"model": {"num_experts_per_tok": 9}}, r"^`model.num_experts_per_tok`=9 is impossible"),
         ({"model": {"initializer_range": 0.5}}, r"^`model.initializer_range`: it acts on a new model alone"),
+        ({"model": {"zero_init_residual": False}}, r"^`model.zero_init_residual`: it acts on a new model alone"),
+        ({"model": {"intermediate_size": 64}}, r"^`model.intermediate_size`: it has no effect with `model.first_k"),
         ({"tokenizer": "gpt2"}, r"^`tokenizer`: gpt2 is impossible: a model goes on with its own"),
         ({"context": 64, "batch_size": 1}, r"^`context`: 64 is longer than `model.max_position_embeddings` 32"),
         ({"from_": "no_such"}, r"^`from_`: .*/no_such is no folder"),

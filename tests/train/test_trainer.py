@@ -17,10 +17,11 @@ from moonwhale.costs import flops_per_token
 from moonwhale.data.packing import build_data
 from moonwhale.errors import UserError
 from moonwhale.model import MoonwhaleForCausalLM, modeling_moonwhale
+from moonwhale.model.compiling import compile_unsupported_reason
 from moonwhale.model.documents import Documents
 from moonwhale.optim import muonclip
-from moonwhale.precision import compile_unsupported_reason, peak_flops
-from moonwhale.train import muonclip_trainer, pretrain
+from moonwhale.precision import peak_flops
+from moonwhale.train import pretrain, speed
 from moonwhale.train.mtp_trainer import MTPTrainer, MTPTrainingArguments
 
 LENGTH = 24
@@ -200,7 +201,7 @@ def test_the_first_line_is_true(make_trainer):
 
 def test_speed_leaves_out_start_up_logging_and_evaluation(make_trainer, monkeypatch):
     seconds = iter(range(0, 10_000, 2))  # every look at the clock is two seconds after the last
-    monkeypatch.setattr(muonclip_trainer, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     run = make_trainer(Rows(8), max_steps=5, per_device_train_batch_size=2, logging_steps=2, logging_first_step=True)
     run.train()
     first, *others = logged(run)

@@ -7,12 +7,11 @@ from moonwhale.options import Parser, add_options, read_argv, require
 from moonwhale.reports import add_json, reporting
 
 VOCAB_SIZE = 4096  # of a tokenizer that these verbs train
-LONGEST_ROW = 1 << 24  # tokens: a row is filled up with padding
+LONGEST_ROW = 1 << 24  # tokens: a row is filled up, however short the text is
 CACHE_HELP = "folder for what is built ($MOONWHALE_CACHE or ~/.cache/moonwhale)"
 
 
-def main_data(argv: list[str]) -> None:
-    """Builds the token shards of a source, or reuses them, and prints what they hold."""
+def _data_parser() -> Parser:
     parser = Parser(
         prog="moonwhale data",
         description="Tokenize a source once, and show what a model will train on.",
@@ -33,7 +32,12 @@ def main_data(argv: list[str]) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="verify the checksum of every file, also of large ones")
     add_json(parser)
-    given, args = read_argv(parser, SourceOptions, argv)
+    return parser
+
+
+def main_data(argv: list[str]) -> None:
+    """Builds the token shards of a source, or reuses them, and prints what they hold."""
+    given, args = read_argv(_data_parser(), SourceOptions, argv)
     require(args, "context", args.context <= LONGEST_ROW, f"give at most {LONGEST_ROW:,}")
     require(args, "show", args.show >= 0, "give a number of rows, or 0")
     fix = "only a tokenizer that is trained here takes a size: leave `vocab_size` or `tokenizer` out"

@@ -4,7 +4,7 @@ import codecs
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moonwhale.data.opening import MOST_AT_ONCE, opened, read_lines, read_whole
@@ -83,22 +83,18 @@ def _as_row(value: object) -> dict | BadRow:
 
 def _array(path: Path) -> Iterator[dict | BadRow]:
     """Yields the elements of an array. Raises UserError where it is not JSON, or if more follows its end."""
-    decoder, text, at, n_rows = json.JSONDecoder(), "", 0, 0
+    decoder, n_rows = json.JSONDecoder(), 0
     with opened(path) as file:
         stream = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
-        chunk = stream.read(CHUNK_CHARACTERS)
-        text, at = chunk, chunk.find("[") + 1
+        text = stream.read(CHUNK_CHARACTERS)
+        at = text.find("[") + 1
         expect = "first"  # then "comma", "value"
         while True:
             while at < len(text) and text[at].isspace():
                 at += 1
             character = text[at : at + 1]
             if character == "]" and expect != "value":
-                rest = itertools.chain([text[at + 1 :]], iter(lambda: stream.read(CHUNK_CHARACTERS), ""))
-                if any(part.strip() for part in rest):
-                    raise UserError(
-                        f"`data`: {path} has more after the end of its array: write one object per line, or one array"
-                    )
+                _check_end(itertools.chain([text[at + 1 :]], iter(lambda: stream.read(CHUNK_CHARACTERS), "")), path)
                 return
             if character == "," and expect == "comma":
                 at, expect = at + 1, "value"
@@ -116,12 +112,21 @@ def _array(path: Path) -> Iterator[dict | BadRow]:
                         f"`data`: {path} is not JSON after row {n_rows:,} of its array: {reason}"
                     ) from error
                 text, at = text[at:] + chunk, 0
-                if len(text) > MOST_AT_ONCE:
-                    reason = f"row {n_rows + 1:,} has more than {MOST_AT_ONCE:,} characters"
-                    raise UserError(f"`data`: cannot read {path}: {reason}") from error
-                if has_many_values(text):
-                    reason = f"row {n_rows + 1:,} has too many values"
-                    raise UserError(f"`data`: cannot read {path}: {reason}") from error
+                _check_element(text, n_rows + 1, path)
                 continue
             n_rows, expect = n_rows + 1, "comma"
             yield _as_row(value)
+
+
+def _check_end(rest: Iterable[str], path: Path) -> None:
+    """Raises UserError if anything but blanks follows the end of an array."""
+    if any(part.strip() for part in rest):
+        raise UserError(f"`data`: {path} has more after the end of its array: write one object per line, or one array")
+
+
+def _check_element(text: str, row: int, path: Path) -> None:
+    """Raises UserError if `text`, the beginning of an array's element, is longer than an element may be."""
+    if len(text) > MOST_AT_ONCE:
+        raise UserError(f"`data`: cannot read {path}: row {row:,} has more than {MOST_AT_ONCE:,} characters")
+    if has_many_values(text):
+        raise UserError(f"`data`: cannot read {path}: row {row:,} has too many values")

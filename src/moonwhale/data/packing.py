@@ -34,8 +34,8 @@ class PackedDataset(Dataset):
     """Rows {"input_ids", "position_ids", "labels"}, each (context,) int64.
 
     Position ids restart at 0 at each document. Labels are the input ids, not shifted, since the model shifts them. The
-    first token of each document has no label, because nothing before it could predict it. The last row is padded with
-    `pad_token_id` without labels; the padding counts as a document of its own.
+    first token of each document has no label, because nothing before it could predict it. The last row is filled up
+    with the split's beginning, without labels: unlike padding, it spreads over the experts as all other text does.
     """
 
     def __init__(
@@ -45,13 +45,12 @@ class PackedDataset(Dataset):
         lengths: np.ndarray,
         n_bytes: int,
         context: int,
-        pad_token_id: int,
     ):
         """Packs the documents that lie at `starts` (n,), ascending, with `lengths` (n,) in the stream of the shards.
 
         `n_bytes` is their length in UTF-8.
         """
-        self.shards, self.context, self.pad_token_id = shards, context, pad_token_id
+        self.shards, self.context = shards, context
         self.ends = np.cumsum(lengths)  # of each document, in this split's own stream
         self.begins = self.ends - lengths
         self.offsets = starts - self.begins  # from a position in this split's stream to one in the shards'
@@ -64,18 +63,17 @@ class PackedDataset(Dataset):
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         first = row * self.context
-        positions = np.arange(first, min(first + self.context, self.n_tokens))
+        rounds, positions = np.divmod(np.arange(first, first + self.context), self.n_tokens)
+        fills = rounds > 0  # the split is over
         document = np.searchsorted(self.ends, positions, side="right")
         begins = self.begins[document]
         ids = self.shards[positions + self.offsets[document]]
-        labels = np.where(positions == begins, IGNORE_INDEX, ids)
-        padding = np.arange(self.context - len(positions))
         columns = {
-            "input_ids": (ids, np.full_like(padding, self.pad_token_id)),
-            "position_ids": (positions - np.maximum(begins, first), padding),
-            "labels": (labels, np.full_like(padding, IGNORE_INDEX)),
+            "input_ids": ids,
+            "position_ids": positions - np.maximum(begins, np.where(fills, 0, first)),
+            "labels": np.where(fills | (positions == begins), IGNORE_INDEX, ids),
         }
-        return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
     def beginning(self, document: int, n: int) -> np.ndarray:
         """Returns the first n ids (n,) of a document, or all of a shorter one but its end token."""
@@ -165,12 +163,12 @@ def pack_split(
     shards = _build_shards(source, tokenizer, context, cache_dir, verify)
     if source.held_out:
         aside = _build_shards(source.held_out, tokenizer, context, cache_dir, verify)
-        return tuple(_pack(s, np.ones(len(s.documents), bool), tokenizer, context) for s in (shards, aside))
+        return tuple(_pack(s, np.ones(len(s.documents), bool), context) for s in (shards, aside))
     hashes = shards.documents["hash"]
     if (hashes == hashes[0]).all():
         return _split_by_position(shards, tokenizer, context)
     held_out = held_out_mask(hashes, HELD_OUT_SHARE)
-    return _pack(shards, ~held_out, tokenizer, context), _pack(shards, held_out, tokenizer, context)
+    return _pack(shards, ~held_out, context), _pack(shards, held_out, context)
 
 
 def pack_all(
@@ -180,7 +178,7 @@ def pack_all(
     if aside := source.held_out:
         source = Source(source.name, f"{source.fingerprint} and {aside.fingerprint}", partial(chain, source, aside))
     shards = _build_shards(source, tokenizer, context, cache_dir)
-    return _pack(shards, np.ones(len(shards.documents), bool), tokenizer, context)
+    return _pack(shards, np.ones(len(shards.documents), bool), context)
 
 
 def choose_rows(rows: Dataset, n: int | None) -> Dataset:
@@ -196,12 +194,12 @@ def _build_shards(source: Source, tokenizer, context: int, cache_dir, verify: bo
     return build_shards(source, tokenizer, cache_dir, verify)
 
 
-def _pack(shards: TokenShards, chosen: np.ndarray, tokenizer, context: int) -> PackedDataset:
+def _pack(shards: TokenShards, chosen: np.ndarray, context: int) -> PackedDataset:
     """Packs the documents that the mask `chosen` (n,) selects."""
     documents = shards.documents
     starts = np.cumsum(documents["tokens"]) - documents["tokens"]
     n_bytes = int(documents["bytes"][chosen].sum())
-    return PackedDataset(shards, starts[chosen], documents["tokens"][chosen], n_bytes, context, tokenizer.pad_token_id)
+    return PackedDataset(shards, starts[chosen], documents["tokens"][chosen], n_bytes, context)
 
 
 def _split_by_position(
@@ -216,6 +214,6 @@ def _split_by_position(
     held_out_bytes = int(byte_lengths(tokenizer)[shards[np.arange(cut, n_tokens)]].sum())
     parts = [(0, cut, n_bytes - held_out_bytes), (cut, n_tokens - cut, held_out_bytes)]
     return tuple(
-        PackedDataset(shards, np.array([start]), np.array([length]), part_bytes, context, tokenizer.pad_token_id)
+        PackedDataset(shards, np.array([start]), np.array([length]), part_bytes, context)
         for start, length, part_bytes in parts
     )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.chat import encode_answers
 from moonwhale.data.packing import IGNORE_INDEX
+from moonwhale.data.progress import Progress
 from moonwhale.data.source import Source, warn_once
 from moonwhale.data.split import document_hash, held_out_mask
 from moonwhale.data.tokenizer import tokenizer_fingerprint
@@ -66,7 +66,7 @@ def _rows(source: Source, tokenizer: PreTrainedTokenizerFast, cache_dir: str | P
 
 def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict]:
     documents, n_unanswered, n_read = iter(source), 0, 0
-    with tqdm(total=source.n_documents, desc="encoding", unit=" conversations", leave=False, disable=None) as bar:
+    with Progress(f"tokenizing {source.name}", "conversations", source.n_documents) as progress:
         while batch := list(itertools.islice(documents, CONVERSATIONS_PER_BATCH)):
             if any(isinstance(document, str) for document in batch):
                 raise UserError(
@@ -80,7 +80,7 @@ def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict
                 else:
                     n_unanswered += 1
             n_read += len(batch)
-            bar.update(len(batch))
+            progress.add(len(batch))
     if n_unanswered:
         warn_once(
             f"`data`: left out {n_unanswered:,} of {n_read:,} conversations of {source.name}, in which the assistant "

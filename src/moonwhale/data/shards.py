@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from moonwhale.data.chat import encode_documents
+from moonwhale.data.progress import Progress
 from moonwhale.data.source import Document, Source, texts_of
 from moonwhale.data.split import document_hash
 from moonwhale.data.tokenizer import byte_lengths, tokenizer_fingerprint
@@ -58,10 +58,10 @@ class TokenShards:
         return [np.memmap(self.folder / name, self.index["dtype"], mode="r") for name in names]
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the ids (n,) int64 at ascending `positions` (n,) of the stream."""
+        """Returns the ids (n,) int64 at `positions` (n,) of the stream, in any order."""
         size, ids = self.index["shard_tokens"], np.empty(len(positions), np.int64)
         if len(positions):
-            for shard in range(positions[0] // size, positions[-1] // size + 1):
+            for shard in range(positions.min() // size, positions.max() // size + 1):
                 inside = positions // size == shard
                 ids[inside] = self._maps[shard][positions[inside] % size]
         return ids
@@ -115,9 +115,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     dtype = np.dtype("<u2" if len(lengths) <= 1 << 16 else "<u4")
     records: list[tuple[int, int, int]] = []
     n_tokens = 0
-    with tqdm(
-        desc=f"tokenizing {source.name}", total=source.n_documents, unit=" documents", leave=False, disable=None
-    ) as bar:
+    with Progress(f"tokenizing {source.name}", "documents", source.n_documents) as progress:
         for batch in _batches(source):
             encoded = encode_documents(tokenizer, batch)
             for document, ids in zip(batch, encoded, strict=True):
@@ -125,8 +123,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
             stream = np.concatenate(encoded).astype(dtype)
             _append(folder, n_tokens, stream)
             n_tokens += len(stream)
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{n_tokens / 1e6:.1f} M tokens")
+            progress.add(len(batch), f"{n_tokens / 1e6:.1f} M tokens")
     np.save(folder / "documents.npy", np.array(records, DOCUMENT))
     index = {
         "source": source.name,

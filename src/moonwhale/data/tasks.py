@@ -28,6 +28,7 @@ UNUSABLE = {
     "acre": "builds all its questions at once, which takes gigabytes",
     "game_of_life_halting": "scores every answer as right",
 }
+MOST_SEEDS = 2**31  # of a task of reasoning-gym; larger ones would repeat the questions of smaller ones
 MAX_VAIN_DRAWS = 1000  # a task is exhausted after so many questions in a row from the wrong side of the split
 MOST_OF_ANSWER = 1 << 14  # characters of a right answer in a file
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -180,9 +181,11 @@ def _gym_task(spec: str, name: str, settings: list[str]) -> Task:
 
     def build(seed: int):
         # Question i has the seed `seed + i`, so two adjacent seeds would share all questions but one.
-        return gym.create_dataset(name, seed=seed * 1_000_003 % 2**31, size=gym_answers.QUESTIONS, **options)
+        return gym.create_dataset(name, seed=seed * 1_000_003 % MOST_SEEDS, size=gym_answers.QUESTIONS, **options)
 
     def draw(seed: int, held_out: bool) -> Iterator[Problem]:
+        if seed >= MOST_SEEDS:
+            raise UserError(f"`seed`: {seed} is impossible: a task of reasoning-gym takes seeds below 2^31")
         questions, in_vain = build(seed), 0
         for i in range(len(questions)):
             entry = questions[i]

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from moonwhale.data.chat import ROLE_TOKENS, TOKENIZER_OPTIONS
 from moonwhale.data.hub_access import hub_access
+from moonwhale.data.progress import Progress
 from moonwhale.data.source import Source, texts_of
 from moonwhale.data.templates import CHAT_TEMPLATE
 from moonwhale.data.tokenizer_checks import MOST_IDS, check_tokenizer, check_tokenizer_file, check_tokenizer_folder
@@ -59,7 +60,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
-    backend.train_from_iterator(texts, trainer)
+    with Progress("training the tokenizer", "characters") as progress:
+        backend.train_from_iterator(_counted(texts, progress), trainer)
     tokenizer = _complete(_wrap(backend, BOS, EOS, PAD))
     if len(tokenizer) < vocab_size:
         log.warning("the text repeats itself only enough for a vocabulary of %d, not %d", len(tokenizer), vocab_size)
@@ -150,6 +152,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     del backend["padding"], backend["truncation"]
     decisive = [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _counted(texts: Iterable[str], progress: Progress) -> Iterator[str]:
+    for text in texts:
+        yield text
+        progress.add(len(text))
+    progress.say("all read; computing the merges")
 
 
 def _training_texts(source: Source) -> Iterable[str]:

@@ -53,7 +53,7 @@ class EvalConfig:
     speculation: bool = option(
         False, "also measure how often MTP drafts are accepted, on --data and --task", group="general"
     )
-    batch_size: int = option(8, "rows computed at once", group="general")
+    batch_size: int = option(8, "rows of --data or --lm-eval computed at once", group="general")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best there is", group="general")
     precision: str = option("auto", "precision of matrix products", group="general", choices=("auto", "fp32", "bf16"))
     out: str | None = option(None, "new JSON file for the results and these settings", group="general")
@@ -68,6 +68,8 @@ class EvalConfig:
         for name in ("whole", "speculation"):
             if getattr(self, name) and not (self.data or self.task):
                 raise UserError(f"`{name}`: it has no effect without text or questions: give `data` or `task`")
+        if self.batch_size != type(self).batch_size and not (self.data or self.lm_eval):
+            raise UserError("`batch_size`: it has no effect without `data` or `lm_eval`: give one, or leave it out")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             require(self, name, value is None or value >= 1, "it must be at least 1")

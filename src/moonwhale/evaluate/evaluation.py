@@ -1,6 +1,6 @@
 """Carries out an evaluation. It finds everything that is asked for before it measures, so that mistakes show first."""
 
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,15 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict[str, Any]]:
 def _find_problems(config: EvalConfig) -> tuple[Task, list[Problem]]:
     """Returns the task and its held-out problems. With `whole`, the problems that training sees follow."""
     task = load_task(config.task)
-    questions = task.draw(config.seed, True)
+    wanted = config.problems or DEFAULT_PROBLEMS
+    problems = list(islice(task.draw(config.seed, True), wanted))
     if config.whole:
-        questions = chain(questions, task.draw(config.seed, False))
-    problems = list(islice(questions, config.problems or DEFAULT_PROBLEMS))
+        if len(problems) == wanted and not config.data:
+            raise UserError(
+                f"`whole`: it has no effect with `problems` {wanted}: {config.task} has that many held-out questions: "
+                "leave it out, or raise `problems`"
+            )
+        problems += islice(task.draw(config.seed, False), wanted - len(problems))
     if len(problems) < (config.problems or 1):
         kind, fix = ("", "") if config.whole else ("held-out ", ", or take all questions by `whole`")
         raise UserError(

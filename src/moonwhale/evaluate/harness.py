@@ -17,6 +17,8 @@ from moonwhale.data.hub_access import hub_access
 from moonwhale.errors import UserError, did_you_mean, one_line, require_package
 from moonwhale.model import MoonwhaleForCausalLM
 
+HFLM_LOGGER = "lm_eval.models.huggingface"
+
 log = logging.getLogger(__name__)
 
 
@@ -61,13 +63,14 @@ class HarnessTasks:
             UserError: lm-eval refuses a task, for example one that runs code that the model has written.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from moonwhale.evaluate.harness_model import HarnessModel
 
         context = model.config.max_position_embeddings
-        logger, truncations = logging.getLogger(HFLM.__module__), _TruncationCounter()
+        logger, truncations = logging.getLogger(HFLM_LOGGER), _TruncationCounter()
         logger.addFilter(truncations)
         try:
-            harness = HFLM(
+            harness = HarnessModel(
                 pretrained=model,
                 tokenizer=_with_bos(tokenizer),
                 batch_size=batch_size,
@@ -75,9 +78,6 @@ class HarnessTasks:
                 softmax_dtype=torch.float32,
                 max_length=context,
             )
-            _shorten_answers(harness, context)
-            _begin_documents_once(harness)
-            _refuse_long_choices(harness, context)
             found = simple_evaluate(
                 harness, tasks=self.tasks, task_manager=self.manager, limit=limit, log_samples=False
             )
@@ -93,62 +93,6 @@ class HarnessTasks:
             )
         examples = {name: {"examples": n["effective"]} for name, n in found["n-samples"].items()}
         return {name: _figures(values) | examples.get(name, {}) for name, values in found["results"].items()}
-
-
-def _begin_documents_once(harness) -> None:
-    """Lets a rolling likelihood begin with one bos, lm-eval's own, and not with the tokenizer's after it.
-
-    Else bos would be predicted after bos, which no text in training has.
-    """
-    rolling = harness.loglikelihood_rolling
-
-    def loglikelihood_rolling(requests: list, **options) -> list[float]:
-        harness.add_bos_token = False
-        try:
-            return rolling(requests, **options)
-        finally:
-            harness.add_bos_token = None
-
-    harness.loglikelihood_rolling = loglikelihood_rolling
-
-
-def _refuse_long_choices(harness, context: int) -> None:
-    """Raises a ValueError if a choice fills more than the context, where lm-eval would raise an AssertionError."""
-    score = harness._loglikelihood_tokens
-
-    def loglikelihood_tokens(requests: list, *args, **options) -> list:
-        longest = max((len(choice) for *_, choice in requests), default=0)
-        if longest > context:
-            raise ValueError(f"a choice of {longest:,} tokens exceeds the context of {context:,}: leave its task out")
-        return score(requests, *args, **options)
-
-    harness._loglikelihood_tokens = loglikelihood_tokens
-
-
-def _shorten_answers(harness, context: int) -> None:
-    """Ends answers after half of the context if a task lets them fill it: lm-eval would raise an AssertionError."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    generate, shorter = harness.generate_until, context // 2
-
-    def generate_until(requests: list, **options) -> list[str]:
-        longest = 0
-        for request in requests:
-            prompt, settings, *rest = request.args
-            length = normalize_gen_kwargs(settings, harness.max_gen_toks)["max_gen_toks"]
-            if length >= context:
-                longest = max(longest, length)
-                request.arguments = (prompt, settings | {"max_gen_toks": shorter}, *rest)
-        if longest:
-            log.warning(
-                "`lm_eval`: answers of up to %d tokens do not fit a context of %d: they end after %d",
-                longest,
-                context,
-                shorter,
-            )
-        return generate(requests, **options)
-
-    harness.generate_until = generate_until
 
 
 class _TruncationCounter(logging.Filter):
@@ -167,7 +111,7 @@ def _task_manager(names: list[str], folder: str | None):
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)  # for _TruncationCounter
+    logging.getLogger(HFLM_LOGGER).setLevel(logging.WARNING)  # for _TruncationCounter
     if folder is not None:
         # lm-eval takes seconds to read its own thousands of tasks. Skip them if the folder has all that is asked for.
         own = TaskManager(include_path=folder, include_defaults=False)

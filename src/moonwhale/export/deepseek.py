@@ -48,6 +48,8 @@ def to_deepseek(folder: Path, out: Path, dtype) -> list[str]:
             f"warning: MTP is left out: the format has one block per module, and this model has {config.mtp_blocks}"
         )
         modules = 0
+    if modules and config.first_k_dense_replace > n_blocks:
+        notes.append("warning: transformers expects experts in MTP modules, so it can't draft with these dense ones")
     for layer in range(n_blocks, n_blocks + modules):  # in this format each module repeats the embedding and the head
         weights[f"model.layers.{layer}.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
         weights[f"model.layers.{layer}.shared_head.head.weight"] = model.lm_head.weight.detach().clone()

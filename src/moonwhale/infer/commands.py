@@ -17,6 +17,7 @@ from moonwhale.packaged import FOLDER_HELP, checkpoint_or_packaged
 from moonwhale.reports import add_json, reporting
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
+IDLE_IF_GREEDY = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}  # with the values that ask for nothing
 
 HELP = """/retry      answer the last message again
 /undo       take the last message and its answer back
@@ -204,13 +205,18 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling_options(args: argparse.Namespace) -> dict:
-    """Return the sampling options that were given. Raises UserError if one is impossible."""
+    """Return the sampling options that were given. Raises UserError if one is impossible or without effect."""
     values = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     given = {name: value for name, value in values.items() if value is not None}
     if args.greedy and given.get("temperature"):
         raise UserError(f"`greedy` contradicts `temperature` {args.temperature}: give one of them")
     options = given | ({"temperature": 0.0} if args.greedy else {})
     SamplingOptions(**options)
+    if options.get("temperature") == 0:
+        why = "`greedy`" if args.greedy else "`temperature` 0"
+        for name, nothing in IDLE_IF_GREEDY.items():
+            if given.get(name, nothing) != nothing:
+                raise UserError(f"`{name}`: it has no effect with {why}: leave one of them out")
     return options
 
 
@@ -224,7 +230,13 @@ def load_engine(args: argparse.Namespace, **options):
 
     tune_allocator()
     draft = None if args.draft == "auto" else int(args.draft)
-    return Engine.load(checkpoint_or_packaged(args.folder), args.device, args.precision, draft=draft, **options)
+    folder = checkpoint_or_packaged(args.folder)
+    engine = Engine.load(folder, args.device, args.precision, draft=draft, **options)
+    if draft and draft > (modules := engine.config.num_nextn_predict_layers):
+        raise UserError(
+            f"`draft`: {draft} is impossible: the MTP modules of {folder} draft {modules} ahead: give that, or auto"
+        )
+    return engine
 
 
 def _standard_input(lines: bool) -> list[str]:

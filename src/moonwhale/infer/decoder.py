@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moonwhale.errors import UserError
 from moonwhale.infer.cache import LatentCache
+from moonwhale.infer.convolution import convolution
 from moonwhale.infer.feed_forward import ExpertLayer, GatedNetwork, Pack
 from moonwhale.infer.graphs import Graphs
 from moonwhale.infer.placement import Placement
@@ -103,7 +104,7 @@ class Decoder:
             return x
         known = cache.tokens.flatten()
         known.index_copy_(0, placement.entry_index, tokens.flatten())
-        return x + _convolution(lambda entries: F.embedding(known[entries], self.embedding), self.conv, placement)
+        return x + convolution(lambda entries: F.embedding(known[entries], self.embedding), self.conv, placement)
 
     def _step(
         self, depth: int, function: Callable[..., Tensor], tensors: tuple, cache: LatentCache, placement: Placement
@@ -116,20 +117,6 @@ class Decoder:
         for block in self.main:
             x = block(x, cache, placement, tokens)
         return self.norm(x)
-
-
-def _convolution(read: Callable[[Tensor], Tensor], weights: Tensor, placement: Placement) -> Tensor:
-    """Return Σ_k w_k ⊙ x_{t-k} (B, Q, C) of each new token t, as `depthwise_convolution` in model/convolution.py does.
-
-    `read(entries)` returns x (B * Q, C) of the tokens at these indices among the entries of all slots. `weights` are
-    (taps, C), the newest tap last.
-    """
-    mixed = 0.0
-    for back in range(len(weights)):
-        tap = read((placement.entry_index - back).clamp(min=0)).unflatten(0, placement.positions.shape)
-        inside = (placement.positions >= back).unsqueeze(-1)
-        mixed = mixed + torch.where(inside, tap, 0.0) * weights[-1 - back].to(tap.dtype)
-    return mixed
 
 
 class DecoderBlock:
@@ -251,7 +238,7 @@ class DecoderAttention:
     def _convolved(self, latent: Tensor, values: Tensor, placement: Placement) -> Tensor:
         """`c + silu(causal depthwise convolution of c)` (arXiv 2511.11571), from the latents c in the cache."""
         known = values.flatten(0, 1)
-        return latent + F.silu(_convolution(lambda entries: known[entries], self.conv, placement))
+        return latent + F.silu(convolution(lambda entries: known[entries], self.conv, placement))
 
     def _expanded(self, q: Tensor, cache: LatentCache, placement: Placement) -> Tensor:
         """Expand latents into every head's keys and values, and attend with q (B, Q, heads, D): (B, Q, heads * v)."""

@@ -58,15 +58,15 @@ class Drafting:
         trials.cycles_left -= 1
         return self._best_depth(trials)
 
-    def record(self, sequences: int, depth: int, seconds: float, tokens: list[tuple[int, int]]) -> None:
-        """Record a cycle: its time, and each sequence's numbers of added tokens and of accepted drafts."""
-        trials = self._trials[sequences.bit_length()]
+    def record(self, depth: int, seconds: float, verdicts: list[list[bool]]) -> None:
+        """Record a cycle: its time, and for each sequence which of its verified drafts were accepted."""
+        trials = self._trials[len(verdicts).bit_length()]
         if trials.running and len(self.depths) > 1:  # with one depth no trial ever ends
             trials.seconds[depth].append(seconds)
-        for added, n in tokens:
-            for k in range(min(added, depth)):  # drafts after a rejected one were not verified
+        for of_sequence in verdicts:
+            for k, accepted in enumerate(of_sequence):
                 self._verified[k] = min(self._verified[k] + 1, RECENT_DRAFTS)
-                self._accepted[k] += ((k < n) - self._accepted[k]) / self._verified[k]
+                self._accepted[k] += (accepted - self._accepted[k]) / self._verified[k]
 
     def _end_trial(self, trials: _Trials) -> None:
         """Decide when the next trial comes."""

@@ -44,9 +44,13 @@ class Request:
     # The scheduler's state between two steps
     cached: int = 0  # tokens of prompt and answer whose entries are in the cache
     drafts: list[int] = field(default_factory=list)  # tokens to verify in the next step
-    n_added: int = 0  # tokens that the last step added
-    n_accepted: int = 0  # drafts that the last step accepted
-    hidden: Tensor | None = None  # (Q, hidden) states of the last step, of which the first `n_accepted` + 1 count
+    verdicts: list[bool] = field(default_factory=list)  # whether each draft that was verified last was accepted
+    hidden: Tensor | None = None  # (Q, hidden) states of the last cached tokens, which `Scheduler._draft` needs
+
+    @property
+    def n_accepted(self) -> int:
+        """The number of drafts that the last step accepted."""
+        return sum(self.verdicts)
 
     @property
     def ids(self) -> list[int]:
@@ -67,12 +71,13 @@ class Request:
         self.noise.forget(len(self.token_ids))
         self.seconds = time.perf_counter() - self.start
 
-    def count_drafts(self, depth: int) -> None:
+    def count_drafts(self) -> None:
         """Add the last step's drafts to the statistics. Those after a rejected one, or after the answer's end, were not
         verified.
         """
+        depth = len(self.drafts)
         self.drafted += [0] * (depth - len(self.drafted))
         self.accepted += [0] * (depth - len(self.accepted))
-        for k in range(min(self.n_added, depth)):
+        for k, accepted in enumerate(self.verdicts):
             self.drafted[k] += 1
-            self.accepted[k] += k < self.n_accepted
+            self.accepted[k] += accepted

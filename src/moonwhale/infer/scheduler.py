@@ -74,11 +74,11 @@ class Scheduler:
     def _verify(self) -> None:
         """Verify the drafts of all running sequences, and tell `drafting` how long the cycle took."""
         start = time.perf_counter()
-        sequences, depth = len(self.running), len(self.running[0].drafts)
+        depth = len(self.running[0].drafts)
         hidden = self._run_drafts(depth)
         self._take_tokens(hidden, depth)
         seconds = time.perf_counter() - start + self._drafting_seconds
-        self.drafting.record(sequences, depth, seconds, [(row.n_added, row.n_accepted) for row in self.running])
+        self.drafting.record(depth, seconds, [row.verdicts for row in self.running])
 
     def _run_drafts(self, depth: int) -> Tensor:
         """Run each sequence's last token and its drafts through the main model: (B, depth + 1, hidden)."""
@@ -89,23 +89,29 @@ class Scheduler:
     def _take_tokens(self, hidden: Tensor, depth: int) -> None:
         """Add a token to each sequence, and another one after each draft that it confirms."""
         rows, logits = self.running, self.decoder.head(hidden)  # (B, depth + 1, V)
-        for row, states in zip(rows, hidden, strict=True):
-            row.hidden, row.n_added, row.n_accepted = states, 0, 0
+        for row in rows:
+            row.verdicts = []
             row.forwards += 1
         accepting = list(range(len(rows)))  # running rows whose drafts have all been accepted so far
         for k in range(depth + 1):
             chosen = self._add_tokens(logits[accepting, k], [rows[i] for i in accepting])
-            for i in accepting:
-                rows[i].n_added += 1
-            right = [i for i, token in zip(accepting, chosen, strict=True) if k < depth and token == rows[i].drafts[k]]
-            for i in right:
-                rows[i].n_accepted += 1
-            accepting = [i for i in right if rows[i].finish_reason is None]
+            if k == depth:
+                break
+            for i, token in zip(accepting, chosen, strict=True):
+                rows[i].verdicts.append(token == rows[i].drafts[k])
+            accepting = [i for i in accepting if rows[i].verdicts[k] and rows[i].finish_reason is None]
             if not accepting:
                 break
-        for row in rows:
-            row.cached += row.n_accepted + 1
-            row.count_drafts(depth)
+        for row, states in zip(rows, hidden, strict=True):
+            self._advance(row, states[: row.n_accepted + 1])
+            row.count_drafts()
+
+    def _advance(self, row: Request, states: Tensor) -> None:
+        """Count the tokens of these hidden states (Q, hidden) as cached, and keep the last states for `_draft`."""
+        row.cached += len(states)
+        known = states if row.hidden is None else torch.cat([row.hidden, states])
+        deepest = self.drafting.depths[-1]
+        row.hidden = known[-deepest - 1 :].clone()  # a copy: the next replay of a CUDA graph overwrites `states`
 
     def _add_tokens(self, logits: Tensor, rows: list[Request]) -> list[int]:
         """Choose the next token of each row from (N, V) logits, add it, and return all of them."""
@@ -170,13 +176,13 @@ class Scheduler:
             if targets:  # a piece that holds only the prompt's last token has none
                 logits = self.decoder.head(states[: len(targets)])  # (Q, V)
                 row.prompt_logprobs += logprobs_of(logits, targets, row.top_logprobs)
-            row.cached += len(piece)
+            self._advance(row, states[: len(piece)])
         self.prefilling = rows[0] if rows[0].cached < len(rows[0].prompt) else None
         if self.prefilling:
             return
-        last = torch.stack([states[len(piece) - 1] for states, piece in zip(hidden, pieces, strict=True)])
-        for row, states in zip(rows, last, strict=True):  # (hidden)
-            row.hidden, row.n_accepted, row.forwards = states[None], 0, 1
+        for row in rows:
+            row.forwards = 1
+        last = torch.stack([row.hidden[-1] for row in rows])  # (B, hidden)
         self._add_tokens(self.decoder.head(last[:, None])[:, 0], rows)
         self.running += rows
 
@@ -185,25 +191,29 @@ class Scheduler:
     def _draft(self, depth: int) -> None:
         """Draft `depth` tokens after each running sequence's last token.
 
-        Module k runs over all positions of the last step, whose next tokens are known now. The next step overwrites
-        the entries of rejected drafts.
+        Module k reads the token k positions ahead. At its last k - 1 positions this is a draft, and once the main model
+        has rejected it, the entry there is wrong. All such entries are in the last `depth` positions, so the modules
+        run over these again. `depth` + 1 positions also hold all that a step of this depth can have added.
         """
         start = time.perf_counter()
         rows, decoder = self.running, self.decoder
         for row in rows:
             row.drafts = []
         if depth > 0 and rows:
-            length = max(len(row.hidden) for row in rows)
-            hidden = torch.stack([F.pad(row.hidden, (0, 0, 0, length - len(row.hidden))) for row in rows])
-            placement = decoder.place(self.cache, 0, [row.cached - row.n_accepted - 1 for row in rows], length)
-            newest = torch.arange(len(rows), device=decoder.device), torch.tensor([row.n_accepted for row in rows])
+            length = max(depth, *(row.n_accepted for row in rows)) + 1
+            known = [row.hidden[-length:] for row in rows]  # a short prompt has fewer states
+            counts = [len(states) for states in known]
+            hidden = torch.stack([F.pad(states, (0, 0, 0, length - len(states))) for states in known])
+            first = [row.cached - n for row, n in zip(rows, counts, strict=True)]
+            placement = decoder.place(self.cache, 0, first, length)
+            newest = torch.arange(len(rows), device=decoder.device), torch.tensor([n - 1 for n in counts])
+            ahead = [row.ids[-n:] for row, n in zip(rows, counts, strict=True)]  # the token k positions ahead of each
             for k in range(1, depth + 1):
-                known = [row.token_ids[-row.n_accepted - 1 :] + row.drafts for row in rows]
-                ahead = self._padded([tokens[k - 1 :] for tokens in known], length)
-                hidden = decoder.draft(k, hidden, ahead, self.cache, placement)  # (B, length, hidden)
+                hidden = decoder.draft(k, hidden, self._padded(ahead, length), self.cache, placement)
                 drafts = choose(decoder.draft_head(hidden[newest][:, None])[:, 0], rows, ahead=k - 1)
                 for row, token in zip(rows, drafts, strict=True):
                     row.drafts.append(token)
+                ahead = [[*tokens[1:], token] for tokens, token in zip(ahead, drafts, strict=True)]
         self._drafting_seconds = time.perf_counter() - start
 
     def _padded(self, tokens: list[list[int]], length: int) -> Tensor:

@@ -53,7 +53,13 @@ def main_xray(argv: list[str]) -> None:
         raise UserError("`chat`: there is no `prompt` to answer: give one, or leave both out for an example")
     if args.max_new_tokens < 0:
         raise UserError(f"`max_new_tokens`: {args.max_new_tokens} is below 0: give the tokens of the answer, or 0")
-    options = SamplingOptions(max_new_tokens=max(args.max_new_tokens, 1), temperature=args.temperature, seed=args.seed)
+    if args.temperature and not args.max_new_tokens:
+        raise UserError("`temperature`: it has no effect with `max_new_tokens` 0: leave one of them out")
+    if args.seed is not None and not args.temperature:
+        raise UserError("`seed`: it has no effect with `temperature` 0: give a higher one, or leave it out")
+    options = SamplingOptions(
+        max_new_tokens=max(args.max_new_tokens, 1), temperature=args.temperature, seed=args.seed or 0
+    )
 
     from moonwhale.checkpoint import open_checkpoint
     from moonwhale.infer.engine import Engine
@@ -90,7 +96,7 @@ def _xray_parser() -> Parser:
     add("--chat", action="store_true", help="treat the prompt as a chat message")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer; 0 for none (%(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (%(default)s)")
+    add("--seed", type=int, metavar="N", help="seed of the sampling (0)")
     add("--out", default="xray.html", metavar="FILE", help="file to write (%(default)s)")
     add_json(parser)
     return parser

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from moonwhale import precision
 from moonwhale.files import cache_folder
 from moonwhale.memory import total_bytes
+from moonwhale.model.compiling import compile_unsupported_reason
 from moonwhale.native import build
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -128,7 +129,7 @@ def _kernels(device: torch.device) -> dict[str, Finding]:
         f"F.grouped_mm {name}": _finding(_failure(partial(grouped_mm, dtype)), "works, forward and backward")
         for name, dtype in DTYPES.items()
     }
-    reason = precision.compile_unsupported_reason(device)
+    reason = compile_unsupported_reason(device)
     findings["torch.compile"] = _finding(reason, "its compiler is installed (not run)")
     elsewhere = "" if device.type == "cpu" else f"for CPUs; {device.type} uses PyTorch's operations"
     for library, purpose in build.PURPOSES.items():

@@ -8,6 +8,7 @@ from moonwhale.costs import dense_twin, flops_per_token, inference_bytes, model_
 from moonwhale.errors import UserError, did_you_mean
 from moonwhale.presets import PRESETS
 from moonwhale.train.config import TrainConfig, build_model_config
+from moonwhale.train.effects import idle_model_fields, require_effects
 from moonwhale.units import in_bytes, si
 
 
@@ -17,16 +18,20 @@ def find_config(target: str, overrides: dict) -> tuple:
     `overrides` holds the model's fields to change, under "model".
 
     Raises:
-        UserError: `target` is neither a preset nor a readable checkpoint, or the model is impossible.
+        UserError: `target` is neither a preset nor a readable checkpoint, or a field is impossible or without effect.
     """
+    run = None
     if target in PRESETS:
         run = TrainConfig.resolve({"preset": target, **overrides})
-        return build_model_config(run), run
-    if not Path(target).is_dir():
+        config = build_model_config(run)
+    elif Path(target).is_dir():
+        config = read_config(Path(target), overrides.get("model"))
+    else:
         raise UserError(
             f"{target!r} is neither a preset ({', '.join(PRESETS)}) nor a folder{did_you_mean(target, PRESETS)}"
         )
-    return read_config(Path(target), overrides.get("model")), None
+    require_effects(idle_model_fields(config), overrides)
+    return config, run
 
 
 def gather_figures(config, context: int, batch: int, run: TrainConfig | None) -> dict:

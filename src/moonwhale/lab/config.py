@@ -11,7 +11,8 @@ from moonwhale.lab.variants import BASE, DECIDED, Variant, check_given, read_var
 from moonwhale.options import LARGEST, option, require, require_at_least_one
 from moonwhale.reports import add_json
 from moonwhale.train.config import TrainConfig, preset_defaults
-from moonwhale.train.outlook import steps_within
+from moonwhale.train.effects import refusal, without_effect
+from moonwhale.train.outlook import steps_within, tokens_after
 
 GROUP = "comparison"
 EXAMPLES = (
@@ -71,7 +72,7 @@ class Comparison:
     given: dict
     config_file: str | None
     variants: tuple[Variant, ...]  # the base first
-    n_rows: int = LARGEST  # of the text; until it has been read, more than any run needs
+    n_rows: int | None = None  # of the text, once it has been read
     json: bool = False  # whether to print the result as JSON
 
     def config(self, variant: Variant, seed: int = 0, **changes) -> TrainConfig:
@@ -82,24 +83,37 @@ class Comparison:
         """
         try:
             given = options.merge(self.given, variant.changes, changes)
-            if self.budget.unit == "tokens":
-                given["steps"] = self._steps(given)
-            config = TrainConfig.resolve(given, self.config_file)
+            of_tokens = self.budget.unit == "tokens"
+            config = self._of_tokens(given) if of_tokens else TrainConfig.resolve(given, self.config_file)
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from error
         own = {"eval_every": 0, "save_every": 0, "sample_every": 0, "keep_checkpoints": 1, "report_to": ["none"]}
         return dataclasses.replace(config, seed=config.seed + seed, resume=False, **own)
 
-    def _steps(self, given: dict) -> int:
-        """Returns the number of steps that a budget of tokens allows a run with the options `given`."""
+    def _of_tokens(self, given: dict) -> TrainConfig:
+        """Returns the options of a run whose steps follow from a budget of tokens.
+
+        Until the text has been read, it is taken for a long one. On a short text the last step of each epoch is
+        shorter, so the budget allows more steps. What that would allow is not refused yet.
+        """
         # The preset's steps might leave no room for the warm-up, and the true number is not known yet
-        config = TrainConfig.resolve(given | {"steps": LARGEST}, self.config_file)
-        steps = steps_within(self.budget.amount, config, self.n_rows)
+        run = TrainConfig.resolve(given | {"steps": LARGEST}, self.config_file)
+        if self.n_rows is not None:
+            return self._with_steps(given, run, self.n_rows)
+        try:
+            return self._with_steps(given, run, LARGEST)
+        except UserError:
+            return self._with_steps(given, run, run.batch_size)  # the shortest text that can be trained on
+
+    def _with_steps(self, given: dict, run: TrainConfig, n_rows: int) -> TrainConfig:
+        """Returns `run` with the steps that the budget of tokens allows on a text of `n_rows` rows."""
+        steps = steps_within(self.budget.amount, run, n_rows)
         if not steps:
             raise UserError(
-                f"`tokens`: {self.budget.amount:,} are less than a step of `tokens_per_step` {config.tokens_per_step:,}"
+                f"`tokens`: {self.budget.amount:,} are less than the {tokens_after(1, run, n_rows):,} of a step: give "
+                "more, or lower `tokens_per_step` or `batch_size`"
             )
-        return steps
+        return TrainConfig.resolve(given | {"steps": steps}, self.config_file)
 
 
 def parse(argv: list[str]) -> Comparison:
@@ -155,10 +169,11 @@ def comparison(
     variants: the base first.
 
     Raises:
-        UserError: two budgets, one variant alone, equal variants, or impossible options.
+        UserError: two budgets, one variant alone, equal variants, or options that are impossible or without effect.
     """
     result = Comparison(own, _budget(own, given, config_file), given, config_file, tuple(variants))
     _require_different(result)
+    _require_effects(result)
     return result
 
 
@@ -190,6 +205,20 @@ def _require_different(asked: Comparison) -> None:
         known[options_text] = variant.name
     if len(known) < 2:
         raise UserError(f"variant {asked.variants[0].name} is alone: add another to compare it with")
+
+
+def _require_effects(asked: Comparison) -> None:
+    """Raises UserError for an option that changes nothing: one of a variant, or one for all that no variant uses."""
+    chosen = TrainConfig.chosen(asked.given, asked.config_file)
+    shared = {name: value for name, value in chosen.items() if name not in DECIDED}
+    in_vain = []
+    for variant in asked.variants:
+        idle = dict(asked.config(variant).idle()).items()
+        if own := without_effect(idle, variant.changes):
+            raise UserError(f"variant {variant.name}: {refusal(own)}")
+        in_vain.append(without_effect(idle, shared))
+    if everywhere := {name: why for name, why in in_vain[0].items() if all(name in other for other in in_vain)}:
+        raise UserError(refusal(everywhere))
 
 
 def _flat(values: dict, outer: str = "") -> dict:

@@ -1,17 +1,18 @@
-"""Checks of what a caller gives to a forward pass: transformers' arguments are obeyed or refused."""
+"""What a caller gives to a forward pass, checked and completed: transformers' arguments are obeyed or refused."""
 
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .configuration_moonwhale import MoonwhaleConfig
-from .documents import require
+from .documents import Documents, require
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")  # flash attention's arguments
-FALSE_ARGUMENTS = ("output_router_logits",)
+FALSE_ARGUMENTS = ("output_router_logits",)  # which ask for nothing while they are False
 
 
 def chosen_hidden_states(wanted: bool | int | Iterable[int] | None, config: MoonwhaleConfig, number: int) -> set[int]:
@@ -24,6 +25,43 @@ def chosen_hidden_states(wanted: bool | int | Iterable[int] | None, config: Moon
         return set(range(number)) if wanted else set()
     indices = [wanted] if isinstance(wanted, int) else wanted
     return {i % number for i in indices if -number <= i < number}
+
+
+def complete_inputs(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    use_cache: bool | None,
+    documents: Documents | None,
+    with_mtp: bool,
+    others: dict,
+) -> tuple[Cache | None, Documents, Tensor]:
+    """Check and complete what `MoonwhaleModel.forward` is given beside the embeddings (B, T, hidden). `others` are its
+    `kwargs`.
+
+    Returns:
+        the cache to extend, if any; the documents of all cached + T tokens; the position ids (B, T).
+
+    Raises:
+        ValueError, TypeError: see `MoonwhaleModel.forward`.
+    """
+    cache_position = others.pop("cache_position", None)
+    position_ids = packed_positions(others, position_ids, embeds, cache)
+    refuse_unknown(others)
+    cache = cache_to_extend(cache, use_cache, model.config, model.training, model.gradient_checkpointing)
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if with_mtp and past:
+        raise ValueError("with_mtp needs the whole sequence: leave out past_key_values")
+    batch, length, _ = embeds.shape
+    check_cache_position(cache_position, past, length)
+    if documents is None:
+        starts = None if past else position_ids
+        documents = Documents.from_inputs(batch, past + length, embeds.device, attention_mask, starts)
+    if position_ids is None:
+        position_ids = documents.positions[:, past:]
+    return cache, documents, position_ids
 
 
 def refuse_unknown(arguments: dict) -> None:

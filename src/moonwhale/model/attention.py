@@ -116,7 +116,10 @@ def _tiles(n_heads: int, n_queries: int, n_keys: int, causal: bool) -> Iterator[
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, document_ids: Tensor | None, tile) -> Tensor:
-    """Return a tile's scaled and masked logits as exponents of 2, in fp32 since a CPU is slow in bf16."""
+    """Return a tile's scaled and masked logits as exponents of 2, in fp32 since a CPU is slow in bf16.
+
+    In bf16 the products are rounded to bf16 first, as in transformers' eager attention.
+    """
     _, queries, _ = tile
     scores = _products(q, k, scale, tile).to(torch.promote_types(q.dtype, torch.float32))  # (heads, queries, keys)
     if ids := _ids(document_ids, len(q), q.shape[1], tile):

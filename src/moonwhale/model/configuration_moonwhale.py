@@ -63,6 +63,12 @@ class MoonwhaleConfig(ConfigFields, PreTrainedConfig):
         return list(self.mtp_num_blocks)
 
     @property
+    def padding_row(self) -> int | None:
+        """The row of the embedding that stays zero: the padding token's, unless that token begins or ends texts too."""
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return None if self.pad_token_id in (self.bos_token_id, *ends) else self.pad_token_id
+
+    @property
     def num_blocks(self) -> int:
         """Number of transformer blocks in the main model and the MTP modules together."""
         return self.num_hidden_layers + sum(self.mtp_blocks)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from torch.utils._triton import has_triton
 
+from .compiling import triton_unsupported_reason
 from .documents import Documents, take_rows
 from .moba import Chunks
 from .thresholds import LONG_CONTEXT
@@ -28,7 +28,7 @@ WIDE_FP32 = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 64, "fwd_num_stages": 1, "fwd_num
 # And tiles for fp32 heads wider than 64 on GPUs with little shared memory, such as the T4 (64 KiB a block) and the RTX
 # 3090 and 4090 (99 KiB): on paper, torch's own tiles need 80 KiB and more there.
 SMALL_FP32 = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}
-LITTLE_SHARED_MEMORY = 160 << 10  # bytes per block; data centre GPUs since the A100 have more
+LITTLE_SHARED_MEMORY = 160 << 10  # bytes per block; the A100 and its large successors have more
 MAX_GRAPHS = 64  # compiled graphs of attention, of different lengths and settings
 
 
@@ -40,13 +40,15 @@ def serves(q: Tensor, documents: Documents) -> bool:
     """
     if q.shape[2] != documents.document_ids.shape[1]:
         return False
-    return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.is_grad_enabled() and can_compile())
+    if torch.compiler.is_compiling():
+        return True
+    return q.device.type == "cuda" and torch.is_grad_enabled() and can_compile(q.device)
 
 
 @cache
-def can_compile() -> bool:
-    """Return whether torch compiles for this machine's GPU. It needs triton and a compute capability of 7.0."""
-    return has_triton()
+def can_compile(gpu: torch.device) -> bool:
+    """Return whether torch can compile for this GPU. It asks only once, since each forward pass of a block does."""
+    return not triton_unsupported_reason(gpu)
 
 
 def attention(
@@ -83,6 +85,7 @@ def _padded(q, k, v, document_ids, ranks, missing: int) -> tuple[Tensor, ...]:
 
 
 def _attention(q, k, v, document_ids, ranks, scale, block_size, topk) -> tuple[Tensor, Tensor]:
+    """Compute `attention` for rows of any length. `document_ids` and `ranks` are those of `Documents`, both (B, T)."""
     length = q.shape[2]
     # (B, H, T', D) and (B, T'), with T' a multiple of FLEX_TILE
     q, k, v, document_ids, ranks = _padded(q, k, v, document_ids, ranks, -length % FLEX_TILE)
@@ -237,6 +240,11 @@ _shared_memory._dynamo_marked_constant = True
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute attention of q (B, H, Tq, D) to k (B, H, Tk, D) and v (B, H, Tk, Dv) with torch's kernel.
+
+    Returns:
+        out (B, H, Tq, Dv), and the log-sum-exp and the largest scaled logit of each query, both (B, H, Tq) in fp32.
+    """
     aux, options = AuxRequest(lse=True, max_scores=True), None
     if q.dtype == torch.float32 and 64 < q.shape[-1] <= 256:
         if q.device.type == "cuda" and _shared_memory(q.device.index) < LITTLE_SHARED_MEMORY:

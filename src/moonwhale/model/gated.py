@@ -38,8 +38,11 @@ def gated_rows(inner: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...
     return (activated * up).mul_(weight.to(inner.dtype).unsqueeze(1)), (gate, up, activated)
 
 
-def gated_rows_backward(d_product: Tensor, weight: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of inner and weight, and the product again. `kept` is what `gated_rows` returned."""
+def gated_rows_backward(d_product: Tensor, weight: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of inner (R, 2 * inner) and of weight (R,), and the product (R, inner) again.
+
+    `d_product` (R, inner) is the gradient of the product, and may be overwritten. `kept` is what `gated_rows` returned.
+    """
     if len(kept) == 1:
         gate, up = kept[0].chunk(2, dim=-1)
         if compiled := compiled_for(gate, d_product):

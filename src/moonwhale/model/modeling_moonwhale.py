@@ -10,14 +10,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import can_return_tuple
 
 from .adapters import effective_weight
-from .arguments import (
-    cache_to_extend,
-    check_cache_position,
-    check_labels,
-    chosen_hidden_states,
-    packed_positions,
-    refuse_unknown,
-)
+from .arguments import check_labels, chosen_hidden_states, complete_inputs, packed_positions
 from .block import Block, BlockStatistics
 from .configuration_moonwhale import MoonwhaleConfig
 from .convolution import EmbeddingConvolution
@@ -37,7 +30,7 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
 
     def __init__(self, config: MoonwhaleConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.padding_row)
         self.embed_conv = (
             EmbeddingConvolution(config.embedding_conv, config.hidden_size) if config.embedding_conv else None
         )
@@ -92,45 +85,32 @@ class MoonwhaleModel(MoonwhalePreTrainedModel):
             ValueError: neither or both of input_ids and inputs_embeds, a mask of another shape, or MTP after a cache.
             TypeError: an argument that the model does not know, or knows but cannot obey.
         """
-        cache_position = kwargs.pop("cache_position", None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        embeds = self.embed(input_ids) if inputs_embeds is None else _in_autocast_dtype(inputs_embeds)
+        cache, documents, position_ids = complete_inputs(
+            self, embeds, attention_mask, position_ids, past_key_values, use_cache, documents, with_mtp, kwargs
+        )
+        rotation = rotation_table(self.config, position_ids, embeds.dtype)
+        collect_statistics = collects(collect_statistics)
         chosen = chosen_hidden_states(output_hidden_states, self.config, len(self.main_blocks) + 1)
         if output_attentions is None:
             output_attentions = getattr(self.config, "output_attentions", False)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed(input_ids) if inputs_embeds is None else _in_autocast_dtype(inputs_embeds)
-        position_ids = packed_positions(kwargs, position_ids, x, past_key_values)
-        refuse_unknown(kwargs)
-        collect_statistics = collects(collect_statistics)
-        past_key_values = cache_to_extend(
-            past_key_values, use_cache, self.config, self.training, self.gradient_checkpointing
-        )
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if with_mtp and past:
-            raise ValueError("with_mtp needs the whole sequence: leave out past_key_values")
-        batch, length, _ = x.shape
-        check_cache_position(cache_position, past, length)
-        if documents is None:
-            starts = None if past else position_ids
-            documents = Documents.from_inputs(batch, past + length, x.device, attention_mask, starts)
-        if position_ids is None:
-            position_ids = documents.positions[:, past:]
-        rotation = rotation_table(self.config, position_ids, x.dtype)
 
-        embeds, x = x, self.convolve(x, documents, past_key_values)
+        x = self.convolve(embeds, documents, cache)
         balance, hidden_states = x.new_zeros((), dtype=torch.float32), []
         attentions = [] if output_attentions else None
         for i, block in enumerate(self.main_blocks):
             hidden_states.append(x if i in chosen else None)
             x, balance = self.run(
-                [block], x, balance, rotation, documents, past_key_values, collect_statistics, attentions, input_ids
+                [block], x, balance, rotation, documents, cache, collect_statistics, attentions, input_ids
             )
         x, mtp = self.norm(x), None
         if with_mtp:
             mtp, balance = self.run_mtp(x, embeds, balance, rotation, documents, collect_statistics)
         return MoonwhaleModelOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=(*hidden_states, x if len(hidden_states) in chosen else None) if chosen else None,
             attentions=tuple(attentions) if output_attentions else None,
             mtp_hidden_states=mtp,
@@ -329,19 +309,21 @@ class MoonwhaleForCausalLM(MoonwhalePreTrainedModel, MoonwhaleGenerationMixin):
         hidden = torch.stack([body.last_hidden_state, *(body.mtp_hidden_states or ())])  # (1 + D, B, T, hidden)
         targets = targets[: len(hidden)]
         counts = (targets != IGNORE_INDEX).sum((1, 2))
-        own = counts.clamp(min=1).float()  # (1 + D,)
-        total = own if num_items is None else torch.as_tensor(num_items, device=own.device).float().clamp(min=1)
-        total = total * own / own[0] if total.dim() == 0 else total[: len(hidden)]
-        weights = torch.ones_like(own)
+        n_here = counts.clamp(min=1).float()  # (1 + D,) targets of this micro-batch, and below of the whole step
+        n_step = n_here if num_items is None else torch.as_tensor(num_items, device=n_here.device).float().clamp(min=1)
+        if n_step.dim() == 0:  # the main head's targets alone
+            n_step = n_step * n_here / n_here[0]
+        n_step = n_step[: len(hidden)]
+        weights = torch.ones_like(n_here)
         weights[1:] = self.mtp_loss_weight / max(len(hidden) - 1, 1)
-        row_weight = (weights / total).view(-1, 1, 1).expand(targets.shape)  # (1 + D, B, T)
+        row_weight = (weights / n_step).view(-1, 1, 1).expand(targets.shape)  # (1 + D, B, T)
         loss, nll, correct = linear_cross_entropy(
             hidden.flatten(0, 2), effective_weight(self.lm_head), targets.flatten(), row_weight.flatten()
         )
         return {
-            "loss": loss + body.balance_loss * (own[0] / total[0]),
-            "losses": nll.view_as(targets).sum((1, 2)) / own,
-            "accuracies": correct.view_as(targets).sum((1, 2)) / own,
+            "loss": loss + body.balance_loss * (n_here[0] / n_step[0]),
+            "losses": nll.view_as(targets).sum((1, 2)) / n_here,
+            "accuracies": correct.view_as(targets).sum((1, 2)) / n_here,
             "targets": counts,
             "balance_loss": body.balance_loss.detach(),
         }

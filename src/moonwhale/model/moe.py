@@ -183,24 +183,21 @@ class DeepseekMoE(Statistics):
 
     def balance_loss(self, routing: Routing, valid: Tensor) -> Tensor:
         """Return α Σ_i f_i P_i in fp32, with f_i the share of choices that expert i got (1 when even) and P_i its mean
-        score.
+        score. Scores are normalised over experts, so that even routing costs α and pulls at no score.
 
-        "sequence" is DeepSeek-V3 eq. 17-20: each sequence by itself, scores normalised over experts, choices made
-        without the bias and, as in eq. 18, among all experts even if the router has groups. "expert" is DeepSeekMoE
-        eq. 12-14, over the whole batch. "device" is its eq. 15-17, over groups of experts.
+        "sequence" is DeepSeek-V3 eq. 17-20: each sequence by itself, choices made without the bias and, as in eq. 18,
+        among all experts even if the router has groups. "expert" is DeepSeekMoE eq. 12-14, over the whole batch.
+        "device" is its eq. 15-17, over groups of experts. Its scores are a softmax, which is normalised already.
         """
         if self.balance == "none" or self.alpha == 0:
             return routing.scores.new_zeros(())
-        scores, index = routing.scores, routing.index
-        if self.balance == "sequence" and compiled_for(scores):
-            f, p = SequenceBalance.apply(scores, valid, self.gate.topk)
+        if self.balance == "sequence" and compiled_for(routing.scores):
+            f, p = SequenceBalance.apply(routing.scores, valid, self.gate.topk)
             return self.alpha * (f * p).sum(1).mean()
+        scores = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
+        index, rows = routing.index, (1, valid.numel())
         if self.balance == "sequence":
-            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-            index = routing.scores.topk(self.gate.topk, sorted=False).indices
-            rows = valid.shape
-        else:
-            rows = (1, valid.numel())
+            index, rows = routing.scores.topk(self.gate.topk, sorted=False).indices, valid.shape
         n_experts, topk = self.gate.n_experts, self.gate.topk
         weight = valid.reshape(*rows, 1).to(scores.dtype)
         tokens = weight.sum(1).clamp(min=1)  # (sequences, 1)

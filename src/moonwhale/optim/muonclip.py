@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ CACHED_NUMBERS = 2**20 * 3 // 2  # of the matrices that a CPU orthogonalises at 
 
 # What torch.compile and peft append to the name of a module that they wrap
 WRAPPERS = re.compile(r"(\._orig_mod|\.modules_to_save\.[^.]+)+$")
+# Modules that count as embeddings by their name: the embedding's convolution, and what peft adds to an embedding
+EMBEDDINGS = ("embed_conv", "lora_embedding_A", "lora_embedding_B")
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype | None = None, steps: int = 5) -> Tensor:
@@ -229,13 +232,15 @@ def _cut(*tensors: list[Tensor]) -> Iterator[Iterable[list[Tensor]]]:
     """Yield parts of several lists of equal shapes. Each has about `CACHED_NUMBERS` numbers in each list: matrices, and
     views of a few matrices of a stack, those of equal shape together.
     """
-    pieces = []
-    for same in zip(*tensors, strict=True):  # a parameter, its gradient and its momentum
-        length = max(1, CACHED_NUMBERS // same[0][0].numel()) if same[0].ndim == 3 else len(same[0])
-        pieces += zip(*(tensor.split(length) for tensor in same), strict=True)
+    pieces = []  # of a parameter, its gradient and its momentum: a matrix, or views of a few matrices of a stack
+    for same in zip(*tensors, strict=True):
+        parameter = same[0]
+        rows = max(1, CACHED_NUMBERS // parameter[0].numel()) if parameter.ndim == 3 else len(parameter)
+        pieces += zip(*(tensor.split(rows) for tensor in same), strict=True)
     pieces.sort(key=lambda piece: piece[0].shape)
     ends = accumulate(piece[0].numel() for piece in pieces)
-    for _, part in groupby(zip(ends, pieces, strict=True), lambda end_and_piece: end_and_piece[0] // CACHED_NUMBERS):
+    numbered = zip((end // CACHED_NUMBERS for end in ends), pieces, strict=True)  # by the part they belong to
+    for _, part in groupby(numbered, itemgetter(0)):
         yield zip(*(piece for _, piece in part), strict=True)
 
 
@@ -281,18 +286,21 @@ def param_groups(
     matrices, fused, adamw_decay, adamw_plain, embeddings, seen = [], [], [], [], [], set()
     for module_name, module in model.named_modules():
         leaf = WRAPPERS.sub("", module_name).rpartition(".")[2]
-        embedding = isinstance(module, nn.Embedding) or leaf in ("embed_conv", "lora_embedding_A", "lora_embedding_B")
-        head = leaf in ("lm_head", "head")
+        is_embedding = isinstance(module, nn.Embedding) or leaf in EMBEDDINGS
+        is_head = leaf in ("lm_head", "head")
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad or p in seen:
                 continue
             seen.add(p)
-            if (p.ndim == 2 and not embedding and not head) or (p.ndim == 3 and leaf == "experts"):
-                (fused if "gate_up_proj" in (leaf, name) else matrices).append(p)
-            elif embedding and embedding_lr != 1:
-                embeddings.append(p)
+            if (p.ndim == 2 and not is_embedding and not is_head) or (p.ndim == 3 and leaf == "experts"):
+                group = fused if "gate_up_proj" in (leaf, name) else matrices
+            elif is_embedding and embedding_lr != 1:
+                group = embeddings
+            elif is_embedding or p.ndim < 2:
+                group = adamw_plain
             else:
-                (adamw_plain if embedding or p.ndim < 2 else adamw_decay).append(p)
+                group = adamw_decay
+            group.append(p)
     groups = [
         {"params": matrices, "muon": muon, "split": 1, "weight_decay": weight_decay},
         {"params": fused, "muon": muon, "split": 2, "weight_decay": weight_decay},

@@ -71,17 +71,14 @@ class ParallelOptions:
         schedule, multiple, least = SCHEDULES[self.effective_schedule], replicas, replicas
         if self.pp > 1:
             least = schedule.min_micro_batches_per_rank * self.pp * replicas
-            multiple = replicas * (1 + schedule.bidirectional)
+            multiple = replicas * (2 if schedule.bidirectional else 1)
         if count < least or count % multiple:
+            work = f"{self.schedule} on {self.pp} ranks" if self.pp > 1 else f"the work of {replicas} processes"
+            if self.pp > 1 and replicas > 1:
+                work += f", {replicas} times,"
+            needed = f"at least {least}" + (f" and a multiple of {multiple}" if multiple > 1 else "")
             enough = max(least, -(-count // multiple) * multiple) * tokens
-            raise UserError(
-                f"{found}, but "
-                + (f"{self.schedule} on {self.pp} ranks" if self.pp > 1 else f"the work of {replicas} processes")
-                + f", {replicas} times," * (replicas > 1 and self.pp > 1)
-                + f" needs at least {least}"
-                + f" and a multiple of {multiple}" * (multiple > 1)
-                + f": give {enough}, or a smaller `batch_size`"
-            )
+            raise UserError(f"{found}, but {work} needs {needed}: give {enough}, or a smaller `batch_size`")
         return count // replicas
 
     def replicas(self, world_size: int) -> int:
@@ -90,13 +87,14 @@ class ParallelOptions:
         Raises:
             UserError: if the number of processes does not fit the options.
         """
-        processes = f"{world_size} process{'es' * (world_size > 1)}"
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
         replicas, rest = divmod(world_size, self.pp)
         if rest or not replicas:
             nearest = " or ".join(str(n * self.pp) for n in (replicas, replicas + 1) if n)
+            alone = ", or give `parallel.pp` 1" if world_size == 1 else ""
             raise UserError(
                 f"`parallel.pp`: pipelines of {self.pp} ranks can't be made of {processes}: "
-                f"start torchrun --nproc-per-node {nearest}" + ", or give `parallel.pp` 1" * (world_size == 1)
+                f"start torchrun --nproc-per-node {nearest}{alone}"
             )
         if replicas % self.ep:
             groups = replicas // self.ep
@@ -114,12 +112,18 @@ class ParallelOptions:
 
     def describe(self, world_size: int) -> str:
         """Say in words how the processes share the work, to follow the name of the device."""
-        words = [f"{world_size} processes"] * (world_size > 1 and self.pp == 1)
+        parts = []
         if self.pp > 1:
-            words.append(f"{self.schedule} over {self.pp} processes")
-            words += [f"{self.replicas(world_size)} times"] * (self.replicas(world_size) > 1)
-        words += [f"each layer's experts over {self.ep}"] * (self.ep > 1) + ["weights sharded"] * self.fsdp
-        return "".join(f", {word}" for word in words)
+            parts.append(f"{self.schedule} over {self.pp} processes")
+            if (replicas := self.replicas(world_size)) > 1:
+                parts.append(f"{replicas} times")
+        elif world_size > 1:
+            parts.append(f"{world_size} processes")
+        if self.ep > 1:
+            parts.append(f"each layer's experts over {self.ep}")
+        if self.fsdp:
+            parts.append("weights sharded")
+        return "".join(f", {part}" for part in parts)
 
 
 def divisors(number: int) -> list[int]:

@@ -57,6 +57,7 @@ class Overlap:
         Raises:
             Exception: the error of the pass that failed. The other stops where it would wait next.
         """
+        # Pass 0 or 1 computes while it is its `turn`; the other waits for its semaphore.
         may_run, ended, errors = (threading.Semaphore(1), threading.Semaphore(0)), [False, False], []
         turn = 0
         # Each thread has a current stream of its own

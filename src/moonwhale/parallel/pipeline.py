@@ -83,11 +83,11 @@ class Pipeline:
         """Sum the embedding's gradient over two ranks if both hold it: the first stage's, and the last stage's if an
         MTP module or a tied head reads it.
         """
-        config, ends = self.stages[0].model.config, (self.stage_ranks[0], self.stage_ranks[-1])
-        here = dist.get_rank(self.pp_group)
-        if not last_reads_embedding(config) or ends[0] == ends[1] or here not in ends:
+        first, last, here = self.stage_ranks[0], self.stage_ranks[-1], dist.get_rank(self.pp_group)
+        if not last_reads_embedding(self.stages[0].model.config) or first == last or here not in (first, last):
             return
-        embedding, other = self.stages[0].model.model.embed_tokens.weight, ends[here == ends[0]]
+        other = last if here == first else first
+        embedding = self.stages[0].model.model.embed_tokens.weight
         if embedding.grad is None:  # in the last stage while the MTP modules rest
             embedding.grad = torch.zeros_like(embedding)
         grad, other_grad = embedding.grad, torch.empty_like(embedding)

@@ -142,19 +142,22 @@ def place_rank(
     # Ranks of a pipeline that hold the same stages
     same_stages = [sorted({r, pp - 1 - r}) for r in range(pp // 2)] if bidirectional else [[r] for r in range(pp)]
 
+    def processes(of_replicas: Iterable[int], pp_ranks: Iterable[int]) -> list[int]:
+        return [c * pp + r for c in of_replicas for r in pp_ranks]
+
     def own_group(groups: Iterable[list[int]]) -> dist.ProcessGroup | None:
         made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
         return next((group for ranks, group in made if rank in ranks), None)
 
-    pp_group = own_group([c * pp + r for r in range(pp)] for c in range(replicas))
-    replicate_group = own_group([c * pp + r for c in range(replicas) for r in ranks] for ranks in same_stages)
+    pp_group = own_group(processes([c], range(pp)) for c in range(replicas))
+    replicate_group = own_group(processes(range(replicas), ranks) for ranks in same_stages)
     ep_group, expert_replicate_group = None, replicate_group
     if ep > 1:
         ep_group = own_group(
-            [c * pp + r for c in range(first, first + ep)] for first in range(0, replicas, ep) for r in range(pp)
+            processes(range(first, first + ep), [r]) for first in range(0, replicas, ep) for r in range(pp)
         )
         expert_replicate_group = own_group(
-            [c * pp + r for c in range(k, replicas, ep) for r in ranks] for k in range(ep) for ranks in same_stages
+            processes(range(k, replicas, ep), ranks) for k in range(ep) for ranks in same_stages
         )
     return RankPlacement(
         rank=rank,

@@ -15,6 +15,7 @@ from moonwhale.parallel.schedule_properties import SCHEDULES
 from moonwhale.presets import PRESETS, get_preset
 from moonwhale.reports import add_json, reporting
 from moonwhale.train.config import ModelOverrides, TrainConfig, build_model_config
+from moonwhale.train.effects import require_effects
 from moonwhale.units import in_bytes, si
 
 
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
     given = {name: getattr(arguments, name) for name in ("context", "tokens_per_step") if getattr(arguments, name)}
     # Layouts have micro-batches of any size up to the largest: a step need not be a multiple of that.
     run = TrainConfig.resolve(given | {"preset": arguments.preset, "batch_size": 1} | overrides)
+    require_effects(run.idle(), overrides)
     shown = rank(run, arguments.gpus, arguments.batch_size, figures)[: arguments.layouts]
     with reporting(arguments.json) as show:
         result = {"gpus": arguments.gpus, "preset": run.preset, **figures, "layouts": shown}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moonwhale.errors import UserError, require_package
-from moonwhale.options import option, require_not_negative
+from moonwhale.options import option, require, require_not_negative
 from moonwhale.processes import init_process_group
 from moonwhale.train.run import prepare_process
 from moonwhale.train.run_options import RunOptions, with_default
@@ -40,6 +40,11 @@ class PostTrainOptions(RunOptions):
         require_package("trl", "rl", f"moonwhale {self.verb}")
         super().__post_init__()
         require_not_negative(self, "bias_update_speed")
+
+    def require_room_for_warmup(self, steps: int) -> None:
+        """Raises UserError if the run has fewer `steps` than its warm-up. The default warm-up is shortened instead."""
+        fits = self.warmup_steps <= steps or self.warmup_steps == type(self).warmup_steps
+        require(self, "warmup_steps", fits, f"the run has {steps:,} steps: give at most that")
 
     @classmethod
     def default_out(cls, given: dict) -> str | None:

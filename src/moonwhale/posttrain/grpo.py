@@ -3,6 +3,7 @@
 import json
 import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,9 @@ class GRPOOptions(PostTrainOptions):
     beta: float | None = option(
         None, "weight of the KL divergence from CHECKPOINT (by default, the objective's)", group="GRPO"
     )
-    epsilon: float | None = option(None, "clips the ratio to 1 ± this (by default, the objective's)", group="GRPO")
+    epsilon: float | None = option(
+        None, "clips the ratio to 1 ± this, if --iterations is above 1 (by default, the objective's)", group="GRPO"
+    )
     group_size: int = option(8, "answers per question, which are compared with one another", group="GRPO")
     questions_per_step: int = option(16, "questions per optimizer step, on all devices together", group="GRPO")
     iterations: int = option(
@@ -92,12 +95,18 @@ class GRPOOptions(PostTrainOptions):
             require(self, name, getattr(self, name) <= 10**7, "give at most 10,000,000, which fit into memory")
         require(self, "group_size", self.group_size >= 2, "an answer is compared with at least one other")
         require(self, "temperature", self.temperature > 0, "at 0 all answers of a group would be the same")
+        self.require_room_for_warmup(self.steps)
         self.gradient_accumulation_steps()
         if self.questions < self.questions_per_step:
             raise UserError(
                 f"`questions`: {self.questions} are fewer than `questions_per_step` {self.questions_per_step}: give at "
                 "least that many"
             )
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        if self.iterations == 1:  # the policy has not moved since it drew the answers: the ratio is 1
+            yield "epsilon", "with `iterations` 1"
 
     def shared_steps(self, steps: int) -> int:
         """All of the shorter run, since the learning rate is constant after its warm-up, to the end of `iterations`."""

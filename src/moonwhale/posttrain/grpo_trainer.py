@@ -1,6 +1,7 @@
 """`MTPGRPOTrainer`: TRL's GRPOTrainer with moonwhale's engine and optimizer, and MTP modules that follow the policy."""
 
 import copy
+import hashlib
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -140,14 +141,17 @@ class MTPGRPOTrainer(MuonClipTrainerMixin, GRPOTrainer):
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _rollout_seed(self, n_prompts: int) -> int:
-        """Returns a seed that no other rollout of this run has, and that the resumed run has too."""
+        """Returns a seed that no other rollout has, in this run or with another seed. The resumed run has it too."""
         args, step, mode = self.args, self.state.global_step, "train" if self.model.training else "eval"
         last_step, number = self._rollouts[mode]
         number = number + 1 if step == last_step else 0
         self._rollouts[mode] = step, number
         rollout = 2 * number + (mode == "eval")
-        batch_index = step * args.world_size + args.process_index
-        return ((args.seed << 40) + (rollout << 32) + batch_index * n_prompts) % 2**62  # generators take no seeds above
+        row = (step * args.world_size + args.process_index) * n_prompts
+        if args.seed < 2**22 and rollout < 2**8 and row < 2**32:
+            return (args.seed << 40) + (rollout << 32) + row
+        # Larger numbers do not fit side by side into the 62 bits that every generator takes
+        return int.from_bytes(hashlib.sha256(f"{args.seed} {rollout} {row}".encode()).digest()[:8]) >> 2
 
     def evaluate(self, *args, **kwargs):
         """Evaluates as TRL does, but leaves no trace: the answers that TRL keeps for completions/ remain those of

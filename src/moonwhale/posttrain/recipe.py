@@ -9,6 +9,7 @@ from moonwhale.posttrain import grpo, sample, sft
 from moonwhale.reports import add_json, reporting
 from moonwhale.train import pretrain, run_folder
 from moonwhale.train.config import TrainConfig
+from moonwhale.train.effects import require_effects
 from moonwhale.train.run import check_reporters
 from moonwhale.train.run_options import RunOptions
 from moonwhale.yaml_files import read_yaml_file
@@ -98,7 +99,9 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
     if verb == "sample":  # its output is a single file, written at the end
         return verb, cls(**given)
     given["resume"] = (Path(given["out"]).expanduser() / run_folder.RUN_FILE).exists()
-    return verb, cls.resolve(given)
+    config = cls.resolve(given)
+    require_effects(config.idle(), given)
+    return verb, config
 
 
 def is_done(verb: str, config) -> bool:

@@ -49,6 +49,10 @@ class SampleOptions:
         require_at_least_one(self, "questions", "samples")
         require_answers_that_fit("questions", self.questions, self.samples)
         SamplingOptions(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        if not self.temperature and self.samples > 1:
+            raise UserError(
+                "`temperature`: 0 draws the greedy answer again and again: give a number above 0, or `samples` 1"
+            )
 
 
 def main(argv: list[str]) -> None:

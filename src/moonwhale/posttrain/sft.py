@@ -2,6 +2,7 @@
 
 import hashlib
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,16 @@ class SFTOptions(SourceOptions, PostTrainOptions):
         require(self, "context", self.context is None or self.context >= 2, "a row needs at least 2 tokens")
         require(self, "epochs", self.epochs > 0, "it must be above 0")
 
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        if self.steps is not None:
+            yield "epochs", f"with `steps` {self.steps}"
+        if not self.sample_every:
+            yield "sample_prompt", "with `sample_every` 0"
+        if self.lora_rank:  # frozen weights are neither clipped nor rebalanced
+            for name in ("qk_clip_tau", "bias_update_speed"):
+                yield name, f"with `lora_rank` {self.lora_rank}"
+
 
 def main(argv: list[str]) -> None:
     description = (
@@ -95,7 +106,7 @@ def build(config: SFTOptions) -> Run:
     from moonwhale.data.tokenizer import byte_lengths
     from moonwhale.posttrain.lora import lora_config, merge_adapters
     from moonwhale.posttrain.sft_trainer import MTPSFTTrainer
-    from moonwhale.train.samples import SampleAnswer
+    from moonwhale.train.samples import SampleAnswer, message_ids
 
     check_processes(config)
     choice = precision.choose(config.device, config.precision)
@@ -105,6 +116,10 @@ def build(config: SFTOptions) -> Run:
     micro_batches = len(train_rows) // (config.batch_size * world_size())
     steps_per_epoch = -(-micro_batches // config.accumulation)  # the last one takes those that are left
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    config.require_room_for_warmup(steps)
+    args = trainer_arguments(config, choice, steps, context)
+    if config.sample_every:
+        message_ids(tokenizer, config.sample_prompt)  # a message that can't be answered is refused now
     describe(config, choice, data_description, steps, steps / steps_per_epoch)
     run_folder.create(config)
     what = f"`data`: {config.data}, or its tokenizer,"
@@ -112,7 +127,7 @@ def build(config: SFTOptions) -> Run:
     make_trainer = partial(
         MTPSFTTrainer,
         model=model,
-        args=trainer_arguments(config, choice, steps, context),
+        args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,

@@ -150,7 +150,7 @@ class StopAtStepEnd(TrainerCallback):
             raise KeyboardInterrupt
         self.stop_requested = True
         with contextlib.suppress(OSError):  # the terminal may be gone
-            tqdm.write("stopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr)
+            tqdm.write("stopping at the end of a step (Ctrl-C again: at once, without saving)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         several = dist.is_initialized() and dist.get_world_size() > 1

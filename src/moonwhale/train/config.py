@@ -6,6 +6,7 @@ A later source wins: the defaults, the preset, a YAML file (`--config`), the com
 import argparse
 import os
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moonwhale import options
@@ -15,6 +16,7 @@ from moonwhale.options import option, require, require_at_least_one, require_not
 from moonwhale.parallel.options import ParallelOptions
 from moonwhale.presets import PRESETS, get_preset, is_record, model_fields
 from moonwhale.train import starting_model
+from moonwhale.train.effects import idle_model_fields
 from moonwhale.train.run_options import RunOptions, parse_run
 
 if typing.TYPE_CHECKING:
@@ -120,6 +122,25 @@ class TrainConfig(SourceOptions, RunOptions):
             raise UserError("`compile`: experts on several ranks can't be compiled: leave it out")
         if self.parallelism.fsdp:
             raise UserError("`compile`: compiled blocks don't gather their weights: leave it or `parallel.fsdp` out")
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        if not self.sample_every:
+            yield "sample_prompt", "with `sample_every` 0"
+        if self.parallelism.pp == 1:
+            yield "parallel.schedule", "with `parallel.pp` 1"
+        if self.schedule != "wsd" and self.mtp_loss_weight_final is None:
+            yield "decay_fraction", f"with `schedule` {self.schedule}"
+        if not self.decay_fraction:
+            yield "mtp_loss_weight_final", "with `decay_fraction` 0"
+            if self.schedule == "wsd":
+                yield "min_lr_ratio", "with `decay_fraction` 0"
+        if not self.from_:  # else the model is that of a folder
+            model = MODEL_FIELDS(**self.model)
+            if not model.num_nextn_predict_layers:
+                yield "mtp_start", "with `model.num_nextn_predict_layers` 0"
+                yield "mtp_loss_weight_final", "with `model.num_nextn_predict_layers` 0"
+            yield from idle_model_fields(model)
 
     @classmethod
     def default_out(cls, given: dict) -> str:
@@ -267,12 +288,23 @@ def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":
             model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | config.model)
         except ValueError as error:
             raise starting_model.as_field(error) from error
+        if model.tie_word_embeddings:
+            _require_plain_embedding(config, model)
     if model.max_position_embeddings < config.context:
         raise UserError(
             f"`context`: {config.context} is longer than `model.max_position_embeddings` "
             f"{model.max_position_embeddings}: raise the one or lower the other"
         )
     return model
+
+
+def _require_plain_embedding(config: TrainConfig, model: "MoonwhaleConfig") -> None:
+    """Raises UserError if a tied embedding starts larger or learns faster than the head that it also is should."""
+    tied = "is for the embedding alone, but with `model.tie_word_embeddings` that is the output head too"
+    if (std := model.embedding_initializer_range) is not None:
+        raise UserError(f"`model.embedding_initializer_range`: {std:g} {tied}: give null")
+    if config.embedding_lr != 1:
+        raise UserError(f"`embedding_lr`: {config.embedding_lr:g} {tied}: give 1")
 
 
 def fit_to_tokenizer(model: "MoonwhaleConfig", config: TrainConfig, vocab_size: int, **token_ids: int | None) -> None:

@@ -10,37 +10,38 @@ from moonwhale.checkpoint import list_checkpoints, log_history, step_of
 from moonwhale.errors import UserError
 
 
-def held_out_scores(history: list[dict]) -> dict[int, float]:
-    """Returns the held-out score after each evaluated step; higher is better.
+def _held_out_name(history: list[dict]) -> str:
+    """Returns the log's name for the held-out figure: the reward of a GRPO run, else the loss of the next token."""
+    return "eval_reward" if any("eval_reward" in entry for entry in history) else "eval_loss_main"
 
-    It is the reward of a GRPO run, and otherwise the negative loss of the next token.
-    """
-    scores = {}
-    for entry in history:
-        if "eval_reward" in entry:
-            scores[entry["step"]] = entry["eval_reward"]
-        elif "eval_loss_main" in entry:
-            scores[entry["step"]] = -entry["eval_loss_main"]
-    return {step: score for step, score in scores.items() if score is not None}
+
+def held_out_figures(history: list[dict]) -> dict[int, float]:
+    """Returns the held-out reward, or loss in nats per token, after each evaluated step, as logged."""
+    name = _held_out_name(history)
+    figures = {entry["step"]: entry[name] for entry in history if name in entry}
+    return {step: figure for step, figure in figures.items() if figure is not None}
 
 
 def best_step(history: list[dict], steps: Iterable[int]) -> int | None:
-    """Returns the step with the best score of those among `steps` that were evaluated, the earliest of equal ones."""
-    scores = held_out_scores(history)
-    return max(sorted(scores.keys() & set(steps)), key=scores.get, default=None)
+    """Returns the step with the largest reward, or the smallest loss, of those among `steps` that were evaluated: the
+    earliest of equal ones.
+    """
+    figures = held_out_figures(history)
+    best = max if _held_out_name(history) == "eval_reward" else min
+    return best(sorted(figures.keys() & set(steps)), key=figures.get, default=None)
 
 
 def evaluated_checkpoints(history: list[dict], out: str | Path) -> dict[int, Path]:
     """Returns a run's checkpoints that were evaluated, by step.
 
-    One whose own log has another score for its step is left over: the run was extended or shortened, and came past
+    One whose own log has another figure for its step is left over: the run was extended or shortened, and came past
     this step again with another learning rate.
     """
-    scores, found = held_out_scores(history), {}
+    figures, found = held_out_figures(history), {}
     for path in list_checkpoints(out):
         step = step_of(path)
         with suppress(UserError):  # a damaged checkpoint
-            if step in scores and held_out_scores(log_history(path)).get(step) == scores[step]:
+            if step in figures and held_out_figures(log_history(path)).get(step) == figures[step]:
                 found[step] = path
     return found
 
@@ -73,12 +74,10 @@ def best_checkpoint(history: list[dict], out: str | Path) -> Path | None:
 
 def describe_best(history: list[dict], out: str | Path) -> str | None:
     """Returns a line that names the best checkpoint of a finished run, or None if only one was evaluated."""
-    scores, best = held_out_scores(history), best_checkpoint(history, out)
-    if best is None or len(scores.keys() - {0}) < 2:  # step 0 is that of the model from which the run went on
+    figures, best = held_out_figures(history), best_checkpoint(history, out)
+    if best is None or len(figures.keys() - {0}) < 2:  # step 0 is that of the model from which the run went on
         return None
-    last = max(scores)
-    is_reward = any("eval_reward" in entry for entry in history)
-    figures = {step: score if is_reward else -score for step, score in scores.items()}  # as logged
+    last = max(figures)
     if step_of(best) == last:
         return f"best       the last step, of those that were evaluated and saved: {figures[last]:.3f}"
     return (

@@ -82,8 +82,7 @@ class MTPTrainerMixin(MuonClipTrainerMixin):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         batch, self._context = inputs[self.model.main_input_name].shape[:2]
-        if self._step_start is not None:
-            self._window_tokens += batch * self._context * self.args.world_size
+        self.speed.count(batch * self._context * self.args.world_size)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -1,7 +1,6 @@
 """What all of moonwhale's trainers add to a transformers Trainer: MuonClip, a stop at a NaN, verified checkpoints."""
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -21,10 +20,11 @@ from moonwhale.optim.muon_distributed import DistributedMuonClip
 from moonwhale.optim.muonclip import param_groups
 from moonwhale.optim.step_hooks import StepHooks, attach_hooks
 from moonwhale.parallel.sharded_checkpoint import has_sharded_optimizer, load_optimizer
-from moonwhale.precision import peak_flops
+from moonwhale.precision import multiplies_in_fp32, peak_flops
 from moonwhale.train.hook_statistics import HookStatistics
 from moonwhale.train.milestones import milestones
 from moonwhale.train.resuming import check_weights, resuming_from
+from moonwhale.train.speed import SpeedMeter
 
 # Fields of TrainingArguments that these trainers cannot serve, with the reason and the remedy
 REFUSED = {
@@ -138,9 +138,7 @@ class MuonClipTrainerMixin:
         self._hooks: StepHooks | None = None
         self._hook_statistics = HookStatistics(self.model.config.first_k_dense_replace)
         self._unchecked_steps: dict[int, Tensor] = {}  # step -> (loss, gradient norm), not yet checked to be finite
-        # Speed since the last log line. The first step is left out, since it warms up.
-        self._step_start: float | None = None
-        self._window_tokens = self._window_seconds = 0.0
+        self.speed = SpeedMeter()
         self._context = 0  # tokens in a row of the latest batch
         self._save_folder: str | None = None  # where a checkpoint is being written
         self._last_save = -1  # the step of the latest attempt to write a checkpoint
@@ -219,42 +217,36 @@ class MuonClipTrainerMixin:
     # Log lines
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Trainer's method at the end of a step. An evaluation that fails must not cost the checkpoint that is due."""
         # Log at each checkpoint, so that a resumed run averages over the same steps as an uninterrupted one.
         self.control.should_log |= self.control.should_save
         if self.control.should_log or self.control.should_evaluate:  # these sync with the GPU anyway
             self._stop_unless_finite()
-        if self._step_start is not None:
-            self._window_seconds += time.perf_counter() - self._step_start
-        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.speed.stop()
+        several_ranks = dist.is_initialized() and dist.get_world_size() > 1
         is_last = self.state.global_step >= self.state.max_steps
-        if several and is_last and self.control.should_evaluate and self.control.should_save:
-            self._save_checkpoint(self.model, None)  # after a failed evaluation one rank alone could not save
+        if several_ranks and is_last and self.control.should_evaluate and self.control.should_save:
+            # Only all ranks together can save, and the evaluation may fail on one of them.
+            self._save_checkpoint(self.model, None)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except Exception:
-            # An evaluation that failed must not cost the steps before it.
-            if self.control.should_save and self._last_save != self.state.global_step and not several:
+            if self.control.should_save and self._last_save != self.state.global_step and not several_ranks:
                 self._save_checkpoint(self.model, None)
             raise
-        self._step_start = time.perf_counter()  # evaluations and checkpoints do not count
-
-    def leave_out_of_speed(self, seconds: float) -> None:
-        """Leaves seconds that a callback has taken out of the speed that is logged."""
-        if self._step_start is not None:
-            self._step_start += seconds
+        self.speed.start()
 
     def _speed_logs(self) -> dict[str, float]:
-        """Tokens per second since the last call, and model FLOPs utilization over all devices."""
-        if not self._window_seconds:
+        """Returns the tokens per second since the last call, and the model FLOPs utilization (MFU) over all devices."""
+        tokens_per_second = self.speed.pop()
+        if tokens_per_second is None:
             return {}
-        speed = self._window_tokens / self._window_seconds
-        self._window_tokens = self._window_seconds = 0.0
-        fp32 = not self.args.bf16 and _multiplies_in_fp32(self.args.device)
+        fp32 = not self.args.bf16 and multiplies_in_fp32(self.args.device)
         dtype = torch.float32 if fp32 else torch.bfloat16
         peak = peak_flops(self.args.device, dtype) * self.args.world_size
         config, context = self.model.config, self._context
         flops = flops_per_token(config, context, mtp=not self._language_model.skips_mtp)
-        return {"tokens_per_second": speed, "mfu": speed * flops / peak}
+        return {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * flops / peak}
 
     # Checkpoints
 
@@ -333,7 +325,7 @@ class _MuonClipCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step_start = None
+        self.trainer.speed.begin_run()
         state.compute_steps(args, state.max_steps)  # a resumed run takes its own intervals, not the checkpoint's
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -355,10 +347,3 @@ class _MuonClipCallback(TrainerCallback):
             self.trainer._hooks.reset()
         else:
             self.trainer._hook_statistics.add(self.trainer._last_hook_values())
-
-
-def _multiplies_in_fp32(device: torch.device) -> bool:
-    """Returns whether products of fp32 matrices stay in fp32, and are not computed in TF32 or BF16."""
-    if device.type == "cuda":  # the older setting raises after transformers' `tf32` or `torch_compile` has set this one
-        return torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return torch.get_float32_matmul_precision() == "highest"

@@ -44,7 +44,8 @@ def describe_run(config: TrainConfig, n_rows: int, replicas: int = 1) -> str:
 
 def in_passes(times: float) -> str:
     """Returns how often a text is read, such as "0.52 passes"."""
-    return f"{times:.2g} passes" if times < 10 else f"{times:,.0f} passes"
+    count = f"{times:.2g}" if times < 10 else f"{times:,.0f}"
+    return "1 pass" if count == "1" else f"{count} passes"
 
 
 def repetition(times: float) -> str | None:
@@ -54,7 +55,7 @@ def repetition(times: float) -> str | None:
     worth = "teach less and less" if times <= USEFUL_PASSES else f"add almost nothing after {USEFUL_PASSES}"
     return (
         f"the run reads the text {times:,.0f} times: up to {GOOD_PASSES} passes are nearly as good as new text, more "
-        f"of them {worth} (arXiv 2305.16264): give more `data` or fewer `steps`"
+        f"of them {worth} (arXiv 2305.16264): give more `data`, or make the run shorter"
     )
 
 

@@ -90,7 +90,7 @@ class PipelineTrainer(MTPTrainer):
             all_to_all,
         )
         self._micro_batches_of_step: list[dict] = []
-        # A norm over the whole model must count each parameter once
+        # Sums over the whole model must count each parameter once, and these two mark what other ranks count
         self._is_mirror = SCHEDULES[schedule].bidirectional and placement.pp_rank >= pp // 2
         self._embedding_is_copy = not any(spec.is_first for spec in own)
 
@@ -154,8 +154,7 @@ class PipelineTrainer(MTPTrainer):
         if len(self._micro_batches_of_step) < self._num_expected:
             return torch.zeros((), device=self.args.device)
         step, self._micro_batches_of_step = self._micro_batches_of_step, []
-        if self._step_start is not None:
-            self._window_tokens += sum(inputs["labels"].numel() for inputs in step)
+        self.speed.count(sum(inputs["labels"].numel() for inputs in step))
         self._context = step[0]["labels"].shape[1]
         for stage in self.pipeline.stages:
             stage.targets = self._step_targets

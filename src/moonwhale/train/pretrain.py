@@ -17,7 +17,14 @@ from moonwhale.train.run_result import RunResult
 from moonwhale.train.starting_model import load_starting_model, starting_folder
 
 if typing.TYPE_CHECKING:
-    from transformers import Trainer
+    import torch
+    from transformers import PreTrainedTokenizerFast, Trainer
+
+    from moonwhale.data.packing import TrainingData
+    from moonwhale.model import MoonwhaleConfig, MoonwhaleForCausalLM
+    from moonwhale.parallel.process_groups import RankPlacement
+    from moonwhale.precision import ComputeSettings
+    from moonwhale.train.mtp_trainer import MTPTrainingArguments
 
 
 def main(argv: list[str]) -> None:
@@ -85,7 +92,13 @@ def build(config: TrainConfig) -> Run:
     )
 
 
-def trainer_factory(config: TrainConfig, model, args, data, placement) -> Callable[..., "Trainer"]:
+def trainer_factory(
+    config: TrainConfig,
+    model: "MoonwhaleForCausalLM",
+    args: "MTPTrainingArguments",
+    data: "TrainingData",
+    placement: "RankPlacement | None",
+) -> Callable[..., "Trainer"]:
     """Returns what makes the trainer when its callbacks are known.
 
     It is a PipelineTrainer if the run has a `placement`, else an MTPTrainer.
@@ -121,7 +134,7 @@ def trainer_factory(config: TrainConfig, model, args, data, placement) -> Callab
     )
 
 
-def load_data(config: TrainConfig, vocab_size: int, replicas: int):
+def load_data(config: TrainConfig, vocab_size: int, replicas: int) -> "TrainingData":
     """The tokenized data (`data.packing.build_data`). A tokenizer that is trained on them has `vocab_size` tokens.
 
     Raises:
@@ -139,7 +152,7 @@ def load_data(config: TrainConfig, vocab_size: int, replicas: int):
     return data
 
 
-def contents(data) -> str:
+def contents(data: "TrainingData") -> str:
     """A text that differs if the tokenized data do: it holds the checksums of their files."""
     files = repr(data.train.shards.index["files"])
     if data.held_out.shards is not data.train.shards:  # of a split of their own
@@ -147,7 +160,12 @@ def contents(data) -> str:
     return files
 
 
-def build_model(config: TrainConfig, model_config, tokenizer, choice):
+def build_model(
+    config: TrainConfig,
+    model_config: "MoonwhaleConfig",
+    tokenizer: "PreTrainedTokenizerFast",
+    choice: "ComputeSettings",
+) -> "MoonwhaleForCausalLM":
     """The model of `config.from_`, or a new one, with the modules of its precision, compiled if asked for.
 
     A new one is initialised from `config.seed`, and `model_config` is completed with what only the tokenizer knows.
@@ -171,7 +189,14 @@ def build_model(config: TrainConfig, model_config, tokenizer, choice):
     return model
 
 
-def describe(config: TrainConfig, choice, data, model_config, world: int, replicas: int) -> None:
+def describe(
+    config: TrainConfig,
+    choice: "ComputeSettings",
+    data: "TrainingData",
+    model_config: "MoonwhaleConfig",
+    world: int,
+    replicas: int,
+) -> None:
     """Prints what will be trained: data, model, device, memory and steps.
 
     `world` is the number of processes, and `replicas` that of the devices among which the Trainer divides the rows.
@@ -198,7 +223,7 @@ def describe(config: TrainConfig, choice, data, model_config, world: int, replic
     print_on_rank_0(describe_run(config, len(data.train), replicas))
 
 
-def trainer_arguments(config: TrainConfig, choice, replicas: int):
+def trainer_arguments(config: TrainConfig, choice: "ComputeSettings", replicas: int) -> "MTPTrainingArguments":
     """The run's options as transformers' TrainingArguments."""
     from moonwhale.train.mtp_trainer import MTPTrainingArguments
 
@@ -216,7 +241,7 @@ def trainer_arguments(config: TrainConfig, choice, replicas: int):
     )
 
 
-def compile_blocks(model, device) -> None:
+def compile_blocks(model: "MoonwhaleForCausalLM", device: "torch.device") -> None:
     """Compiles each block, and on a GPU the loss as well.
 
     On a CPU attention and experts stay eager: their sizes depend on the data there, which is faster than any graph.
@@ -226,10 +251,10 @@ def compile_blocks(model, device) -> None:
     """
     import torch
 
+    from moonwhale.model.compiling import compile_unsupported_reason
     from moonwhale.model.gqa import GroupedQueryAttention
     from moonwhale.model.mla import MultiheadLatentAttention
     from moonwhale.model.moe import Experts
-    from moonwhale.precision import compile_unsupported_reason
 
     if why := compile_unsupported_reason(device):
         raise UserError(f"`compile`: {why}, or leave it out")

@@ -64,7 +64,8 @@ def execute(
         plot: draws the Trainer's log history into the run's folder.
     """
     with run_folder.owned_folder(config), silent_libraries():
-        checkpoint = check_run(config)
+        checkpoint = checkpoint_to_resume(config)
+        check_reporters(config.report_to)
         out = Path(config.out)
         from moonwhale.checkpoint import log_history
         from moonwhale.train.milestones import describe_best
@@ -91,22 +92,18 @@ def prepare_process(device: "torch.device") -> None:
     use_kernels(device)
 
 
-def check_run(config: RunOptions) -> Path | None:
-    """Checks the reporters, and finds the checkpoint to resume from.
-
-    Returns:
-        the newest undamaged checkpoint if `config.resume` is set and there is one, else None.
+def checkpoint_to_resume(config: RunOptions) -> Path | None:
+    """Returns the checkpoint that `resuming.find_checkpoint` finds, or None if `config` resumes no run.
 
     Raises:
-        UserError: every checkpoint is damaged, or a reporter is unknown.
+        UserError: see `resuming.find_checkpoint`.
     """
-    checkpoint = None
-    if config.resume:
-        from moonwhale.train.resuming import find_checkpoint
+    if not config.resume:
+        return None
 
-        checkpoint = find_checkpoint(config)
-    check_reporters(config.report_to)
-    return checkpoint
+    from moonwhale.train.resuming import find_checkpoint
+
+    return find_checkpoint(config)
 
 
 def check_reporters(names: list[str]) -> None:

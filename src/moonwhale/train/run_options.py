@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from moonwhale import options
@@ -13,6 +13,7 @@ from moonwhale.options import DEVICES, option, require, require_at_least_one, re
 from moonwhale.processes import left_process_group, restarted
 from moonwhale.reports import add_json, reporting
 from moonwhale.train import run_folder
+from moonwhale.train.effects import require_effects
 
 if typing.TYPE_CHECKING:
     from moonwhale.train.run_result import RunResult
@@ -79,6 +80,11 @@ class RunOptions:
         require(self, "seed", self.seed < 2**32, "NumPy takes seeds below 2^32")
         require(self, "momentum", 0 <= self.momentum < 1, "it must be in [0, 1)")
 
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Yields each option that has no effect beside the others, with the reason, as "with `optimizer` adamw"."""
+        if self.optimizer != "muon":
+            yield "momentum", f"with `optimizer` {self.optimizer}"
+
     def shared_steps(self, steps: int) -> int:
         """Returns how many of its first steps this run shares with one that differs only in taking `steps` in all.
 
@@ -99,6 +105,17 @@ class RunOptions:
     def resolve(cls, given: dict, path: str | None = None) -> typing.Self:
         """Merges the options: defaults, then the YAML file at `path`, then `given`, a dict by name."""
         return cls(**options.merge(options.read_yaml(path, cls) if path else {}, given))
+
+    @classmethod
+    def chosen(cls, given: dict, path: str | None = None) -> dict:
+        """Returns the options that the user chose: those of the YAML file at `path`, then `given`, a dict by name.
+
+        A file with every option that all runs have is the record of a run, its run.yaml. A default or a preset may have
+        decided any of them.
+        """
+        in_file = options.read_yaml(path, cls) if path else {}
+        is_record = in_file.keys() >= {field.name for field in dataclasses.fields(RunOptions)} - {"resume"}
+        return given if is_record else options.merge(in_file, given)
 
 
 def with_default(name: str, default):
@@ -132,6 +149,9 @@ def _read(
 
     defaults: see `options.add_options`.
     parser_settings: arguments of `options.Parser`.
+
+    Raises:
+        UserError: an option is unknown, impossible or without effect.
     """
     parser = options.Parser(prog=f"moonwhale {cls.verb}", **parser_settings)
     options.add_options(parser, cls, defaults)
@@ -144,7 +164,9 @@ def _read(
         given["resume"] = True
     if given.get("resume") and path is None:
         path = run_folder.find_run_file(expanded(given.setdefault("out", cls.default_out(given))))
-    return cls.resolve(given, path), rest
+    config = cls.resolve(given, path)
+    require_effects(config.idle(), cls.chosen(given, path))
+    return config, rest
 
 
 def _as_json(verb: str, result: "RunResult") -> dict:

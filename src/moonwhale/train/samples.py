@@ -31,7 +31,7 @@ class SampleText(TrainerCallback):
         start = time.perf_counter()
         text = printable(self.prompt + self.separator + self.sample(), keep="")
         write_line(f"step {state.global_step:>6}  sample: {text}")
-        self.trainer.leave_out_of_speed(time.perf_counter() - start)
+        self.trainer.speed.leave_out(time.perf_counter() - start)
 
     @torch.no_grad()
     def sample(self) -> str:
@@ -58,17 +58,18 @@ class SampleText(TrainerCallback):
         return tokenizer(self.prompt)["input_ids"] or [tokenizer.bos_token_id]
 
 
+def message_ids(tokenizer, message: str) -> list[int]:
+    """Returns the ids of a user's message, ready to be answered. Raises UserError if it is no text."""
+    try:
+        return encode_conversation(tokenizer, [{"role": "user", "content": message}])
+    except UserError as error:
+        raise UserError(f"`sample_prompt`: {error}") from error
+
+
 class SampleAnswer(SampleText):
     """Prints how the model answers a message, `prompt`, after every `every`-th step."""
 
     separator = " → "
 
-    def __init__(self, trainer, every: int, prompt: str):
-        super().__init__(trainer, every, prompt)
-        try:
-            self.prompt_ids()
-        except UserError as error:  # now, and not after some steps
-            raise UserError(f"`sample_prompt`: {error}") from error
-
     def prompt_ids(self) -> list[int]:
-        return encode_conversation(self.trainer.processing_class, [{"role": "user", "content": self.prompt}])
+        return message_ids(self.trainer.processing_class, self.prompt)

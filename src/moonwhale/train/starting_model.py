@@ -9,6 +9,7 @@ from pathlib import Path
 from moonwhale.errors import UserError
 from moonwhale.files import expanded, read_json
 from moonwhale.presets import PRESETS
+from moonwhale.train.effects import idle_model_fields, require_effects
 from moonwhale.yaml_files import read_yaml_file
 
 if typing.TYPE_CHECKING:
@@ -60,7 +61,8 @@ def starting_config(config: "TrainConfig") -> "MoonwhaleConfig":
     """Reads the checkpoint's configuration. The fields of `config.model` replace its values.
 
     Raises:
-        UserError: there is no checkpoint, or a field has an impossible value, or one that its weights contradict.
+        UserError: there is no checkpoint, or a field has an impossible value, one that its weights contradict, or one
+            without effect.
     """
     from moonwhale.checkpoint import read_config
     from moonwhale.model import MoonwhaleConfig
@@ -79,7 +81,7 @@ def starting_config(config: "TrainConfig") -> "MoonwhaleConfig":
         model = MoonwhaleConfig.from_dict(values | changed)
     except ValueError as error:
         raise as_field(error) from error
-    for name in ("initializer_range", "embedding_initializer_range"):
+    for name in ("initializer_range", "embedding_initializer_range", "zero_init_residual"):
         if name in changed:
             raise UserError(f"`model.{name}`: it acts on a new model alone: leave it or `from_` out")
     if changed and (shapes := _weight_shapes(found)) != _weight_shapes(model):
@@ -88,6 +90,7 @@ def starting_config(config: "TrainConfig") -> "MoonwhaleConfig":
             f"`model.{name}`: {changed[name]!r} does not fit the weights in {folder}, which have "
             f"{getattr(found, name)!r}: leave it out, or train a new model without `from_`"
         )
+    require_effects(idle_model_fields(model), {"model": changed})
     return model
 
 

@@ -1,7 +1,6 @@
 // Shows a recording, and begins with the trained settings.
 function show(recording) {
   S = recording;
-  notice = "";
   drawText();
   drawLayers();
   drawMap();

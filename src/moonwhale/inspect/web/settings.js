@@ -5,7 +5,6 @@ const NAMES = {
   moba_block_size: ["token", "tokens", "per MoBA block"],
 };
 const KEPT = 8; // recordings that a live page keeps
-let notice = "";
 
 const settingName = (name, n) => `${NAMES[name][n === 1 ? 0 : 1]} ${NAMES[name][2]}`;
 const chosenNames = () => Object.keys(R.limits);
@@ -38,7 +37,7 @@ function drawSettings() {
     ),
   );
   for (const recording of R.recordings) {
-    const select = button(labelOf(recording), () => show(recording)),
+    const select = button(labelOf(recording), () => showRow(recording)),
       { tested, held } = guessesHeld(recording);
     select.setAttribute("aria-pressed", recording === S);
     const answer = recording.surprise.slice(Math.max(0, R.prompt_tokens - 1));
@@ -53,7 +52,7 @@ function drawSettings() {
       make("tr", recording === S ? "selected" : "", make("td", "", select), ...numbers.map((text) => make("td", "n", text))),
     );
   }
-  const note = make("p", "bad", notice);
+  const note = make("p", "bad");
   note.setAttribute("role", "status");
   fill(
     "settings",
@@ -65,6 +64,12 @@ function drawSettings() {
     make("div", "scroll", table),
     ...(R.live ? [settingsForm(), note] : [paragraph("The chat page's X-ray computes any other value.")]),
   );
+}
+// Shows a recording. A focus in this panel, which is drawn anew, goes to the row of the recording.
+function showRow(recording) {
+  const isElsewhere = !$("settings").contains(document.activeElement) && document.activeElement !== document.body;
+  show(recording);
+  if (!isElsewhere) $("settings").querySelector("[aria-pressed=true]").focus({ preventScroll: true });
 }
 function settingsForm() {
   const form = make("form");
@@ -78,14 +83,19 @@ function settingsForm() {
   form.append(submit);
   form.onsubmit = async (event) => {
     event.preventDefault();
+    const note = $("settings").querySelector("[role=status]"),
+      focused = document.activeElement;
+    note.textContent = "";
     submit.disabled = true;
     submit.textContent = "Computing…";
     const asked = Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, Number(value)]));
     try {
-      show(await recompute(asked));
+      showRow(await recompute(asked));
     } catch (error) {
-      notice = error instanceof TypeError ? "The server does not answer." : error.message;
-      drawSettings();
+      note.textContent = error instanceof TypeError ? "The server does not answer." : error.message;
+      submit.disabled = false;
+      submit.textContent = "Compute";
+      if (document.activeElement === document.body) focused.focus(); // a disabled button loses it
     }
   };
   return form;

@@ -34,7 +34,7 @@ function markText() {
 }
 function moveByKey(event) {
   const by = { ArrowRight: 1, ArrowLeft: -1, Home: -T, End: T }[event.key];
-  if (!by) return;
+  if (!by || event.altKey || event.ctrlKey || event.metaKey) return; // Alt with an arrow goes to another page
   event.preventDefault();
   choose(Math.max(0, Math.min(T - 1, token + by)));
   $("text").children[token].focus();

@@ -1,26 +1,27 @@
-// Asks for answers. A request that fails before the first word leaves the conversation as it was, with the question back
-// in the message box. If that is not free, a new question stays in its conversation, and an edited one is lost.
+// Asks for answers. A request that fails before the first word leaves the conversation as it was, and puts the question
+// back where it was typed: in the message box, or in the editor of an older question. If the message box is no longer
+// free, a new question stays in its conversation without an answer.
 import { $, status } from "./dom.js";
 import { firstSeen, scrollToEnd, showProgress, speak } from "./messages.js";
 import { Failure, KeyNeeded, call, connect, events } from "./server.js";
 import { showConversations } from "./sidebar.js";
 import { deleteConversation, saveConversation, state, touch } from "./state.js";
-import { render } from "./view.js";
+import { asTurns } from "./turns.js";
+import { focusText, render } from "./view.js";
 
 // Asks `text` after the first `index` messages of the open conversation; those that follow are replaced.
 export function ask(text, index = state.current.messages.length) {
-  return respond(state.current, index, { role: "user", content: text }, text);
+  return respond(state.current, index, { role: "user", content: text });
 }
 
 // Answers the last message again. A seed gives each answer its own noise, so the new one differs.
 export function regenerate() {
   const { messages } = state.current;
   const index = messages.findLastIndex(({ role }) => role === "user");
-  return respond(state.current, index, messages[index], "");
+  return respond(state.current, index, messages[index]);
 }
 
-// `typed`: what goes back into the message box if there is no answer.
-async function respond(conversation, index, question, typed) {
+async function respond(conversation, index, question) {
   const before = { messages: conversation.messages, title: conversation.title };
   const kept = before.messages.slice(0, index);
   const answer = { role: "assistant", content: "", from: firstSeen(kept) };
@@ -28,7 +29,6 @@ async function respond(conversation, index, question, typed) {
   if (index === 0) conversation.title = [...question.content].slice(0, 60).join("");
   delete conversation.failure;
   touch(conversation);
-  state.editing = null;
   state.busy = Object.assign(new AbortController(), { answer, conversation, before });
   render();
   scrollToEnd();
@@ -42,7 +42,7 @@ async function respond(conversation, index, question, typed) {
       conversation.failure = inWords(error);
       state.model = null; // the next question asks which one the server has now
     }
-    if (!answer.content) undo(conversation, before, typed);
+    if (!answer.content) undo(conversation, before, question);
     if (error instanceof KeyNeeded) document.dispatchEvent(new Event("key-needed"));
   }
   state.busy = null;
@@ -50,7 +50,7 @@ async function respond(conversation, index, question, typed) {
   save(conversation);
   render();
   if (conversation.failure && state.current === conversation) scrollToEnd();
-  if (!document.querySelector("dialog[open]") && document.activeElement === document.body) $("text").focus();
+  if (!document.querySelector("dialog[open]") && document.activeElement === document.body) focusText();
 }
 
 function inWords(error) {
@@ -60,10 +60,12 @@ function inWords(error) {
 }
 
 async function receive(conversation, answer, signal) {
-  const { id, context } = await connect(); // an X-ray that fails during the answer resets state.model
+  const { id, context } = await connect(signal); // an X-ray that fails during the answer resets state.model
   const start = performance.now();
-  const response = await call("v1/chat/completions", requestBody(id, conversation, answer), signal);
-  answer.from += Number(response.headers.get("moonwhale-dropped-messages"));
+  // The server forgets the oldest turns if the context is full. What it has forgotten need not be sent again.
+  const { turns, starts } = asTurns(conversation.messages.slice(answer.from, -1));
+  const response = await call("v1/chat/completions", requestBody(id, conversation, answer, turns), signal);
+  answer.from += starts[Number(response.headers.get("moonwhale-dropped-messages"))];
   let reason = "", usage = null, frame = 0;
   try {
     for await (const event of events(response)) {
@@ -84,11 +86,9 @@ async function receive(conversation, answer, signal) {
   answer.facts = `${usage.completion_tokens} tokens, ${speed.toFixed(0)} per second${cut}`;
 }
 
-// The server forgets the oldest turns if the context is full. What it has forgotten need not be sent again.
-function requestBody(model, conversation, answer) {
+function requestBody(model, conversation, answer, turns) {
   const { system, seed, ...numbers } = state.settings;
   if (system) answer.system = system;
-  const turns = conversation.messages.slice(answer.from, -1).map(({ role, content }) => ({ role, content }));
   const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
   conversation.draws = (conversation.draws ?? 0) + 1;
   const own = seed === "" ? {} : { seed: Number(seed) + conversation.draws - 1 };
@@ -96,13 +96,16 @@ function requestBody(model, conversation, answer) {
   return { model, messages, truncation: "auto", ...stream, ...numbers, ...own };
 }
 
-// Takes a new question back if its text has a place to go to. An edited one always: it has replaced what was there.
-function undo(conversation, before, typed) {
+// Restores what a question has replaced. A new one is taken back only if its text has a place to go to.
+function undo(conversation, before, question) {
+  const isNew = hasGrown(conversation, before);
   const hasPlace = state.current === conversation && !$("text").value; // else the user has gone on meanwhile
-  if (typed && hasGrown(conversation, before) && !hasPlace) return;
+  if (isNew && !hasPlace) return;
+  const replaced = before.messages[conversation.messages.indexOf(question)];
   Object.assign(conversation, before);
   if (!before.messages.length) deleteConversation(conversation);
-  if (typed && hasPlace) $("text").value = typed;
+  if (isNew) $("text").value = question.content;
+  else if (replaced !== question) conversation.editing = { message: replaced, text: question.content };
 }
 
 // Whether the question came after the others. Else it has replaced one, with all that followed.

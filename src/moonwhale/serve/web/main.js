@@ -6,17 +6,16 @@ import { $, status } from "./dom.js";
 import { KeyNeeded, connect } from "./server.js";
 import { deleteConversation, newConversation, reload, state } from "./state.js";
 import { showConversations, toggleMenu } from "./sidebar.js";
-import { render } from "./view.js";
+import { focusText, render } from "./view.js";
 import { closeXray, examine } from "./xray.js";
 
 // --- conversations ---------------------------------------------------------------------------------------------------
 
 function open(conversation) {
   state.current = conversation;
-  state.editing = null;
   toggleMenu(false);
   render();
-  $("text").focus();
+  focusText();
 }
 async function remove(conversation) {
   const isOpen = conversation.id === state.current.id;
@@ -27,10 +26,10 @@ async function remove(conversation) {
   $("new").focus();
 }
 function edit(message) {
-  state.editing = message;
+  state.current.editing = { message, text: message.content };
   render();
-  $("edited")?.focus();
-  $("edited")?.scrollIntoView({ block: "nearest" });
+  $("edited").focus();
+  $("edited").scrollIntoView({ block: "nearest" });
 }
 
 // What buttons with data-action do. `item` is the message or the conversation that the button belongs to.
@@ -38,11 +37,11 @@ const actions = {
   copy: (message, button) => copy(message.content, button),
   copyCode: (_, button) => copy(button.closest(".code").querySelector("code").textContent, button),
   edit,
-  cancelEdit: () => { edit(null); $("text").focus(); },
+  cancelEdit: () => { delete state.current.editing; render(); focusText(); },
   sendEdited: (message) => {
     const text = $("edited").value.trim();
     if (!text || state.busy) return;
-    state.editing = null;
+    delete state.current.editing;
     ask(text, state.current.messages.indexOf(message));
   },
   regenerate: () => { if (!state.busy) regenerate(); },
@@ -78,12 +77,14 @@ $("composer").onsubmit = (event) => {
 function grow() { $("text").style.height = "auto"; $("text").style.height = `${$("text").scrollHeight + 2}px`; }
 $("text").oninput = grow;
 document.onkeydown = (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && ["text", "edited"].includes(event.target.id)) {
+  if (event.isComposing || event.keyCode === 229) return; // the key is for an input method; Safari tells only by 229
+  if (event.key === "Enter" && !event.shiftKey && ["text", "edited"].includes(event.target.id)) {
     event.preventDefault();
-    if (event.target.id === "text") $("composer").requestSubmit(); else actions.sendEdited(state.editing);
+    if (event.target.id === "text") $("composer").requestSubmit();
+    else actions.sendEdited(state.current.editing.message);
   }
   if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
-  if (state.editing) actions.cancelEdit();
+  if (event.target.closest("article:has(#edited)")) actions.cancelEdit();
   else if (state.busy) state.busy.abort();
   else if (state.examined) closeXray();
   else if (document.body.classList.contains("menu-open")) { toggleMenu(false); $("menu").focus(); }
@@ -104,12 +105,12 @@ async function start() {
   if (!state.model) return;
   if (!state.busy) status("");
   render();
-  $("text").focus();
+  focusText();
 }
 document.addEventListener("key-needed", () => askForKey(start));
 addEventListener("storage", () => {
   reload();
-  if (state.editing) showConversations(); else render();
+  if (state.current.editing) showConversations(); else render();
 });
 // A phone may discard a hidden tab without a further event.
 for (const leaving of ["pagehide", "visibilitychange"]) addEventListener(leaving, saveUnfinished);

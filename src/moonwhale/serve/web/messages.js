@@ -5,6 +5,7 @@ import { showAnswer, splitThought } from "./thoughts.js";
 
 let shown = null; // the conversation that is on the page
 const boxes = new WeakMap(); // each message's content, kept so that a thought stays as the user has unfolded it
+const editors = new WeakMap(); // the text area of each `editing`, kept so that it holds what the user has typed
 
 export function showMessages() {
   const { messages, failure } = state.current;
@@ -16,7 +17,9 @@ export function showMessages() {
   if (first > 0) nodes.splice(first, 0, forgotten);
   if (!messages.length) nodes.push(note("empty", "A small model, so expect small talk."));
   if (failure) nodes.push(note("message error", failure, { role: "alert" }));
+  const isTyping = document.activeElement?.id === "edited";
   box.replaceChildren(...nodes);
+  if (isTyping) $("edited")?.focus({ preventScroll: true });
   box.scrollTop = goesToEnd ? box.scrollHeight : top;
   shown = state.current;
 }
@@ -33,7 +36,7 @@ function bubble(message, index) {
   node.dataset.index = index;
   node.classList.toggle("examined", message === state.examined);
   node.append(element("h3", { textContent: isAnswer ? "Moonwhale" : "You" }));
-  if (message === state.editing) return editor(node, message);
+  if (message === state.current.editing?.message) return editor(node, state.current.editing);
   const box = boxes.get(message) ?? element("div", { className: "content", dir: "auto" });
   boxes.set(message, box);
   node.append(box);
@@ -46,24 +49,27 @@ function bubble(message, index) {
 function isWriting(message) { return Boolean(state.busy) && message === state.busy.answer; }
 
 function questionRow() {
-  return row(actionButton("copy", "Copy"), actionButton("edit", "Edit", { disabled: Boolean(state.busy) }));
+  const disabled = Boolean(state.busy || state.current.editing);
+  return row(actionButton("copy", "Copy"), actionButton("edit", "Edit", { disabled }));
 }
 function row(...children) { return element("div", { className: "facts" }, ...children); }
 function answerRow(message, index) {
   if (isWriting(message)) return row();
-  const isLast = index === state.current.messages.length - 1;
+  const isLast = index === state.current.messages.length - 1, isExamined = message === state.examined;
   return row(
     ...(message.facts ? [element("span", { textContent: message.facts })] : []),
     ...(message.content ? [actionButton("copy", "Copy")] : []),
     ...(isLast ? [actionButton("regenerate", "Try again", { disabled: Boolean(state.busy) })] : []),
-    ...(message.content ? [actionButton("examine", "X-ray", { "aria-pressed": message === state.examined })] : []),
+    ...(message.content.trim() ? [actionButton("examine", "X-ray", { "aria-pressed": isExamined })] : []),
   );
 }
 
-function editor(node, message) {
-  const text = element("textarea", { id: "edited", value: message.content, "aria-label": "Edit your message" });
+function editor(node, editing) {
+  const fresh = { id: "edited", value: editing.text, "aria-label": "Edit your message" };
+  const text = editors.get(editing) ?? element("textarea", fresh);
+  editors.set(editing, text);
   const note = element("span", { textContent: "What follows it is replaced." });
-  const send = actionButton("sendEdited", "Send", { className: "" });
+  const send = actionButton("sendEdited", "Send", { className: "", disabled: Boolean(state.busy) });
   node.append(text, row(send, actionButton("cancelEdit", "Cancel"), note));
   return node;
 }

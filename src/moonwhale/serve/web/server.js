@@ -22,6 +22,7 @@ export async function call(path, body, signal) {
 }
 
 function inWords(status, message) {
+  if (status === 503 && !message) return "The server takes no more connections for now. Try again soon.";
   const said = message && sentence(message);
   if (!said) return `${STRANGE} (Status ${status})`;
   if (status === 429) return `The server is busy. ${said}`;
@@ -41,10 +42,10 @@ function parsed(text) {
   try { return JSON.parse(text); } catch { throw new Failure(STRANGE); }
 }
 
-// Returns the model card of the server, which is asked only if it is not known.
-export async function connect() {
+// Returns the model card of the server, which is asked only if it is not known. Raises as `call`.
+export async function connect(signal) {
   if (!state.model) {
-    const found = await orFailure(STRANGE, (await call("v1/models")).json());
+    const found = await orFailure(STRANGE, (await call("v1/models", null, signal)).json());
     const [model] = found?.data ?? [];
     if (!model?.context) throw new Failure(STRANGE); // another server, such as Ollama, has no context in its card
     state.model = model;

@@ -8,15 +8,16 @@ export const DEFAULTS = {
 };
 
 // A conversation is { id, title, messages, draws, time }. An answer among its messages has `from`, the index of the
-// first message that the model saw, `system`, the instructions that it had, and `facts`, a line about it.
+// first message that the model saw, `system`, the instructions that it had, and `facts`, a line about it. In this tab a
+// conversation may also have a `failure`, which the page shows, and `editing`, { message, text } of a question that the
+// user edits.
 export const state = {
   model: null, // the server's model card; null until the server has answered, and after each failure
   conversations: storedConversations(), // newest first
   current: null,
   settings: { ...DEFAULTS, ...storedSettings() },
   key: "",
-  busy: null, // the AbortController of the `answer` that is being written in a `conversation`, and what that was `before`
-  editing: null, // the user's message that is being edited
+  busy: null, // the AbortController of the `answer` that is being written in a `conversation`, which was as `before`
   examined: null, // the answer that the X-ray shows
 };
 try { state.key = sessionStorage.getItem(`${PREFIX}key`) ?? ""; } catch { /* the page asks again after each reload */ }
@@ -32,7 +33,7 @@ export function touch(conversation) {
 }
 export function saveConversation(conversation) {
   touch(conversation);
-  const { failure, ...lasting } = conversation; // a failure is about this moment
+  const { failure, editing, ...lasting } = conversation; // these two are about this moment
   store(() => localStorage.setItem(CONVERSATION + conversation.id, JSON.stringify(lasting)));
 }
 export function deleteConversation({ id }) {
@@ -54,15 +55,16 @@ function store(write) {
   }
 }
 
-// Takes over what another tab has stored, but for the conversation that is being answered or edited here.
+// Takes over what another tab has stored, but for conversations that are being answered or edited here.
 // What is as it was here stays the same object, which an open X-ray, the scrolled place and a failure belong to.
 export function reload() {
-  const isHeld = (own) => own === state.busy?.conversation || (state.editing && own === state.current);
+  const isHeld = (own) => own === state.busy?.conversation || own.editing;
   const held = state.conversations.filter(isHeld);
   const asHere = (stored) => state.conversations.find(({ id, time }) => id === stored.id && time === stored.time);
   const others = storedConversations().filter(({ id }) => !held.some((own) => own.id === id));
   state.conversations = [...held, ...others.map((stored) => asHere(stored) ?? stored)].sort((a, b) => b.time - a.time);
   state.current = state.conversations.find(({ id }) => id === state.current.id) ?? state.current;
+  Object.assign(state.settings, storedSettings());
 }
 
 // Stored data may be of another version or edited by hand: what does not fit is left out.

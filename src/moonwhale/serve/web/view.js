@@ -14,3 +14,6 @@ export function render() {
   if (state.busy) status("Writing…");
   if (state.model) $("model").textContent = `${state.model.id}, context ${state.model.context.toLocaleString("en")}`;
 }
+
+// Moves the focus to where the user writes: to the editor of a question if it is open, else to the message box.
+export function focusText() { ($("edited") ?? $("text")).focus(); }

@@ -2,6 +2,7 @@
 import { $, status } from "./dom.js";
 import { call, connect } from "./server.js";
 import { state } from "./state.js";
+import { asTurns } from "./turns.js";
 
 // Shows what happened inside the model while it wrote an answer. Raises as `call`.
 export async function examine(conversation, answer) {
@@ -9,9 +10,8 @@ export async function examine(conversation, answer) {
   const { id } = await connect();
   const { messages } = conversation;
   const seen = messages.slice(answer.from ?? 0, messages.indexOf(answer) + 1);
-  const turns = seen.map(({ role, content }) => ({ role, content }));
   const system = answer.system ? [{ role: "system", content: answer.system }] : [];
-  const { url } = await (await call("xray", { model: id, messages: [...system, ...turns] })).json();
+  const { url } = await (await call("xray", { model: id, messages: [...system, ...asTurns(seen).turns] })).json();
   status("");
   if (state.current !== conversation || !messages.includes(answer)) return; // the user has gone on meanwhile
   state.examined = answer;
