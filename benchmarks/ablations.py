@@ -43,7 +43,8 @@ VARIANTS = (
     ("DeepSeekMoE", "dense of equal FLOPs", {"model": DENSE}),
     ("MTP", "no MTP module", {"model": {"num_nextn_predict_layers": 0}}),
     ("MTP", "2 MTP modules", {"model": {"num_nextn_predict_layers": 2}}),
-    ("MuonClip", "AdamW", {"optimizer": "adamw", "qk_clip_tau": 0.0}),
+    # AdamW at the best of its rates in optimizer.json
+    ("MuonClip", "AdamW", {"optimizer": "adamw", "qk_clip_tau": 0.0, "lr": 0.004}),
     ("MuonClip", "Muon without clip", {"qk_clip_tau": 0.0}),
     # α of DeepSeekMoE's expert-level loss; V3's small sequence loss is no balancer of its own
     (
