@@ -474,7 +474,7 @@ def test_all_questions_are_asked_for_only_where_the_held_out_ones_are_too_few(sm
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     n = sum(is_held_out(row["question"]) for row in rows)
     asked = ["--task", tmp_path / "many.jsonl", "--whole", "--problems", n]
-    assert f"--whole: it has no effect with --problems {n}: " in refused(capsys, small_checkpoint, *asked)
+    assert f"has at least {n} held-out questions: leave it out" in refused(capsys, small_checkpoint, *asked)
     small = ["--samples", 1, "--max-new-tokens", 2, "--device", "cpu"]
     assert f"{n + 1} problems, 1 samples" in run(capsys, small_checkpoint, *asked[:-1], n + 1, *small)
 

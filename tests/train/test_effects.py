@@ -20,7 +20,7 @@ from moonwhale.yaml_files import write_yaml
         ("--decay-fraction 0 --mtp-loss-weight-final 0.1", "mtp_loss_weight_final", "`decay_fraction` 0"),
         ("--sample-every 0 --sample-prompt moon", "sample_prompt", "`sample_every` 0"),
         ("--preset seed_190m --sample-prompt moon", "sample_prompt", "`sample_every` 0"),
-        ("--parallel.fsdp true --sample-prompt moon", "sample_prompt", "`sample_every` 0"),
+        ("--parallel.fsdp true --sample-prompt moon", "sample_prompt", "a model that is split"),
         ("--parallel.schedule 1f1b", "parallel.schedule", "`parallel.pp` 1"),
         ("--model.num_nextn_predict_layers 0 --mtp-start 0.5", "mtp_start", "`model.num_nextn_predict_layers` 0"),
         ("--model.num_nextn_predict_layers 0 --model.mtp_loss_weight 0.1", "model.mtp_loss_weight", "`model.num_"),
@@ -94,5 +94,7 @@ def test_a_file_of_ones_own_is_chosen(tmp_path):
     with pytest.raises(UserError, match=r"^`momentum`: it has no effect with `optimizer` adamw"):
         parse(["--config", file])
     assert parse(["--config", file, "--optimizer", "muon"]).momentum == 0.9
+    write_yaml(others := str(tmp_path / "others.yaml"), {"model": {"moba_topk": 3, "moba_block_size": 32}}, "mine")
+    assert parse(["--config", others, "--model.moba_topk", "0"]).model["moba_block_size"] == 32  # overridden
     with pytest.raises(UserError, match=r"^`model.moba_block_size`: it has no effect with `model.moba_topk` 0"):
         parse(["--config", file, "--optimizer", "muon", "--model.moba_block_size", "32"])

@@ -56,9 +56,10 @@ def main_data(argv: list[str]) -> None:
         )
         rows = len(built.train)
         count = min(args.show, rows)
-        texts = {
-            i: built.tokenizer.decode(built.train[i]["input_ids"]) for i in (n * rows // count for n in range(count))
-        }
+        texts = {}
+        for i in (n * rows // count for n in range(count)):
+            ids = built.train[i]["input_ids"][: built.train.n_tokens - i * args.context]  # without what fills the last
+            texts[i] = built.tokenizer.decode(ids)
         shown = [f"\n--- training row {i:,} of {rows:,} ---\n{text}" for i, text in texts.items()]
         result = built.figures() | {"rows": [{"row": i, "text": text} for i, text in texts.items()]}
         show(result, "\n".join([built.describe(), *shown]))

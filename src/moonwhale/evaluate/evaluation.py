@@ -53,7 +53,7 @@ def evaluate(folder: str, config: EvalConfig) -> dict[str, dict[str, Any]]:
         autocast = precision.dtype if precision.autocast else None
         if source:
             rows = pack_all(source, tokenizer, context) if config.whole else pack_split(source, tokenizer, context)[1]
-            rows.context = min(context, max(rows.n_tokens, 2))  # the rest of a longer row would be padding
+            rows.context = min(context, max(rows.n_tokens, 2))  # a longer row would repeat the text
             scores = score_text(model, choose_rows(rows, config.rows), tokenizer, config.batch_size, autocast)
             results["text"] = scores | {"context": rows.context}
             tables.show_text(config.data, "whole" if config.whole else "held out", results["text"])
@@ -81,8 +81,8 @@ def _find_problems(config: EvalConfig) -> tuple[Task, list[Problem]]:
     if config.whole:
         if len(problems) == wanted and not config.data:
             raise UserError(
-                f"`whole`: it has no effect with `problems` {wanted}: {config.task} has that many held-out questions: "
-                "leave it out, or raise `problems`"
+                f"`whole`: it has no effect, since {config.task} has at least {wanted:,} held-out questions: "
+                "leave it out"
             )
         problems += islice(task.draw(config.seed, False), wanted - len(problems))
     if len(problems) < (config.problems or 1):

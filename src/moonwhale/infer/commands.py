@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from moonwhale.errors import UserError, shown, with_option_names
 from moonwhale.files import expanded
@@ -225,18 +226,16 @@ def load_engine(args: argparse.Namespace, **options):
     if args.draft != "auto" and not (args.draft.isdecimal() and len(args.draft) <= 15):
         raise UserError(f"`draft`: {shown(args.draft)} is neither auto nor a number of tokens (0 switches it off)")
 
+    from moonwhale.checkpoint import read_config
     from moonwhale.infer.engine import Engine
     from moonwhale.precision import tune_allocator
 
     tune_allocator()
     draft = None if args.draft == "auto" else int(args.draft)
     folder = checkpoint_or_packaged(args.folder)
-    engine = Engine.load(folder, args.device, args.precision, draft=draft, **options)
-    if draft and draft > (modules := engine.config.num_nextn_predict_layers):
-        raise UserError(
-            f"`draft`: {draft} is impossible: the MTP modules of {folder} draft {modules} ahead: give that, or auto"
-        )
-    return engine
+    if draft and draft > (modules := read_config(Path(folder)).num_nextn_predict_layers):
+        raise UserError(f"`draft`: {draft} is impossible: {folder} has {modules} MTP modules: give at most that")
+    return Engine.load(folder, args.device, args.precision, draft=draft, **options)
 
 
 def _standard_input(lines: bool) -> list[str]:

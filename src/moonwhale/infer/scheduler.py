@@ -109,9 +109,12 @@ class Scheduler:
     def _advance(self, row: Request, states: Tensor) -> None:
         """Count the tokens of these hidden states (Q, hidden) as cached, and keep the last states for `_draft`."""
         row.cached += len(states)
-        known = states if row.hidden is None else torch.cat([row.hidden, states])
-        deepest = self.drafting.depths[-1]
-        row.hidden = known[-deepest - 1 :].clone()  # a copy: the next replay of a CUDA graph overwrites `states`
+        needed = self.drafting.depths[-1] + 1
+        last = states[-needed:]
+        if row.hidden is None or len(last) == needed:
+            row.hidden = last.clone()  # the next replay of a CUDA graph overwrites `states`
+        else:
+            row.hidden = torch.cat([row.hidden[len(last) - needed :], last])
 
     def _add_tokens(self, logits: Tensor, rows: list[Request]) -> list[int]:
         """Choose the next token of each row from (N, V) logits, add it, and return all of them."""
@@ -192,8 +195,9 @@ class Scheduler:
         """Draft `depth` tokens after each running sequence's last token.
 
         Module k reads the token k positions ahead. At its last k - 1 positions this is a draft, and once the main model
-        has rejected it, the entry there is wrong. All such entries are in the last `depth` positions, so the modules
-        run over these again. `depth` + 1 positions also hold all that a step of this depth can have added.
+        has rejected it, the entry there is wrong. While the depth stays the same, all such entries are in the last
+        `depth` positions, so the modules run over these again. `depth` + 1 positions also hold all that a step of this
+        depth can have added.
         """
         start = time.perf_counter()
         rows, decoder = self.running, self.decoder
@@ -207,7 +211,8 @@ class Scheduler:
             first = [row.cached - n for row, n in zip(rows, counts, strict=True)]
             placement = decoder.place(self.cache, 0, first, length)
             newest = torch.arange(len(rows), device=decoder.device), torch.tensor([n - 1 for n in counts])
-            ahead = [row.ids[-n:] for row, n in zip(rows, counts, strict=True)]  # the token k positions ahead of each
+            # The token k positions ahead of each, from the end of prompt and answer
+            ahead = [(row.prompt[-n:] + row.token_ids[-n:])[-n:] for row, n in zip(rows, counts, strict=True)]
             for k in range(1, depth + 1):
                 hidden = decoder.draft(k, hidden, self._padded(ahead, length), self.cache, placement)
                 drafts = choose(decoder.draft_head(hidden[newest][:, None])[:, 0], rows, ahead=k - 1)

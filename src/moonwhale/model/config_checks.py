@@ -326,7 +326,7 @@ def _check_experts(config) -> None:
     experts, groups, groups_compared = config.n_routed_experts, config.n_group, config.n_device_groups
     for field in ("n_group", "n_device_groups"):
         _require(config, experts % getattr(config, field) == 0, field, f"it must divide n_routed_experts={experts}")
-    comparable = config.balance_loss != "device" or groups_compared > 1
+    comparable = not has_experts or config.balance_loss != "device" or groups_compared > 1
     _require(config, comparable, "balance_loss", "it compares groups of experts: give n_device_groups, at least two")
     _require(config, config.topk_group <= groups, "topk_group", f"it lies between 1 and n_group={groups}")
     _require(

@@ -100,7 +100,8 @@ def _read_stage(stage: object, where: str) -> tuple[str, object]:
         return verb, cls(**given)
     given["resume"] = (Path(given["out"]).expanduser() / run_folder.RUN_FILE).exists()
     config = cls.resolve(given)
-    require_effects(config.idle(), given)
+    if not config.resume:  # what has begun keeps its options
+        require_effects(config.idle(), given)
     return verb, config
 
 

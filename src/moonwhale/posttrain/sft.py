@@ -57,6 +57,8 @@ class SFTOptions(SourceOptions, PostTrainOptions):
             require_package("peft", "rl", "`lora_rank`")
         require(self, "context", self.context is None or self.context >= 2, "a row needs at least 2 tokens")
         require(self, "epochs", self.epochs > 0, "it must be above 0")
+        if self.steps is not None:
+            self.require_room_for_warmup(self.steps)
 
     def idle(self) -> Iterator[tuple[str, str]]:
         yield from super().idle()

@@ -126,7 +126,8 @@ class TrainConfig(SourceOptions, RunOptions):
     def idle(self) -> Iterator[tuple[str, str]]:
         yield from super().idle()
         if not self.sample_every:
-            yield "sample_prompt", "with `sample_every` 0"
+            split = self.parallelism.splits_model
+            yield "sample_prompt", "with a model that is split" if split else "with `sample_every` 0"
         if self.parallelism.pp == 1:
             yield "parallel.schedule", "with `parallel.pp` 1"
         if self.schedule != "wsd" and self.mtp_loss_weight_final is None:
@@ -288,8 +289,6 @@ def build_model_config(config: TrainConfig) -> "MoonwhaleConfig":
             model = MoonwhaleConfig(**{"max_position_embeddings": config.context} | config.model)
         except ValueError as error:
             raise starting_model.as_field(error) from error
-        if model.tie_word_embeddings:
-            _require_plain_embedding(config, model)
     if model.max_position_embeddings < config.context:
         raise UserError(
             f"`context`: {config.context} is longer than `model.max_position_embeddings` "
@@ -308,7 +307,7 @@ def _require_plain_embedding(config: TrainConfig, model: "MoonwhaleConfig") -> N
 
 
 def fit_to_tokenizer(model: "MoonwhaleConfig", config: TrainConfig, vocab_size: int, **token_ids: int | None) -> None:
-    """Checks that the model's vocabulary holds the tokenizer's, and sets the token ids that the options leave open.
+    """Checks that the model can be trained with a tokenizer, and sets the token ids that the options leave open.
 
     Args:
         model: what `build_model_config` built from `config`.
@@ -316,8 +315,11 @@ def fit_to_tokenizer(model: "MoonwhaleConfig", config: TrainConfig, vocab_size: 
         token_ids: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
 
     Raises:
-        UserError: the model's vocabulary is smaller than the tokenizer's.
+        UserError: the model's vocabulary is smaller than the tokenizer's, or a new model's embedding is tied to the
+            head and has an initial size or a learning rate of its own.
     """
+    if model.tie_word_embeddings and not config.from_ and not config.resume:
+        _require_plain_embedding(config, model)
     if model.vocab_size < vocab_size:
         raise UserError(
             f"`model.vocab_size`: {model.vocab_size} is smaller than the tokenizer's {vocab_size}: "

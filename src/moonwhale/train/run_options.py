@@ -108,14 +108,16 @@ class RunOptions:
 
     @classmethod
     def chosen(cls, given: dict, path: str | None = None) -> dict:
-        """Returns the options that the user chose: those of the YAML file at `path`, then `given`, a dict by name.
+        """Returns the options that the user chose together: `given`, a dict by name, and those of the YAML file at
+        `path` if `given` overrides none of them.
 
         A file with every option that all runs have is the record of a run, its run.yaml. A default or a preset may have
         decided any of them.
         """
+        own = {"out", "resume"}  # of each run
         in_file = options.read_yaml(path, cls) if path else {}
-        is_record = in_file.keys() >= {field.name for field in dataclasses.fields(RunOptions)} - {"resume"}
-        return given if is_record else options.merge(in_file, given)
+        is_record = in_file.keys() >= {field.name for field in dataclasses.fields(RunOptions)} - own
+        return given if is_record or given.keys() - own else options.merge(in_file, given)
 
 
 def with_default(name: str, default):

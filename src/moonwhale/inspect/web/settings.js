@@ -92,7 +92,8 @@ function settingsForm() {
     try {
       showRow(await recompute(asked));
     } catch (error) {
-      note.textContent = error instanceof TypeError ? "The server does not answer." : error.message;
+      const shown = $("settings").querySelector("[role=status]"); // the panel may have been drawn anew
+      shown.textContent = error instanceof TypeError ? "The server does not answer." : error.message;
       submit.disabled = false;
       submit.textContent = "Compute";
       if (document.activeElement === document.body) focused.focus(); // a disabled button loses it

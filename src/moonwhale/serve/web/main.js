@@ -37,7 +37,12 @@ const actions = {
   copy: (message, button) => copy(message.content, button),
   copyCode: (_, button) => copy(button.closest(".code").querySelector("code").textContent, button),
   edit,
-  cancelEdit: () => { delete state.current.editing; render(); focusText(); },
+  cancelEdit: () => {
+    delete state.current.editing;
+    reload(); // what another tab has saved meanwhile
+    render();
+    focusText();
+  },
   sendEdited: (message) => {
     const text = $("edited").value.trim();
     if (!text || state.busy) return;
