@@ -38,8 +38,8 @@ def complete_inputs(
     with_mtp: bool,
     others: dict,
 ) -> tuple[Cache | None, Documents, Tensor]:
-    """Check and complete what `MoonwhaleModel.forward` is given beside the embeddings (B, T, hidden). `others` are its
-    `kwargs`.
+    """Check and complete what `MoonwhaleModel.forward` is given, apart from the embeddings (B, T, hidden). `others` are
+    its `kwargs`.
 
     Returns:
         the cache to extend, if any; the documents of all cached + T tokens; the position ids (B, T).

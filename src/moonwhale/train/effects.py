@@ -1,4 +1,4 @@
-"""Options that have no effect beside others. One that a user gives is supported or refused, never ignored.
+"""Options that have no effect together with others. One that a user gives is supported or refused, never ignored.
 
 `RunOptions.idle` names the options without effect. Only those that the user gave are refused: a default may be idle,
 and so may an option that a preset decides.
@@ -51,7 +51,7 @@ def require_effects(idle: Iterable[tuple[str, str]], given: Mapping[str, typing.
 
 
 def idle_model_fields(model: "MoonwhaleConfig") -> Iterator[tuple[str, str]]:
-    """Yields each field that has no effect beside the others, as `model.FIELD`, with the reason.
+    """Yields each field that has no effect together with the others, as `model.FIELD`, with the reason.
 
     model: a configuration, or anything with its fields.
     """

@@ -81,7 +81,7 @@ class RunOptions:
         require(self, "momentum", 0 <= self.momentum < 1, "it must be in [0, 1)")
 
     def idle(self) -> Iterator[tuple[str, str]]:
-        """Yields each option that has no effect beside the others, with the reason, as "with `optimizer` adamw"."""
+        """Yields each option that has no effect together with the others, and why, as "with `optimizer` adamw"."""
         if self.optimizer != "muon":
             yield "momentum", f"with `optimizer` {self.optimizer}"
 
